@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 ACTIVATIONS = ("relu", "gelu", "gelu_new", "silu", "swish", "linear", "tanh")
 LAYOUTS = ("bottom", "middle", "mixed", "top", "huggingface")
@@ -265,7 +266,7 @@ class SwitchConfig(_Section):
             )
             check(
                 not self.batch_prioritized_routing,
-                "batch_prioritized_routing orders tokens that choose; with router_type='experts_choose' there is no order to set.",
+                "batch_prioritized_routing orders tokens that choose; with router_type='experts_choose' set it to False.",
             )
 
     # --- derived
@@ -305,7 +306,7 @@ class SwitchConfig(_Section):
         return len(self.mlp_activations) == 2
 
     @classmethod
-    def from_huggingface(cls, values: Mapping[str, Any]) -> "SwitchConfig":
+    def from_huggingface(cls, values: Mapping[str, Any]) -> SwitchConfig:
         """The config that a transformers `config.json` describes, with Hugging Face's semantics."""
         from flax_switch import config_huggingface
 

@@ -69,7 +69,7 @@ PRESETS: dict[str, SwitchConfig] = {
         f"experts-choose-{size}": _EXPERTS_CHOOSE.replace(
             **{**changes, "num_sparse_encoder_layers": sparse, "num_sparse_decoder_layers": sparse}
         )
-        for (size, changes), sparse in zip(_FAMILY.items(), _EXPERTS_CHOOSE_SPARSE.values())
+        for (size, changes), sparse in zip(_FAMILY.items(), _EXPERTS_CHOOSE_SPARSE.values(), strict=True)
     },
     "st-moe-base": _ST_MOE,
     "st-moe-xl": _ST_MOE.replace(

@@ -87,7 +87,7 @@ def seq2seq_loss(
     config: SwitchConfig,
     *,
     segment_ids: Int[Array, "B L"] | None = None,
-    normalizer: str | float | Float[Array, ""] | None = None,
+    divisor: Float[Array, ""] | None = None,
 ) -> LossOutput:
     """The loss of a `ModelOutput`: cross-entropy + z-loss + coefficients times the routers' losses.
 
@@ -96,7 +96,7 @@ def seq2seq_loss(
       labels: target ids; -100 marks positions that do not count.
       config: gives z_loss_coef, label_smoothing, loss_normalizer and the routers' coefficients.
       segment_ids: of packed targets; only loss_normalizer="average_per_sequence" needs them.
-      normalizer: overrides config.loss_normalizer, for example by the token count of a whole batch of which this is a part.
+      divisor: what the weighted sum is divided by, where this is a part of a larger batch; by default this batch's own.
     """
     weights = (labels != IGNORED_LABEL).astype(jnp.float32)
     cross_entropy, z_loss = token_cross_entropy(
@@ -106,8 +106,8 @@ def seq2seq_loss(
         label_smoothing=config.label_smoothing,
     )
     weight_sum = weights.sum()
-    weights, divisor = loss_weights(weights, config.loss_normalizer if normalizer is None else normalizer, segment_ids)
-    divisor = jnp.maximum(divisor, 1e-9)  # a batch without a single target costs 0
+    weights, own_divisor = loss_weights(weights, config.loss_normalizer, segment_ids)
+    divisor = jnp.maximum(own_divisor if divisor is None else divisor, 1e-9)  # a batch without a single target costs 0
     cross_entropy = (cross_entropy * weights).sum() / divisor
     z_loss = (z_loss * weights).sum() / divisor
     balance, router_z = router_losses((*output.encoder_router, *output.decoder_router), config)

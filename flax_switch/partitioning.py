@@ -43,8 +43,8 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
         rest = math.prod(s for s in sizes if s != -1)
         check(
             num_devices % rest == 0,
-            f"mesh axes data={config.data}, expert={config.expert}, model={config.model} do not fit {num_devices} devices: {rest} "
-            f"does not divide {num_devices}.",
+            f"mesh axes data={config.data}, expert={config.expert}, model={config.model} do not fit {num_devices} devices: "
+            f"{rest} does not divide {num_devices}.",
         )
         sizes[sizes.index(-1)] = num_devices // rest
     check(

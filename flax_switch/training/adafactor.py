@@ -1,9 +1,8 @@
 """Adafactor (1804.04235) as T5X uses it, with experts and scanned layers as batch axes.
 
-`optax.adafactor` factors the two largest axes of a kernel and takes one RMS over all of it. For a stack of experts [E, D, F] that
-would mix the statistics of different experts, and make them depend on how many there are. Here every expert (and every scanned
-layer) has its own factored second moments, its own parameter scale and its own update clipping, as if it were a parameter of its
-own.
+`optax.adafactor` factors the two largest axes of a kernel and takes one RMS over all of it. For a stack of experts [E, D, F]
+that would mix the statistics of different experts, and make them depend on how many there are. Here every expert (and every
+scanned layer) has its own factored second moments, parameter scale and update clipping, as if it were a parameter of its own.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ def test_a_stack_of_experts_is_updated_like_separate_parameters(clip):
     alone = {str(e): param[e] for e in range(5)}
     optimizers = [
         adafactor({"w": ("expert", "embed", "mlp")}, lambda s: 0.1, clipping_threshold=clip),
-        adafactor({k: ("embed", "mlp") for k in alone}, lambda s: 0.1, clipping_threshold=clip),
+        adafactor(dict.fromkeys(alone, ("embed", "mlp")), lambda s: 0.1, clipping_threshold=clip),
     ]
     states = [optimizers[0].init(stacked), optimizers[1].init(alone)]
     for g in grads:

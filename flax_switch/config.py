@@ -14,6 +14,7 @@ from typing import Any
 
 ACTIVATIONS = ("relu", "gelu", "gelu_new", "silu", "swish", "linear", "tanh")
 LAYOUTS = ("bottom", "middle", "mixed", "top", "huggingface")
+LOSS_NORMALIZERS = ("real_target_tokens", "total_target_tokens", "average_per_sequence")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -164,6 +165,7 @@ class SwitchConfig(_Section):
     router_loss_reduction: str = "layers"  # mean over sparse layers; or "huggingface": concatenated on length, by stack
     z_loss_coef: float = 1e-4  # on the logits' normaliser
     label_smoothing: float = 0.0
+    loss_normalizer: str | float = "real_target_tokens"  # or "total_target_tokens", "average_per_sequence", or a constant
 
     # --- layers and numerics
     tie_word_embeddings: bool = True
@@ -198,6 +200,8 @@ class SwitchConfig(_Section):
         one_of("padding_semantics", self.padding_semantics, ("masked", "scatter"))
         one_of("moe_executor", self.moe_executor, ("auto", "einsum", "gather", "ragged"))
         one_of("router_loss_reduction", self.router_loss_reduction, ("layers", "huggingface"))
+        if isinstance(self.loss_normalizer, str):
+            one_of("loss_normalizer", self.loss_normalizer, LOSS_NORMALIZERS)
         one_of("remat_policy", self.remat_policy, ("none", "minimal", "full"))
         for name in ("dtype", "param_dtype", "router_dtype", "expert_dtype"):
             if getattr(self, name) is not None:

@@ -110,7 +110,7 @@ def _write(
                 if ids:
                     split = "heldout" if is_heldout(document, heldout_fraction) else "train"
                     content = np.asarray(ids, dtype).tobytes()
-                    digest.update(content)
+                    digest.update(len(ids).to_bytes(8, "little") + content)
                     opened[split].write(content)
                     ends[split].append(ends[split][-1] + len(ids))
     for split in SPLITS:

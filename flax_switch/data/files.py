@@ -82,24 +82,25 @@ def _explained(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ConfigError(
-                f"No space left to write {path}. Free some, or set data.cache_dir to a folder on a larger disk; nothing "
-                "half-written was kept."
+                f"No space left to write {path}. Free some, or choose a folder on a larger disk (data.cache_dir, or the "
+                "workdir); nothing half-written was kept."
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
             raise ConfigError(
-                f"Cannot write {path}: {error.strerror}. Set data.cache_dir to a folder you may write."
+                f"Cannot write {path}: {error.strerror}. Set data.cache_dir (or the workdir) to a folder you may write."
             ) from error
         raise
 
 
 def _flush(file: Path) -> None:
-    with open(file, "rb") as opened:
+    with open(file, "rb+") as opened:
         os.fsync(opened.fileno())
 
 
 def _remove_abandoned(path: Path) -> None:
     """Removes what a killed writer of `path` left behind."""
     for left in path.parent.glob(f"{path.name}.tmp-*"):
-        newest = max((f.stat().st_mtime for f in (left, *left.glob("*")) if f.exists()), default=0.0)
-        if time.time() - newest > _ABANDONED:
-            shutil.rmtree(left, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # its writer may be finishing right now
+            newest = max(f.stat().st_mtime for f in (left, *left.glob("*")))
+            if time.time() - newest > _ABANDONED:
+                shutil.rmtree(left, ignore_errors=True)

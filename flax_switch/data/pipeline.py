@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flax_switch.config import ConfigError, DataConfig, check
+from flax_switch.config import DataConfig, check
 from flax_switch.data import cache, corpus, files, packing, sources
 from flax_switch.data.batches import Batch
 from flax_switch.data.objectives import ConcatenatedText, Mixture, SeparateDocuments
 from flax_switch.data.statistics import target_token_counts, unigram_entropy
-from flax_switch.data.vocabulary import Vocabulary
+from flax_switch.data.vocabulary import SETTINGS_FILE, Vocabulary
 
 if TYPE_CHECKING:  # the loader brings in grain, and grain brings in jax
     from flax_switch.data.loader import BatchMaker, TrainIterator
@@ -153,7 +153,7 @@ def prepare(
         f"No document fell into the held-out {config.heldout_fraction:.2%} of {stores['train'].num_documents}; raise "
         "data.heldout_fraction, or set data.document_separator so that the text has more documents.",
     )
-    if saved is not None and not saved.exists():
+    if saved is not None and not (saved / SETTINGS_FILE).exists():
         vocabulary.save(saved)
     return Prepared(config, vocabulary, mixture, stores["train"], stores["heldout"])
 
@@ -161,17 +161,25 @@ def prepare(
 def _vocabulary(config: DataConfig, text: Corpus, saved: Path | None, given: Vocabulary | None) -> Vocabulary:
     if given is None and config.vocabulary is not None:
         given = Vocabulary.from_sentencepiece(config.vocabulary, config.num_sentinels)
-    if saved is not None and saved.exists():
+    if saved is not None and (saved / SETTINGS_FILE).exists():
         found = Vocabulary.load(saved)
-        wanted = (given.fingerprint, given.size) if given is not None else (None, config.vocabulary_size + config.num_sentinels)
-        if wanted[0] not in (None, found.fingerprint) or wanted[1] != found.size:
-            raise ConfigError(
-                f"{saved} holds another vocabulary ({found.size} ids, fingerprint {found.fingerprint}) than the config asks for "
-                f"({wanted[1]} ids{f', fingerprint {wanted[0]}' if wanted[0] else ''}). Restore data.vocabulary, "
-                "data.vocabulary_size and data.num_sentinels, or take a new workdir."
-            )
+        if given is None:
+            same, wanted = _sizes(found) == (config.vocabulary_size, config.num_sentinels), "one trained on the corpus"
+        else:
+            same, wanted = found.fingerprint == given.fingerprint, f"the one with fingerprint {given.fingerprint}"
+        sizes = _sizes(given) if given is not None else (config.vocabulary_size, config.num_sentinels)
+        check(
+            same,
+            f"{saved} holds a vocabulary of {'%d pieces and %d sentinels' % _sizes(found)} with fingerprint {found.fingerprint}, "
+            f"but the config asks for {wanted} of {'%d pieces and %d sentinels' % sizes}. Restore data.vocabulary, "
+            "data.vocabulary_size and data.num_sentinels, or take a new workdir.",
+        )
         return found
     return given or _trained(config, text)
+
+
+def _sizes(vocabulary: Vocabulary) -> tuple[int, int]:
+    return vocabulary.num_pieces, vocabulary.num_sentinels
 
 
 def _trained(config: DataConfig, text: Corpus) -> Vocabulary:

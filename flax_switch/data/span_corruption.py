@@ -20,8 +20,8 @@ from flax_switch.data.random_bits import fold_in, random_words
 
 
 def noise_counts(
-    lengths: Integer[np.ndarray, "*M"], noise_density: float = 0.15, mean_noise_span_length: float = 3.0
-) -> tuple[Int64[np.ndarray, "*M"], Int64[np.ndarray, "*M"]]:
+    lengths: Integer[np.ndarray, " *M"], noise_density: float = 0.15, mean_noise_span_length: float = 3.0
+) -> tuple[Int64[np.ndarray, " *M"], Int64[np.ndarray, " *M"]]:
     """How many tokens of examples of these lengths are noise, and in how many spans.
 
     Of two or more tokens at least one is noise and at least one is not; of fewer, none is.
@@ -35,8 +35,8 @@ def noise_counts(
 
 
 def corrupted_lengths(
-    lengths: Integer[np.ndarray, "*M"], noise_density: float = 0.15, mean_noise_span_length: float = 3.0
-) -> tuple[Int64[np.ndarray, "*M"], Int64[np.ndarray, "*M"]]:
+    lengths: Integer[np.ndarray, " *M"], noise_density: float = 0.15, mean_noise_span_length: float = 3.0
+) -> tuple[Int64[np.ndarray, " *M"], Int64[np.ndarray, " *M"]]:
     """Lengths of inputs and targets, sentinels and EOS included, that examples of these lengths become."""
     noise, spans = noise_counts(lengths, noise_density, mean_noise_span_length)
     return lengths - noise + spans + 1, noise + spans + 1
@@ -58,7 +58,8 @@ def derived_raw_length(
     fits = (inputs <= inputs_length) & (targets <= (targets_length or np.iinfo(np.int64).max))
     if not fits[0]:
         raise ConfigError(
-            f"Span corruption needs inputs_length and targets_length of at least 3; they are {inputs_length} and {targets_length}."
+            f"Span corruption needs inputs_length and targets_length of at least 3; they are "
+            f"{inputs_length} and {targets_length}."
         )
     last = int(np.argmin(fits)) - 1 if not fits.all() else len(fits) - 1
     _, spans = noise_counts(lengths[last], noise_density, mean_noise_span_length)
@@ -71,7 +72,7 @@ def derived_raw_length(
 
 
 def _random_segments(
-    sizes: Int64[np.ndarray, M], segments: Int64[np.ndarray, M], keys: UInt64[np.ndarray, M]
+    sizes: Int64[np.ndarray, " M"], segments: Int64[np.ndarray, " M"], keys: UInt64[np.ndarray, " M"]
 ) -> Bool[np.ndarray, "M size"]:
     """Where segments begin when `sizes[m]` items are cut at random into `segments[m]` non-empty ones; all cuts equally likely.
 
@@ -97,7 +98,7 @@ class _Spans:
     """Where the noise spans of M examples lie. A, B: the examples' non-noise and noise tokens, in order; S: all spans."""
 
     def __init__(
-        self, lengths: Int64[np.ndarray, M], keys: UInt64[np.ndarray, M], noise_density: float, mean_span_length: float
+        self, lengths: Int64[np.ndarray, " M"], keys: UInt64[np.ndarray, " M"], noise_density: float, mean_span_length: float
     ):
         self.noise, self.spans = noise_counts(lengths, noise_density, mean_span_length)
         self.kept = lengths - self.noise
@@ -119,8 +120,8 @@ class _Spans:
 
 
 def random_spans_noise_mask(
-    lengths: Integer[np.ndarray, M],
-    keys: UInt64[np.ndarray, M],
+    lengths: Integer[np.ndarray, " M"],
+    keys: UInt64[np.ndarray, " M"],
     *,
     noise_density: float = 0.15,
     mean_noise_span_length: float = 3.0,
@@ -136,8 +137,8 @@ def random_spans_noise_mask(
 
 def span_corrupt(
     tokens: Integer[np.ndarray, "M L"],
-    lengths: Integer[np.ndarray, M],
-    keys: UInt64[np.ndarray, M],
+    lengths: Integer[np.ndarray, " M"],
+    keys: UInt64[np.ndarray, " M"],
     *,
     top_sentinel: int,
     eos_id: int = 1,
@@ -175,8 +176,8 @@ def span_corrupt(
 
 
 def restore(
-    inputs: Integer[np.ndarray, I], targets: Integer[np.ndarray, T], *, top_sentinel: int, num_sentinels: int = 100
-) -> Int32[np.ndarray, L]:
+    inputs: Integer[np.ndarray, " I"], targets: Integer[np.ndarray, " T"], *, top_sentinel: int, num_sentinels: int = 100
+) -> Int32[np.ndarray, " L"]:
     """The inverse of `span_corrupt` for one example without padding: the original tokens.
 
     Raises `ConfigError` where the inputs' and the targets' sentinels are not the same ones in the same order.

@@ -12,7 +12,7 @@ import io
 import itertools
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import sentencepiece
@@ -22,8 +22,8 @@ from flax_switch.data import files
 
 MODEL_FILE = "spiece.model"
 SETTINGS_FILE = "vocabulary.json"
-_SENTINEL = re.compile(r"<extra_id_(\d+)>")
-_TRAINING_CHARACTERS = 40_000_000  # more text does not change a vocabulary, only the time it takes
+_SENTINEL = re.compile(r"<extra_id_(0|[1-9]\d*)>")
+_TRAINING_CHARACTERS = 20_000_000  # more text does not change a vocabulary, only the time it takes
 _TRAINING_LINE = 4000  # characters; SentencePiece leaves longer lines out
 
 
@@ -55,7 +55,7 @@ class Vocabulary:
         ):
             check(
                 found == expected,
-                f"The SentencePiece model has {name} id {found if found >= 0 else 'none'}, but models here need T5's ids: pad 0, "
+                f"The SentencePiece model has {name} id {found if found >= 0 else 'none'}, but T5's ids are needed: pad 0, "
                 "EOS 1, unk 2. Train it with pad_id=0, eos_id=1, unk_id=2, bos_id=-1, or let data.vocabulary=None train one.",
             )
         for i in range(self.num_sentinels):
@@ -83,15 +83,24 @@ class Vocabulary:
     def train(cls, documents: Iterable[str], size: int, num_sentinels: int = 100) -> Vocabulary:
         """Trains a unigram model of `size` pieces (control symbols included, sentinels not) on the documents.
 
-        Takes the first 40 million characters. Raises `ConfigError` where the text is empty or too small for `size` pieces.
+        Takes the first 20 million characters. Raises `ConfigError` where the text is empty or too small for `size` pieces.
         """
-        lines = _limited(documents)
-        first = next(lines, None)
+        unreadable: list[Exception] = []  # what reading the corpus raises, the trainer would report as its own failure
+
+        def lines() -> Iterator[str]:
+            try:
+                yield from _limited(documents)
+            except Exception as error:
+                unreadable.append(error)
+                raise
+
+        remaining = lines()
+        first = next(remaining, None)
         check(first is not None, "A vocabulary cannot be trained on an empty corpus.")
         written = io.BytesIO()
         try:
             sentencepiece.SentencePieceTrainer.Train(
-                sentence_iterator=itertools.chain([first], lines),
+                sentence_iterator=itertools.chain([first], remaining),
                 model_writer=written,
                 model_type="unigram",
                 vocab_size=size,
@@ -106,10 +115,11 @@ class Vocabulary:
                 minloglevel=2,
             )
         except RuntimeError as error:
-            raise ConfigError(
-                f"Training a vocabulary of {size} pieces failed; a small corpus needs a smaller data.vocabulary_size. "
-                f"SentencePiece says: {error}"
-            ) from error
+            if unreadable:
+                raise unreadable[0] from None
+            most = re.search(r"value <= (\d+)", str(error))
+            advice = f"this corpus has text for {most[1]} at most; lower data.vocabulary_size" if most else str(error)
+            raise ConfigError(f"A vocabulary of {size} pieces cannot be trained: {advice}.") from error
         return cls(written.getvalue(), num_sentinels)
 
     # --- sizes and ids
@@ -192,7 +202,7 @@ class Vocabulary:
         return vocabulary
 
 
-def _limited(documents: Iterable[str]) -> Iterable[str]:
+def _limited(documents: Iterable[str]) -> Iterator[str]:
     """Lines short enough for the trainer, until there is text enough."""
     characters = 0
     for document in documents:

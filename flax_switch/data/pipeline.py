@@ -161,25 +161,20 @@ def prepare(
 def _vocabulary(config: DataConfig, text: Corpus, saved: Path | None, given: Vocabulary | None) -> Vocabulary:
     if given is None and config.vocabulary is not None:
         given = Vocabulary.from_sentencepiece(config.vocabulary, config.num_sentinels)
-    if saved is not None and (saved / SETTINGS_FILE).exists():
-        found = Vocabulary.load(saved)
-        if given is None:
-            same, wanted = _sizes(found) == (config.vocabulary_size, config.num_sentinels), "one trained on the corpus"
-        else:
-            same, wanted = found.fingerprint == given.fingerprint, f"the one with fingerprint {given.fingerprint}"
-        sizes = _sizes(given) if given is not None else (config.vocabulary_size, config.num_sentinels)
-        check(
-            same,
-            f"{saved} holds a vocabulary of {'%d pieces and %d sentinels' % _sizes(found)} with fingerprint {found.fingerprint}, "
-            f"but the config asks for {wanted} of {'%d pieces and %d sentinels' % sizes}. Restore data.vocabulary, "
-            "data.vocabulary_size and data.num_sentinels, or take a new workdir.",
-        )
-        return found
-    return given or _trained(config, text)
-
-
-def _sizes(vocabulary: Vocabulary) -> tuple[int, int]:
-    return vocabulary.num_pieces, vocabulary.num_sentinels
+    if saved is None or not (saved / SETTINGS_FILE).exists():
+        return given or _trained(config, text)
+    found = Vocabulary.load(saved)
+    if given is None:
+        same = (found.num_pieces, found.num_sentinels) == (config.vocabulary_size, config.num_sentinels)
+        wanted = f"{config.vocabulary_size} pieces and {config.num_sentinels} sentinels trained on the corpus"
+    else:
+        same, wanted = found.fingerprint == given.fingerprint, repr(given)
+    check(
+        same,
+        f"{saved} holds a vocabulary of {found!r}, but the config asks for {wanted}. Restore data.vocabulary, "
+        "data.vocabulary_size and data.num_sentinels, or take a new workdir.",
+    )
+    return found
 
 
 def _trained(config: DataConfig, text: Corpus) -> Vocabulary:

@@ -115,8 +115,8 @@ class _Spans:
         self.first = np.cumsum(self.spans) - self.spans  # [M] each row's first span, as an index into S
 
     def noise_before(self, row: np.ndarray, span: np.ndarray) -> np.ndarray:
-        """Noise tokens before the given kept segments."""
-        return np.where(self.spans[row] > 0, self.noise_start[self.first[row] + span] if len(self.row) else 0, 0)
+        """Noise tokens before the given kept segments: none in a row without spans."""
+        return np.where(self.spans[row] > 0, np.append(self.noise_start, 0)[self.first[row] + span], 0)
 
 
 def random_spans_noise_mask(

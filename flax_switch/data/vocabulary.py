@@ -162,22 +162,27 @@ class Vocabulary:
         return self._pieces.Encode(list(documents), out_type=int, num_threads=-1)
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        """The text of token ids. Special tokens (pad, EOS, sentinels, ids past the end) are left out or written as names."""
-        parts: list[str] = []
-        for special, group in itertools.groupby((int(i) for i in ids), key=self._is_special):
-            if not special:
-                parts.append(self._pieces.DecodeIds(list(group)))
-            elif not skip_special_tokens:
-                parts.extend(self._special_name(i) for i in group)
-        return " ".join(part for part in parts if part)
+        """The text of token ids. Special tokens (pad, EOS, unk, sentinels, ids past the end) are left out or named.
+
+        As in transformers' T5 tokenizer, a name follows what comes before it without a space: `Thank you<extra_id_0> me</s>`.
+        """
+        text = "".join(
+            self._special_name(i) if self._is_special(i) else self._pieces.IdToPiece(i).replace("\u2581", " ")
+            for i in map(int, ids)
+            if not (skip_special_tokens and self._is_special(i))
+        )
+        return text.removeprefix(" ")
 
     def _is_special(self, i: int) -> bool:
-        return i in (self.pad_id, self.eos_id) or not 0 <= i < self.num_pieces
+        return i in (self.pad_id, self.eos_id, self.unk_id) or not 0 <= i < self.num_pieces
 
     def _special_name(self, i: int) -> str:
-        if 0 <= i < self.num_pieces:
-            return self._pieces.IdToPiece(i)
-        return f"<extra_id_{self.size - 1 - i}>" if 0 <= i < self.size else self._pieces.IdToPiece(self.unk_id)
+        if self.num_pieces <= i < self.size:
+            return f"<extra_id_{self.size - 1 - i}>"
+        return self._pieces.IdToPiece(i if 0 <= i < self.num_pieces else self.unk_id)
+
+    def __repr__(self) -> str:
+        return f"{self.num_pieces} pieces and {self.num_sentinels} sentinels (fingerprint {self.fingerprint})"
 
     # --- on disk
     def save(self, folder: str | Path) -> None:

@@ -64,7 +64,7 @@ def _blocks(text: str) -> list[list[str]]:
         bullet = bool(_BULLET.match(stripped))
         if not stripped or bullet or (indent is not None and here != indent and not hanging):
             blocks.append([])
-        hanging = bullet  # the lines under a bullet are indented more than the bullet itself
+        hanging = bullet or stripped.startswith(".. [")  # the lines under a bullet or footnote are indented more than it is
         indent = here if stripped else None
         if stripped:
             blocks[-1].append(line.rstrip())

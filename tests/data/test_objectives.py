@@ -16,6 +16,12 @@ def keys(count: int) -> np.ndarray:
     return example_keys(0, np.zeros(count, np.int64), np.arange(count))
 
 
+def originals(made, top_sentinel: int) -> list[np.ndarray]:
+    """The texts that span corruption made these examples of."""
+    rows = zip(*made, strict=True)
+    return [restore(i[:n], t[:k], top_sentinel=top_sentinel, num_sentinels=20) for i, n, t, k in rows]
+
+
 @hypothesis.given(st.lists(st.integers(2, 60), min_size=1, max_size=6), st.integers(2, 40), st.integers(2, 40))
 def test_targets_go_on_where_the_inputs_end(lengths, inputs_length, targets_length):
     lengths = np.array(lengths)
@@ -71,9 +77,7 @@ def test_an_epoch_of_chunks_covers_the_text_once_and_the_next_epoch_cuts_elsewhe
     starts = []
     for epoch in (0, 1):
         made = source.examples(ids, np.full_like(ids, epoch))
-        covered = np.concatenate(
-            [restore(i[:n], t[:k], top_sentinel=prepared.mixture.top_sentinel, num_sentinels=20) for i, n, t, k in zip(*made, strict=True)]
-        ).tolist()  # fmt: skip
+        covered = np.concatenate(originals(made, prepared.mixture.top_sentinel)).tolist()
         start = next(s for s in range(prepared.mixture.raw_length) if text[s : s + 200] == covered[:200])
         assert text[start : start + len(covered)] == covered
         assert len(text) - len(covered) < 2 * prepared.mixture.raw_length
@@ -85,9 +89,8 @@ def test_evaluation_covers_all_of_the_text_at_fixed_places(prepared):
     source = ConcatenatedText(prepared.heldout, prepared.mixture, seed=0, whole=True)
     ids = np.arange(source.num_examples)
     made = source.examples(ids, np.zeros_like(ids))
-    top = prepared.mixture.top_sentinel
-    covered = [restore(i[:n], t[:k], top_sentinel=top, num_sentinels=20) for i, n, t, k in zip(*made, strict=True)]
-    np.testing.assert_array_equal(np.concatenate(covered), prepared.heldout.tokens)
+    covered = np.concatenate(originals(made, prepared.mixture.top_sentinel))
+    np.testing.assert_array_equal(covered, prepared.heldout.tokens)
 
 
 def test_separate_documents_never_share_an_example(prepared):

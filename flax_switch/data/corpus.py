@@ -15,6 +15,7 @@ import os
 import re
 import sys
 import sysconfig
+import warnings
 from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -66,7 +67,8 @@ def extract() -> list[str]:
     collecting = gc.isenabled()
     gc.disable()  # syntax trees hold no cycles; without the collector, building them takes 40 % of the time
     try:
-        return deduplicated(prose.paragraphs(text) for text in _texts())
+        with warnings.catch_warnings(action="ignore"):  # parsing complains about others' escape sequences
+            return deduplicated(prose.paragraphs(text) for text in _texts())
     finally:
         if collecting:
             gc.enable()

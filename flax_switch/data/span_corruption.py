@@ -58,8 +58,7 @@ def derived_raw_length(
     fits = (inputs <= inputs_length) & (targets <= (targets_length or np.iinfo(np.int64).max))
     if not fits[0]:
         raise ConfigError(
-            f"Span corruption needs inputs_length and targets_length of at least 3; they are "
-            f"{inputs_length} and {targets_length}."
+            f"Span corruption needs inputs_length and targets_length of at least 3; they are {inputs_length} and {targets_length}."
         )
     last = int(np.argmin(fits)) - 1 if not fits.all() else len(fits) - 1
     _, spans = noise_counts(lengths[last], noise_density, mean_noise_span_length)

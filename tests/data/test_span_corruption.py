@@ -107,9 +107,7 @@ def test_an_example_does_not_depend_on_its_batch_mates():
     together = span_corrupt(tokens, lengths, keys(4), top_sentinel=TOP)
     for m in range(4):
         alone = span_corrupt(tokens[m : m + 1, : lengths[m]], lengths[m : m + 1], keys(4)[m : m + 1], top_sentinel=TOP)
-        np.testing.assert_array_equal(
-            row(alone.inputs, alone.input_lengths, 0), row(together.inputs, together.input_lengths, m)
-        )
+        np.testing.assert_array_equal(row(alone.inputs, alone.input_lengths, 0), row(together.inputs, together.input_lengths, m))
         np.testing.assert_array_equal(
             row(alone.targets, alone.target_lengths, 0), row(together.targets, together.target_lengths, m)
         )

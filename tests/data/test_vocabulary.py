@@ -104,9 +104,7 @@ def test_what_is_no_model_is_refused(tmp_path):
 def test_training_says_what_is_wrong(documents):
     with pytest.raises(ConfigError, match="empty corpus"):
         Vocabulary.train([" ", ""], 100)
-    with pytest.raises(
-        ConfigError, match=r"A vocabulary of 5000 pieces cannot be trained: this corpus has text for \d+ at most"
-    ):
+    with pytest.raises(ConfigError, match=r"A vocabulary of 5000 pieces cannot be trained: this corpus has text for \d+ at most"):
         Vocabulary.train(documents, 5000)
     with pytest.raises(ConfigError, match="cannot be trained"):
         Vocabulary.train(documents, 5)

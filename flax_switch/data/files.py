@@ -12,6 +12,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from etils import epath
+
 from flax_switch.config import ConfigError
 
 _ABANDONED = 3600.0  # seconds after which an untouched temporary folder belongs to no living writer
@@ -54,14 +56,21 @@ def new_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file that is complete or absent. Raises `ConfigError` for a full disk or an unwritable folder."""
+def write_text(path: epath.PathLike, text: str) -> None:
+    """Writes a text file that is complete or absent; see `write_bytes`."""
     write_bytes(path, text.encode())
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file that is complete or absent. Raises `ConfigError` for a full disk or an unwritable folder."""
+def write_bytes(path: epath.PathLike, content: bytes) -> None:
+    """Writes a file that is complete or absent, on a disk or an object store (gs://...).
+
+    Raises `ConfigError` for a full disk or a folder that cannot be written.
+    """
+    path = epath.Path(path)
     with _explained(path):
+        if "://" in os.fspath(path):  # stores write an object as a whole
+            path.write_bytes(content)
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=f"{path.name}.tmp-", dir=path.parent)
         try:
@@ -76,7 +85,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 @contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def _explained(path: epath.PathLike) -> Iterator[None]:
     try:
         yield
     except OSError as error:

@@ -13,8 +13,9 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+from etils import epath
 
 from flax_switch.config import DataConfig, check
 from flax_switch.data import cache, corpus, files, packing, sources
@@ -128,7 +129,7 @@ class Prepared:
 
 
 def prepare(
-    config: DataConfig, *, workdir: str | Path | None = None, vocabulary: Vocabulary | None = None, quiet: bool = False
+    config: DataConfig, *, workdir: epath.PathLike | None = None, vocabulary: Vocabulary | None = None, quiet: bool = False
 ) -> Prepared:
     """Reads the corpus, makes or loads the vocabulary, and tokenises; quick when repeated, as all of it is cached.
 
@@ -136,7 +137,7 @@ def prepare(
     in `workdir/vocabulary`. Raises `ConfigError` for unusable input and for a workdir whose vocabulary is another one.
     """
     text = Corpus.of(config)
-    saved = Path(workdir) / "vocabulary" if workdir is not None else None
+    saved = epath.Path(workdir) / "vocabulary" if workdir is not None else None
     vocabulary = _vocabulary(config, text, saved, vocabulary)
     mixture = Mixture.of(config, vocabulary)
     stores = cache.tokenize(
@@ -158,7 +159,7 @@ def prepare(
     return Prepared(config, vocabulary, mixture, stores["train"], stores["heldout"])
 
 
-def _vocabulary(config: DataConfig, text: Corpus, saved: Path | None, given: Vocabulary | None) -> Vocabulary:
+def _vocabulary(config: DataConfig, text: Corpus, saved: epath.Path | None, given: Vocabulary | None) -> Vocabulary:
     if given is None and config.vocabulary is not None:
         given = Vocabulary.from_sentencepiece(config.vocabulary, config.num_sentinels)
     if saved is None or not (saved / SETTINGS_FILE).exists():

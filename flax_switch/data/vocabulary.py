@@ -13,9 +13,9 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 
 import sentencepiece
+from etils import epath
 
 from flax_switch.config import ConfigError, check
 from flax_switch.data import files
@@ -67,14 +67,14 @@ class Vocabulary:
 
     # --- making one
     @classmethod
-    def from_sentencepiece(cls, model: bytes | str | Path, num_sentinels: int = 100) -> Vocabulary:
+    def from_sentencepiece(cls, model: bytes | epath.PathLike, num_sentinels: int = 100) -> Vocabulary:
         """A vocabulary from a SentencePiece model: its bytes, or the path of a `.model` file such as T5's `spiece.model`.
 
         Raises `ConfigError` where the file cannot be read, is no such model, or its ids are not T5's.
         """
         if not isinstance(model, bytes):
             try:
-                model = Path(model).expanduser().read_bytes()
+                model = epath.Path(model).expanduser().read_bytes()
             except OSError as error:
                 raise ConfigError(f"Cannot read the SentencePiece model {model}: {error.strerror or error}.") from error
         return cls(model, num_sentinels)
@@ -185,19 +185,19 @@ class Vocabulary:
         return f"{self.num_pieces} pieces and {self.num_sentinels} sentinels (fingerprint {self.fingerprint})"
 
     # --- on disk
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: epath.PathLike) -> None:
         """Writes `spiece.model` and a small `vocabulary.json` into the folder."""
-        files.write_bytes(Path(folder) / MODEL_FILE, self.model)
+        files.write_bytes(epath.Path(folder) / MODEL_FILE, self.model)
         settings = {"num_sentinels": self.num_sentinels, "size": self.size, "fingerprint": self.fingerprint}
-        files.write_text(Path(folder) / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")
+        files.write_text(epath.Path(folder) / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")
 
     @classmethod
-    def load(cls, folder: str | Path) -> Vocabulary:
+    def load(cls, folder: epath.PathLike) -> Vocabulary:
         """The inverse of `save`. Raises `ConfigError` where files are missing or do not belong together."""
-        path = Path(folder) / SETTINGS_FILE
+        path = epath.Path(folder) / SETTINGS_FILE
         try:
             settings = json.loads(path.read_text(encoding="utf-8"))
-            vocabulary = cls.from_sentencepiece(Path(folder) / MODEL_FILE, settings["num_sentinels"])
+            vocabulary = cls.from_sentencepiece(epath.Path(folder) / MODEL_FILE, settings["num_sentinels"])
         except (OSError, KeyError, json.JSONDecodeError) as error:
             raise ConfigError(f"{folder} holds no saved vocabulary: {path} cannot be used ({error}).") from error
         check(

@@ -16,7 +16,7 @@ import re
 import sys
 import sysconfig
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -45,13 +45,15 @@ _DOCUMENTED = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 _VERSION = 1  # of the extraction; raise it when cleaning changes
 
 
-def default_corpus(cache_dir: Path) -> list[str]:
+def default_corpus(cache_dir: Path, say: Callable[[str], None] = lambda _: None) -> list[str]:
     """Documents of prose, in a fixed order, without duplicates; extracted once for the installed versions, then cached.
 
-    A document is the prose of one docstring or one chapter of the language reference, on one line.
+    A document is the prose of one docstring or one chapter of the language reference, on one line. `say` hears of the extraction,
+    which takes some seconds. Raises `ConfigError` where the installation carries no documentation.
     """
     path = cache_dir / f"default-corpus-{_key()}.txt"
     if not path.exists():
+        say("Extracting the embedded corpus from the documentation of this Python and its packages (once).")
         documents = extract()
         check(
             sum(map(len, documents)) >= 100_000,

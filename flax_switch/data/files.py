@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import secrets
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,7 +42,8 @@ def new_folder(path: Path) -> Iterator[Path]:
     with _explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(path)
-        temporary = Path(tempfile.mkdtemp(prefix=f"{path.name}.tmp-", dir=path.parent))
+        temporary = _temporary(path)
+        temporary.mkdir()
         try:
             yield temporary
             for file in temporary.iterdir():
@@ -72,16 +73,20 @@ def write_bytes(path: epath.PathLike, content: bytes) -> None:
             path.write_bytes(content)
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f"{path.name}.tmp-", dir=path.parent)
+        temporary = _temporary(path)
         try:
-            with os.fdopen(handle, "wb") as file:
+            with open(temporary, "xb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
+            Path(temporary).unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    """A name beside `path` that no other writer has; made by hand, as tempfile's files are their owner's alone to read."""
+    return path.parent / f"{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}"
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from etils import epath
+from rich.console import Console
 
 from flax_switch.config import DataConfig, check
 from flax_switch.data import cache, corpus, files, packing, sources
@@ -39,10 +40,10 @@ class Corpus:
     total_characters: int | None = None
 
     @classmethod
-    def of(cls, config: DataConfig) -> Corpus:
+    def of(cls, config: DataConfig, say: Callable[[str], None]) -> Corpus:
         """The embedded default corpus, or the files that `config.source` names. Raises `ConfigError` where there are none."""
         if config.source == "default":
-            documents = corpus.default_corpus(files.cache_folder(config.cache_dir))
+            documents = corpus.default_corpus(files.cache_folder(config.cache_dir), say)
             digest = hashlib.blake2b("\n".join(documents).encode(), digest_size=10).hexdigest()
             return cls(lambda: documents, digest, sum(map(len, documents)))
         paths = sources.find_files(config.source)
@@ -136,9 +137,10 @@ def prepare(
     The vocabulary is the given one, else the workdir's, else `config.vocabulary`'s, else one trained on the corpus; it is saved
     in `workdir/vocabulary`. Raises `ConfigError` for unusable input and for a workdir whose vocabulary is another one.
     """
-    text = Corpus.of(config)
+    say = _silent if quiet else Console(highlight=False, soft_wrap=True).print
+    text = Corpus.of(config, say)
     saved = epath.Path(workdir) / "vocabulary" if workdir is not None else None
-    vocabulary = _vocabulary(config, text, saved, vocabulary)
+    vocabulary = _vocabulary(config, text, saved, vocabulary, say)
     mixture = Mixture.of(config, vocabulary)
     stores = cache.tokenize(
         text.documents(),
@@ -156,14 +158,25 @@ def prepare(
     )
     if saved is not None and not (saved / SETTINGS_FILE).exists():
         vocabulary.save(saved)
+    train, heldout = stores["train"], stores["heldout"]
+    say(
+        f"Text: {train.num_documents:,} documents with {train.num_tokens:,} tokens for training, "
+        f"{heldout.num_documents:,} with {heldout.num_tokens:,} held out."
+    )
     return Prepared(config, vocabulary, mixture, stores["train"], stores["heldout"])
 
 
-def _vocabulary(config: DataConfig, text: Corpus, saved: epath.Path | None, given: Vocabulary | None) -> Vocabulary:
+def _silent(_: str) -> None:
+    pass
+
+
+def _vocabulary(
+    config: DataConfig, text: Corpus, saved: epath.Path | None, given: Vocabulary | None, say: Callable[[str], None]
+) -> Vocabulary:
     if given is None and config.vocabulary is not None:
         given = Vocabulary.from_sentencepiece(config.vocabulary, config.num_sentinels)
     if saved is None or not (saved / SETTINGS_FILE).exists():
-        return given or _trained(config, text)
+        return given or _trained(config, text, say)
     found = Vocabulary.load(saved)
     if given is None:
         same = (found.num_pieces, found.num_sentinels) == (config.vocabulary_size, config.num_sentinels)
@@ -178,13 +191,13 @@ def _vocabulary(config: DataConfig, text: Corpus, saved: epath.Path | None, give
     return found
 
 
-def _trained(config: DataConfig, text: Corpus) -> Vocabulary:
+def _trained(config: DataConfig, text: Corpus, say: Callable[[str], None]) -> Vocabulary:
     """A vocabulary trained on the corpus, from the cache if it was trained before."""
     name = f"vocabulary-{text.fingerprint}-{config.vocabulary_size}-{config.num_sentinels}"
     folder = files.cache_folder(config.cache_dir) / name
     if not folder.is_dir():
-        documents = text.documents()
-        training = (d for d in documents if not cache.is_heldout(d, config.heldout_fraction))
+        say(f"Training a vocabulary of {config.vocabulary_size} pieces on the corpus (once).")
+        training = (d for d in text.documents() if not cache.is_heldout(d, config.heldout_fraction))
         vocabulary = Vocabulary.train(training, config.vocabulary_size, config.num_sentinels)
         with files.new_folder(folder) as temporary:
             vocabulary.save(temporary)

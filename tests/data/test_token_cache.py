@@ -118,6 +118,18 @@ def test_whoever_finishes_second_uses_the_first_one_s_folder(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
 
 
+def test_others_may_read_what_the_umask_lets_them_read(tmp_path):
+    before = os.umask(0o027)
+    try:
+        files.write_text(tmp_path / "file", "x")
+        with files.new_folder(tmp_path / "folder") as folder:
+            (folder / "x").write_text("x")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
+    assert (tmp_path / "folder").stat().st_mode & 0o777 == 0o750
+
+
 def test_a_file_is_replaced_whole(tmp_path):
     files.write_text(tmp_path / "a" / "b.txt", "old")
     files.write_text(tmp_path / "a" / "b.txt", "new")

@@ -1,0 +1,1 @@
+"""Flax modules: they hold parameters and call the functions of `flax_switch.ops`."""

@@ -1,0 +1,148 @@
+"""One transformer layer: attention, in the decoder cross-attention, and a dense or sparse MLP, each with norm and residual."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from flax_switch.config import SwitchConfig
+from flax_switch.nn.attention import Attention, KeyValue, RelativePositionBias, write_cache
+from flax_switch.nn.layers import MLP, Dropout, RMSNorm
+from flax_switch.nn.moe import SparseMLP
+from flax_switch.nn.outputs import LayerCache, LayerOutput
+
+
+@flax.struct.dataclass
+class LayerInputs:
+    """What every layer of a stack is given alike. Masks are True where there is something."""
+
+    bias: Float[Array, "1 H Q T"] | None  # relative position bias of a shared table
+    mask: Bool[Array, "#B 1 #Q T"] | None  # of self-attention
+    padding_mask: Bool[Array, "B Q"] | None  # which positions hold tokens
+    encoded: Float[Array, "B S D"] | None = None
+    cross_mask: Bool[Array, "#B 1 #Q S"] | None = None
+    cache_index: Int[Array, ""] | int = 0
+    deterministic: bool = flax.struct.field(pytree_node=False, default=True)
+    output_router_logits: bool = flax.struct.field(pytree_node=False, default=False)
+    output_attentions: bool = flax.struct.field(pytree_node=False, default=False)
+
+
+class Layer(nn.Module):
+    """A layer of the `encoder` or `decoder` stack."""
+
+    config: SwitchConfig
+    stack: str
+    sparse: bool
+
+    def setup(self) -> None:
+        config = self.config
+        if self.stack == "encoder":
+            self.pre_attention_layer_norm = RMSNorm(config)
+            self.attention = Attention(config)
+        else:
+            self.pre_self_attention_layer_norm = RMSNorm(config)
+            self.self_attention = Attention(config)
+            self.pre_cross_attention_layer_norm = RMSNorm(config)
+            self.encoder_decoder_attention = Attention(config)
+        if config.relative_attention_per_layer:
+            self.relpos_bias = RelativePositionBias(config, bidirectional=self.stack == "encoder")
+        self.pre_mlp_layer_norm = RMSNorm(config)
+        self.mlp = SparseMLP(config, self.stack) if self.sparse else MLP(config)
+        if self.sparse and config.extra_mlp:
+            self.pre_extra_mlp_layer_norm = RMSNorm(config)
+            self.extra_mlp = MLP(config)
+        self.dropout = Dropout(config.dropout_rate)
+
+    def cross_keys_values(self, encoded: Float[Array, "B S D"]) -> KeyValue:
+        """Keys and values of the encoder's output, which decoding computes once."""
+        return self.encoder_decoder_attention.keys_values(encoded)
+
+    def __call__(
+        self, x: Float[Array, "B Q D"], inputs: LayerInputs, cache: LayerCache | None = None
+    ) -> tuple[Float[Array, "B Q D"], LayerOutput]:
+        """Runs the layer; with a cache, keys and values are appended to it at `inputs.cache_index`."""
+        deterministic = inputs.deterministic
+        encoder = self.stack == "encoder"
+
+        y = self._normed(self.pre_attention_layer_norm if encoder else self.pre_self_attention_layer_norm, x, inputs)
+        attention = self.attention if encoder else self.self_attention
+        keys_values = attention.keys_values(y)
+        if cache is not None:
+            keys_values = write_cache(cache.self_attention, keys_values, inputs.cache_index)
+            cache = cache.replace(self_attention=keys_values)
+        bias = inputs.bias
+        if self.config.relative_attention_per_layer:
+            bias = self.relpos_bias(y.shape[1], keys_values.key.shape[1], inputs.cache_index)
+        y, probs = attention(y, keys_values, bias=bias, mask=inputs.mask, deterministic=deterministic)
+        x += self.dropout(y, deterministic=deterministic)
+
+        cross_probs = None
+        if not encoder:
+            y = self._normed(self.pre_cross_attention_layer_norm, x, inputs)
+            cross = self.cross_keys_values(inputs.encoded) if cache is None else cache.cross_attention
+            y, cross_probs = self.encoder_decoder_attention(
+                y, cross, bias=None, mask=inputs.cross_mask, deterministic=deterministic
+            )
+            x += self.dropout(y, deterministic=deterministic)
+
+        y = self._normed(self.pre_mlp_layer_norm, x, inputs)
+        router = None
+        if self.sparse:
+            y, router = self.mlp(
+                y,
+                padding_mask=inputs.padding_mask,
+                deterministic=deterministic,
+                with_logits=inputs.output_router_logits,
+            )
+        else:
+            y = self.mlp(y, deterministic=deterministic)
+        x += self.dropout(y, deterministic=deterministic)
+
+        if self.sparse and self.config.extra_mlp:
+            y = self._normed(self.pre_extra_mlp_layer_norm, x, inputs)
+            x += self.dropout(self.extra_mlp(y, deterministic=deterministic), deterministic=deterministic)
+
+        if not inputs.output_attentions:
+            probs = cross_probs = None
+        return x, LayerOutput(router, probs, cross_probs, cache)
+
+    def _normed(self, norm: RMSNorm, x: Float[Array, "B Q D"], inputs: LayerInputs) -> Float[Array, "B Q D"]:
+        return zero_padding(norm(x), inputs.padding_mask, self.config)
+
+
+def zero_padding(x: Float[Array, "B L D"], padding_mask: Bool[Array, "B L"] | None, config: SwitchConfig) -> Float[Array, "B L D"]:
+    """Sets padding positions to zero where the config asks for it (flaxformer's logit mask)."""
+    if padding_mask is None or not config.zero_padding_activations:
+        return x
+    return jnp.where(padding_mask[:, :, None], x, jnp.zeros((), x.dtype))
+
+
+class ScanBlock(nn.Module):
+    """The layers that repeat: dense ones and, where the stack is sparse, one sparse layer at the end."""
+
+    config: SwitchConfig
+    stack: str
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B Q D"], inputs: LayerInputs, with_hidden_states: bool
+    ) -> tuple[Float[Array, "B Q D"], tuple[tuple[LayerOutput, Array | None], ...]]:
+        outputs = []
+        size = self.config.num_layers(self.stack) // self.config.scan_blocks(self.stack)
+        sparse = bool(self.config.sparse_indices(self.stack))
+        for j in range(size):
+            layer = Layer(self.config, self.stack, sparse=sparse and j == size - 1, name=f"subblock_{j}")
+            x, output = layer(x, inputs)
+            outputs.append((output, x if with_hidden_states else None))
+        return x, tuple(outputs)
+
+
+def remat(module: type[nn.Module], policy: str) -> type[nn.Module]:
+    """`module` with its activations recomputed in the backward pass, as the remat policy says."""
+    if policy == "none":
+        return module
+    saved = jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims if policy == "minimal" else None
+    return nn.remat(module, policy=saved, prevent_cse=False, static_argnums=(3,) if module is ScanBlock else ())

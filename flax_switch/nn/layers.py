@@ -1,0 +1,112 @@
+"""Linear, RMS norm, embedding, dropout and the dense MLP: the parts every layer is made of.
+
+Every parameter is declared with the logical names of its axes beside its shape; `flax_switch.partitioning` maps the names to
+mesh axes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from flax_switch.config import SwitchConfig
+
+ACTIVATION_FUNCTIONS: dict[str, Callable] = {
+    "relu": jax.nn.relu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "tanh": jnp.tanh,
+    "linear": lambda x: x,
+}
+
+
+def scaled_init(config: SwitchConfig, mode: str = "fan_in", distribution: str = "normal", factor: float = 1.0):
+    """Variance scaling with the config's `init_scale` (Switch, table 3: 0.1), times `factor` on the standard deviation."""
+    return jax.nn.initializers.variance_scaling(config.init_scale * factor**2, mode, distribution)
+
+
+class Linear(nn.Module):
+    """x @ kernel, in `dtype`; no bias (T5 has none)."""
+
+    features: int
+    axes: tuple[str, str]
+    kernel_init: Callable
+    dtype: str
+    param_dtype: str
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B F"]:
+        init = nn.with_logical_partitioning(self.kernel_init, self.axes)
+        kernel = self.param("kernel", init, (x.shape[-1], self.features), jnp.dtype(self.param_dtype))
+        return x.astype(self.dtype) @ kernel.astype(self.dtype)
+
+
+class RMSNorm(nn.Module):
+    """T5's layer norm: no mean, no bias; the statistics in float32."""
+
+    config: SwitchConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        init = nn.with_logical_partitioning(jax.nn.initializers.ones, ("embed",))
+        scale = self.param("scale", init, (x.shape[-1],), jnp.dtype(self.config.param_dtype))
+        x = x.astype(jnp.float32)
+        x *= jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.config.layer_norm_epsilon)
+        return (x * scale.astype(jnp.float32)).astype(self.config.dtype)
+
+
+class Embedding(nn.Module):
+    """Token embeddings, and their transpose as the tied output head."""
+
+    config: SwitchConfig
+
+    def setup(self) -> None:
+        init = nn.with_logical_partitioning(jax.nn.initializers.normal(1.0), ("vocab", "embed"))
+        shape = (self.config.vocab_size, self.config.d_model)
+        self.embedding = self.param("embedding", init, shape, jnp.dtype(self.config.param_dtype))
+
+    def __call__(self, ids: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+        return self.embedding[ids].astype(self.config.dtype)
+
+    def attend(self, x: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
+        """Logits in float32: h * D**-0.5 @ E^T. bfloat16 logits make training unstable."""
+        x = x.astype(jnp.float32) * self.config.d_model**-0.5
+        return x @ self.embedding.astype(jnp.float32).T
+
+
+class Dropout(nn.Module):
+    """Dropout with one mask for all positions of a sequence (flaxformer's broadcast over the length)."""
+
+    rate: float
+    broadcast_axes: Sequence[int] = (-2,)
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B L D"], *, deterministic: bool) -> Float[Array, "*B L D"]:
+        return nn.Dropout(self.rate, broadcast_dims=tuple(self.broadcast_axes))(x, deterministic=deterministic)
+
+
+class MLP(nn.Module):
+    """The dense MLP: wi, activation, dropout, wo; gated where the config names two activations (wi_0, wi_1)."""
+
+    config: SwitchConfig
+    features: int | None = None  # F; None: config.d_ff
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B L D"], *, deterministic: bool) -> Float[Array, "B L D"]:
+        config = self.config
+        activations = config.mlp_activations
+        names = [f"wi_{i}" for i in range(len(activations))] if config.is_gated else ["wi"]
+        init = scaled_init(config, distribution="truncated_normal")
+        hidden = None
+        for name, activation in zip(names, activations, strict=True):
+            linear = Linear(self.features or config.d_ff, ("embed", "mlp"), init, config.dtype, config.param_dtype, name=name)
+            branch = ACTIVATION_FUNCTIONS[activation](linear(x))
+            hidden = branch if hidden is None else hidden * branch
+        hidden = Dropout(config.dropout_rate)(hidden, deterministic=deterministic)
+        return Linear(x.shape[-1], ("mlp", "embed"), init, config.dtype, config.param_dtype, name="wo")(hidden)

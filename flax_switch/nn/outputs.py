@@ -1,0 +1,88 @@
+"""What the model returns, and the caches decoding carries along."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.struct
+from jaxtyping import Array, Float, Int
+
+from flax_switch.nn.attention import KeyValue
+from flax_switch.ops.routing import RouterOutput
+
+
+@flax.struct.dataclass
+class LayerCache:
+    """Keys and values of one decoder layer: its own past, [B, T, H, K] with T fixed, and the encoder's, computed once."""
+
+    self_attention: KeyValue
+    cross_attention: KeyValue
+
+
+@flax.struct.dataclass
+class DecoderCache:
+    """The caches of all decoder layers, and how many positions are filled.
+
+    The batch of the cross-attention's keys may be smaller than that of the tokens by a whole factor: rows that share a source
+    (beams) then share its keys.
+    """
+
+    layers: tuple[LayerCache, ...]
+    index: Int[Array, ""]
+
+
+@flax.struct.dataclass
+class LayerOutput:
+    """What a layer returns beside its hidden states; None where there is nothing, or it was not asked for."""
+
+    router: RouterOutput | None = None
+    self_attention: Float[Array, "B H Q T"] | None = None
+    cross_attention: Float[Array, "B H Q T"] | None = None
+    cache: LayerCache | None = None
+
+
+@flax.struct.dataclass
+class EncoderOutput:
+    """The encoder's output. `router` has one entry per sparse layer, in order.
+
+    `hidden_states` (embeddings, then the output of every layer, the last one normalised) and `attentions` are None unless asked
+    for.
+    """
+
+    last_hidden_state: Float[Array, "B L D"]
+    router: tuple[RouterOutput, ...] = ()
+    hidden_states: tuple[Array, ...] | None = None
+    attentions: tuple[Array, ...] | None = None
+
+
+@flax.struct.dataclass
+class DecoderOutput:
+    """The decoder's output; `logits` are float32. `cache` is the updated cache where one was given."""
+
+    logits: Float[Array, "B L V"]
+    last_hidden_state: Float[Array, "B L D"]
+    router: tuple[RouterOutput, ...] = ()
+    hidden_states: tuple[Array, ...] | None = None
+    attentions: tuple[Array, ...] | None = None
+    cross_attentions: tuple[Array, ...] | None = None
+    cache: Any = None
+
+
+@flax.struct.dataclass
+class ModelOutput:
+    """Output of the encoder-decoder. Axes: B batch, L target length (S source length), D model, V vocabulary.
+
+    `encoder_router` and `decoder_router` hold a `RouterOutput` per sparse layer, in order; their `logits` are there with
+    `output_router_logits=True`. Hidden states and attentions of every layer are None unless asked for.
+    """
+
+    logits: Float[Array, "B L V"]
+    decoder_last_hidden_state: Float[Array, "B L D"]
+    encoder_last_hidden_state: Float[Array, "B S D"]
+    encoder_router: tuple[RouterOutput, ...] = ()
+    decoder_router: tuple[RouterOutput, ...] = ()
+    encoder_hidden_states: tuple[Array, ...] | None = None
+    decoder_hidden_states: tuple[Array, ...] | None = None
+    encoder_attentions: tuple[Array, ...] | None = None
+    decoder_attentions: tuple[Array, ...] | None = None
+    cross_attentions: tuple[Array, ...] | None = None

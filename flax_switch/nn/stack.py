@@ -1,0 +1,96 @@
+"""The encoder's and the decoder's stack of layers, unrolled or scanned."""
+
+from __future__ import annotations
+
+import operator
+
+import flax.linen as nn
+import jax
+from jaxtyping import Array, Float
+
+from flax_switch.config import SwitchConfig
+from flax_switch.nn.attention import KeyValue, RelativePositionBias
+from flax_switch.nn.layer import Layer, LayerInputs, ScanBlock, remat, zero_padding
+from flax_switch.nn.layers import Dropout, RMSNorm
+from flax_switch.nn.outputs import DecoderCache, LayerOutput
+
+SCAN_AXIS = 1  # of stacked parameters, as in T5X's scanned checkpoints
+
+
+class Stack(nn.Module):
+    """Layers with their shared relative position table, input and output dropout, and final norm."""
+
+    config: SwitchConfig
+    stack: str  # "encoder" or "decoder"
+
+    def setup(self) -> None:
+        config, stack = self.config, self.stack
+        if not config.relative_attention_per_layer:
+            self.relpos_bias = RelativePositionBias(config, bidirectional=stack == "encoder")
+        if config.scan_layers:
+            block = nn.scan(
+                remat(ScanBlock, config.remat_policy),
+                variable_axes={"params": SCAN_AXIS},
+                split_rngs={"params": True, "dropout": True, "jitter": True},
+                in_axes=(nn.broadcast, nn.broadcast),
+                length=config.scan_blocks(stack),
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )
+            setattr(self, stack, block(config, stack))
+        else:
+            layer = remat(Layer, config.remat_policy)
+            sparse = config.sparse_indices(stack)
+            self.layers = [layer(config, stack, sparse=i in sparse) for i in range(config.num_layers(stack))]
+        norm = RMSNorm(config)
+        setattr(self, f"{stack}_norm", norm)
+        self.dropout = Dropout(config.dropout_rate)
+
+    def __call__(
+        self,
+        x: Float[Array, "B Q D"],
+        inputs: LayerInputs,
+        *,
+        cache: DecoderCache | None = None,
+        output_hidden_states: bool = False,
+    ) -> tuple[Float[Array, "B Q D"], list[LayerOutput], tuple[Array, ...] | None]:
+        """Runs all layers; returns the normalised output, the layers' outputs and, if asked for, their hidden states."""
+        config = self.config
+        if not config.relative_attention_per_layer:
+            key_length = x.shape[1] if cache is None else cache.layers[0].self_attention.key.shape[1]
+            inputs = inputs.replace(bias=self.relpos_bias(x.shape[1], key_length, inputs.cache_index))
+        x = self.dropout(x, deterministic=inputs.deterministic)
+        hidden_states = [x]
+        if config.scan_layers:
+            if cache is not None:
+                raise ValueError(
+                    "Decoding with a cache needs unrolled layers; unstack the parameters (convert.scan.unstack_layers) and "
+                    "use config.replace(scan_layers=False)."
+                )
+            x, stacked = getattr(self, self.stack)(x, inputs, output_hidden_states)
+            outputs, hidden = _unstack(stacked, config.scan_blocks(self.stack))
+            hidden_states += hidden
+        else:
+            outputs = []
+            for i, layer in enumerate(self.layers):
+                x, output = layer(x, inputs, None if cache is None else cache.layers[i])
+                outputs.append(output)
+                hidden_states.append(x)
+        x = getattr(self, f"{self.stack}_norm")(x)
+        x = zero_padding(x, inputs.padding_mask, config)
+        x = self.dropout(x, deterministic=inputs.deterministic)
+        hidden_states[-1] = x
+        return x, outputs, tuple(hidden_states) if output_hidden_states else None
+
+    def cross_keys_values(self, encoded: Float[Array, "B S D"]) -> tuple[KeyValue, ...]:
+        """Every layer's keys and values of the encoder's output."""
+        return tuple(layer.cross_keys_values(encoded) for layer in self.layers)
+
+
+def _unstack(stacked: tuple, blocks: int) -> tuple[list[LayerOutput], list[Array]]:
+    """The outputs of scanned blocks, layer by layer in order."""
+    outputs, hidden = [], []
+    for block in range(blocks):
+        for output, x in jax.tree.map(operator.itemgetter(block), stacked):
+            outputs.append(output)
+            hidden.append(x)
+    return outputs, hidden

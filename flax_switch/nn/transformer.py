@@ -1,0 +1,294 @@
+"""The models: `SwitchTransformer`, an encoder-decoder with a language-model head, and `SwitchEncoder`, the encoder alone."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from flax_switch.config import SwitchConfig
+from flax_switch.nn.attention import KeyValue
+from flax_switch.nn.layer import LayerInputs
+from flax_switch.nn.layers import Embedding, Linear, scaled_init
+from flax_switch.nn.outputs import DecoderCache, DecoderOutput, EncoderOutput, LayerCache, ModelOutput
+from flax_switch.nn.stack import Stack
+from flax_switch.ops.attention import attention_mask
+
+
+class SwitchEncoder(nn.Module):
+    """The encoder with its token embeddings.
+
+    Parameters: `token_embedder/embedding [V, D]` and `encoder/...`, named as in T5X checkpoints.
+    """
+
+    config: SwitchConfig
+
+    def setup(self) -> None:
+        self.token_embedder = Embedding(self.config)
+        self.encoder = Stack(self.config, "encoder")
+
+    @nn.nowrap
+    def init(self, *args, **kwargs):
+        """Flax's `init`, returning plain arrays; `init_boxed` keeps the names of their axes."""
+        return nn.unbox(super().init(*args, **kwargs))
+
+    @nn.nowrap
+    def init_boxed(self, *args, **kwargs):
+        """Variables whose leaves carry their logical axis names (`nn.LogicallyPartitioned`)."""
+        return super().init(*args, **kwargs)
+
+    def encode(
+        self,
+        input_ids: Int[Array, "B L"] | None = None,
+        attention_mask: Int[Array, "B L"] | Bool[Array, "B L"] | None = None,
+        *,
+        inputs_embeds: Float[Array, "B L D"] | None = None,
+        segment_ids: Int[Array, "B L"] | None = None,
+        deterministic: bool = True,
+        output_router_logits: bool = False,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> EncoderOutput:
+        """Encodes token ids (or embeddings given in their place).
+
+        Args:
+          attention_mask: 1 at tokens, 0 at padding; None means no padding.
+          segment_ids: of packed examples; attention stays within a segment. Relative positions need no restart.
+          deterministic: False turns on dropout and jitter (rngs "dropout" and "jitter") and takes the training capacity.
+        """
+        x = self.token_embedder(input_ids) if inputs_embeds is None else inputs_embeds.astype(self.config.dtype)
+        mask = None if attention_mask is None else attention_mask.astype(bool)
+        inputs = LayerInputs(
+            bias=None,
+            mask=self_attention_mask(self.config, mask, segment_ids),
+            padding_mask=mask,
+            deterministic=deterministic,
+            output_router_logits=output_router_logits,
+            output_attentions=output_attentions,
+        )
+        x, outputs, hidden_states = self.encoder(x, inputs, output_hidden_states=output_hidden_states)
+        return EncoderOutput(
+            last_hidden_state=x,
+            router=tuple(o.router for o in outputs if o.router is not None),
+            hidden_states=hidden_states,
+            attentions=tuple(o.self_attention for o in outputs) if output_attentions else None,
+        )
+
+    def __call__(self, input_ids=None, attention_mask=None, **options) -> EncoderOutput:
+        """The same as `encode`."""
+        return self.encode(input_ids, attention_mask, **options)
+
+
+class SwitchTransformer(SwitchEncoder):
+    """The encoder-decoder with its head, tied to the embeddings or of its own.
+
+    Parameters: the encoder's, `decoder/...` and, untied, `decoder/logits_dense/kernel [D, V]`.
+    """
+
+    def setup(self) -> None:
+        super().setup()
+        self.decoder = Decoder(self.config, "decoder")
+
+    def decode(
+        self,
+        decoder_input_ids: Int[Array, "B L"] | None,
+        encoded: Float[Array, "B S D"] | None,
+        attention_mask: Int[Array, "B S"] | Bool[Array, "B S"] | None = None,
+        decoder_attention_mask: Int[Array, "B L"] | Bool[Array, "B L"] | None = None,
+        *,
+        cache: DecoderCache | None = None,
+        decoder_inputs_embeds: Float[Array, "B L D"] | None = None,
+        decoder_padding_mask: Bool[Array, "B L"] | None = None,
+        segment_ids: Int[Array, "B S"] | None = None,
+        decoder_segment_ids: Int[Array, "B L"] | None = None,
+        deterministic: bool = True,
+        output_router_logits: bool = False,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> DecoderOutput:
+        """Decodes against the encoder's output.
+
+        Args:
+          encoded: the encoder's last hidden state; None with a cache, which holds what is needed of it.
+          attention_mask: of the source.
+          decoder_attention_mask: which target positions may be attended to; with a cache, over all its positions [B, T], and
+            None means those filled so far.
+          cache: from `init_cache`; the tokens continue at its index, and the output carries the updated cache.
+          decoder_padding_mask: which of these positions hold tokens, for routing and zeroing; by default what
+            decoder_attention_mask says without a cache, and all of them with one.
+        """
+        config = self.config
+        if decoder_inputs_embeds is None:
+            x = self.token_embedder(decoder_input_ids)
+        else:
+            x = decoder_inputs_embeds.astype(config.dtype)
+        mask = None if decoder_attention_mask is None else decoder_attention_mask.astype(bool)
+        index = jnp.zeros((), jnp.int32) if cache is None else cache.index
+        if cache is None:
+            if decoder_padding_mask is None:
+                decoder_padding_mask = mask
+            self_mask = self_attention_mask(config, mask, decoder_segment_ids, causal=True, length=x.shape[1])
+        else:
+            self_mask = cached_attention_mask(mask, index, x.shape[1], cache.layers[0].self_attention.key.shape[1])
+        inputs = LayerInputs(
+            bias=None,
+            mask=self_mask,
+            padding_mask=decoder_padding_mask,
+            encoded=encoded,
+            cross_mask=cross_attention_mask(config, mask, attention_mask, decoder_segment_ids, segment_ids, cache is not None),
+            cache_index=0 if cache is None else index,
+            deterministic=deterministic,
+            output_router_logits=output_router_logits,
+            output_attentions=output_attentions,
+        )
+        x, outputs, hidden_states = self.decoder(x, inputs, cache=cache, output_hidden_states=output_hidden_states)
+        logits = self.token_embedder.attend(x) if config.tie_word_embeddings else self.decoder.logits(x)
+        if cache is not None:
+            cache = DecoderCache(tuple(o.cache for o in outputs), index + x.shape[1])
+        return DecoderOutput(
+            logits=logits,
+            last_hidden_state=x,
+            router=tuple(o.router for o in outputs if o.router is not None),
+            hidden_states=hidden_states,
+            attentions=tuple(o.self_attention for o in outputs) if output_attentions else None,
+            cross_attentions=tuple(o.cross_attention for o in outputs) if output_attentions else None,
+            cache=cache,
+        )
+
+    def init_cache(self, encoded: Float[Array, "B S D"], max_length: int, rows_per_source: int = 1) -> DecoderCache:
+        """An empty cache for `max_length` target positions of B * rows_per_source rows, with the source's keys computed."""
+        config = self.config
+        shape = (encoded.shape[0] * rows_per_source, max_length, config.num_heads, config.d_kv)
+        layers = []
+        for cross in self.decoder.cross_keys_values(encoded):
+            empty = KeyValue(jnp.zeros(shape, cross.key.dtype), jnp.zeros(shape, cross.key.dtype))
+            layers.append(LayerCache(empty, cross))
+        return DecoderCache(tuple(layers), jnp.zeros((), jnp.int32))
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "B S"] | None = None,
+        decoder_input_ids: Int[Array, "B L"] | None = None,
+        attention_mask: Int[Array, "B S"] | Bool[Array, "B S"] | None = None,
+        decoder_attention_mask: Int[Array, "B L"] | Bool[Array, "B L"] | None = None,
+        *,
+        inputs_embeds: Float[Array, "B S D"] | None = None,
+        decoder_inputs_embeds: Float[Array, "B L D"] | None = None,
+        encoder_output: EncoderOutput | None = None,
+        decoder_padding_mask: Bool[Array, "B L"] | None = None,
+        segment_ids: Int[Array, "B S"] | None = None,
+        decoder_segment_ids: Int[Array, "B L"] | None = None,
+        deterministic: bool = True,
+        output_router_logits: bool = False,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> ModelOutput:
+        """Encodes the source (unless `encoder_output` is given) and decodes the target; see `encode`, `decode`."""
+        options = dict(
+            deterministic=deterministic,
+            output_router_logits=output_router_logits,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+        )
+        if encoder_output is None:
+            encoder_output = self.encode(input_ids, attention_mask, inputs_embeds=inputs_embeds, segment_ids=segment_ids, **options)
+        decoded = self.decode(
+            decoder_input_ids,
+            encoder_output.last_hidden_state,
+            attention_mask,
+            decoder_attention_mask,
+            decoder_inputs_embeds=decoder_inputs_embeds,
+            decoder_padding_mask=decoder_padding_mask,
+            segment_ids=segment_ids,
+            decoder_segment_ids=decoder_segment_ids,
+            **options,
+        )
+        return ModelOutput(
+            logits=decoded.logits,
+            decoder_last_hidden_state=decoded.last_hidden_state,
+            encoder_last_hidden_state=encoder_output.last_hidden_state,
+            encoder_router=encoder_output.router,
+            decoder_router=decoded.router,
+            encoder_hidden_states=encoder_output.hidden_states,
+            decoder_hidden_states=decoded.hidden_states,
+            encoder_attentions=encoder_output.attentions,
+            decoder_attentions=decoded.attentions,
+            cross_attentions=decoded.cross_attentions,
+        )
+
+
+class Decoder(Stack):
+    """The decoder's stack, which also holds an untied head."""
+
+    def setup(self) -> None:
+        super().setup()
+        if not self.config.tie_word_embeddings:
+            init = scaled_init(self.config, distribution="truncated_normal")
+            # float32 throughout, as the tied head: bfloat16 logits make training unstable.
+            self.logits_dense = Linear(self.config.vocab_size, ("embed", "vocab"), init, "float32", self.config.param_dtype)
+
+    def logits(self, x: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
+        """Logits of the untied head, in float32, without scaling."""
+        return self.logits_dense(x)
+
+
+def self_attention_mask(
+    config: SwitchConfig,
+    mask: Bool[Array, "B L"] | None,
+    segment_ids: Int[Array, "B L"] | None,
+    *,
+    causal: bool = False,
+    length: int = 0,
+) -> Bool[Array, "B 1 L L"] | None:
+    """Who attends to whom in teacher-forced self-attention.
+
+    Where the config zeroes padding, padded queries attend to nothing (flaxformer); else they attend like others (Hugging Face).
+    """
+    return attention_mask(
+        mask if config.zero_padding_activations else None,
+        mask,
+        causal_shape=(length, length) if causal else None,
+        query_segments=segment_ids,
+        key_segments=segment_ids,
+    )
+
+
+def cached_attention_mask(
+    mask: Bool[Array, "B T"] | None, index: Int[Array, ""], query_length: int, key_length: int
+) -> Bool[Array, "#B 1 Q T"]:
+    """Causality over a cache: the query at index + i sees keys up to index + i, and of those what `mask` allows."""
+    causal = jnp.arange(key_length)[None, :] <= index + jnp.arange(query_length)[:, None]
+    causal = causal[None, None]
+    return causal if mask is None else causal & mask[:, None, None, :]
+
+
+def cross_attention_mask(
+    config: SwitchConfig,
+    target_mask: Bool[Array, "B L"] | None,
+    source_mask: Int[Array, "B S"] | Bool[Array, "B S"] | None,
+    target_segments: Int[Array, "B L"] | None,
+    source_segments: Int[Array, "B S"] | None,
+    cached: bool,
+) -> Bool[Array, "B 1 #L S"] | None:
+    """Which source positions a target position may attend to."""
+    query_mask = target_mask if config.zero_padding_activations and not cached else None
+    source_mask = None if source_mask is None else source_mask.astype(bool)
+    return attention_mask(query_mask, source_mask, query_segments=target_segments, key_segments=source_segments)
+
+
+def init_params(model: SwitchEncoder, rng: Array) -> dict:
+    """Fresh parameters as plain nested dicts of arrays; traceable, so that jit can lay them straight into their shardings."""
+    return model.init({"params": rng}, *example_inputs(model))["params"]
+
+
+def logical_axes(model: SwitchEncoder) -> dict:
+    """The tree of parameters with each leaf replaced by its tuple of logical axis names; allocates nothing."""
+    boxed = jax.eval_shape(lambda rng: model.init_boxed({"params": rng}, *example_inputs(model))["params"], jax.random.key(0))
+    return jax.tree.map(lambda box: tuple(box.names), boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+
+
+def example_inputs(model: SwitchEncoder) -> tuple[Int[Array, "1 1"], ...]:
+    """The smallest inputs a model can be initialised with."""
+    ids = jnp.zeros((1, 1), jnp.int32)
+    return (ids, ids) if isinstance(model, SwitchTransformer) else (ids,)

@@ -110,9 +110,7 @@ def router_metrics(output: ModelOutput) -> dict[str, jax.Array]:
     routers = (*output.encoder_router, *output.decoder_router)
     if not routers:
         return {}
-    metrics = [
-        {**r.metrics, "load_balancing_loss": r.load_balancing_loss, "router_z_loss": r.z_loss} for r in routers
-    ]
+    metrics = [{**r.metrics, "load_balancing_loss": r.load_balancing_loss, "router_z_loss": r.z_loss} for r in routers]
     return jax.tree.map(lambda *layers: jnp.stack(layers), *metrics)
 
 

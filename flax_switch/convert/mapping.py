@@ -1,8 +1,8 @@
 """The rule engine: a table of names and invertible transforms, read in both directions.
 
 A foreign format is a list of `Rule`s. Each says which tensors of that format a tensor of the canonical tree (T5X's names) becomes.
-Names hold placeholders: `{stack}` is encoder or decoder, `{i}` a layer, `{w}` one of wi, wi_0, wi_1 and wo, and `{e}`, on the
-foreign side only, an expert: the canonical tensor is the stack of all of them.
+Names hold placeholders: `{stack}` is encoder or decoder, `{i}` a layer, `{w}` one of wi, wi_0, wi_1 and wo, `{path}`
+anything, and `{e}`, on the foreign side only, an expert: the canonical tensor is the stack of all of them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from flax_switch.convert.tensors import CheckpointError, LazyTensor, abstract, stack, take, transpose
 
-PLACEHOLDERS = {"stack": "encoder|decoder", "i": r"\d+", "w": "wi|wi_0|wi_1|wo"}
+PLACEHOLDERS = {"stack": "encoder|decoder", "i": r"\d+", "w": "wi|wi_0|wi_1|wo", "path": ".+"}
 NAMES_SHOWN = 12
 
 
@@ -60,6 +60,9 @@ class Rule:
         """The canonical tensor of the foreign ones, given in `to_foreign`'s order."""
         members = [self.transform.to_canonical(t) for t in tensors]
         return stack(members) if "{e}" in self.foreign else members[0]
+
+
+SAME_NAMES = (Rule("{path}", "{path}"),)  # the table of a format that has the canonical names
 
 
 def rule_of(path: str, rules: Iterable[Rule]) -> Rule:

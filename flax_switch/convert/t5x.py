@@ -15,7 +15,7 @@ import numpy as np
 
 from flax_switch.config import SwitchConfig, check, sparse_layers
 from flax_switch.convert.canonical import canonical_shapes
-from flax_switch.convert.mapping import is_forgiven, report_problems
+from flax_switch.convert.mapping import SAME_NAMES, to_canonical
 from flax_switch.convert.scan import unstack_layers
 from flax_switch.convert.tensors import CheckpointError, Index, LazyTensor, from_array, join_axes
 
@@ -36,7 +36,7 @@ def find_checkpoint(folder: Path) -> Path | None:
 def read_t5x(
     folder: Path, *, changes: Mapping[str, Any] | None = None, allow_missing: Sequence[str] = ()
 ) -> tuple[SwitchConfig, str, dict[str, LazyTensor]]:
-    """A folder's config, architecture ("full" or "headless" or "encoder") and canonical tensors.
+    """A folder's config, architecture (T5X saves whole models: "full") and canonical tensors.
 
     Args:
       changes: fields of the config that shapes cannot tell: activations, the number of choices, capacities...
@@ -48,18 +48,13 @@ def read_t5x(
     file = find_checkpoint(folder)
     if file is None:
         raise CheckpointError(f"{folder} holds no T5X checkpoint: there is no file 'checkpoint' in it or in checkpoint_<step>.")
-    tensors = {path: _joined_heads(path, tensor) for path, tensor in unscanned(read_target(file)).items()}
+    target = read_target(file)
+    tensors = {path: _joined_heads(path, tensor) for path, tensor in unscanned(target).items()}
     config = infer_config(tensors).replace(**(changes or {}))
-    expected = canonical_shapes(config)
-    missing = [path for path in expected if path not in tensors and not is_forgiven(path, allow_missing)]
-    left_over = [path for path in tensors if path not in expected and not is_forgiven(path, allow_missing)]
-    wrong = [
-        f"{path} is {list(tensors[path].shape)} where {list(shape)} was expected"
-        for path, shape in expected.items()
-        if path in tensors and tensors[path].shape != shape
-    ]
-    report_problems(missing, left_over, wrong)
-    return config, "full", {path: tensors[path] for path in expected if path in tensors}
+    try:
+        return config, "full", to_canonical(tensors, SAME_NAMES, canonical_shapes(config), allow_missing=allow_missing)
+    except CheckpointError as error:
+        raise CheckpointError(f"{file}: {error}") from None
 
 
 def read_target(file: Path) -> dict[str, LazyTensor]:

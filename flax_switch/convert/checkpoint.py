@@ -123,7 +123,7 @@ def convert(
 
     Args:
       source: as for `open_checkpoint`.
-      destination: a folder that does not exist or is empty. Until it is complete, everything is in `<destination>.partial`;
+      destination: a folder without a model in it, or one to overwrite. Until it is complete, everything is in `<destination>.partial`;
         running an interrupted conversion again continues with the shards it finished.
       to: "huggingface" or "flax_switch".
       dtype: of the written tensors; None keeps each tensor's. Routers keep theirs either way (selective precision, 2101.03961).

@@ -17,6 +17,8 @@ from flax_switch.convert.safetensors_file import write_safetensors
 from flax_switch.convert.tensors import CheckpointError, LazyTensor, concatenate, narrow
 
 DEFAULT_SHARD_SIZE = "5GB"
+MARKERS = ("config.json", "flax_switch.json")  # a folder with one of them is a model
+_MODEL_FILES = ("model*.safetensors*", "params*.safetensors*", "pytorch_model*.bin*")
 _PLAN = "conversion.json"
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _PART = re.compile(r"(.+)\[(\d+):(\d+)\]")
@@ -105,7 +107,7 @@ def write_folder(
       files: contents of the small files, by name.
       source: anything JSON-able that identifies what the tensors are read from; finished shards of an earlier run with the
         same source and the same shards are kept. None: an earlier run's are thrown away.
-      overwrite: replace a folder that is there; otherwise one that is not empty is an error.
+      overwrite: replace a model that is there, its own files alone; otherwise it is an error.
       on_bytes: progress, as in `write_safetensors`; kept shards count at once.
     """
     check_destination(destination, overwrite=overwrite)
@@ -130,20 +132,29 @@ def write_folder(
     for name, contents in files.items():
         (partial / name).write_bytes(contents)
     plan_path.unlink()
-    if destination.exists() and any(destination.iterdir()):
-        old = destination.with_name(destination.name + ".old")
-        destination.rename(old)
+    _publish(partial, destination)
+
+
+def _publish(partial: Path, destination: Path) -> None:
+    """Gives the finished folder its name; in a folder that is there already, the file that marks a model comes last."""
+    if not destination.exists() or not any(destination.iterdir()):
         partial.rename(destination)
-        shutil.rmtree(old)
-    else:
-        partial.rename(destination)
+        return
+    old = {path for pattern in (*MARKERS, *_MODEL_FILES) for path in destination.glob(pattern)}
+    for path in sorted(old, key=lambda path: path.name not in MARKERS):
+        path.unlink()
+    for path in sorted(partial.iterdir(), key=lambda path: path.name in MARKERS):
+        path.replace(destination / path.name)
+    partial.rmdir()
 
 
 def check_destination(destination: Path, *, overwrite: bool) -> None:
-    """Raises unless the destination is free, an empty folder, or may be overwritten."""
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())) and not overwrite:
+    """Raises if the destination is no folder, or holds a model that may not be overwritten."""
+    if destination.exists() and not destination.is_dir():
+        raise CheckpointError(f"{destination} is a file; a checkpoint is a folder. Choose another destination.")
+    if any((destination / marker).exists() for marker in MARKERS) and not overwrite:
         raise CheckpointError(
-            f"{destination} exists and is not empty. Choose another destination, or ask for it to be replaced (--overwrite)."
+            f"{destination} holds a model already. Choose another destination, or ask for it to be replaced (--overwrite)."
         )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from flax_switch import config_huggingface
 from flax_switch.config import SwitchConfig, one_of
-from flax_switch.convert import hub, huggingface, native, orbax, t5x
+from flax_switch.convert import hub, huggingface, native, orbax, t5x, tokenizer
 from flax_switch.convert.canonical import is_router
 from flax_switch.convert.folder import DEFAULT_SHARD_SIZE, parse_size, split_into_shards, write_folder
 from flax_switch.convert.tensors import DTYPES, CheckpointError, LazyTensor, cast
@@ -173,6 +173,7 @@ def write_checkpoint(
         tensors = huggingface.huggingface_tensors(checkpoint.config, checkpoint.architecture, model_type, checkpoint.tensors)
         shards, stem = split_into_shards(tensors, size), "model"
         files = {**files, "config.json": (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()}
+        files = tokenizer.complete_files(files, checkpoint.path)
         files.pop("vocabulary.json", None)
     else:
         shards, stem = split_into_shards(checkpoint.tensors, size, split_stacks=True), native.STEM

@@ -204,7 +204,10 @@ def load_pretrained(
         one_of("dtype", dtype, tuple(DTYPES))
         config = config.replace(param_dtype=dtype)
     tensors = {p: t if dtype is None or is_router(p) else cast(t, DTYPES[dtype]) for p, t in opened.tensors.items()}
-    model = (SwitchEncoder if opened.architecture == "encoder" else SwitchTransformer)(config)
+    if opened.architecture == "encoder":
+        model = SwitchEncoder(config)
+    else:
+        model = SwitchTransformer(config, head=opened.architecture == "full")
     missing = canonical_shapes(config, opened.architecture).keys() - tensors.keys()
     tensors |= _fresh(model, missing, seed)
     if config.scan_layers:

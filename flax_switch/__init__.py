@@ -9,6 +9,10 @@ _HOME = {
     "ConfigError": "flax_switch.config",
     "SwitchConfig": "flax_switch.config",
     "PRESETS": "flax_switch.presets",
+    "CheckpointError": "flax_switch.convert",
+    "Pretrained": "flax_switch.pretrained",
+    "load_pretrained": "flax_switch.pretrained",
+    "save_pretrained": "flax_switch.pretrained",
 }  # public name -> the module that defines it
 
 __all__ = sorted(_HOME)

@@ -1,0 +1,138 @@
+"""The sparse MLP as a Flax module: it holds parameters; `flax_switch.ops.moe` computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from flax_switch.config import SwitchConfig
+from flax_switch.ops.groups import flaxformer_replicas
+from flax_switch.ops.moe import MoEParams, moe_block
+from flax_switch.ops.routing import RouterOutput
+
+Initializer = Callable[..., Array]
+
+
+class Kernel(nn.Module):
+    """One parameter called "kernel" (and with `bias`, one called "bias"), declared with its logical axes."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    initializer: Initializer
+    dtype: Any
+    bias: bool = False
+
+    @nn.compact
+    def __call__(self) -> tuple[Array, Array | None]:
+        """The kernel, and the bias over its last axis or None."""
+        kernel = self.param("kernel", nn.with_logical_partitioning(self.initializer, self.axes), self.shape, self.dtype)
+        if not self.bias:
+            return kernel, None
+        zeros = nn.with_logical_partitioning(nn.initializers.zeros_init(), self.axes[-1:])
+        return kernel, self.param("bias", zeros, self.shape[-1:], self.dtype)
+
+
+def each_expert(init: Initializer) -> Initializer:
+    """An initialiser of [E, ...] that draws every expert by its own key, and thus an expert's values for any number of experts."""
+
+    def init_experts(key, shape, dtype):
+        one = lambda e: init(jax.random.fold_in(key, e), shape[1:], dtype)  # noqa: E731
+        return jax.vmap(one)(jnp.arange(shape[0]))
+
+    return init_experts
+
+
+class MLPKernels(nn.Module):
+    """The kernels of an MLP, or of E of them on a leading "expert" axis."""
+
+    config: SwitchConfig
+    num_experts: int | None = None
+
+    @nn.compact
+    def __call__(self) -> dict[str, Array]:
+        """{"wi" | "wi_0", "wi_1": [(E,) D, F], "wo": [(E,) F, D]}."""
+        config = self.config
+        D, F = config.d_model, config.expert_width
+        init = nn.initializers.variance_scaling(config.init_scale, "fan_in", "normal")
+        lead, lead_axis = (), ()
+        if self.num_experts is not None:
+            lead, lead_axis, init = (self.num_experts,), ("expert",), each_expert(init)
+        names = ("wi_0", "wi_1") if config.is_gated else ("wi",)
+        dtype = config.param_dtype
+        kernels = {n: Kernel((*lead, D, F), (*lead_axis, "embed", "mlp"), init, dtype, name=n)()[0] for n in names}
+        kernels["wo"] = Kernel((*lead, F, D), (*lead_axis, "mlp", "embed"), init, dtype, name="wo")()[0]
+        return kernels
+
+
+class RouterWeights(nn.Module):
+    """The router's kernel [D, E] and, if the config asks for it, bias [E]."""
+
+    config: SwitchConfig
+
+    @nn.compact
+    def __call__(self) -> tuple[Array, Array | None]:
+        """(kernel, bias or None)."""
+        config = self.config
+        shape, init = (config.d_model, config.num_experts), nn.initializers.normal(0.02)
+        return Kernel(shape, ("embed", "unmodeled"), init, config.param_dtype, config.router_bias, name="w")()
+
+
+class Router(nn.Module):
+    """Puts the router's parameters at the path that T5X checkpoints have: router/router_weights/w/kernel."""
+
+    config: SwitchConfig
+
+    @nn.compact
+    def __call__(self) -> tuple[Array, Array | None]:
+        """(kernel, bias or None)."""
+        return RouterWeights(self.config, name="router_weights")()
+
+
+class SparseMLP(nn.Module):
+    """A mixture of experts in place of a dense MLP (2101.03961, section 2).
+
+    Random streams: "jitter" where router_jitter_noise, "dropout" where an expert's dropout rate is not 0; both only if not
+    deterministic.
+    """
+
+    config: SwitchConfig
+    stack: str  # "encoder" or "decoder"
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B L D"],
+        *,
+        padding_mask: Bool[Array, "B L"] | None,
+        deterministic: bool,
+        with_logits: bool = False,
+    ) -> tuple[Float[Array, "B L D"], RouterOutput]:
+        """Routes and computes; see `ops.moe.moe_block`.
+
+        padding_mask: True for real tokens, or None. with_logits: return the router's logits too.
+        """
+        config = self.config
+        router_kernel, router_bias = Router(config, name="router")()
+        expert = MLPKernels(config, config.num_experts, name="expert")()
+        shared = MLPKernels(config, name="shared_expert")() if config.shared_expert else None
+        dropout_rate = config.dropout_rate if config.expert_dropout_rate is None else config.expert_dropout_rate
+        return moe_block(
+            MoEParams(router_kernel, router_bias, expert, shared),
+            x,
+            config=config,
+            stack=self.stack,
+            padding_mask=padding_mask,
+            deterministic=deterministic,
+            jitter_rng=self._rng("jitter", config.router_jitter_noise, deterministic),
+            dropout_rng=self._rng("dropout", dropout_rate, deterministic),
+            replicas=flaxformer_replicas(config.num_experts) if config.routing_group == "flaxformer" else 1,
+            with_logits=with_logits,
+        )
+
+    def _rng(self, stream: str, rate: float, deterministic: bool):
+        return None if deterministic or rate == 0.0 else self.make_rng(stream)

@@ -1,0 +1,63 @@
+"""What an expert computes: the MLP's mathematics, once, for every executor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+ExpertKernels = Mapping[str, Array]  # {"wi" | "wi_0", "wi_1": [E, D, F], "wo": [E, F, D]}
+
+_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "relu": jax.nn.relu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "linear": lambda x: x,
+    "tanh": jnp.tanh,
+}
+
+
+def activation(name: str) -> Callable[[Array], Array]:
+    """The activation function called `name` in a config: "gelu" is exact, "gelu_new" its tanh approximation."""
+    return _ACTIVATIONS[name]
+
+
+def dropout(x: Array, rate: float, rng: PRNGKeyArray | None) -> Array:
+    """Sets elements to zero with probability `rate` and scales the others up; no change where `rng` is None or the rate 0."""
+    if rng is None or rate == 0.0:
+        return x
+    keep = jax.random.bernoulli(rng, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / jnp.asarray(1.0 - rate, x.dtype), jnp.zeros_like(x))
+
+
+def mlp(
+    x: Array,
+    kernels: ExpertKernels,
+    activations: tuple[str, ...],
+    matmul: Callable[[Array, Array], Array],
+    *,
+    dropout_rate: float = 0.0,
+    dropout_rng: PRNGKeyArray | None = None,
+) -> Array:
+    """`act(x wi) wo`, or `act(x wi_0) * act(x wi_1)` before `wo` where `activations` names two.
+
+    `matmul(x, kernel)` says how rows meet experts: a batched product over an expert axis, a grouped product over sorted rows,
+    or a plain one; so every executor shares these lines. Everything is computed in x's dtype. Dropout draws every
+    element by itself: flaxformer shares one draw among all tokens of an expert, which drops a unit for the whole batch.
+    """
+    names = ("wi",) if len(activations) == 1 else ("wi_0", "wi_1")
+    hidden = None
+    for name, function in zip(names, activations, strict=True):
+        projected = activation(function)(matmul(x, kernels[name].astype(x.dtype)))
+        hidden = projected if hidden is None else hidden * projected
+    hidden = dropout(hidden, dropout_rate, dropout_rng)
+    return matmul(hidden, kernels["wo"].astype(x.dtype))
+
+
+def batched_matmul(x: Float[Array, "G E C D"], kernel: Float[Array, "E D F"]) -> Float[Array, "G E C F"]:
+    """Every expert's own product with the rows in its buffer."""
+    return jnp.einsum("GECD,EDF->GECF", x, kernel)

@@ -1,0 +1,44 @@
+"""Dropless execution: rows sorted by expert, and one grouped product per kernel."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from flax_switch.ops.permute import sum_rows, take_rows
+from flax_switch.ops.routing import RoutingPlan
+
+
+def execute_ragged(
+    plan: RoutingPlan, x: Float[Array, "G S D"], kernels: Mapping[str, Array], experts: Callable
+) -> Float[Array, "G S D"]:
+    """Sorts the kept choices of all groups by expert, runs `experts` on the sorted rows, and adds up the answers."""
+    G, S, N = plan.expert.shape
+    num_choices = G * S * N
+    num_rows = num_choices if plan.tokens_choose else G * plan.num_experts * plan.buffer_size
+    key = jnp.where(plan.kept, plan.expert, plan.num_experts).reshape(num_choices)
+    choice = jnp.argsort(key, stable=True)[:num_rows].astype(jnp.int32)  # what was not kept comes last
+    group_sizes = (key[:, None] == jnp.arange(plan.num_experts)).sum(0, dtype=jnp.int32)
+    rows = jnp.arange(num_rows, dtype=jnp.int32)
+    used = rows < group_sizes.sum()
+    choice = jnp.where(used, choice, num_choices)
+    row_of_choice = jnp.full(num_choices, num_rows, jnp.int32).at[choice].set(rows, mode="drop")
+    token, row_of_token = choice[None] // N, None
+    if plan.tokens_choose:
+        row_of_token = row_of_choice.reshape(1, G * S, N)
+
+    sorted_rows = take_rows(x.reshape(1, G * S, -1), token, row_of_token)[0]
+    answers = experts(sorted_rows, kernels, matmul=functools.partial(grouped_matmul, group_sizes=group_sizes))
+    weight = take_rows(plan.weight.reshape(1, -1, 1), choice[None], row_of_choice.reshape(1, -1, 1))
+    return sum_rows(answers[None] * weight, token, row_of_token, G * S).reshape(x.shape).astype(x.dtype)
+
+
+def grouped_matmul(
+    x: Float[Array, "R D"], kernel: Float[Array, "E D F"], *, group_sizes: Int[Array, " E"]
+) -> Float[Array, "R F"]:
+    """Row r times the kernel of the expert whose group it falls in; rows beyond the groups' sum are zero."""
+    return jax.lax.ragged_dot(x, kernel, group_sizes)

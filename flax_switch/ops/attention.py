@@ -105,7 +105,7 @@ def dot_product_attention(
     if bias is not None:
         logits += bias
     if mask is not None:
-        logits = jnp.where(mask, logits, MASKED)
+        logits += jnp.where(mask, 0.0, MASKED)  # added, not selected: fully masked rows keep upstream's gradient
     probs = jax.nn.softmax(logits, axis=-1)  # float32: bfloat16 sums of small probabilities drift
     weights = probs.astype(value.dtype)
     if dropout_rng is not None and dropout_rate > 0.0:

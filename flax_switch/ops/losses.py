@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from flax_switch.config import SwitchConfig
+from flax_switch.ops.routing import RouterOutput
 
 IGNORED_LABEL = -100  # targets that do not count, as in Hugging Face
 
@@ -19,8 +20,8 @@ class LossOutput:
     """A training loss and its parts, all float32 scalars in nats.
 
     `loss` is what is differentiated. `cross_entropy` and `z_loss` are divided by the normaliser (by default the number of real
-    target tokens, `weight_sum`); `load_balancing_loss` and `router_z_loss` are means over sparse layers, before their
-    coefficients.
+    target tokens, `weight_sum`); `load_balancing_loss` and `router_z_loss` are reduced by `router_losses`, before
+    their coefficients.
     """
 
     loss: Float[Array, ""]
@@ -73,12 +74,30 @@ def loss_weights(
     return weights, jnp.float32(1.0 if normalizer is None else normalizer)
 
 
-def router_losses(routers: tuple[Any, ...], config: SwitchConfig) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Load-balancing loss and router z-loss of a model: their means over its sparse layers (0 without any)."""
-    if not routers:
-        return jnp.float32(0.0), jnp.float32(0.0)
-    balance = jnp.stack([r.load_balancing_loss for r in routers]).mean()
-    return balance, jnp.stack([r.z_loss for r in routers]).mean()
+def router_losses(
+    encoder: tuple[RouterOutput, ...], decoder: tuple[RouterOutput, ...], config: SwitchConfig
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Load-balancing loss and router z-loss of a model, before their coefficients; 0 without sparse layers.
+
+    "layers": the means over all sparse layers (flaxformer). "huggingface": the sum over the two stacks, each with its layers'
+    tokens taken together before the fraction routed is multiplied by the mean probability, sequence by sequence; a stack whose
+    every layer is sparse counts nothing there.
+    """
+    if config.router_loss_reduction == "layers":
+        routers = (*encoder, *decoder)
+        if not routers:
+            return jnp.float32(0.0), jnp.float32(0.0)
+        balance = jnp.stack([r.load_balancing_loss for r in routers]).mean()
+        return balance, jnp.stack([r.z_loss for r in routers]).mean()
+    balance, router_z = jnp.float32(0.0), jnp.float32(0.0)
+    for stack, routers in (("encoder", encoder), ("decoder", decoder)):
+        if not routers or len(routers) == config.num_layers(stack):
+            continue
+        fraction = jnp.stack([r.expert_fraction for r in routers]).mean(0)
+        probs = jnp.stack([r.mean_probs for r in routers]).mean(0)
+        balance += config.num_experts**2 * (fraction * probs).mean()
+        router_z += jnp.stack([r.z_loss for r in routers]).mean()
+    return balance, router_z
 
 
 def seq2seq_loss(
@@ -87,7 +106,7 @@ def seq2seq_loss(
     config: SwitchConfig,
     *,
     segment_ids: Int[Array, "B L"] | None = None,
-    normalizer: str | float | Float[Array, ""] | None = None,
+    divisor: Float[Array, ""] | None = None,
 ) -> LossOutput:
     """The loss of a `ModelOutput`: cross-entropy + z-loss + coefficients times the routers' losses.
 
@@ -96,7 +115,7 @@ def seq2seq_loss(
       labels: target ids; -100 marks positions that do not count.
       config: gives z_loss_coef, label_smoothing, loss_normalizer and the routers' coefficients.
       segment_ids: of packed targets; only loss_normalizer="average_per_sequence" needs them.
-      normalizer: overrides config.loss_normalizer, for example by the token count of a whole batch of which this is a part.
+      divisor: what the weighted sum is divided by, where this is a part of a larger batch; by default this batch's own.
     """
     weights = (labels != IGNORED_LABEL).astype(jnp.float32)
     cross_entropy, z_loss = token_cross_entropy(
@@ -106,10 +125,10 @@ def seq2seq_loss(
         label_smoothing=config.label_smoothing,
     )
     weight_sum = weights.sum()
-    weights, divisor = loss_weights(weights, config.loss_normalizer if normalizer is None else normalizer, segment_ids)
-    divisor = jnp.maximum(divisor, 1e-9)  # a batch without a single target costs 0
+    weights, own_divisor = loss_weights(weights, config.loss_normalizer, segment_ids)
+    divisor = jnp.maximum(own_divisor if divisor is None else divisor, 1e-9)  # a batch without a single target costs 0
     cross_entropy = (cross_entropy * weights).sum() / divisor
     z_loss = (z_loss * weights).sum() / divisor
-    balance, router_z = router_losses((*output.encoder_router, *output.decoder_router), config)
+    balance, router_z = router_losses(output.encoder_router, output.decoder_router, config)
     loss = cross_entropy + z_loss + config.load_balancing_loss_coef * balance + config.router_z_loss_coef * router_z
     return LossOutput(loss, cross_entropy, z_loss, balance, router_z, weight_sum)

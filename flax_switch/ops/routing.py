@@ -129,9 +129,7 @@ def _probability_of(probs: Float[Array, "G S E"], expert: Int[Array, "G S N"]) -
     return jnp.where(chosen, probs[:, :, None, :], 0).sum(-1)
 
 
-def _queue_slots(
-    expert: Int[Array, "G S N"], num_experts: int, priority: Float[Array, "G S"] | None
-) -> Int[Array, "G S N"]:
+def _queue_slots(expert: Int[Array, "G S N"], num_experts: int, priority: Float[Array, "G S"] | None) -> Int[Array, "G S N"]:
     """Each choice's place in its expert's queue, counting choice-major. Index `num_experts` stands in no queue."""
     G, S, N = expert.shape
     if priority is not None:
@@ -150,9 +148,7 @@ def _queue_slots(
     return slot
 
 
-def experts_choose(
-    probs: Float[Array, "G S E"], *, capacity: int, routed: Bool[Array, "G S"] | None = None
-) -> RoutingPlan:
+def experts_choose(probs: Float[Array, "G S E"], *, capacity: int, routed: Bool[Array, "G S"] | None = None) -> RoutingPlan:
     """Every expert takes its `capacity` most probable tokens (2202.09368, equation 2); the lowest index wins ties.
 
     routed: tokens that may be taken; the others count as improbable, and are not kept if their turn comes all the same. Not for
@@ -192,9 +188,7 @@ def token_mean(values: Float[Array, "G S"], counted: Bool[Array, "G S"] | None) 
     return jnp.where(counted, values, 0.0).sum() / jnp.maximum(counted.sum(), 1)
 
 
-def routing_metrics(
-    plan: RoutingPlan, probs: Float[Array, "G S E"], counted: Bool[Array, "G S"] | None
-) -> dict[str, Array]:
+def routing_metrics(plan: RoutingPlan, probs: Float[Array, "G S E"], counted: Bool[Array, "G S"] | None) -> dict[str, Array]:
     """What to watch while training; all float32 scalars but tokens_per_expert [E].
 
     fraction_tokens_left_behind: of the counted tokens, those that no expert took. router_confidence: mean weight of the choices

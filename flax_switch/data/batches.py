@@ -1,0 +1,101 @@
+"""Batches: examples laid out in rows of fixed lengths, as dicts of int32 arrays.
+
+    input_ids, attention_mask                       [B, inputs_length]   mask 1 at tokens, 0 at padding
+    decoder_input_ids, decoder_attention_mask       [B, targets_length]  targets shifted right by the start token (pad)
+    labels                                          [B, targets_length]  targets; -100 at padding, which has no loss
+and with packing
+    input_segment_ids, input_positions              [B, inputs_length]   segments count from 1, 0 is padding;
+    decoder_segment_ids, decoder_positions          [B, targets_length]  positions restart with each segment
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Bool, Integer
+
+from flax_switch.data.examples import Examples, span_of_each
+
+IGNORED = -100
+Batch = dict[str, np.ndarray]
+
+
+def pad_batch(examples: Examples, inputs_length: int, targets_length: int) -> Batch:
+    """One example a row."""
+    mask = _mask(examples.input_lengths, inputs_length)
+    decoder_mask = _mask(examples.target_lengths, targets_length)
+    targets = _fit(examples.targets, targets_length)
+    decoder_input_ids = np.zeros_like(targets)
+    decoder_input_ids[:, 1:] = targets[:, :-1]
+    return {
+        "input_ids": _fit(examples.inputs, inputs_length),
+        "decoder_input_ids": decoder_input_ids * decoder_mask,
+        "labels": np.where(decoder_mask, targets, np.int32(IGNORED)),
+        "attention_mask": mask,
+        "decoder_attention_mask": decoder_mask,
+    }
+
+
+def pack_batch(
+    examples: Examples, rows: Integer[np.ndarray, M], batch_size: int, inputs_length: int, targets_length: int
+) -> Batch:
+    """Several examples a row: example m goes to `rows[m]` (ascending), after those already there."""
+    input_ids, segment_ids, positions = _lay_out(examples.inputs, examples.input_lengths, rows, (batch_size, inputs_length))
+    targets, decoder_segment_ids, decoder_positions = _lay_out(
+        examples.targets, examples.target_lengths, rows, (batch_size, targets_length)
+    )
+    decoder_input_ids = np.zeros_like(targets)
+    decoder_input_ids[:, 1:] = targets[:, :-1]
+    decoder_input_ids[decoder_positions == 0] = 0  # each segment starts anew
+    decoder_mask = (decoder_segment_ids > 0).astype(np.int32)
+    return {
+        "input_ids": input_ids,
+        "decoder_input_ids": decoder_input_ids,
+        "labels": np.where(decoder_mask, targets, np.int32(IGNORED)),
+        "attention_mask": (segment_ids > 0).astype(np.int32),
+        "decoder_attention_mask": decoder_mask,
+        "input_segment_ids": segment_ids,
+        "input_positions": positions,
+        "decoder_segment_ids": decoder_segment_ids,
+        "decoder_positions": decoder_positions,
+    }
+
+
+def _lay_out(
+    values: np.ndarray, lengths: np.ndarray, rows: np.ndarray, shape: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(ids, segment ids, positions) of examples laid one after another in their rows."""
+    ids, segments, positions = (np.zeros(shape, np.int32) for _ in range(3))
+    first_of_row = np.searchsorted(rows, rows)  # the index of the first example in each example's row
+    before = np.cumsum(lengths) - lengths
+    starts = before - before[first_of_row]  # where in its row each example starts
+    example, offset = span_of_each(lengths)
+    row, column = rows[example], starts[example] + offset
+    ids[row, column] = values[example, offset]
+    segments[row, column] = (np.arange(len(rows)) - first_of_row + 1)[example]
+    positions[row, column] = offset
+    return ids, segments, positions
+
+
+def _mask(lengths: np.ndarray, width: int) -> np.ndarray:
+    return (np.arange(width) < lengths[:, None]).astype(np.int32)
+
+
+def _fit(values: np.ndarray, width: int) -> np.ndarray:
+    """Widened with zeros to `width`; examples never are wider."""
+    fitted = np.zeros((len(values), width), np.int32)
+    fitted[:, : values.shape[1]] = values
+    return fitted
+
+
+def pad_rows(batch: Batch, batch_size: int) -> Batch:
+    """The last, smaller batch brought to `batch_size` rows by rows of padding, which have no loss."""
+    missing = batch_size - len(batch["labels"])
+    if not missing:
+        return batch
+    fill = {name: IGNORED if name == "labels" else 0 for name in batch}
+    return {name: np.pad(a, ((0, missing), (0, 0)), constant_values=fill[name]) for name, a in batch.items()}
+
+
+def text_token_mask(labels: Integer[np.ndarray, ...], num_pieces: int, eos_id: int = 1) -> Bool[np.ndarray, ...]:
+    """Which labels are text tokens: neither padding (-100) nor EOS nor a sentinel (ids from `num_pieces` on)."""
+    return (labels >= 0) & (labels != 0) & (labels != eos_id) & (labels < num_pieces)

@@ -1,0 +1,138 @@
+"""Tokenised corpora on disk: written once, complete or absent, and memory-mapped from then on.
+
+A cache is a folder of four arrays and a `meta.json`. Its name is a fingerprint of the corpus, the vocabulary and the split:
+
+    train.tokens, heldout.tokens      token ids of all documents end to end, uint16 where the ids fit, else uint32
+    train.offsets, heldout.offsets    int64, where each document begins, and the end of the last
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from rich import progress
+
+from flax_switch.config import ConfigError, check
+from flax_switch.data import files
+from flax_switch.data.vocabulary import Vocabulary
+
+SPLITS = ("train", "heldout")
+_VERSION = 1  # of the format; part of the fingerprint
+_DOCUMENTS_AT_ONCE = 2000
+
+
+class TokenStore:
+    """One split of a cache: documents as ids in a memory-mapped file. Pickles as its path, for worker processes."""
+
+    def __init__(self, folder: Path, split: str):
+        self.folder, self.split = Path(folder), split
+        try:
+            meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
+            counts = meta["splits"][split]
+            self.fingerprint: str = meta["fingerprint"]
+            self.tokens = _mapped(self.folder / f"{split}.tokens", np.dtype(meta["dtype"]), counts["tokens"])
+            self.offsets = _mapped(self.folder / f"{split}.offsets", np.dtype(np.int64), counts["documents"] + 1)
+        except (OSError, KeyError, ValueError) as error:
+            raise ConfigError(
+                f"The token cache {self.folder} is damaged ({error}); delete that folder and it is made anew."
+            ) from error
+
+    def __reduce__(self):
+        return TokenStore, (self.folder, self.split)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.offsets) - 1
+
+    def document(self, i: int) -> np.ndarray:
+        """The token ids of document `i`."""
+        return np.asarray(self.tokens[self.offsets[i] : self.offsets[i + 1]], np.int32)
+
+
+def _mapped(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
+    if path.stat().st_size != count * dtype.itemsize:
+        raise ValueError(f"{path.name} has {path.stat().st_size} bytes instead of {count * dtype.itemsize}")
+    return np.memmap(path, dtype, mode="r", shape=(count,)) if count else np.zeros(0, dtype)
+
+
+def is_heldout(document: str, fraction: float) -> bool:
+    """Whether a hash of the document's text falls into the held-out fraction; the same wherever the document stands."""
+    digest = hashlib.blake2b(document.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < fraction * 2**64
+
+
+def tokenize(
+    documents: Iterable[str],
+    vocabulary: Vocabulary,
+    cache_dir: Path,
+    *,
+    corpus_fingerprint: str,
+    heldout_fraction: float,
+    total_characters: int | None = None,
+    quiet: bool = False,
+) -> dict[str, TokenStore]:
+    """The cache of a corpus under a vocabulary, as {"train": store, "heldout": store}; made if it is not there yet.
+
+    Raises `ConfigError` where the corpus is empty or the disk is full; then nothing is left behind.
+    """
+    key = f"{_VERSION} {corpus_fingerprint} {vocabulary.fingerprint} {heldout_fraction!r}"
+    folder = cache_dir / f"tokens-{hashlib.blake2b(key.encode(), digest_size=10).hexdigest()}"
+    if not folder.is_dir():
+        with files.new_folder(folder) as temporary:
+            _write(documents, vocabulary, temporary, heldout_fraction, total_characters, quiet)
+    return {split: TokenStore(folder, split) for split in SPLITS}
+
+
+def _write(
+    documents: Iterable[str],
+    vocabulary: Vocabulary,
+    folder: Path,
+    heldout_fraction: float,
+    total_characters: int | None,
+    quiet: bool,
+) -> None:
+    dtype = np.dtype(np.uint16 if vocabulary.size <= 2**16 else np.uint32)
+    ends: dict[str, list[int]] = {split: [0] for split in SPLITS}
+    digest = hashlib.blake2b(vocabulary.fingerprint.encode(), digest_size=10)
+    with open(folder / "train.tokens", "wb") as train, open(folder / "heldout.tokens", "wb") as heldout:
+        opened = {"train": train, "heldout": heldout}
+        for batch in _with_progress(documents, total_characters, quiet):
+            for document, ids in zip(batch, vocabulary.encode_documents(batch), strict=True):
+                if ids:
+                    split = "heldout" if is_heldout(document, heldout_fraction) else "train"
+                    content = np.asarray(ids, dtype).tobytes()
+                    digest.update(content)
+                    opened[split].write(content)
+                    ends[split].append(ends[split][-1] + len(ids))
+    for split in SPLITS:
+        np.asarray(ends[split], np.int64).tofile(folder / f"{split}.offsets")
+    check(ends["train"][-1] > 0, "The corpus is empty: no document of it has any text.")
+    meta = {
+        "fingerprint": digest.hexdigest(),
+        "dtype": dtype.name,
+        "splits": {split: {"documents": len(ends[split]) - 1, "tokens": ends[split][-1]} for split in SPLITS},
+    }
+    (folder / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
+
+
+def _with_progress(documents: Iterable[str], total_characters: int | None, quiet: bool) -> Iterator[list[str]]:
+    """The documents in batches, under a progress bar that counts their characters."""
+    columns = (
+        progress.TextColumn("{task.description}"), progress.BarColumn(), progress.DownloadColumn(),
+        progress.TimeElapsedColumn(), progress.TimeRemainingColumn(),
+    )  # fmt: skip
+    with progress.Progress(*columns, disable=quiet, transient=True) as bar:
+        task = bar.add_task("Tokenising the corpus", total=total_characters)
+        remaining = iter(documents)
+        while batch := list(itertools.islice(remaining, _DOCUMENTS_AT_ONCE)):
+            yield batch
+            bar.advance(task, sum(map(len, batch)))

@@ -1,0 +1,143 @@
+"""The embedded default corpus: the English prose that every installation of Python and of this library carries.
+
+Python's language reference (`pydoc_data.topics`), the docstrings of the standard library and the docstrings of the core
+dependencies are read from their source files with `ast`; nothing is imported and nothing is downloaded. What is found depends
+on the installed versions, so the text is cached under a key of them, and token caches are keyed by the text itself.
+"""
+
+from __future__ import annotations
+
+import ast
+import gc
+import hashlib
+import importlib.util
+import re
+import sys
+import sysconfig
+from collections.abc import Iterable, Iterator
+from importlib import metadata
+from pathlib import Path
+
+from flax_switch.config import check
+from flax_switch.data import files, prose
+
+# Import name -> distribution, in the order they are read: earlier copies of a shared paragraph stay, later ones go.
+DEPENDENCIES = {
+    "numpy": "numpy", "scipy": "scipy", "jax": "jax", "flax": "flax", "optax": "optax", "orbax": "orbax-checkpoint",
+    "etils": "etils", "grain": "grain", "absl": "absl-py", "ml_collections": "ml_collections", "rich": "rich",
+    "treescope": "treescope", "opt_einsum": "opt_einsum", "fsspec": "fsspec", "jaxtyping": "jaxtyping",
+}  # fmt: skip
+_SKIPPED_FOLDERS = {
+    "test",
+    "tests",
+    "testing",
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+    "_vendor",
+    "vendored",
+    "lib2to3",
+}
+_LONG_STRING = re.compile(rb'''"""(.*?)"""''', re.DOTALL)
+_DOCUMENTED = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+_VERSION = 1  # of the extraction; raise it when cleaning changes
+
+
+def default_corpus(cache_dir: Path) -> list[str]:
+    """Documents of prose, in a fixed order, without duplicates; extracted once for the installed versions, then cached.
+
+    A document is the prose of one docstring or one chapter of the language reference, on one line.
+    """
+    path = cache_dir / f"default-corpus-{_key()}.txt"
+    if not path.exists():
+        documents = extract()
+        check(
+            sum(map(len, documents)) >= 100_000,
+            "This Python carries almost no documentation (its standard library's source files are missing), so there is no "
+            "embedded corpus to train on; set data.source to files of your own.",
+        )
+        files.write_text(path, "".join(f"{document}\n" for document in documents))
+    return path.read_text(encoding="utf-8").splitlines()
+
+
+def extract() -> list[str]:
+    """Reads, cleans and de-duplicates the corpus from the installed source files, in a few seconds."""
+    collecting = gc.isenabled()
+    gc.disable()  # syntax trees hold no cycles; without the collector, building them takes 40 % of the time
+    try:
+        return deduplicated(prose.paragraphs(text) for text in _texts())
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def deduplicated(documents: Iterable[list[str]]) -> list[str]:
+    """Joins each document's paragraphs that no earlier document has (letter case and punctuation aside); drops empty ones."""
+    seen: set[str] = set()
+    kept = []
+    for paragraphs in documents:
+        new = []
+        for paragraph in paragraphs:
+            shape = re.sub(r"[^a-z]+", " ", paragraph.lower())
+            if shape not in seen:
+                seen.add(shape)
+                new.append(paragraph)
+        if new:
+            kept.append(" ".join(new))
+    return kept
+
+
+def _texts() -> Iterator[str]:
+    library = Path(sysconfig.get_path("stdlib"))
+    yield from _topics(library / "pydoc_data" / "topics.py")
+    yield from _docstrings(library)
+    for package in DEPENDENCIES:
+        spec = importlib.util.find_spec(package)
+        for root in (spec.submodule_search_locations or ()) if spec else ():
+            yield from _docstrings(Path(root))
+
+
+def _topics(path: Path) -> Iterator[str]:
+    """The chapters of the language reference: the strings of one dict literal."""
+    tree = _parse(path)
+    for node in ast.walk(tree) if tree else ():
+        if isinstance(node, ast.Dict):
+            for value in node.values:
+                if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                    yield value.value
+            return
+
+
+def _docstrings(root: Path) -> Iterator[str]:
+    for path in sorted(root.rglob("*.py")):
+        folders = path.relative_to(root).parts[:-1]
+        if _SKIPPED_FOLDERS.isdisjoint(folders) and not path.name.endswith("_test.py"):
+            open_nodes: list[ast.AST] = [tree] if (tree := _parse(path)) else []
+            while open_nodes:
+                node = open_nodes.pop()
+                text = ast.get_docstring(node)
+                if text:
+                    yield text
+                # Functions inside functions and definitions under an `if` are few, and walking every node is slow.
+                open_nodes += [child for child in reversed(node.body) if isinstance(child, _DOCUMENTED)]
+
+
+def _parse(path: Path) -> ast.Module | None:
+    """The syntax tree, or None for a file that this Python cannot parse or that holds little but code (for speed)."""
+    try:
+        source = path.read_bytes()
+        documentation = sum(map(len, _LONG_STRING.findall(source)))
+        return ast.parse(source) if documentation > 0.1 * len(source) else None
+    except (OSError, SyntaxError, ValueError):
+        return None
+
+
+def _key() -> str:
+    """Changes with the versions of Python and of the packages that are read."""
+    versions = [f"python {sys.version_info[:3]}", f"extraction {_VERSION}"]
+    for distribution in DEPENDENCIES.values():
+        try:
+            versions.append(f"{distribution} {metadata.version(distribution)}")
+        except metadata.PackageNotFoundError:
+            versions.append(f"{distribution} absent")
+    return hashlib.blake2b("\n".join(versions).encode(), digest_size=8).hexdigest()

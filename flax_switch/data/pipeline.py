@@ -1,0 +1,187 @@
+"""From a `DataConfig` to batches: corpus, vocabulary, token cache, and the iterators that training and evaluation read.
+
+prepared = prepare(config.data, workdir=workdir)
+batches = prepared.train_iterator()
+batch = next(batches)               # {"input_ids": [B, inputs_length], "labels": [B, targets_length], ...}, int32
+state = batches.get_state()         # JSON-able; set_state continues exactly there
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flax_switch.config import ConfigError, DataConfig, check
+from flax_switch.data import cache, corpus, files, packing, sources
+from flax_switch.data.batches import Batch
+from flax_switch.data.objectives import ConcatenatedText, Mixture, SeparateDocuments
+from flax_switch.data.statistics import target_token_counts, unigram_entropy
+from flax_switch.data.vocabulary import Vocabulary
+
+if TYPE_CHECKING:  # the loader brings in grain, and grain brings in jax
+    from flax_switch.data.loader import BatchMaker, TrainIterator
+
+_HELDOUT_SEED = 20_210_111  # held-out examples and their masks are the same whatever the training's seed
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Documents to read as often as needed, and a fingerprint of them."""
+
+    documents: Callable[[], Iterable[str]]
+    fingerprint: str
+    total_characters: int | None = None
+
+    @classmethod
+    def of(cls, config: DataConfig) -> Corpus:
+        """The embedded default corpus, or the files that `config.source` names. Raises `ConfigError` where there are none."""
+        if config.source == "default":
+            documents = corpus.default_corpus(files.cache_folder(config.cache_dir))
+            digest = hashlib.blake2b("\n".join(documents).encode(), digest_size=10).hexdigest()
+            return cls(lambda: documents, digest, sum(map(len, documents)))
+        paths = sources.find_files(config.source)
+        return cls(
+            functools.partial(sources.documents, paths, config.text_field, config.document_separator),
+            sources.fingerprint(paths, config.text_field, config.document_separator),
+            sources.total_bytes(paths),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """Everything batches are made of."""
+
+    config: DataConfig
+    vocabulary: Vocabulary
+    mixture: Mixture
+    train: cache.TokenStore
+    heldout: cache.TokenStore
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the tokens (so with corpus and vocabulary) and with the way examples are made of them."""
+        made = {**dataclasses.asdict(self.mixture), "packing": self.config.packing}
+        return hashlib.blake2b(f"{self.train.fingerprint} {json.dumps(made)}".encode(), digest_size=10).hexdigest()
+
+    def train_iterator(self, process_index: int = 0, process_count: int = 1, num_workers: int | None = None) -> TrainIterator:
+        """Endless training batches: `batch_size // process_count` rows of each for this process.
+
+        The order depends on `config.seed` alone. `num_workers` overrides the config's.
+        """
+        from flax_switch.data.loader import TrainIterator
+
+        return TrainIterator(
+            self._train_maker,
+            batch_size=self.config.batch_size,
+            seed=self.config.seed,
+            fingerprint=self.fingerprint,
+            shuffle=self.config.shuffle,
+            process_index=process_index,
+            process_count=process_count,
+            num_workers=self.config.num_workers if num_workers is None else num_workers,
+            prefetch=self.config.prefetch,
+        )
+
+    def heldout_batches(self, count: int | None = None, process_index: int = 0, process_count: int = 1) -> Iterator[Batch]:
+        """The first `count` (or all) held-out batches: always the same examples with the same masks."""
+        from flax_switch.data.loader import finite_batches
+
+        return finite_batches(
+            self._heldout_maker,
+            self.config.batch_size,
+            count,
+            seed=_HELDOUT_SEED,
+            process_index=process_index,
+            process_count=process_count,
+        )
+
+    def heldout_unigram_entropy(self, count: int | None = None) -> float:
+        """Nats per token of the held-out text targets' own unigram distribution, over the first `count` (or all) batches.
+
+        A model that uses no context cannot have a lower cross-entropy over the same tokens (`batches.text_token_mask`).
+        """
+        batches = self.heldout_batches(count)
+        return unigram_entropy(target_token_counts(batches, self.vocabulary.num_pieces, self.vocabulary.eos_id))
+
+    @functools.cached_property
+    def _train_maker(self) -> BatchMaker:
+        return self._maker(self.train, self.config.seed, whole=False)
+
+    @functools.cached_property
+    def _heldout_maker(self) -> BatchMaker:
+        return self._maker(self.heldout, _HELDOUT_SEED, whole=True)
+
+    def _maker(self, store: cache.TokenStore, seed: int, whole: bool) -> BatchMaker:
+        from flax_switch.data.loader import BatchMaker
+
+        lengths = (self.config.inputs_length, self.config.targets_length)
+        if not self.config.packing:
+            return BatchMaker(ConcatenatedText(store, self.mixture, seed, whole=whole), *lengths)
+        source = SeparateDocuments(store, self.mixture, seed)
+        plan = packing.plan_rows(source.input_lengths, source.target_lengths, *lengths, seed=seed)
+        return BatchMaker(source, *lengths, plan=plan)
+
+
+def prepare(
+    config: DataConfig, *, workdir: str | Path | None = None, vocabulary: Vocabulary | None = None, quiet: bool = False
+) -> Prepared:
+    """Reads the corpus, makes or loads the vocabulary, and tokenises; quick when repeated, as all of it is cached.
+
+    The vocabulary is the given one, else the workdir's, else `config.vocabulary`'s, else one trained on the corpus; it is saved
+    in `workdir/vocabulary`. Raises `ConfigError` for unusable input and for a workdir whose vocabulary is another one.
+    """
+    text = Corpus.of(config)
+    saved = Path(workdir) / "vocabulary" if workdir is not None else None
+    vocabulary = _vocabulary(config, text, saved, vocabulary)
+    mixture = Mixture.of(config, vocabulary)
+    stores = cache.tokenize(
+        text.documents(),
+        vocabulary,
+        files.cache_folder(config.cache_dir),
+        corpus_fingerprint=text.fingerprint,
+        heldout_fraction=config.heldout_fraction,
+        total_characters=text.total_characters,
+        quiet=quiet,
+    )
+    check(
+        stores["heldout"].num_tokens >= 2,
+        f"No document fell into the held-out {config.heldout_fraction:.2%} of {stores['train'].num_documents}; raise "
+        "data.heldout_fraction, or set data.document_separator so that the text has more documents.",
+    )
+    if saved is not None and not saved.exists():
+        vocabulary.save(saved)
+    return Prepared(config, vocabulary, mixture, stores["train"], stores["heldout"])
+
+
+def _vocabulary(config: DataConfig, text: Corpus, saved: Path | None, given: Vocabulary | None) -> Vocabulary:
+    if given is None and config.vocabulary is not None:
+        given = Vocabulary.from_sentencepiece(config.vocabulary, config.num_sentinels)
+    if saved is not None and saved.exists():
+        found = Vocabulary.load(saved)
+        wanted = (given.fingerprint, given.size) if given is not None else (None, config.vocabulary_size + config.num_sentinels)
+        if wanted[0] not in (None, found.fingerprint) or wanted[1] != found.size:
+            raise ConfigError(
+                f"{saved} holds another vocabulary ({found.size} ids, fingerprint {found.fingerprint}) than the config asks for "
+                f"({wanted[1]} ids{f', fingerprint {wanted[0]}' if wanted[0] else ''}). Restore data.vocabulary, "
+                "data.vocabulary_size and data.num_sentinels, or take a new workdir."
+            )
+        return found
+    return given or _trained(config, text)
+
+
+def _trained(config: DataConfig, text: Corpus) -> Vocabulary:
+    """A vocabulary trained on the corpus, from the cache if it was trained before."""
+    name = f"vocabulary-{text.fingerprint}-{config.vocabulary_size}-{config.num_sentinels}"
+    folder = files.cache_folder(config.cache_dir) / name
+    if not folder.is_dir():
+        documents = text.documents()
+        training = (d for d in documents if not cache.is_heldout(d, config.heldout_fraction))
+        vocabulary = Vocabulary.train(training, config.vocabulary_size, config.num_sentinels)
+        with files.new_folder(folder) as temporary:
+            vocabulary.save(temporary)
+    return Vocabulary.load(folder)

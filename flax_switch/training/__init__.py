@@ -1,0 +1,1 @@
+"""Pre-training: state, optimiser, step, loop, checkpoints, metrics and the report."""

@@ -1,0 +1,97 @@
+"""The optimiser an `OptimizerConfig` describes, and the logical axes of its state."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from flax_switch.config import ConfigError, OptimizerConfig
+from flax_switch.training.adafactor import AdafactorState, adafactor, state_axes
+
+
+def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """The learning rate by step. `rsqrt` is T5's: learning_rate / sqrt(max(step, warmup_steps))."""
+    peak, warmup = config.learning_rate, config.warmup_steps
+    if config.schedule == "rsqrt":
+        return lambda step: peak * jax.lax.rsqrt(jnp.maximum(jnp.asarray(step, jnp.float32), max(warmup, 1)))
+    if config.schedule == "constant":
+        after = optax.constant_schedule(peak)
+    elif config.schedule == "linear":
+        after = optax.linear_schedule(peak, config.final_learning_rate, max(steps - warmup, 1))
+    else:
+        after = optax.cosine_decay_schedule(peak, max(steps - warmup, 1), alpha=config.final_learning_rate / peak)
+    if warmup == 0:
+        return after
+    # Step 0 already moves: the ramp reaches the peak at step `warmup` - 1.
+    return optax.join_schedules([optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1)), after], [warmup])
+
+
+def build_optimizer(config: OptimizerConfig, axes: Any, steps: int) -> optax.GradientTransformation:
+    """The gradient transformation for parameters whose logical axes are `axes` (from `logical_axes`)."""
+    schedule = learning_rate_schedule(config, steps)
+    if config.name == "adafactor":
+        optimizer = adafactor(
+            axes,
+            schedule,
+            decay_rate=config.decay_rate,
+            multiply_by_parameter_scale=config.multiply_by_parameter_scale,
+            min_dim_size_to_factor=config.min_dim_size_to_factor,
+            clipping_threshold=config.clipping_threshold,
+        )
+    else:
+        optimizer = optax.adamw(schedule, config.b1, config.b2, config.eps, weight_decay=config.weight_decay)
+    if config.clip_global_norm is not None:
+        optimizer = optax.chain(optax.clip_by_global_norm(config.clip_global_norm), optimizer)
+    if config.trainable != ".*":
+        optimizer = _freeze(optimizer, config.trainable, axes)
+    return optimizer
+
+
+def _freeze(optimizer: optax.GradientTransformation, pattern: str, axes: Any) -> optax.GradientTransformation:
+    """`optimizer` for parameters whose path matches `pattern`; the others get no update."""
+    trainable = jax.tree_util.tree_map_with_path(
+        lambda path, _: re.search(pattern, param_path(path)) is not None, axes, is_leaf=lambda x: isinstance(x, tuple)
+    )
+    if not any(jax.tree.leaves(trainable)):
+        raise ConfigError(f"optimizer.trainable={pattern!r} matches no parameter; a path looks like encoder/layers_1/mlp/...")
+
+    # Frozen parameters keep their place in the optimiser's state, but their gradients are zero and so are their updates.
+    def update(grads, state, params):
+        grads = jax.tree.map(lambda g, on: g if on else jnp.zeros_like(g), grads, trainable)
+        updates, state = optimizer.update(grads, state, params)
+        return jax.tree.map(lambda u, on: u if on else jnp.zeros_like(u), updates, trainable), state
+
+    return optax.GradientTransformation(optimizer.init, update)
+
+
+def optimizer_state_axes(state: Any, params: Any, axes: Any, config: OptimizerConfig) -> Any:
+    """The tree of logical axes of an optimiser's state: statistics are split like the parameter they belong to."""
+    param_structure = jax.tree.structure(params)
+
+    def is_params(node):
+        return jax.tree.structure(node) == param_structure
+
+    def is_known(node):
+        return isinstance(node, AdafactorState) or is_params(node)
+
+    def axes_of(node):
+        if isinstance(node, AdafactorState):
+            parts = jax.tree.map(lambda p, names: state_axes(p.shape, names, config.min_dim_size_to_factor), params, axes)
+            # One (row, col, full) triple per parameter.
+            leaves = jax.tree.leaves(parts, is_leaf=lambda x: isinstance(x, tuple) and isinstance(x[0], tuple))
+            row, col, full = (param_structure.unflatten([leaf[i] for leaf in leaves]) for i in range(3))
+            return AdafactorState((), row, col, full)
+        if is_params(node):
+            return axes
+        return (None,) * len(node.shape)
+
+    return jax.tree.map(axes_of, state, is_leaf=is_known)
+
+
+def param_path(path: tuple) -> str:
+    """A key path of a parameter tree as 'encoder/layers_0/...'."""
+    return "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)

@@ -1,0 +1,72 @@
+"""The state of a run, and how to make one straight into its shardings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from flax_switch import partitioning
+from flax_switch.config import ExperimentConfig
+from flax_switch.nn.transformer import SwitchTransformer, init_params, logical_axes
+from flax_switch.training.optimizer import build_optimizer, optimizer_state_axes
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything the train step reads and writes."""
+
+    step: jax.Array  # int32: updates made so far
+    params: Any
+    opt_state: Any
+    rng: jax.Array  # raw key data; each step folds its number in, so that resuming repeats nothing and skips nothing
+
+
+@flax.struct.dataclass
+class Run:
+    """What a run is made of besides its state: fixed for its whole life."""
+
+    config: ExperimentConfig = flax.struct.field(pytree_node=False)
+    model: SwitchTransformer = flax.struct.field(pytree_node=False)
+    optimizer: optax.GradientTransformation = flax.struct.field(pytree_node=False)
+    mesh: Mesh = flax.struct.field(pytree_node=False)
+    abstract_state: TrainState  # shapes, dtypes and shardings
+
+
+def build_run(config: ExperimentConfig, mesh: Mesh) -> Run:
+    """Model, optimiser and the abstract state with its shardings, without allocating an array."""
+    model = SwitchTransformer(config.model)
+    axes = logical_axes(model)
+    optimizer = build_optimizer(config.optimizer, axes, config.train.steps)
+    abstract = jax.eval_shape(lambda: _fresh(config, model, optimizer))
+    state_axes = TrainState(
+        step=(),
+        params=axes,
+        opt_state=optimizer_state_axes(abstract.opt_state, abstract.params, axes, config.optimizer),
+        rng=(None,),
+    )
+    shardings = partitioning.tree_shardings(state_axes, abstract, mesh, fsdp=config.mesh.fsdp)
+    abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
+    return Run(config, model, optimizer, mesh, abstract)
+
+
+def init_state(run: Run) -> TrainState:
+    """A fresh state, each array made where it belongs: no device ever holds a whole parameter that is sharded."""
+    shardings = state_shardings(run)
+    with partitioning.use_mesh(run.mesh):
+        return jax.jit(lambda: _fresh(run.config, run.model, run.optimizer), out_shardings=shardings)()
+
+
+def state_shardings(run: Run) -> TrainState:
+    """The shardings of a run's state."""
+    return jax.tree.map(lambda leaf: leaf.sharding, run.abstract_state)
+
+
+def _fresh(config: ExperimentConfig, model: SwitchTransformer, optimizer: optax.GradientTransformation) -> TrainState:
+    init_rng, step_rng = jax.random.split(jax.random.key(config.train.seed))
+    params = init_params(model, init_rng)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), jax.random.key_data(step_rng))

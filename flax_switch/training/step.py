@@ -1,0 +1,146 @@
+"""One step of training and one of evaluation: the only place where losses meet gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from flax_switch import partitioning
+from flax_switch.nn.outputs import ModelOutput
+from flax_switch.ops.losses import IGNORED_LABEL, LossOutput, loss_weights, seq2seq_loss, token_cross_entropy
+from flax_switch.training.optimizer import learning_rate_schedule
+from flax_switch.training.state import Run, TrainState, state_shardings
+
+Batch = dict[str, jax.Array]
+
+
+def forward(run: Run, params: Any, batch: Batch, rng: jax.Array | None) -> ModelOutput:
+    """The model on a batch; with `rng` in training mode (dropout, jitter, training capacity), without in evaluation mode."""
+    rngs = {} if rng is None else dict(zip(("dropout", "jitter"), jax.random.split(rng), strict=True))
+    return run.model.apply(
+        {"params": params},
+        batch["input_ids"],
+        batch["decoder_input_ids"],
+        batch["attention_mask"],
+        batch["decoder_attention_mask"],
+        segment_ids=batch.get("input_segment_ids"),
+        decoder_segment_ids=batch.get("decoder_segment_ids"),
+        deterministic=rng is None,
+        rngs=rngs,
+    )
+
+
+def loss_and_grads(run: Run, params: Any, batch: Batch, rng: jax.Array) -> tuple[Any, dict[str, Any]]:
+    """Gradients and metrics of a batch, in one piece or in `train.microbatches` pieces with the same sum.
+
+    Each piece divides its cross-entropy by the whole batch's normaliser and its routers' losses by the number of pieces, so that
+    splitting changes memory and not the update (where routing groups lie within a piece, and but for dropout's draws).
+    """
+    config = run.config.model
+    pieces = run.config.train.microbatches
+    labels, segments = batch["labels"], batch.get("decoder_segment_ids")
+    _, divisor = loss_weights((labels != IGNORED_LABEL).astype(jnp.float32), config.loss_normalizer, segments)
+
+    def loss_fn(params, piece, rng):
+        output = forward(run, params, piece, rng)
+        loss = seq2seq_loss(
+            output, piece["labels"], config, segment_ids=piece.get("decoder_segment_ids"), divisor=divisor * (1 / pieces)
+        )
+        return loss.loss, (loss, router_metrics(output))
+
+    grad_fn = jax.grad(loss_fn, has_aux=True)
+    if pieces == 1:
+        grads, aux = grad_fn(params, batch, rng)
+        return grads, _metrics(*aux)
+
+    def accumulate(total, inputs):
+        piece, i = inputs
+        grads, aux = grad_fn(params, piece, jax.random.fold_in(rng, i))
+        return jax.tree.map(jnp.add, total, grads), aux
+
+    # Piece m takes rows m, m + pieces, ...: every device cuts its own rows, none move.
+    split = {k: x.reshape(x.shape[0] // pieces, pieces, *x.shape[1:]).swapaxes(0, 1) for k, x in batch.items()}
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+    grads, aux = jax.lax.scan(accumulate, zeros, (split, jnp.arange(pieces)))
+    grads = jax.tree.map(lambda g: g / pieces, grads)
+    loss, routers = jax.tree.map(lambda x: x.mean(0), aux)
+    return grads, _metrics(loss.replace(weight_sum=loss.weight_sum * pieces), routers)
+
+
+def train_step(run: Run, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
+    """One update; `state.step` counts it."""
+    rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+    grads, metrics = loss_and_grads(run, state.params, batch, rng)
+    updates, opt_state = run.optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    schedule = learning_rate_schedule(run.config.optimizer, run.config.train.steps)
+    metrics["grad_norm"] = optax.global_norm(grads)
+    metrics["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
+    return TrainState(state.step + 1, params, opt_state, state.rng), metrics
+
+
+def eval_step(run: Run, params: Any, batch: Batch) -> dict[str, Any]:
+    """Sums over a batch, to be divided at the end: cross-entropy and hits over all targets and over text targets alone.
+
+    `batch["text_mask"]` marks the targets that are text, neither sentinel nor EOS.
+    """
+    output = forward(run, params, batch, None)
+    labels = batch["labels"]
+    counted = (labels != IGNORED_LABEL).astype(jnp.float32)
+    targets = jnp.maximum(labels, 0)
+    cross_entropy, _ = token_cross_entropy(output.logits, targets)
+    hits = (output.logits.argmax(-1) == targets).astype(jnp.float32)
+    text = counted * batch["text_mask"]
+    return {
+        "cross_entropy": (cross_entropy * counted).sum(),
+        "hits": (hits * counted).sum(),
+        "tokens": counted.sum(),
+        "text_cross_entropy": (cross_entropy * text).sum(),
+        "text_tokens": text.sum(),
+        "routers": router_metrics(output),
+    }
+
+
+def router_metrics(output: ModelOutput) -> dict[str, jax.Array]:
+    """The routing metrics of every sparse layer, encoder first, stacked on a leading axis; empty for a dense model."""
+    routers = (*output.encoder_router, *output.decoder_router)
+    if not routers:
+        return {}
+    metrics = [{**r.metrics, "load_balancing_loss": r.load_balancing_loss, "router_z_loss": r.z_loss} for r in routers]
+    return jax.tree.map(lambda *layers: jnp.stack(layers), *metrics)
+
+
+def _metrics(loss: LossOutput, routers: dict[str, jax.Array]) -> dict[str, Any]:
+    return {
+        "loss": loss.loss,
+        "cross_entropy": loss.cross_entropy,
+        "z_loss": loss.z_loss,
+        "load_balancing_loss": loss.load_balancing_loss,
+        "router_z_loss": loss.router_z_loss,
+        "target_tokens": loss.weight_sum,
+        "routers": routers,
+    }
+
+
+def compile_train_step(run: Run) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]:
+    """`train_step` jitted over the run's mesh; the old state's memory is reused."""
+    shardings = state_shardings(run)
+    return jax.jit(
+        lambda state, batch: train_step(run, state, batch),
+        in_shardings=(shardings, partitioning.batch_sharding(run.mesh)),
+        out_shardings=(shardings, partitioning.replicated(run.mesh)),
+        donate_argnums=0,
+    )
+
+
+def compile_eval_step(run: Run) -> Callable[[Any, Batch], dict[str, Any]]:
+    """`eval_step` jitted over the run's mesh."""
+    return jax.jit(
+        lambda params, batch: eval_step(run, params, batch),
+        in_shardings=(state_shardings(run).params, partitioning.batch_sharding(run.mesh)),
+        out_shardings=partitioning.replicated(run.mesh),
+    )

@@ -57,7 +57,7 @@ class SwitchEncoder(nn.Module):
           segment_ids: of packed examples; attention stays within a segment. Relative positions need no restart.
           deterministic: False turns on dropout and jitter (rngs "dropout" and "jitter") and takes the training capacity.
         """
-        x = self.token_embedder(input_ids) if inputs_embeds is None else inputs_embeds.astype(self.config.dtype)
+        x = self._embed(self.encoder, input_ids) if inputs_embeds is None else inputs_embeds.astype(self.config.dtype)
         mask = None if attention_mask is None else attention_mask.astype(bool)
         inputs = LayerInputs(
             bias=None,
@@ -74,6 +74,11 @@ class SwitchEncoder(nn.Module):
             hidden_states=hidden_states,
             attentions=tuple(o.self_attention for o in outputs) if output_attentions else None,
         )
+
+    def _embed(self, stack: Stack, ids: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+        shared = self.token_embedder(ids)
+        # With tables of their own the shared one serves nothing, but stays a parameter: Hugging Face's files hold it.
+        return stack.token_embedder(ids) if self.config.separate_embeddings else shared
 
     def __call__(self, input_ids=None, attention_mask=None, **options) -> EncoderOutput:
         """The same as `encode`."""
@@ -120,7 +125,7 @@ class SwitchTransformer(SwitchEncoder):
         """
         config = self.config
         if decoder_inputs_embeds is None:
-            x = self.token_embedder(decoder_input_ids)
+            x = self._embed(self.decoder, decoder_input_ids)
         else:
             x = decoder_inputs_embeds.astype(config.dtype)
         mask = None if decoder_attention_mask is None else decoder_attention_mask.astype(bool)

@@ -9,6 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import numbers
+import types
+import typing
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,7 +42,15 @@ def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
 
 
 class _Section:
-    """What all config dataclasses share: replace, to and from plain dicts, and errors that name the nearest key."""
+    """What all config dataclasses share: type checks, replace, to and from plain dicts, errors that name the nearest key."""
+
+    def __post_init__(self) -> None:
+        for name, hint in _type_hints(type(self)).items():
+            value = getattr(self, name)
+            check(
+                _fits(value, hint),
+                f"{type(self).__name__}.{name} must be {_describe(hint)}; it is {value!r} ({type(value).__name__}).",
+            )
 
     def replace(self, **changes: Any):
         """A copy with some fields changed; validated again."""
@@ -68,6 +80,27 @@ class _Section:
             else:
                 built[key] = _tuples(value)
         return cls(**built)
+
+
+@functools.cache
+def _type_hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value has the annotated type; an int is a fine float, and a bool is no number."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return any(_fits(value, option) for option in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        item = typing.get_args(hint)[0]
+        return isinstance(value, tuple) and all(_fits(v, item) for v in value)
+    if hint in (int, float):
+        return isinstance(value, numbers.Integral if hint is int else numbers.Real) and not isinstance(value, bool)
+    return value is None if hint is type(None) else isinstance(value, hint)
+
+
+def _describe(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("NoneType", "None")
 
 
 def _tuples(value: Any) -> Any:
@@ -190,6 +223,7 @@ class SwitchConfig(_Section):
     decoder_start_token_id: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("vocab_size", "d_model", "num_heads", "d_kv", "d_ff", "min_expert_capacity", "group_size"):
             check(getattr(self, name) >= 1, f"{name} must be at least 1; it is {getattr(self, name)}.")
         for name in ("num_encoder_layers", "num_decoder_layers", "num_sparse_encoder_layers", "num_sparse_decoder_layers"):
@@ -355,11 +389,10 @@ class DataConfig(_Section):
     cache_dir: str | None = None  # of tokenised text; None: a folder in the user's cache directory
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("vocabulary_size", "inputs_length", "targets_length", "batch_size", "prefetch"):
             check(getattr(self, name) >= 1, f"data.{name} must be at least 1; it is {getattr(self, name)}.")
-        check(
-            self.num_sentinels >= 0 and self.num_workers >= 0, "data.num_sentinels and data.num_workers must not be negative."
-        )
+        check(self.num_sentinels >= 0 and self.num_workers >= 0, "data.num_sentinels and data.num_workers must not be negative.")
         one_of("data.document_separator", self.document_separator, ("line", "blank_line"))
         check(0.0 < self.noise_density < 1.0, f"data.noise_density must lie in (0, 1); it is {self.noise_density}.")
         check(
@@ -394,6 +427,7 @@ class OptimizerConfig(_Section):
     trainable: str = ".*"  # a regular expression over parameter paths; the others stay as they are
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         one_of("optimizer.name", self.name, ("adafactor", "adamw"))
         one_of("optimizer.schedule", self.schedule, ("rsqrt", "constant", "linear", "cosine"))
         check(self.learning_rate > 0, f"optimizer.learning_rate must be positive; it is {self.learning_rate}.")
@@ -408,10 +442,9 @@ class MeshConfig(_Section):
     expert: int = 1
     model: int = 1
     fsdp: bool = False  # parameters and optimiser state also sharded over data
-    mode: str = "jit"  # or "pmap"
 
     def __post_init__(self) -> None:
-        one_of("mesh.mode", self.mode, ("jit", "pmap"))
+        super().__post_init__()
         axes = (self.data, self.expert, self.model)
         check(
             all(a == -1 or a >= 1 for a in axes) and axes.count(-1) <= 1,
@@ -436,6 +469,7 @@ class TrainConfig(_Section):
     sample_spans: int = 4  # held-out examples whose masked spans are filled in as text at the end
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("steps", "microbatches", "log_every", "eval_every", "eval_batches", "checkpoint_every", "keep_last"):
             check(getattr(self, name) >= 1, f"train.{name} must be at least 1; it is {getattr(self, name)}.")
 
@@ -451,6 +485,7 @@ class ExperimentConfig(_Section):
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check(
             self.data.batch_size % self.train.microbatches == 0,
             f"train.microbatches ({self.train.microbatches}) must divide data.batch_size ({self.data.batch_size}).",

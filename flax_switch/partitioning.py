@@ -91,7 +91,7 @@ def tree_shardings(axes: Any, shapes: Any, mesh: Mesh, *, fsdp: bool = False) ->
         lambda names, leaf: NamedSharding(mesh, partition_spec(names, leaf.shape, mesh, fsdp=fsdp)),
         axes,
         shapes,
-        is_leaf=lambda x: isinstance(x, tuple) and all(isinstance(n, str) or n is None for n in x),
+        is_leaf=lambda x: type(x) is tuple and all(isinstance(n, str) or n is None for n in x),  # no NamedTuple
     )
 
 

@@ -35,9 +35,7 @@ def pad_batch(examples: Examples, inputs_length: int, targets_length: int) -> Ba
     }
 
 
-def pack_batch(
-    examples: Examples, rows: Integer[np.ndarray, M], batch_size: int, inputs_length: int, targets_length: int
-) -> Batch:
+def pack_batch(examples: Examples, rows: Integer[np.ndarray, M], batch_size: int, inputs_length: int, targets_length: int) -> Batch:
     """Several examples a row: example m goes to `rows[m]` (ascending), after those already there."""
     input_ids, segment_ids, positions = _lay_out(examples.inputs, examples.input_lengths, rows, (batch_size, inputs_length))
     targets, decoder_segment_ids, decoder_positions = _lay_out(

@@ -86,9 +86,7 @@ def _explained(path: Path) -> Iterator[None]:
                 "half-written was kept."
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
-            raise ConfigError(
-                f"Cannot write {path}: {error.strerror}. Set data.cache_dir to a folder you may write."
-            ) from error
+            raise ConfigError(f"Cannot write {path}: {error.strerror}. Set data.cache_dir to a folder you may write.") from error
         raise
 
 

@@ -16,7 +16,7 @@ class Plan(NamedTuple):
     """Row r holds the examples `order[offsets[r] : offsets[r + 1]]`."""
 
     order: Int64[np.ndarray, N]
-    offsets: Int64[np.ndarray, R+1]
+    offsets: Int64[np.ndarray, R + 1]
 
     @property
     def num_rows(self) -> int:

@@ -30,9 +30,7 @@ def prefix_lm(
     longest_prefix = np.minimum(longest_prefix, lengths)
     prefix = np.minimum(1 + (uniform(fold_in(keys, 3)) * longest_prefix).astype(np.int64), longest_prefix)
     rest = np.minimum(lengths - prefix, np.asarray(targets_length) - 1)
-    return Examples(
-        _cut(tokens, np.zeros_like(prefix), prefix, eos_id), prefix + 1, _cut(tokens, prefix, rest, eos_id), rest + 1
-    )
+    return Examples(_cut(tokens, np.zeros_like(prefix), prefix, eos_id), prefix + 1, _cut(tokens, prefix, rest, eos_id), rest + 1)
 
 
 def _cut(tokens: np.ndarray, starts: np.ndarray, counts: np.ndarray, eos_id: int) -> np.ndarray:

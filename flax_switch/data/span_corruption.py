@@ -96,9 +96,7 @@ def _random_segments(
 class _Spans:
     """Where the noise spans of M examples lie. A, B: the examples' non-noise and noise tokens, in order; S: all spans."""
 
-    def __init__(
-        self, lengths: Int64[np.ndarray, M], keys: UInt64[np.ndarray, M], noise_density: float, mean_span_length: float
-    ):
+    def __init__(self, lengths: Int64[np.ndarray, M], keys: UInt64[np.ndarray, M], noise_density: float, mean_span_length: float):
         self.noise, self.spans = noise_counts(lengths, noise_density, mean_span_length)
         self.kept = lengths - self.noise
         kept_begins = _random_segments(self.kept, self.spans, fold_in(keys, 1))

@@ -113,9 +113,7 @@ class Layer(nn.Module):
         return zero_padding(norm(x), inputs.padding_mask, self.config)
 
 
-def zero_padding(
-    x: Float[Array, "B L D"], padding_mask: Bool[Array, "B L"] | None, config: SwitchConfig
-) -> Float[Array, "B L D"]:
+def zero_padding(x: Float[Array, "B L D"], padding_mask: Bool[Array, "B L"] | None, config: SwitchConfig) -> Float[Array, "B L D"]:
     """Sets padding positions to zero where the config asks for it (flaxformer's logit mask)."""
     if padding_mask is None or not config.zero_padding_activations:
         return x

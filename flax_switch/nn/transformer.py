@@ -197,9 +197,7 @@ class SwitchTransformer(SwitchEncoder):
             output_attentions=output_attentions,
         )
         if encoder_output is None:
-            encoder_output = self.encode(
-                input_ids, attention_mask, inputs_embeds=inputs_embeds, segment_ids=segment_ids, **options
-            )
+            encoder_output = self.encode(input_ids, attention_mask, inputs_embeds=inputs_embeds, segment_ids=segment_ids, **options)
         decoded = self.decode(
             decoder_input_ids,
             encoder_output.last_hidden_state,

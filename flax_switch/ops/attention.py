@@ -52,9 +52,7 @@ def relative_position_bias(
     # values[d mod W] is the bias at relative position d, for d = -Q .. T-1
     distance = jnp.arange(W)
     distance = jnp.where(distance >= T, distance - W, distance) - query_offset
-    buckets = relative_position_bucket(
-        distance, bidirectional=bidirectional, num_buckets=table.shape[1], max_distance=max_distance
-    )
+    buckets = relative_position_bucket(distance, bidirectional=bidirectional, num_buckets=table.shape[1], max_distance=max_distance)
     values = table.astype(jnp.float32)[:, buckets]
     # Rows of length W, read again with length W-1: each row starts one further to the left.
     rows = jnp.broadcast_to(values[:, None, :], (table.shape[0], Q, W)).reshape(table.shape[0], Q * W)

@@ -16,9 +16,7 @@ def _take(x: Shaped[Array, "G S D"], index: Int[Array, "G R"]) -> Shaped[Array, 
 
 
 @jax.custom_vjp
-def take_rows(
-    x: Shaped[Array, "G S D"], index: Int[Array, "G R"], inverse: Int[Array, "G S N"] | None
-) -> Shaped[Array, "G R D"]:
+def take_rows(x: Shaped[Array, "G S D"], index: Int[Array, "G R"], inverse: Int[Array, "G S N"] | None) -> Shaped[Array, "G R D"]:
     """`out[g, r] = x[g, index[g, r]]`; zero where the index is S.
 
     inverse: for every s the rows r with index[r] == s, filled up with R; None if there may be many, and then the gradient is

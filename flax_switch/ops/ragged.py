@@ -37,8 +37,6 @@ def execute_ragged(
     return sum_rows(answers[None] * weight, token, row_of_token, G * S).reshape(x.shape).astype(x.dtype)
 
 
-def grouped_matmul(
-    x: Float[Array, "R D"], kernel: Float[Array, "E D F"], *, group_sizes: Int[Array, " E"]
-) -> Float[Array, "R F"]:
+def grouped_matmul(x: Float[Array, "R D"], kernel: Float[Array, "E D F"], *, group_sizes: Int[Array, " E"]) -> Float[Array, "R F"]:
     """Row r times the kernel of the expert whose group it falls in; rows beyond the groups' sum are zero."""
     return jax.lax.ragged_dot(x, kernel, group_sizes)

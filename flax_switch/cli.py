@@ -1,0 +1,52 @@
+"""The command line: flax-switch pretrain | generate | convert | upcycle | inspect | report."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from flax_switch.config import ConfigError
+
+# Command -> what it does; each is a module in flax_switch.commands with add_arguments(parser) and run(args) -> exit status.
+COMMANDS = {
+    "pretrain": "pre-train a model from a recipe; run again to continue",
+    "report": "write the HTML report of a run",
+}
+
+
+def build_parser(command: str | None = None) -> argparse.ArgumentParser:
+    """The parser; only the named command's module is imported, so that help and light commands start quickly."""
+    parser = argparse.ArgumentParser(prog="flax-switch", description="Switch Transformers in JAX and Flax.")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, description in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=description, description=description, allow_abbrev=False)
+        if name == command:
+            importlib.import_module(f"flax_switch.commands.{name}").add_arguments(subparser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; errors a user can mend are one message and exit status 2, without a traceback."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    command = argv[0] if argv and argv[0] in COMMANDS else None
+    parser = build_parser(command)
+    args, rest = parser.parse_known_args(argv)
+    module = importlib.import_module(f"flax_switch.commands.{args.command}")
+    if rest and not hasattr(module, "take_overrides"):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        if hasattr(module, "take_overrides"):
+            module.take_overrides(args, rest)
+        return module.run(args)
+    except ConfigError as error:
+        print(f"flax-switch {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"flax-switch {args.command}: interrupted.", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

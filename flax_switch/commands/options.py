@@ -1,0 +1,49 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+
+from flax_switch.config import ConfigError, ExperimentConfig
+
+
+def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    """--config or --gin_file, and overrides of either."""
+    parser.add_argument("--config", metavar="FILE", help="a recipe, such as configs/tiny.py")
+    parser.add_argument("--gin_file", metavar="FILE", action="append", default=[], help="a gin file that names and changes one")
+    parser.epilog = (
+        "Any field can be set: --config.SECTION.FIELD=VALUE with --config, --gin.SECTION.FIELD=VALUE with --gin_file; "
+        "sections are model, data, optimizer, mesh, train."
+    )
+
+
+def take_overrides(args: argparse.Namespace, rest: list[str]) -> None:
+    """Sorts what argparse did not know into args.overrides and args.bindings; anything else is an error."""
+    args.overrides, args.bindings = [], []
+    rest = list(rest)
+    while rest:
+        text = rest.pop(0)
+        for prefix, place in (("--config.", args.overrides), ("--gin.", args.bindings)):
+            if text.startswith(prefix):
+                text = text.removeprefix(prefix)
+                if "=" not in text and rest and not rest[0].startswith("--"):
+                    text = f"{text}={rest.pop(0)}"
+                place.append(text)
+                break
+        else:
+            raise ConfigError(f"Unknown argument {text!r}; fields are set with --config.SECTION.FIELD=VALUE. See --help.")
+
+
+def load_config(args: argparse.Namespace) -> ExperimentConfig:
+    """The config that the arguments name."""
+    from flax_switch import recipes
+
+    if bool(args.config) == bool(args.gin_file):
+        raise ConfigError("Name a recipe: either --config configs/tiny.py or --gin_file configs/gin/tiny.gin.")
+    if args.config:
+        if args.bindings:
+            raise ConfigError("--gin.… binds fields of a --gin_file; with --config use --config.SECTION.FIELD=VALUE.")
+        return recipes.load_recipe(args.config, args.overrides)
+    if args.overrides:
+        raise ConfigError("--config.… sets fields of a --config recipe; with --gin_file use --gin.SECTION.FIELD=VALUE.")
+    return recipes.load_gin(args.gin_file, args.bindings)

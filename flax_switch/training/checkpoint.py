@@ -1,0 +1,194 @@
+"""Checkpoints of a run: Orbax, asynchronous, complete or absent, restored straight into any sharding.
+
+A workdir holds
+
+    config.json                    the run's ExperimentConfig
+    vocabulary/                    its vocabulary
+    checkpoints/<step>/            params, opt_state, meta (step, rng, position in the data), each complete or not there
+    metrics.jsonl, events...       what `flax_switch.training.metrics` writes
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from flax_switch.config import ConfigError, ExperimentConfig
+from flax_switch.training.state import TrainState
+
+CONFIG_FILE = "config.json"
+CHECKPOINTS = "checkpoints"
+FORMAT_VERSION = 1
+
+# Fields in which a resumed run may differ from the one it continues: how long, how often, on what, how fast data comes.
+_MAY_CHANGE = (
+    "mesh.",
+    "train.steps",
+    "train.log_every",
+    "train.eval_every",
+    "train.eval_batches",
+    "train.checkpoint_every",
+    "train.keep_last",
+    "train.keep_every",
+    "train.sample_spans",
+    "data.num_workers",
+    "data.prefetch",
+    "data.cache_dir",
+    "model.remat_policy",
+    "model.moe_executor",
+)
+
+
+class Checkpoints:
+    """The checkpoints of a workdir."""
+
+    def __init__(self, workdir: epath.PathLike, keep_last: int = 3, keep_every: int | None = None):
+        """Opens or creates `workdir/checkpoints`; steps that are multiples of `keep_every` are kept for good."""
+        self.workdir = epath.Path(workdir)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep_last, keep_period=keep_every, enable_async_checkpointing=True, create=True
+        )
+        self._manager = ocp.CheckpointManager(self.workdir.resolve() / CHECKPOINTS, options=options)
+
+    def save(self, state: TrainState, data_state: Any) -> None:
+        """Starts saving; training goes on meanwhile. A second save waits for the first. Does nothing if the step is saved."""
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        meta = {
+            "version": FORMAT_VERSION,
+            "step": step,
+            "rng": np.asarray(state.rng).tolist(),
+            "data": data_state,
+        }
+        with explain_full_disk(self.workdir):
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(state.params),
+                    opt_state=ocp.args.StandardSave(state.opt_state),
+                    meta=ocp.args.JsonSave(meta),
+                ),
+            )
+
+    def wait(self) -> None:
+        """Returns when what `save` started is on disk; raises what went wrong there."""
+        with explain_full_disk(self.workdir):
+            self._manager.wait_until_finished()
+
+    def latest_step(self) -> int | None:
+        """The step of the last complete checkpoint."""
+        return self._manager.latest_step()
+
+    def restore(self, abstract: TrainState, step: int | None = None) -> tuple[TrainState, Any]:
+        """The state and the data position of a step (the last by default), each array read into `abstract`'s sharding."""
+        step = self.latest_step() if step is None else step
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardRestore(abstract.params),
+                opt_state=ocp.args.StandardRestore(abstract.opt_state),
+                meta=ocp.args.JsonRestore(),
+            ),
+        )
+        meta = restored["meta"]
+        state = TrainState(
+            step=jax.device_put(jnp.int32(meta["step"]), abstract.step.sharding),
+            params=restored["params"],
+            opt_state=restored["opt_state"],
+            rng=jax.device_put(np.asarray(meta["rng"], np.uint32), abstract.rng.sharding),
+        )
+        return state, meta["data"]
+
+    def close(self) -> None:
+        """Waits for what is being saved and lets go of the folder."""
+        self.wait()
+        self._manager.close()
+
+
+class explain_full_disk:  # noqa: N801 - reads as a statement
+    """Turns "no space left" into one sentence that says what is safe."""
+
+    def __init__(self, workdir: epath.PathLike):
+        self.workdir = workdir
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: Any) -> None:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or (error is not None and any(text in str(error) for text in ("No space left", "RESOURCE_EXHAUSTED: write"))):
+            raise ConfigError(
+                f"No space left for {self.workdir}. Earlier checkpoints there are complete and untouched: free some space (or lower "
+                f"train.keep_last) and run the same command again to go on from the last one."
+            ) from error
+
+
+def claim_workdir(workdir: epath.PathLike, config: ExperimentConfig) -> epath.Path:
+    """Creates the workdir with its config, or checks that it belongs to the same run.
+
+    Raises `ConfigError` that names the differing fields where the config there describes another run, or where the folder holds
+    something else.
+    """
+    workdir = epath.Path(workdir)
+    path = workdir / CONFIG_FILE
+    if not path.exists():
+        if workdir.exists() and not workdir.is_dir():
+            raise ConfigError(f"The workdir {workdir} is a file; name a folder.")
+        strangers = [p.name for p in workdir.iterdir() if not p.name.startswith(".")] if workdir.exists() else []
+        if strangers:
+            raise ConfigError(
+                f"The workdir {workdir} holds {', '.join(sorted(strangers)[:3])} and no {CONFIG_FILE}, so it belongs to "
+                "something else; name an empty or a new folder."
+            )
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_config(workdir, config)
+        return workdir
+    found = read_config(workdir)
+    differing = differing_fields(found, config)
+    if differing:
+        raise ConfigError(
+            f"The workdir {workdir} holds another run. It differs in: {'; '.join(differing)}. Restore these settings to continue "
+            "it, or name a new workdir."
+        )
+    write_config(workdir, config)
+    return workdir
+
+
+def differing_fields(old: ExperimentConfig, new: ExperimentConfig) -> list[str]:
+    """The fields, of those a resumed run may not change, in which two configs differ: 'data.seed was 0, is 1'."""
+    differing = []
+    for section in ("model", "data", "optimizer", "mesh", "train"):
+        was, now = getattr(old, section).to_dict(), getattr(new, section).to_dict()
+        for name, value in was.items():
+            key = f"{section}.{name}"
+            if value != now[name] and not any(key.startswith(prefix) for prefix in _MAY_CHANGE):
+                differing.append(f"{key} was {value!r}, is {now[name]!r}")
+    return differing
+
+
+def write_config(workdir: epath.PathLike, config: ExperimentConfig) -> None:
+    """Writes `config.json`, complete or not at all."""
+    path = epath.Path(workdir) / CONFIG_FILE
+    temporary = path.with_name(CONFIG_FILE + ".new")
+    with explain_full_disk(workdir):
+        temporary.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+        temporary.replace(path)
+
+
+def read_config(workdir: epath.PathLike) -> ExperimentConfig:
+    """The config of the run in a workdir."""
+    path = epath.Path(workdir) / CONFIG_FILE
+    try:
+        return ExperimentConfig.from_dict(json.loads(path.read_text()))
+    except FileNotFoundError:
+        raise ConfigError(f"{workdir} is no workdir of a run: it has no {CONFIG_FILE}.") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} is not valid JSON (line {error.lineno}: {error.msg}).") from error

@@ -1,0 +1,60 @@
+"""Held-out evaluation: cross-entropy over all targets and over text targets, beside the text's unigram entropy."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from flax_switch import partitioning
+from flax_switch.data import Prepared, text_token_mask
+from flax_switch.training.metrics import plain
+from flax_switch.training.state import Run
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+    """Evaluates parameters on the first `batches` held-out batches, always the same."""
+
+    run: Run
+    prepared: Prepared
+    eval_step: Callable[[Any, Any], dict[str, Any]]
+    unigram_entropy: float
+    batches: int
+
+    @classmethod
+    def of(cls, run: Run, prepared: Prepared, eval_step: Callable[[Any, Any], dict[str, Any]]) -> Evaluator:
+        """Counts the held-out unigrams once."""
+        batches = run.config.train.eval_batches
+        return cls(run, prepared, eval_step, prepared.heldout_unigram_entropy(batches), batches)
+
+    def __call__(self, params: Any) -> dict[str, Any]:
+        """Metrics by name; cross-entropies in nats per token.
+
+        `nats_below_unigram` is how far the cross-entropy over text targets (neither sentinels nor EOS) lies below the entropy of
+        the same tokens' unigram distribution, the least that a model without context can reach.
+        """
+        vocabulary = self.prepared.vocabulary
+        process, count = jax.process_index(), jax.process_count()
+        totals: dict[str, float] = {}
+        routers: list[dict[str, Any]] = []
+        for batch in self.prepared.heldout_batches(self.batches, process, count):
+            mask = text_token_mask(batch["labels"], vocabulary.num_pieces, vocabulary.eos_id)
+            batch = {**batch, "text_mask": mask.astype(np.float32)}
+            sums = plain(self.eval_step(params, partitioning.shard_batch(batch, self.run.mesh)))
+            routers.append({k: np.asarray(v) for k, v in sums.items() if k.startswith("routers/")})
+            for name in ("cross_entropy", "hits", "tokens", "text_cross_entropy", "text_tokens"):
+                totals[name] = totals.get(name, 0.0) + sums[name]
+        tokens, text_tokens = max(totals["tokens"], 1.0), max(totals["text_tokens"], 1.0)
+        text = totals["text_cross_entropy"] / text_tokens
+        return {
+            "cross_entropy": totals["cross_entropy"] / tokens,
+            "accuracy": totals["hits"] / tokens,
+            "text_cross_entropy": text,
+            "unigram_entropy": self.unigram_entropy,
+            "nats_below_unigram": self.unigram_entropy - text,
+            **{name: np.mean([r[name] for r in routers], axis=0).tolist() for name in (routers[0] if routers else {})},
+        }

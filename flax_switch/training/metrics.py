@@ -1,0 +1,73 @@
+"""What a run writes down: metrics.jsonl, one line per logged step, and TensorBoard events where tensorboardX is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+METRICS_FILE = "metrics.jsonl"
+
+
+def plain(metrics: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested metrics of arrays as one flat dict of floats and lists, read from the device in one go."""
+    flat = {}
+    for name, value in jax.device_get(metrics).items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict):
+            flat.update(plain(value, f"{key}/"))
+        else:
+            flat[key] = np.asarray(value, np.float64).tolist()
+    return flat
+
+
+class MetricsWriter:
+    """Appends to a workdir's metrics. Lines after `resume_step` are dropped first: the run will write them again."""
+
+    def __init__(self, workdir: epath.PathLike, resume_step: int = 0):
+        self._path = epath.Path(workdir) / METRICS_FILE
+        kept = [line for line in read_metrics(workdir) if line["step"] <= resume_step]
+        temporary = self._path.with_name(METRICS_FILE + ".new")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        temporary.replace(self._path)
+        self._board = None
+        if importlib.util.find_spec("tensorboardX") is not None:
+            from tensorboardX import SummaryWriter
+
+            self._board = SummaryWriter(str(epath.Path(workdir) / "tensorboard"), purge_step=resume_step + 1)
+
+    def write(self, step: int, kind: str, metrics: dict[str, Any]) -> None:
+        """Writes one line {"step", "kind", ...}; `kind` is "train", "eval" or "final"."""
+        with self._path.open("a") as file:
+            file.write(json.dumps({"step": step, "kind": kind, **metrics}) + "\n")
+        if self._board is not None:
+            for name, value in metrics.items():
+                if isinstance(value, int | float):
+                    self._board.add_scalar(f"{kind}/{name}", value, step)
+                elif name.startswith("routers/") and np.ndim(value) == 1:
+                    for layer, entry in enumerate(value):
+                        self._board.add_scalar(f"{kind}/{name}/sparse_layer_{layer}", entry, step)
+
+    def close(self) -> None:
+        """Flushes TensorBoard's events."""
+        if self._board is not None:
+            self._board.close()
+
+
+def read_metrics(workdir: epath.PathLike) -> Iterable[dict[str, Any]]:
+    """The lines of a workdir's metrics.jsonl; a line cut short by a kill is left out."""
+    path = epath.Path(workdir) / METRICS_FILE
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            continue
+    return lines

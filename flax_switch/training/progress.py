@@ -1,0 +1,123 @@
+"""What a person sees while a run goes on: a progress bar on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+class TrainProgress:
+    """Shows step, loss, tokens/s, time left and the share of time spent waiting for data."""
+
+    def __init__(self, start: int, steps: int):
+        self._steps = steps
+        self._bar = None
+        if console.is_terminal:
+            columns = (
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=24),
+                TextColumn("{task.fields[status]}"),
+                TextColumn("ETA"),
+                TimeRemainingColumn(),
+            )
+            self._bar = Progress(*columns, console=console, refresh_per_second=4)
+            self._task = self._bar.add_task("training", total=steps, completed=start, status="compiling")
+            self._bar.start()
+
+    def advance(self, step: int) -> None:
+        """Moves the bar."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
+        """Shows the metrics of a logged step."""
+        status = (
+            f"loss {metrics['loss']:.3f}  {metrics['tokens_per_second']:,.0f} tokens/s  "
+            f"data wait {100 * metrics['data_wait_fraction']:.1f} %"
+        )
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, status=status)
+        else:
+            left = (self._steps - step) * metrics["seconds_per_step"]
+            console.print(f"step {step}/{self._steps}  {status}  {duration(left)} left")
+
+    def say(self, text: str) -> None:
+        """Prints a line above the bar."""
+        console.print(text)
+
+    def close(self) -> None:
+        """Ends the bar."""
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def duration(seconds: float) -> str:
+    """Seconds as '2 h 05 min', '3 min 20 s' or '12 s'."""
+    seconds = int(seconds + 0.5)
+    if seconds >= 3600:
+        return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+    return f"{seconds // 60} min {seconds % 60:02d} s" if seconds >= 60 else f"{seconds} s"
+
+
+class StopSignals:
+    """Turns SIGTERM and the first Ctrl-C into `stopped`, so that the loop can save and leave; a second Ctrl-C interrupts."""
+
+    def __init__(self) -> None:
+        self.stopped: str | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.stopped and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.stopped = signal.Signals(number).name
+
+    def __exit__(self, *error: Any) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+class Stopwatch:
+    """Time per step and the part of it spent waiting for data, since the last `read`."""
+
+    def __init__(self) -> None:
+        self._start, self._waited, self._steps, self._tokens = time.perf_counter(), 0.0, 0, 0
+
+    def pause(self) -> float:
+        """Remembers the moment; `resume` leaves out what passes until then (evaluation, say)."""
+        return time.perf_counter()
+
+    def resume(self, since: float) -> None:
+        """Takes the time since `pause` out."""
+        self._start += time.perf_counter() - since
+
+    def count(self, waited: float, tokens: int) -> None:
+        """Counts a step that waited so many seconds for data."""
+        self._waited += waited
+        self._steps += 1
+        self._tokens += tokens
+
+    def read(self) -> dict[str, float]:
+        """The rates since the last reading."""
+        elapsed = time.perf_counter() - self._start
+        rates = {
+            "seconds_per_step": elapsed / max(self._steps, 1),
+            "tokens_per_second": self._tokens / max(elapsed, 1e-9),
+            "data_wait_fraction": self._waited / max(elapsed, 1e-9),
+        }
+        self.__init__()
+        return rates

@@ -14,7 +14,7 @@ from typing import Any
 
 from flax_switch import config_huggingface
 from flax_switch.config import SwitchConfig, one_of
-from flax_switch.convert import hub, huggingface, native, orbax, t5x
+from flax_switch.convert import hub, huggingface, native, orbax, t5x, tokenizer
 from flax_switch.convert.canonical import is_router
 from flax_switch.convert.folder import DEFAULT_SHARD_SIZE, parse_size, split_into_shards, write_folder
 from flax_switch.convert.tensors import DTYPES, CheckpointError, LazyTensor, cast
@@ -140,14 +140,13 @@ def convert(
         tensors = {p: t if is_router(p) else cast(t, DTYPES[dtype]) for p, t in checkpoint.tensors.items()}
         config = checkpoint.config.replace(param_dtype=dtype)
         checkpoint = dataclasses.replace(checkpoint, tensors=tensors, config=config)
-    files = {name: (checkpoint.path / name).read_bytes() for name in COMPANIONS if (checkpoint.path / name).is_file()}
     return write_checkpoint(
         checkpoint,
         Path(destination),
         to=to,
-        files=files,
+        files=companion_files(checkpoint.path),
         max_shard_size=max_shard_size,
-        source=_identity(checkpoint.path),
+        source=source_identity(checkpoint.path),
         overwrite=overwrite,
         on_bytes=on_bytes,
         on_open=on_open,
@@ -173,6 +172,7 @@ def write_checkpoint(
         tensors = huggingface.huggingface_tensors(checkpoint.config, checkpoint.architecture, model_type, checkpoint.tensors)
         shards, stem = split_into_shards(tensors, size), "model"
         files = {**files, "config.json": (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()}
+        files = tokenizer.complete_files(files, checkpoint.path)
         files.pop("vocabulary.json", None)
     else:
         shards, stem = split_into_shards(checkpoint.tensors, size, split_stacks=True), native.STEM
@@ -204,7 +204,12 @@ def export_config(checkpoint: Checkpoint) -> tuple[dict[str, Any], str]:
     return {**kept, **values}, values["model_type"]
 
 
-def _identity(folder: Path) -> list:
+def companion_files(folder: Path) -> dict[str, bytes]:
+    """The files beside the weights that travel with a model: its tokenizer and generation settings."""
+    return {name: (folder / name).read_bytes() for name in COMPANIONS if (folder / name).is_file()}
+
+
+def source_identity(folder: Path) -> list:
     """What changes when a source's files do."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return [str(folder.resolve()), *([str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns] for p in files)]

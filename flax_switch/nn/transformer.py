@@ -88,8 +88,11 @@ class SwitchEncoder(nn.Module):
 class SwitchTransformer(SwitchEncoder):
     """The encoder-decoder with its head, tied to the embeddings or of its own.
 
-    Parameters: the encoder's, `decoder/...` and, untied, `decoder/logits_dense/kernel [D, V]`.
+    Parameters: the encoder's, `decoder/...` and, untied, `decoder/logits_dense/kernel [D, V]`. With `head=False` there is no head
+    and `logits` are None, as in Hugging Face's SwitchTransformersModel.
     """
+
+    head: bool = True
 
     def setup(self) -> None:
         super().setup()
@@ -148,7 +151,9 @@ class SwitchTransformer(SwitchEncoder):
             output_attentions=output_attentions,
         )
         x, outputs, hidden_states = self.decoder(x, inputs, cache=cache, output_hidden_states=output_hidden_states)
-        logits = self.token_embedder.attend(x) if config.tie_word_embeddings else self.decoder.logits(x)
+        logits = None
+        if self.head:
+            logits = self.token_embedder.attend(x) if config.tie_word_embeddings else self.decoder.logits(x)
         if cache is not None:
             cache = DecoderCache(tuple(o.cache for o in outputs), index + x.shape[1])
         return DecoderOutput(

@@ -22,13 +22,8 @@ from flax_switch.data import files
 
 MODEL_FILE = "spiece.model"
 SETTINGS_FILE = "vocabulary.json"
-<<<<<<< HEAD
-_SENTINEL = re.compile(r"<extra_id_(0|[1-9]\d*)>")
-_TRAINING_CHARACTERS = 20_000_000  # more text does not change a vocabulary, only the time it takes
-=======
 _SPECIAL = re.compile(r"<extra_id_(0|[1-9]\d*)>|</s>|<pad>|<unk>")
-_TRAINING_CHARACTERS = 40_000_000  # more text does not change a vocabulary, only the time it takes
->>>>>>> convert
+_TRAINING_CHARACTERS = 20_000_000  # more text does not change a vocabulary, only the time it takes
 _TRAINING_LINE = 4000  # characters; SentencePiece leaves longer lines out
 
 

@@ -22,7 +22,7 @@ from flax_switch.data import files
 
 MODEL_FILE = "spiece.model"
 SETTINGS_FILE = "vocabulary.json"
-_SENTINEL = re.compile(r"<extra_id_(0|[1-9]\d*)>")
+_SPECIAL = re.compile(r"<extra_id_(0|[1-9]\d*)>|</s>|<pad>|<unk>")
 _TRAINING_CHARACTERS = 20_000_000  # more text does not change a vocabulary, only the time it takes
 _TRAINING_LINE = 4000  # characters; SentencePiece leaves longer lines out
 
@@ -147,15 +147,24 @@ class Vocabulary:
 
     # --- text to ids and back
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without EOS. `<extra_id_i>` in the text becomes the sentinel's id."""
+        """Token ids of a text, without EOS, equal to transformers' T5Tokenizer's.
+
+        `<extra_id_i>` in the text becomes the sentinel's id, and `</s>`, `<pad>` and `<unk>` theirs.
+        """
         ids: list[int] = []
         end = 0
-        for match in _SENTINEL.finditer(text):
-            if int(match[1]) < self.num_sentinels:
+        for match in _SPECIAL.finditer(text):
+            special = self._special_id(match)
+            if special is not None:
                 ids += self._pieces.EncodeAsIds(text[end : match.start()])
-                ids.append(self.sentinel_id(int(match[1])))
+                ids.append(special)
                 end = match.end()
         return ids + self._pieces.EncodeAsIds(text[end:])
+
+    def _special_id(self, match: re.Match[str]) -> int | None:
+        if match[1] is None:
+            return {"<pad>": self.pad_id, "</s>": self.eos_id, "<unk>": self.unk_id}[match[0]]
+        return self.sentinel_id(int(match[1])) if int(match[1]) < self.num_sentinels else None
 
     def encode_documents(self, documents: Sequence[str]) -> list[list[int]]:
         """Token ids of many texts, in parallel. Sentinels in them are plain characters here: corpus text has none."""

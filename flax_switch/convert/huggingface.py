@@ -91,9 +91,7 @@ def class_name(model_type: str, architecture: str) -> str:
     return _CLASSES[model_type][architecture]
 
 
-def read_huggingface(
-    folder: Path, *, allow_missing: Sequence[str] = ()
-) -> tuple[SwitchConfig, str, dict[str, LazyTensor], dict]:
+def read_huggingface(folder: Path, *, allow_missing: Sequence[str] = ()) -> tuple[SwitchConfig, str, dict[str, LazyTensor], dict]:
     """A folder's config, its architecture ("full", "headless" or "encoder"), its canonical tensors and its raw config.json."""
     values = read_json(folder / "config.json")
     config = SwitchConfig.from_huggingface(values)

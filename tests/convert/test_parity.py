@@ -98,9 +98,7 @@ def test_many_more_randomly_drawn_models_give_the_same_states_routing_and_losses
 
 def gradients_of(model, config) -> dict[str, np.ndarray]:
     """transformers' gradients as a canonical tree; a tensor without gradient has zeros."""
-    named = {
-        name: from_array((torch.zeros_like(p) if p.grad is None else p.grad).numpy()) for name, p in model.named_parameters()
-    }
+    named = {name: from_array((torch.zeros_like(p) if p.grad is None else p.grad).numpy()) for name, p in model.named_parameters()}
     return {path: t.numpy() for path, t in to_canonical(named, SWITCH_RULES, canonical_shapes(config)).items()}
 
 
@@ -223,7 +221,9 @@ def test_bfloat16_probabilities_break_ties_as_transformers_does(tmp_path):
         expected, probability, _ = router(tokens)
     from flax_switch.nn.moe import SparseMLP
 
-    layer = unflatten({p.removeprefix("encoder/layers_1/mlp/"): x for p, x in flatten(ours.params).items() if "encoder/layers_1/mlp/" in p})
+    layer = unflatten(
+        {p.removeprefix("encoder/layers_1/mlp/"): x for p, x in flatten(ours.params).items() if "encoder/layers_1/mlp/" in p}
+    )
     _, output = SparseMLP(ours.config, "encoder").apply({"params": layer}, states, padding_mask=None, deterministic=True)
     sent = (jax.nn.one_hot(output.expert_index, 8) * output.kept[..., None]).sum(-2)
     np.testing.assert_array_equal(sent, expected.numpy())

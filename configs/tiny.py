@@ -25,6 +25,6 @@ def get_config():
             optimizer=OptimizerConfig(
                 name="adamw", schedule="linear", learning_rate=3e-3, warmup_steps=100, b2=0.98, clip_global_norm=1.0
             ),
-            train=TrainConfig(steps=1800, log_every=20, eval_every=300, eval_batches=40, checkpoint_every=300),
+            train=TrainConfig(steps=1200, log_every=20, eval_every=300, eval_batches=40, checkpoint_every=300),
         )
     )

@@ -22,8 +22,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 # On CPU, products of equal buffers run expert by expert from this many experts on.
 EXPERT_BY_EXPERT = 16
-# Row counts of the blocks that `grouped_matmul` loops over, relative to the mean group. The last one repeats for larger groups.
-BLOCK_LADDER = (0.5, 1.0, 1.5, 3.0)
+# Row counts of the blocks that `grouped_matmul` loops over, relative to the mean group, and the least: reading an expert's kernel
+# costs as much as some 32 rows. A group takes one block of the smallest size that holds it, or several of the largest. Each size
+# is a loop of its own to compile.
+BLOCK_SIZES = (0.75, 1.25, 3.0)
+MIN_BLOCK = 32
 
 
 @jax.custom_vjp
@@ -134,10 +137,9 @@ def _running_total(counts: Int[Array, " E"]) -> Int[Array, " E"]:
 
 
 def _blocks(group_sizes: Int[Array, " E"], num_rows: int) -> Iterator[Blocks]:
-    """Cuts groups into blocks of few static sizes: one block for each group, of the smallest size that holds it, or several of
-    the largest. Groups without rows get none: their kernels are never read."""
+    """The blocks, size by size. Groups without rows get none: their kernels are never read."""
     mean = num_rows / group_sizes.shape[0]
-    sizes = sorted({min(num_rows, 8 * math.ceil(mean * step / 8)) for step in BLOCK_LADDER})
+    sizes = sorted({min(num_rows, max(MIN_BLOCK, 8 * math.ceil(mean * size / 8))) for size in BLOCK_SIZES})
     ends = _running_total(group_sizes)
     size_class = (group_sizes[:, None] > jnp.asarray(sizes[:-1])).sum(1)
     for i, size in enumerate(sizes):

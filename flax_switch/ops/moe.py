@@ -86,7 +86,7 @@ def moe_block(
     )
     y = execute(
         routed.plan, tokens.astype(expert_dtype), params.expert, experts,
-        executor=pick_executor(config.moe_executor, routed.plan, config.expert_width),
+        executor=pick_executor(config.moe_executor, routed.plan),
     )  # fmt: skip
     y = grouping.ungroup(y).astype(x.dtype)
     if params.shared_expert is not None:

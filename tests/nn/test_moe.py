@@ -21,10 +21,16 @@ GOLDENS = Path(__file__).parents[1] / "goldens"
 SMALL = SwitchConfig(d_model=8, d_ff=12, num_experts=4, dropout_rate=0.0)
 
 
-def init(config, stack="encoder", seed=0):
-    module = SparseMLP(config, stack)
-    x = jnp.zeros((1, 4, config.d_model), config.dtype)
-    return module, nn.unbox(jax.jit(lambda key: module.init(key, x, padding_mask=None, deterministic=True))(jax.random.key(seed)))
+def variables_of(module, seed=0):
+    """Random values for every parameter; drawn by NumPy, since JAX's generators take seconds to compile."""
+    x, rng = jnp.zeros((1, 4, module.config.d_model)), np.random.default_rng(seed)
+    shapes = jax.eval_shape(lambda: nn.unbox(module.init(jax.random.key(0), x, padding_mask=None, deterministic=True)))
+    return jax.tree.map(lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), leaf.dtype), shapes)
+
+
+def small(**settings):
+    module = SparseMLP(SMALL.replace(**settings), "encoder")
+    return module, variables_of(module)
 
 
 def apply(module, variables, x, *, deterministic=True, **options):
@@ -131,8 +137,10 @@ def test_parameters_have_the_canonical_names_shapes_and_axes():
 
 
 def test_experts_are_drawn_one_by_one_with_their_own_fan_in():
-    big, small = SMALL.replace(d_model=64, d_ff=96, num_experts=6), SMALL.replace(d_model=64, d_ff=96, num_experts=2)
-    kernels = [init(config)[1]["params"]["expert"] for config in (big, small)]
+    config, x = SMALL.replace(d_model=64, d_ff=96), jnp.zeros((1, 4, 64))
+    modules = [SparseMLP(config.replace(num_experts=n), "encoder") for n in (6, 2)]
+    init = lambda module: module.init(jax.random.key(0), x, padding_mask=None, deterministic=True)  # noqa: E731
+    kernels = [nn.unbox(jax.jit(functools.partial(init, module))())["params"]["expert"] for module in modules]
     np.testing.assert_array_equal(kernels[0]["wi"]["kernel"][:2], kernels[1]["wi"]["kernel"])
     assert not np.allclose(kernels[0]["wi"]["kernel"][0], kernels[0]["wi"]["kernel"][1])
     np.testing.assert_allclose(kernels[0]["wi"]["kernel"].std((1, 2)), (0.1 / 64) ** 0.5, rtol=0.05)
@@ -140,7 +148,7 @@ def test_experts_are_drawn_one_by_one_with_their_own_fan_in():
 
 
 def test_a_shared_expert_adds_a_dense_mlp():
-    module, variables = init(SMALL.replace(shared_expert=True))
+    module, variables = small(shared_expert=True)
     x = random_input(2, 5, 8)
     y, _ = apply(module, variables, x)
     shared = variables["params"].pop("shared_expert")
@@ -150,8 +158,7 @@ def test_a_shared_expert_adds_a_dense_mlp():
 
 @pytest.mark.parametrize("settings", [dict(capacity_factor=1.0), dict(capacity_mode="dropless", routing_group="tokens")])
 def test_a_sequences_output_and_routing_do_not_depend_on_its_batch_mates(settings):
-    config = SMALL.replace(min_expert_capacity=1, eval_capacity_factor=1.0, **settings)
-    module, variables = init(config)
+    module, variables = small(min_expert_capacity=1, eval_capacity_factor=1.0, **settings)
     run = jax.jit(functools.partial(module.apply, variables, padding_mask=None, deterministic=True))
     x = random_input(3, 10, 8)
     y, output = run(x)
@@ -163,8 +170,7 @@ def test_a_sequences_output_and_routing_do_not_depend_on_its_batch_mates(setting
 
 
 def test_ignored_padding_changes_no_real_token():
-    config = SMALL.replace(min_expert_capacity=1, eval_capacity_factor=1.0, ignore_padding_tokens=True)
-    module, variables = init(config)
+    module, variables = small(min_expert_capacity=1, eval_capacity_factor=1.0, ignore_padding_tokens=True)
     run = jax.jit(functools.partial(module.apply, variables, deterministic=True))
     x, mask = random_input(2, 10, 8), jnp.arange(10) < jnp.asarray([[6], [10]])
     y, output = run(x, padding_mask=mask)
@@ -186,7 +192,7 @@ def test_ignored_padding_changes_no_real_token():
     ids=str,
 )
 def test_any_sharding_of_the_batch_gives_the_same_plan_losses_metrics_and_gradients(settings):
-    module, variables = init(SMALL.replace(min_expert_capacity=1, **settings))
+    module, variables = small(min_expert_capacity=1, **settings)
     x = random_input(8, 9, 8)
 
     @jax.jit
@@ -210,8 +216,7 @@ def test_any_sharding_of_the_batch_gives_the_same_plan_losses_metrics_and_gradie
 
 
 def test_jitter_and_dropout_draw_from_their_own_streams_and_only_in_training():
-    config = SMALL.replace(router_jitter_noise=0.3, expert_dropout_rate=0.5)
-    module, variables = init(config)
+    module, variables = small(router_jitter_noise=0.3, expert_dropout_rate=0.5)
     x = random_input(2, 6, 8)
     run = jax.jit(lambda jitter, dropout: module.apply(
         variables, x, padding_mask=None, deterministic=False, with_logits=True,
@@ -228,7 +233,7 @@ def test_jitter_and_dropout_draw_from_their_own_streams_and_only_in_training():
 
 
 def test_training_and_evaluation_have_their_own_capacity():
-    module, variables = init(SMALL.replace(capacity_factor=0.5, eval_capacity_factor=4.0, min_expert_capacity=1))
+    module, variables = small(capacity_factor=0.5, eval_capacity_factor=4.0, min_expert_capacity=1)
     x = random_input(2, 16, 8)
     kept = [apply(module, variables, x, deterministic=d)[1].kept.sum() for d in (False, True)]
     assert kept[0] <= 16 < kept[1] == 32

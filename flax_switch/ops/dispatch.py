@@ -1,6 +1,6 @@
 """Executing a routing plan: tokens to experts and back. Three executors, one result, one set of gradients.
 
-    einsum    one-hot masks: the readable reference; what is short on a TPU with small groups
+    einsum    one-hot masks: the readable reference
     gather    rows by index into buffers of static capacity, one batched product over the experts
     ragged    dropless: rows sorted by expert and grouped products (`flax_switch.ops.ragged`)
 
@@ -97,20 +97,20 @@ def execute_buffers(
     return gather_combine(plan, view, experts(gather_dispatch(plan, view, x))).astype(x.dtype)
 
 
-def pick_executor(executor: str, plan: RoutingPlan, expert_width: int) -> str:
-    """The executor that `executor` names; for "auto" the one that suits the plan and the backend, told once in the log."""
+def pick_executor(executor: str, plan: RoutingPlan) -> str:
+    """The executor that `executor` names; for "auto" the one that suits the plan, told once in the log.
+
+    How each runs on a backend is settled below, in `ops.grouped`, when a program is compiled for it.
+    """
     one_of("moe_executor", executor, ("auto", *EXECUTORS))
     if executor != "auto":
         return executor
     if plan.capacity is None:
-        return _announce("ragged", "dropless plan", jax.default_backend())
-    # One-hot masks cost group / F of the experts' FLOPs; on a TPU's matrix unit a little of that beats gathering rows.
-    if jax.default_backend() == "tpu" and 8 * plan.expert.shape[1] <= expert_width:
-        return _announce("einsum", "small groups", "tpu")
-    return _announce("gather", "static capacity", jax.default_backend())
+        return _announce("ragged", "the plan is dropless")
+    return _announce("gather", "experts have a static capacity")
 
 
 @functools.cache
-def _announce(executor: str, reason: str, backend: str) -> str:
-    log.info("moe_executor='auto' runs %r (%s on %s)", executor, reason, backend)
+def _announce(executor: str, reason: str) -> str:
+    log.info("moe_executor='auto' runs %r on %s: %s.", executor, jax.default_backend(), reason)
     return executor

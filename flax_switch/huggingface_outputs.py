@@ -65,9 +65,7 @@ class Seq2SeqLMOutput:
 
 def encoder_output(output: EncoderOutput) -> EncoderModelOutput:
     """An encoder's output under Hugging Face's names."""
-    return EncoderModelOutput(
-        output.last_hidden_state, output.hidden_states, output.attentions, _router_logits(output.router)
-    )
+    return EncoderModelOutput(output.last_hidden_state, output.hidden_states, output.attentions, _router_logits(output.router))
 
 
 def model_output(output: ModelOutput) -> Seq2SeqModelOutput:

@@ -102,9 +102,7 @@ class Pretrained:
         )  # fmt: skip
         if self.architecture == "headless":
             return outputs.model_output(output)
-        return outputs.lm_output(
-            output, None if labels is None else jnp.asarray(labels), self.config, output_router_logits
-        )
+        return outputs.lm_output(output, None if labels is None else jnp.asarray(labels), self.config, output_router_logits)
 
     def encode(
         self, input_ids: Int[Array, "B S"] | None = None, attention_mask: Int[Array, "B S"] | None = None, **options: Any

@@ -110,8 +110,8 @@ def open_checkpoint(
     for path, tensor in tensors.items():
         check(
             shapes.get(path) == tensor.shape,
-            f"the changes {dict(changes or {})} do not fit the checkpoint: {path} is {list(tensor.shape)} there. Change settings of "
-            "behaviour, not sizes.",
+            f"the changes {dict(changes or {})} do not fit the checkpoint: {path} is {list(tensor.shape)} there. Change settings "
+            "of behaviour, not sizes.",
         )
     return Checkpoint(format, folder, config, architecture, tensors, raw)
 
@@ -134,8 +134,8 @@ def convert(
 
     Args:
       source: as for `open_checkpoint`.
-      destination: a folder without a model in it, or one to overwrite. Until it is complete, everything is in `<destination>.partial`;
-        running an interrupted conversion again continues with the shards it finished.
+      destination: a folder without a model in it, or one to overwrite. Until it is complete, everything is in
+        `<destination>.partial`; running an interrupted conversion again continues with the shards it finished.
       to: "huggingface" or "flax_switch".
       dtype: of the written tensors; None keeps each tensor's. Routers keep theirs either way (selective precision, 2101.03961).
       max_shard_size: largest file, as "5GB".

@@ -71,9 +71,7 @@ def describe(
         by_dtype[tensor.dtype.name] = by_dtype.get(tensor.dtype.name, 0) + sizes[path]
     stacks = ("encoder",) if opened.architecture == "encoder" else ("encoder", "decoder")
     total = sum(sizes.values())
-    idle = sum(
-        size - size * config.num_selected_experts // config.num_experts for path, size in sizes.items() if is_expert(path)
-    )
+    idle = sum(size - size * config.num_selected_experts // config.num_experts for path, size in sizes.items() if is_expert(path))
     return Description(
         format=opened.format,
         path=opened.path,
@@ -123,7 +121,9 @@ def render(description: Description) -> str:
     ]
     if config.is_sparse:
         layers = "; ".join(f"{stack} layers {', '.join(map(str, i)) or 'none'}" for stack, i in d.sparse_layers.items())
-        lines.append(f"  experts         {config.num_experts} in each sparse layer, {config.num_selected_experts} per token; {layers}")
+        lines.append(
+            f"  experts         {config.num_experts} in each sparse layer, {config.num_selected_experts} per token; {layers}"
+        )
         routers = [shape for path, (_, shape) in d.shapes.items() if is_router(path)]
         lines.append(f"  routers         {config.router_type}, {len(routers)} kind(s), capacity {_capacity(config)}")
     default = SwitchConfig()

@@ -52,9 +52,7 @@ class Rule:
         fields = self.pattern.fullmatch(path).groupdict()
         if "{e}" not in self.foreign:
             return {self.foreign.format(**fields): self.transform.to_foreign(tensor)}
-        return {
-            self.foreign.format(e=e, **fields): self.transform.to_foreign(take(tensor, e)) for e in range(tensor.shape[0])
-        }
+        return {self.foreign.format(e=e, **fields): self.transform.to_foreign(take(tensor, e)) for e in range(tensor.shape[0])}
 
     def to_canonical(self, tensors: Sequence[LazyTensor]) -> LazyTensor:
         """The canonical tensor of the foreign ones, given in `to_foreign`'s order."""

@@ -43,9 +43,7 @@ def config_file(config: SwitchConfig, architecture: str, huggingface: Mapping[st
     return (json.dumps(values, indent=2) + "\n").encode()
 
 
-def read_native(
-    folder: Path, *, allow_missing: Sequence[str] = ()
-) -> tuple[SwitchConfig, str, dict[str, LazyTensor], dict | None]:
+def read_native(folder: Path, *, allow_missing: Sequence[str] = ()) -> tuple[SwitchConfig, str, dict[str, LazyTensor], dict | None]:
     """A folder's config, architecture, canonical tensors and, where it came from Hugging Face, that config.json."""
     values = read_json(folder / CONFIG_FILE)
     version, architecture = values.get("format_version"), values.get("architecture")

@@ -117,9 +117,7 @@ def read_block(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype,
     return block.reshape(stop - start, *shape[1:])[(slice(None), *index[1:])] if shape else block.reshape(())
 
 
-def write_safetensors(
-    path: Path, tensors: Mapping[str, LazyTensor], on_bytes: Callable[[int], None] = lambda n: None
-) -> None:
+def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor], on_bytes: Callable[[int], None] = lambda n: None) -> None:
     """Writes tensors to a file, reading and writing one block at a time.
 
     Args:

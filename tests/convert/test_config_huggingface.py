@@ -151,7 +151,15 @@ def test_dense_t5_configs_survive_the_way_through_ours(projection, tied):
     assert not config.is_sparse and config.tie_word_embeddings == tied
     values = config.to_huggingface()
     again = transformers.T5Config(**values)
-    for name in ("feed_forward_proj", "scale_decoder_outputs", "num_layers", "num_decoder_layers", "d_ff", "is_gated_act", "dense_act_fn"):
+    for name in (
+        "feed_forward_proj",
+        "scale_decoder_outputs",
+        "num_layers",
+        "num_decoder_layers",
+        "d_ff",
+        "is_gated_act",
+        "dense_act_fn",
+    ):
         assert getattr(again, name) == getattr(theirs, name), name
     assert SwitchConfig.from_huggingface(json.loads(json.dumps(values))) == config
 

@@ -284,7 +284,9 @@ def test_peak_memory_is_bounded_by_the_shard_and_the_largest_tensor_not_by_the_c
 
 
 def test_importing_the_package_starts_neither_torch_nor_transformers_nor_jax():
-    code = "import sys, flax_switch.convert; print([m for m in ('torch', 'transformers', 'jax', 'tensorstore') if m in sys.modules])"
+    code = (
+        "import sys, flax_switch.convert; print([m for m in ('torch', 'transformers', 'jax', 'tensorstore') if m in sys.modules])"
+    )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert result.stdout.strip() == "[]"

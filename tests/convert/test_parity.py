@@ -36,11 +36,11 @@ def relative_error(ours, theirs) -> float:
 def dispatch_of(model, call) -> dict[str, list[np.ndarray]]:
     """Which expert each token was sent to in transformers, [B, L, E] with 0 where it was dropped, layer by layer."""
     seen = {"encoder": [], "decoder": []}
-    hooks = [
-        module.register_forward_hook(lambda _, __, out, stack=name.split(".")[0]: seen[stack].append(out[0].numpy()))
-        for name, module in model.named_modules()
-        if name.endswith("mlp.router")
-    ]
+    hooks = []
+    for name, module in model.named_modules():
+        if name.endswith("mlp.router"):
+            stack = seen[name.split(".")[0]]
+            hooks.append(module.register_forward_hook(lambda _, __, out, stack=stack: stack.append(out[0].numpy())))
     call()
     for hook in hooks:
         hook.remove()
@@ -98,9 +98,7 @@ def test_many_more_randomly_drawn_models_give_the_same_states_routing_and_losses
 
 def gradients_of(model, config) -> dict[str, np.ndarray]:
     """transformers' gradients as a canonical tree; a tensor without gradient has zeros."""
-    named = {
-        name: from_array((torch.zeros_like(p) if p.grad is None else p.grad).numpy()) for name, p in model.named_parameters()
-    }
+    named = {name: from_array((torch.zeros_like(p) if p.grad is None else p.grad).numpy()) for name, p in model.named_parameters()}
     return {path: t.numpy() for path, t in to_canonical(named, SWITCH_RULES, canonical_shapes(config)).items()}
 
 
@@ -223,7 +221,9 @@ def test_bfloat16_probabilities_break_ties_as_transformers_does(tmp_path):
         expected, probability, _ = router(tokens)
     from flax_switch.nn.moe import SparseMLP
 
-    layer = unflatten({p.removeprefix("encoder/layers_1/mlp/"): x for p, x in flatten(ours.params).items() if "encoder/layers_1/mlp/" in p})
+    layer = unflatten(
+        {p.removeprefix("encoder/layers_1/mlp/"): x for p, x in flatten(ours.params).items() if "encoder/layers_1/mlp/" in p}
+    )
     _, output = SparseMLP(ours.config, "encoder").apply({"params": layer}, states, padding_mask=None, deterministic=True)
     sent = (jax.nn.one_hot(output.expert_index, 8) * output.kept[..., None]).sum(-2)
     np.testing.assert_array_equal(sent, expected.numpy())

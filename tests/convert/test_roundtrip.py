@@ -174,9 +174,7 @@ def test_transformers_loads_what_we_write_without_a_missing_or_unexpected_tensor
     back = there_and_back(folder, tmp_path)
     model, report = Switch.from_pretrained(back, output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert_same_tensors(
-        {k: v for k, v in model.state_dict().items() if k in tensors_of(folder)}, tensors_of(folder)
-    )
+    assert_same_tensors({k: v for k, v in model.state_dict().items() if k in tensors_of(folder)}, tensors_of(folder))
 
 
 @pytest.mark.parametrize("kind", [transformers.SwitchTransformersModel, transformers.SwitchTransformersEncoderModel])

@@ -17,6 +17,7 @@ from flax_switch.config import SwitchConfig, check, one_of
 from flax_switch.convert import hub, huggingface, native, t5x, tokenizer, training_run
 from flax_switch.convert.canonical import canonical_shapes, is_router
 from flax_switch.convert.folder import DEFAULT_SHARD_SIZE, parse_size, split_into_shards, write_folder
+from flax_switch.convert.memory import freed_memory_returned
 from flax_switch.convert.tensors import DTYPES, CheckpointError, LazyTensor, cast
 
 FORMATS = ("huggingface", "flax_switch")  # those that can be written
@@ -190,7 +191,8 @@ def write_checkpoint(
         config_file = native.config_file(checkpoint.config, checkpoint.architecture, checkpoint.huggingface)
         files = {**files, native.CONFIG_FILE: config_file}
     on_open(sum(tensor.nbytes for shard in shards for tensor in shard.values()))
-    write_folder(destination, shards, stem, files, source=source, overwrite=overwrite, on_bytes=on_bytes)
+    with freed_memory_returned():
+        write_folder(destination, shards, stem, files, source=source, overwrite=overwrite, on_bytes=on_bytes)
     return destination
 
 

@@ -37,7 +37,8 @@ TEXTS = (
     "", " ", "The quick brown fox.", "  two   spaces ", "tab\tnew\nline\r\n", "numbers 37 (and)!",
     "<extra_id_0>", " <extra_id_0> ", "a<extra_id_0>b", "<extra_id_0><extra_id_1>", "<extra_id_00>",
     "the <extra_id_0> fox <extra_id_1> dog <extra_id_11>", "<extra_id_12> <extra_id_99>", "a </s> b</s>", "<pad> x <unk>",
-    "\ufb01 \u00bd \u2460 \uff21", "\u2581literal", "\u200bzero\u00a0width\u3000", "e\u0301 \u00e9", "\u65e5\u672c \U0001f600\U0001f600 x",
+    "\ufb01 \u00bd \u2460 \uff21", "\u2581literal", "\u200bzero\u00a0width\u3000", "e\u0301 \u00e9",
+    "\u65e5\u672c \U0001f600\U0001f600 x",
 )  # fmt: skip
 
 

@@ -2,9 +2,9 @@
 
     python benchmarks/data_pipeline.py [--seconds 5] [--workers 0 1 2] [--json results.json]
 
-Reads the embedded corpus (the first time it is extracted and tokenised). Tokens are those the model sees: inputs and targets without
-padding. `tokens/s` is wall-clock time, `tokens/cpu-s` divides by the processor time of this process, so it tells the pipeline's cost
-even on a busy machine (with workers it counts only what is left to the main process).
+Reads the embedded corpus (the first time it is extracted and tokenised). Tokens are those the model sees: inputs and targets
+without padding. `tokens/s` is wall-clock time, `tokens/cpu-s` divides by the processor time of this process, so it tells the
+pipeline's cost even on a busy machine (with workers it counts only what is left to the main process).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CASES = {
 
 def measure(config: DataConfig, num_workers: int, seconds: float) -> dict[str, float]:
     """Rates over about `seconds`, after the first batches; raises where the pipeline fails."""
-    iterator = prepare(config).train_iterator(num_workers=num_workers)
+    iterator = prepare(config, quiet=True).train_iterator(num_workers=num_workers)
     for _ in range(2 * config.prefetch):
         next(iterator)
     tokens = batches = 0

@@ -2,6 +2,7 @@
 
 Command:   flax-switch pretrain --config configs/t5_tiny.py --workdir runs/t5_tiny
 Hardware:  2 CPU cores.
+Expect:    docs/pretraining.md has both runs side by side.
 """
 
 import pathlib

@@ -8,6 +8,7 @@ which in turn imports jax where it is installed.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import multiprocessing
 import multiprocessing.connection
@@ -27,7 +28,8 @@ from flax_switch.data.examples import Examples, span_of_each
 from flax_switch.data.packing import Plan
 from flax_switch.data.random_bits import example_keys
 
-_ENDLESS = 2**40  # batches
+_ENDLESS = 2**40  # groups of batches
+_ROWS_AT_ONCE = 256  # small batches are made several at a time: array operations on few rows cost as much as on many
 
 
 class Source(Protocol):
@@ -63,7 +65,7 @@ class BatchMaker:
 
 @dataclasses.dataclass(frozen=True)
 class _Stream:
-    """One process's part of the endless sequence of training batches, from batch `first` on: grain reads it by index."""
+    """One process's part of the endless sequence of training batches, from batch `first` on: grain reads groups of it by index."""
 
     make: BatchMaker
     batch_size: int
@@ -76,13 +78,24 @@ class _Stream:
     def __len__(self) -> int:
         return _ENDLESS
 
-    def __getitem__(self, index: int) -> Batch:
-        size = self.batch_size // self.process_count
-        start = (self.first + index) * self.batch_size + self.process_index * size
-        epochs, rows = np.divmod(np.arange(start, start + size), self.make.num_rows)
+    @property
+    def size(self) -> int:
+        """Rows of this process's part of a batch."""
+        return self.batch_size // self.process_count
+
+    @property
+    def group(self) -> int:
+        """Batches in a group."""
+        return max(_ROWS_AT_ONCE // self.size, 1)
+
+    def __getitem__(self, index: int) -> list[Batch]:
+        batches = self.first + index * self.group + np.arange(self.group)
+        places = batches[:, None] * self.batch_size + self.process_index * self.size + np.arange(self.size)
+        epochs, rows = np.divmod(places.ravel(), self.make.num_rows)
         if self.shuffle:
             rows = self._shuffled(rows, epochs)
-        return self.make(rows, epochs)
+        made = self.make(rows, epochs)
+        return [{k: a[i : i + self.size] for k, a in made.items()} for i in range(0, len(rows), self.size)]
 
     def _shuffled(self, rows: np.ndarray, epochs: np.ndarray) -> np.ndarray:
         """A permutation of all rows, another one in each epoch."""
@@ -117,16 +130,23 @@ class TrainIterator:
         self._identity = {"batch_size": batch_size, "seed": seed, "shuffle": shuffle, "fingerprint": fingerprint}
         self._num_workers, self._prefetch = num_workers, prefetch
         self._next_batch = 0
-        self._batches: Iterator[Batch] | None = None
+        self._groups: Iterator[list[Batch]] | None = None
+        self._made: collections.deque[Batch] = collections.deque()
 
     def __iter__(self) -> TrainIterator:
         return self
 
     def __next__(self) -> Batch:
-        if self._batches is None:
-            self._batches = self._start()
+        if not self._made:
+            self._made.extend(self._next_group())
+        self._next_batch += 1
+        return self._made.popleft()
+
+    def _next_group(self) -> list[Batch]:
+        if self._groups is None:
+            self._groups = self._start()
         try:
-            batch = next(self._batches)
+            return next(self._groups)
         except RuntimeError as error:
             if self._num_workers:
                 error.add_note(
@@ -134,20 +154,19 @@ class TrainIterator:
                     "`if __name__ == '__main__':`; data.num_workers=0 needs no such guard."
                 )
             raise
-        self._next_batch += 1
-        return batch
 
-    def _start(self) -> Iterator[Batch]:
-        batches = grain.MapDataset.source(dataclasses.replace(self._stream, first=self._next_batch))
+    def _start(self) -> Iterator[list[Batch]]:
+        ahead = -(-self._prefetch // self._stream.group)  # groups held ready
+        groups = grain.MapDataset.source(dataclasses.replace(self._stream, first=self._next_batch))
         if self._num_workers == 0:
-            return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=self._prefetch)))
+            return iter(groups.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=ahead + 1)))
         if not flags.FLAGS.is_parsed():  # grain's workers read flags, which a program without absl's app never parses
             flags.FLAGS.mark_as_parsed()
-        in_worker = batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
+        in_worker = groups.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
         # Batches travel through pipes: shared memory is often small in containers, and what a killed run leaves there stays.
         in_worker = grain.experimental.WithOptionsIterDataset(in_worker, grain.experimental.DatasetOptions(min_shm_size=2**62))
-        buffered = max(self._prefetch // self._num_workers, 1)
-        options = grain.MultiprocessingOptions(self._num_workers, per_worker_buffer_size=buffered)
+        per_worker = -(-ahead // self._num_workers)
+        options = grain.MultiprocessingOptions(self._num_workers, per_worker_buffer_size=per_worker)
         return iter(in_worker.mp_prefetch(options, worker_init_fn=_live_and_die_with_the_parent))
 
     def get_state(self) -> dict[str, Any]:
@@ -170,9 +189,10 @@ class TrainIterator:
 
     def close(self) -> None:
         """Stops prefetching threads and worker processes."""
-        if self._batches is not None:
-            self._batches.close()
-            self._batches = None
+        self._made.clear()
+        if self._groups is not None:
+            self._groups.close()
+            self._groups = None
 
 
 def _live_and_die_with_the_parent(worker_index: int, worker_count: int) -> None:

@@ -236,6 +236,4 @@ def _logits(params: Mapping[str, Any], x: Float[Array, "R D"], config: SwitchCon
     if config.tie_word_embeddings:
         return Embedding(config).apply({"params": params["token_embedder"]}, x, method="attend")
     kernel = params["decoder"]["logits_dense"]["kernel"]
-    return Linear(kernel.shape[1], ("embed", "vocab"), None, "float32", config.param_dtype).apply(
-        {"params": {"kernel": kernel}}, x
-    )
+    return Linear(kernel.shape[1], ("embed", "vocab"), None, "float32", config.param_dtype).apply({"params": {"kernel": kernel}}, x)

@@ -38,8 +38,7 @@ def split_experts(params: Mapping[str, Any], config: SwitchConfig) -> tuple[tupl
     def split(stack):
         kernels = {name: np.asarray(leaf["kernel"]) for name, leaf in stack.items()}
         return tuple(
-            {name: jax.device_put(kernel[e], may_alias=True) for name, kernel in kernels.items()}
-            for e in range(config.num_experts)
+            {name: jax.device_put(kernel[e], may_alias=True) for name, kernel in kernels.items()} for e in range(config.num_experts)
         )
 
     return tuple(split(stack) for stack in stacks)
@@ -63,9 +62,7 @@ def sparse_mlp(
     num_choices = x.shape[0] * config.num_selected_experts
     few = experts is not None or num_choices < config.num_experts
     if sharded or not few or config.routing_group != "sequence":
-        return SparseMLP(config, "decoder").apply({"params": params}, x[:, None], padding_mask=None, deterministic=True)[0][
-            :, 0
-        ]
+        return SparseMLP(config, "decoder").apply({"params": params}, x[:, None], padding_mask=None, deterministic=True)[0][:, 0]
     # A sequence's only token meets no competition for its experts' slots, whatever the capacity.
     config = config.replace(capacity_mode="dropless", router_type="tokens_choose")
     router = params["router"]["router_weights"]["w"]
@@ -86,9 +83,7 @@ def sparse_mlp(
     return y
 
 
-def _gathered(
-    stacked: Kernels, x: Float[Array, "R D"], expert: Int[Array, "R N"], config: SwitchConfig
-) -> Float[Array, "R N D"]:
+def _gathered(stacked: Kernels, x: Float[Array, "R D"], expert: Int[Array, "R N"], config: SwitchConfig) -> Float[Array, "R N D"]:
     """Every choice's answer, from copies of the kernels that are hit."""
     hit = {name: kernel[expert] for name, kernel in stacked.items()}
     x = jnp.broadcast_to(x[:, None], (*expert.shape, x.shape[-1]))

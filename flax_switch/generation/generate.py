@@ -107,9 +107,7 @@ def check_mask(mask: Any, input_ids: Int[np.ndarray, "B S"], settings: Generatio
     )
     mask = mask.astype(bool)
     empty = np.flatnonzero(~mask.any(1))
-    check(
-        empty.size == 0, f"input_ids: row {empty[0] if empty.size else 0} is padding only; a source needs at least one token."
-    )
+    check(empty.size == 0, f"input_ids: row {empty[0] if empty.size else 0} is padding only; a source needs at least one token.")
     return mask
 
 

@@ -30,7 +30,7 @@ def finish(result: RunResult, workdir: epath.PathLike) -> None:
     if samples:
         console.print("\nHeld-out text with masked spans filled in, [model's -> text's]:")
     for sample in samples:
-        shown = (p if isinstance(p, str) else f"\\[{p['model']} -> {p['text']}]" for p in sample["pieces"])
+        shown = (p if isinstance(p, str) else f"[{p['model']} -> {p['text']}]" for p in sample["pieces"])
         console.print("  " + " ".join(shown))
     console.print(f"\n{describe(result.evaluation)}")
     if importlib.util.find_spec("matplotlib") is not None:

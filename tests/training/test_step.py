@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
+from jax.sharding import PartitionSpec as P
+
 from flax_switch.config import ConfigError, DataConfig, ExperimentConfig, MeshConfig, OptimizerConfig, SwitchConfig, TrainConfig
 from flax_switch.partitioning import batch_ways, create_mesh, mesh_shape, partition_spec, shard_batch, use_mesh
 from flax_switch.training.optimizer import build_optimizer, learning_rate_schedule
@@ -20,7 +22,7 @@ MODEL = SwitchConfig(
 CONFIG = ExperimentConfig(
     model=MODEL,
     data=DataConfig(batch_size=8),
-    optimizer=OptimizerConfig(name="adafactor", schedule="constant", learning_rate=0.05, min_dim_size_to_factor=8),
+    optimizer=OptimizerConfig(name="adafactor", schedule="constant", learning_rate=0.05, warmup_steps=0, min_dim_size_to_factor=8),
     train=TrainConfig(steps=10),
 )
 
@@ -50,9 +52,10 @@ def test_micro_batches_have_the_gradients_and_metrics_of_the_whole_batch(normali
     batch, rng = make_batch(), jax.random.key(0)
     params = init_state(run_on(whole)).params
     results = [jax.jit(functools.partial(loss_and_grads, run_on(c)))(params, batch, rng) for c in (whole, split)]
+    for _, metrics in results:
+        routers = metrics.pop("routers")  # of these, ratios of counts are not means over the pieces; the losses are
+        metrics.update({k: v for k, v in routers.items() if "loss" in k})
     for a, b in zip(*map(jax.tree.leaves, results), strict=True):
-        if a.ndim <= 1 and a.size == 4:  # token counts of a layer's experts are means over the pieces
-            continue
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6)
 
 
@@ -112,12 +115,12 @@ def test_parameters_and_statistics_are_split_by_the_rules():
     run = run_on(CONFIG.replace(mesh=MeshConfig(data=2, expert=2, model=2, fsdp=True)), 8)
     state = init_state(run)
     experts = state.params["encoder"]["layers_0"]["mlp"]["expert"]["wi"]["kernel"]  # [4, 16, 16]
-    assert experts.sharding.spec == ("expert", "data", "model")
+    assert experts.sharding.spec == P("expert", "data", "model")
     assert experts.addressable_shards[0].data.shape == (2, 8, 8)
     row = state.opt_state.row["encoder"]["layers_0"]["mlp"]["expert"]["wi"]["kernel"]
     assert row.addressable_shards[0].data.shape == (2, 8)
     router = state.params["encoder"]["layers_0"]["mlp"]["router"]["router_weights"]["w"]["kernel"]
-    assert router.sharding.spec == ("data",)
+    assert router.sharding.spec == P("data")
 
 
 def test_meshes_that_do_not_fit_are_refused():
@@ -130,4 +133,4 @@ def test_meshes_that_do_not_fit_are_refused():
     assert batch_ways(mesh) == 8
     with pytest.raises(ConfigError, match="12 experts cannot be split"):
         partition_spec(("expert", "embed"), (12, 4), mesh)
-    assert partition_spec(("vocab", "embed"), (7, 4), create_mesh(MeshConfig(model=8))) == ()
+    assert partition_spec(("vocab", "embed"), (7, 4), create_mesh(MeshConfig(model=8))) == P()

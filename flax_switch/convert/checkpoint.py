@@ -17,6 +17,7 @@ from flax_switch.config import SwitchConfig, check, one_of
 from flax_switch.convert import hub, huggingface, native, t5x, tokenizer, training_run
 from flax_switch.convert.canonical import canonical_shapes, is_router
 from flax_switch.convert.folder import DEFAULT_SHARD_SIZE, parse_size, split_into_shards, write_folder
+from flax_switch.convert.memory import freed_memory_returned
 from flax_switch.convert.tensors import DTYPES, CheckpointError, LazyTensor, cast
 
 FORMATS = ("huggingface", "flax_switch")  # those that can be written
@@ -110,8 +111,8 @@ def open_checkpoint(
     for path, tensor in tensors.items():
         check(
             shapes.get(path) == tensor.shape,
-            f"the changes {dict(changes or {})} do not fit the checkpoint: {path} is {list(tensor.shape)} there. Change settings of "
-            "behaviour, not sizes.",
+            f"the changes {dict(changes or {})} do not fit the checkpoint: {path} is {list(tensor.shape)} there. Change settings "
+            "of behaviour, not sizes.",
         )
     return Checkpoint(format, folder, config, architecture, tensors, raw)
 
@@ -134,8 +135,8 @@ def convert(
 
     Args:
       source: as for `open_checkpoint`.
-      destination: a folder without a model in it, or one to overwrite. Until it is complete, everything is in `<destination>.partial`;
-        running an interrupted conversion again continues with the shards it finished.
+      destination: a folder without a model in it, or one to overwrite. Until it is complete, everything is in
+        `<destination>.partial`; running an interrupted conversion again continues with the shards it finished.
       to: "huggingface" or "flax_switch".
       dtype: of the written tensors; None keeps each tensor's. Routers keep theirs either way (selective precision, 2101.03961).
       max_shard_size: largest file, as "5GB".
@@ -190,7 +191,8 @@ def write_checkpoint(
         config_file = native.config_file(checkpoint.config, checkpoint.architecture, checkpoint.huggingface)
         files = {**files, native.CONFIG_FILE: config_file}
     on_open(sum(tensor.nbytes for shard in shards for tensor in shard.values()))
-    write_folder(destination, shards, stem, files, source=source, overwrite=overwrite, on_bytes=on_bytes)
+    with freed_memory_returned():
+        write_folder(destination, shards, stem, files, source=source, overwrite=overwrite, on_bytes=on_bytes)
     return destination
 
 

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from flax_switch.config import ConfigError
 from flax_switch.convert.safetensors_file import write_safetensors
 from flax_switch.convert.tensors import CheckpointError, LazyTensor, concatenate, narrow
 
@@ -30,7 +31,7 @@ def parse_size(size: str | int) -> int:
     """Bytes of a size such as "5GB", "300MiB" or 1000000."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
     if match is None or match[2].upper() not in _UNITS or float(match[1]) <= 0:
-        raise ValueError(f"a size is a positive number and a unit, as in 5GB or 300MiB; it is {size!r}.")
+        raise ConfigError(f"a size is a positive number and a unit, as in 5GB or 300MiB; it is {size!r}.")
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 

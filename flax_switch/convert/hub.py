@@ -7,7 +7,7 @@ from pathlib import Path
 
 from flax_switch.convert.tensors import CheckpointError
 
-_NAME = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
+_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _SMALL = ("*.json", "spiece.model")
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from flax_switch.config import SwitchConfig
 from flax_switch.convert.canonical import canonical_shapes
 from flax_switch.convert.folder import read_folder
-from flax_switch.convert.mapping import TRANSPOSE, Rule, rule_of, to_canonical, to_foreign
+from flax_switch.convert.mapping import TRANSPOSE, Rule, to_canonical, to_foreign
 from flax_switch.convert.safetensors_file import read_safetensors
 from flax_switch.convert.tensors import CheckpointError, LazyTensor, same_bits
 
@@ -186,10 +186,3 @@ def huggingface_tensors(
         for stack in ("encoder",) if architecture == "encoder" else ("encoder", "decoder"):
             canonical.setdefault(f"{stack}/token_embedder/embedding", canonical["token_embedder/embedding"])
     return to_foreign(canonical, rules_for(model_type))
-
-
-def foreign_name(path: str, model_type: str = "switch_transformers") -> str:
-    """Hugging Face's name of a canonical path, with `{e}` for the expert: for reports and documentation."""
-    rule = rule_of(path, rules_for(model_type))
-    fields = rule.pattern.fullmatch(path).groupdict()
-    return rule.foreign.format(e="{e}", **fields)

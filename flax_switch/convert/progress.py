@@ -8,17 +8,23 @@ from collections.abc import Callable, Iterator
 
 @contextlib.contextmanager
 def progress_bar(title: str, *, enabled: bool = True) -> Iterator[dict[str, Callable[[int], None]]]:
-    """The `on_open` and `on_bytes` callbacks of `convert`, drawn as a bar; without `enabled`, callbacks that do nothing."""
-    if not enabled:
-        yield {}
-        return
+    """The `on_open` and `on_bytes` callbacks of `convert`, drawn as a bar; nothing where stderr is no terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+    console = Console(stderr=True)
+    if not enabled or not console.is_terminal:
+        yield {}
+        return
     columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(title, total=None)
-        yield {
-            "on_open": lambda total: bar.update(task, total=total),
-            "on_bytes": lambda count: bar.advance(task, count),
-        }
+    bar = Progress(*columns, console=console)
+    task = bar.add_task(title, total=None)
+
+    def on_open(total: int) -> None:
+        bar.update(task, total=total)
+        bar.start()  # only now: an error before it should stand alone
+
+    try:
+        yield {"on_open": on_open, "on_bytes": lambda count: bar.advance(task, count)}
+    finally:
+        bar.stop()

@@ -16,7 +16,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from flax_switch.convert.tensors import CheckpointError, Index, LazyTensor
+from flax_switch.convert.tensors import CheckpointError, Index, LazyTensor, contiguous
 
 MAX_HEADER_BYTES = 100_000_000  # the library's own limit
 
@@ -141,7 +141,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor], on_bytes: C
         for name in order:
             written = 0
             for block in tensors[name].blocks():
-                data = np.ascontiguousarray(block).reshape(-1).view(np.uint8)
+                data = contiguous(block).reshape(-1).view(np.uint8)
                 file.write(data.data)
                 written += data.size
                 on_bytes(data.size)

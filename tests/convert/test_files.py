@@ -2,22 +2,23 @@
 
 import json
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
 
+import hypothesis.strategies as st
 import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+from hypothesis import given, settings
 
 from flax_switch import CheckpointError, SwitchConfig
 from flax_switch.convert import convert, folder, open_checkpoint
 from flax_switch.convert.canonical import canonical_shapes
 from flax_switch.convert.safetensors_file import read_safetensors, write_safetensors
 from flax_switch.convert.tensors import LazyTensor, from_array
-from tests.convert import oracle
+from tests.convert import oracle, t5x_files
 
 TENSORS = {
     "b": np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -83,6 +84,22 @@ def test_a_corrupt_header_is_an_error_that_says_where(tmp_path, header, data, wo
 def test_a_header_larger_than_the_file_or_the_limit_is_refused(tmp_path, length):
     with pytest.raises(CheckpointError, match="truncated or corrupt"):
         read_safetensors(file_with_header(tmp_path / "bad.safetensors", {}, length=length))
+
+
+@given(data=st.data())
+@settings(max_examples=200, deadline=None)
+def test_a_file_with_any_bytes_changed_reads_or_is_refused(tmp_path_factory, data):
+    path = tmp_path_factory.getbasetemp() / "mutated.safetensors"
+    write_safetensors(path, {name: from_array(array) for name, array in TENSORS.items()})
+    contents = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        contents[data.draw(st.integers(0, len(contents) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(contents[: data.draw(st.integers(0, len(contents)))] if data.draw(st.booleans()) else contents)
+    try:
+        for tensor in read_safetensors(path).values():
+            assert tensor.numpy().nbytes == tensor.nbytes <= len(contents)
+    except CheckpointError as error:
+        assert "mutated.safetensors" in str(error)
 
 
 @pytest.mark.parametrize("size", [0, 5, 40, 1000])
@@ -234,12 +251,16 @@ def test_shards_of_another_source_are_not_taken_over(tmp_path, monkeypatch):
 
 
 MEMORY_SCRIPT = """
-import resource, sys
+import re, sys
 from flax_switch.convert import convert
+
+def peak():  # not getrusage: its maximum is inherited from the process that started this one
+    return int(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
+
 convert(sys.argv[1], sys.argv[2], to="flax_switch", max_shard_size="1MB")  # imports and warms up
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 convert(sys.argv[3], sys.argv[4], to=sys.argv[5], max_shard_size=sys.argv[6])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(peak() - before)
 """
 
 
@@ -261,26 +282,42 @@ def random_model(config: SwitchConfig, path: Path) -> None:
     folder.write_folder(path, folder.split_into_shards(tensors, 10**9, split_stacks=True), native.STEM, files)
 
 
+def memory_of(tmp_path, source: str, to: str, target: str, shard: int) -> int:
+    """How much a conversion's peak memory exceeds that of a small one before it, in a process of its own."""
+    paths = [str(tmp_path / name) for name in ("warm", f"warm-{target}", source, target)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", MEMORY_SCRIPT, *paths, to, str(shard)]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    return int(result.stdout.split()[-1])
+
+
+BIG = SwitchConfig(
+    vocab_size=8192, d_model=256, num_heads=4, d_kv=64, d_ff=1024, num_encoder_layers=4, num_decoder_layers=4,
+    num_sparse_encoder_layers=4, num_sparse_decoder_layers=4, num_experts=16, capacity_mode="fixed",
+)  # fmt: skip
+
+
 def test_peak_memory_is_bounded_by_the_shard_and_the_largest_tensor_not_by_the_checkpoint(tmp_path):
-    config = SwitchConfig(
-        vocab_size=8192, d_model=256, num_heads=4, d_kv=64, d_ff=1024, num_encoder_layers=4, num_decoder_layers=4,
-        num_sparse_encoder_layers=4, num_sparse_decoder_layers=4, num_experts=16, capacity_mode="fixed",
-    )  # fmt: skip
-    random_model(config, tmp_path / "source")
+    random_model(BIG, tmp_path / "source")
     oracle.save(oracle.huggingface_model(oracle.huggingface_config()), tmp_path / "warm")
     sizes = [tensor.nbytes for tensor in open_checkpoint(tmp_path / "source").tensors.values()]
     shard = 32 * 10**6
     assert sum(sizes) > 8 * shard
     for to, source, target in (("huggingface", "source", "theirs"), ("flax_switch", "theirs", "back")):
-        paths = [str(tmp_path / name) for name in ("warm", f"warm-{to}", source, target)]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-        result = subprocess.run(
-            [sys.executable, "-c", MEMORY_SCRIPT, *paths, to, str(shard)],
-            capture_output=True, text=True, env=environment, check=True,
-        )  # fmt: skip
-        grown = int(result.stdout.split()[-1]) * 1024
-        assert grown < 1.2 * shard + max(sizes), (to, grown)
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss > 0
+        assert 10**6 < memory_of(tmp_path, source, to, target, shard) < 1.2 * shard + max(sizes), to
+
+
+@pytest.mark.slow
+def test_reading_t5x_is_bounded_in_the_same_way(tmp_path):
+    rng = np.random.default_rng(0)
+    params = {path: np.resize(rng.integers(0, 9, 2**14), shape).astype(np.float32) for path, shape in canonical_shapes(BIG).items()}
+    sizes = [array.nbytes for array in params.values()]
+    t5x_files.write(tmp_path / "source", params)
+    small = SwitchConfig(vocab_size=8, d_model=8, num_heads=2, d_kv=4, d_ff=8, num_encoder_layers=12, num_decoder_layers=12)
+    t5x_files.write(tmp_path / "warm", {path: np.zeros(shape, np.float32) for path, shape in canonical_shapes(small).items()})
+    shard = 32 * 10**6
+    for to in ("huggingface", "flax_switch"):
+        assert 10**6 < memory_of(tmp_path, "source", to, f"to-{to}", shard) < 1.2 * shard + max(sizes), to
 
 
 def test_importing_the_package_starts_neither_torch_nor_transformers_nor_jax():

@@ -36,11 +36,11 @@ def relative_error(ours, theirs) -> float:
 def dispatch_of(model, call) -> dict[str, list[np.ndarray]]:
     """Which expert each token was sent to in transformers, [B, L, E] with 0 where it was dropped, layer by layer."""
     seen = {"encoder": [], "decoder": []}
-    hooks = [
-        module.register_forward_hook(lambda _, __, out, stack=name.split(".")[0]: seen[stack].append(out[0].numpy()))
-        for name, module in model.named_modules()
-        if name.endswith("mlp.router")
-    ]
+    hooks = []
+    for name, module in model.named_modules():
+        if name.endswith("mlp.router"):
+            stack = seen[name.split(".")[0]]
+            hooks.append(module.register_forward_hook(lambda _, __, out, stack=stack: stack.append(out[0].numpy())))
     call()
     for hook in hooks:
         hook.remove()

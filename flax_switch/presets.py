@@ -52,7 +52,8 @@ _EXPERTS_CHOOSE_SPARSE = {"tiny": 1, "small": 4, "base": 6, "large": 12, "xl": 1
 # For one machine, vocabulary included. At this size and length of training a tenth of the usual initialisation only costs steps,
 # short sequences need room to route unevenly, and padding (a third of the positions) would crowd an expert.
 _TINY = SwitchConfig(
-    vocab_size=384, init_scale=1.0, capacity_factor=2.0, ignore_padding_tokens=True, dropout_rate=0.0, **_sizes(128, 512, 4, 2, 1, d_kv=32)
+    vocab_size=384, init_scale=1.0, capacity_factor=2.0, ignore_padding_tokens=True, dropout_rate=0.0,
+    **_sizes(128, 512, 4, 2, 1, d_kv=32),
 )  # fmt: skip
 
 PRESETS: dict[str, SwitchConfig] = {

@@ -13,4 +13,4 @@ ruff format --check .
 say "Smoke run of the main path"
 python scripts/smoke.py
 say "Tests"
-exec python -m pytest "$@"
+exec python -m pytest -n "${PYTEST_WORKERS:-2}" --dist loadfile "$@"

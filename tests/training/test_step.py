@@ -6,7 +6,6 @@ import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-
 from jax.sharding import PartitionSpec as P
 
 from flax_switch.config import ConfigError, DataConfig, ExperimentConfig, MeshConfig, OptimizerConfig, SwitchConfig, TrainConfig

@@ -25,9 +25,13 @@ TARGET = jax.random.randint(jax.random.key(2), (3, 5), 2, 50)
 MASK = jnp.array([[1] * 7, [1] * 5 + [0] * 2, [1] * 3 + [0] * 4])
 
 
+def fresh(config):
+    return jax.jit(lambda: init_params(SwitchTransformer(config), jax.random.key(0)))()
+
+
 @pytest.fixture(scope="module")
 def params():
-    return jax.jit(lambda: init_params(SwitchTransformer(CONFIG), jax.random.key(0)))()
+    return fresh(CONFIG)
 
 
 def logits_of(config, params, source=SOURCE, target=TARGET, mask=MASK, **options):
@@ -75,11 +79,16 @@ def test_packed_segments_equal_separate_rows(params):
     np.testing.assert_allclose(packed, jnp.concatenate([first, second], 1), atol=1e-5)
 
 
+@jax.jit
+def encode(params):
+    return SwitchTransformer(CONFIG).apply({"params": params}, SOURCE, MASK, method="encode").last_hidden_state
+
+
 @pytest.mark.parametrize("prefill", [1, 3])
 def test_cached_decoding_equals_the_whole_pass(params, prefill):
     model, variables = SwitchTransformer(CONFIG), {"params": params}
-    encoded = model.apply(variables, SOURCE, MASK, method="encode").last_hidden_state
-    cache = model.apply(variables, encoded, 6, method="init_cache")
+    encoded = encode(params)
+    cache = jax.jit(lambda e: model.apply(variables, e, 6, method="init_cache"))(encoded)
     step = jax.jit(lambda ids, cache: model.apply(variables, ids, None, MASK, cache=cache, method="decode"))
     pieces, start = [], 0
     for end in (prefill, *range(prefill + 1, 6)):
@@ -91,15 +100,15 @@ def test_cached_decoding_equals_the_whole_pass(params, prefill):
 
 def test_beams_share_the_keys_of_their_source(params):
     model, variables = SwitchTransformer(CONFIG), {"params": params}
-    encoded = model.apply(variables, SOURCE, MASK, method="encode").last_hidden_state
+    encoded = encode(params)
     ids = jax.random.randint(jax.random.key(5), (6, 1), 2, 50)
-    shared = model.apply(variables, encoded, 4, rows_per_source=2, method="init_cache")
-    copied = model.apply(variables, encoded.repeat(2, 0), 4, method="init_cache")
+    shared = jax.jit(lambda e: model.apply(variables, e, 4, rows_per_source=2, method="init_cache"))(encoded)
+    copied = jax.jit(lambda e: model.apply(variables, e, 4, method="init_cache"))(encoded.repeat(2, 0))
     assert shared.layers[0].cross_attention.key.shape[0] == 3
-    both = [
-        model.apply(variables, ids, None, mask, cache=cache, method="decode", output_attentions=True)
-        for cache, mask in ((shared, MASK), (copied, MASK.repeat(2, 0)))
-    ]
+    step = jax.jit(
+        lambda cache, mask: model.apply(variables, ids, None, mask, cache=cache, method="decode", output_attentions=True)
+    )
+    both = [step(shared, MASK), step(copied, MASK.repeat(2, 0))]
     np.testing.assert_allclose(both[0].logits, both[1].logits, atol=1e-5)
     np.testing.assert_allclose(both[0].cross_attentions[1], both[1].cross_attentions[1], atol=1e-6)
 
@@ -133,7 +142,7 @@ def loss_and_grads(config, params):
 
 @pytest.fixture(scope="module")
 def deep_params():
-    return jax.jit(lambda: init_params(SwitchTransformer(DEEP), jax.random.key(0)))()
+    return fresh(DEEP)
 
 
 @pytest.fixture(scope="module")
@@ -166,8 +175,7 @@ def test_the_extra_mlp_gated_units_untied_head_and_tables_per_layer_have_their_p
         extra_mlp=True, mlp_activations=("gelu_new", "linear"), tie_word_embeddings=False, relative_attention_per_layer=True,
         shared_expert=True, router_bias=True,
     )  # fmt: skip
-    model = SwitchTransformer(config)
-    params = init_params(model, jax.random.key(0))
+    params = fresh(config)
     paths = set(flatten_dict(params, sep="/"))
     assert {
         "encoder/layers_1/extra_mlp/wi_0/kernel", "encoder/layers_1/pre_extra_mlp_layer_norm/scale",
@@ -190,12 +198,13 @@ def test_the_encoder_alone_gives_the_models_encoder_states(params):
 def test_selective_precision_keeps_parameters_routers_and_logits_in_float32(params):
     config = CONFIG.replace(dtype="bfloat16")
     model = SwitchTransformer(config)
-    fresh = init_params(model, jax.random.key(0))
-    assert {leaf.dtype for leaf in jax.tree.leaves(fresh)} == {jnp.dtype("float32")}
-    output = model.apply({"params": fresh}, SOURCE, TARGET, MASK, output_router_logits=True)
+    fresh_params = fresh(config)
+    assert {leaf.dtype for leaf in jax.tree.leaves(fresh_params)} == {jnp.dtype("float32")}
+    apply = jax.jit(lambda p: model.apply({"params": p}, SOURCE, TARGET, MASK, output_router_logits=True))
+    output = apply(fresh_params)
     assert output.logits.dtype == output.encoder_router[0].logits.dtype == jnp.float32
     assert output.encoder_last_hidden_state.dtype == jnp.bfloat16
-    reference = logits_of(CONFIG, fresh)
+    reference = logits_of(CONFIG, fresh_params)
     assert jnp.abs(output.logits - reference).max() < 0.1 * jnp.abs(reference).max()
 
 
@@ -219,7 +228,7 @@ def test_initialisation_follows_switch_and_t5():
         vocab_size=512, d_model=256, num_heads=4, d_kv=64, d_ff=512, num_encoder_layers=2, num_decoder_layers=2,
         num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, num_experts=4,
     )  # fmt: skip
-    flat = flatten_dict(init_params(SwitchTransformer(config), jax.random.key(0)), sep="/")
+    flat = flatten_dict(fresh(config), sep="/")
     layer = "encoder/layers_1"
     expected = {
         "token_embedder/embedding": 1.0,
@@ -244,19 +253,15 @@ def test_training_mode_needs_its_random_streams_and_uses_the_training_capacity()
     config = CONFIG.replace(
         dropout_rate=0.1, router_jitter_noise=0.1, capacity_mode="factor", capacity_factor=0.25, min_expert_capacity=1
     )
-    params = init_params(SwitchTransformer(config), jax.random.key(0))
-    model = SwitchTransformer(config)
-    runs = [
-        model.apply(
-            {"params": params},
-            SOURCE,
-            TARGET,
-            deterministic=False,
-            rngs={"dropout": jax.random.key(s), "jitter": jax.random.key(s)},
-        )
-        for s in (0, 0, 1)
-    ]
+    params, model = fresh(config), SwitchTransformer(config)
+
+    @jax.jit
+    def train(rng):
+        rngs = {"dropout": rng, "jitter": rng}
+        return model.apply({"params": params}, SOURCE, TARGET, deterministic=False, rngs=rngs)
+
+    runs = [train(jax.random.key(seed)) for seed in (0, 0, 1)]
     np.testing.assert_array_equal(runs[0].logits, runs[1].logits)
     assert not jnp.allclose(runs[0].logits, runs[2].logits)
-    evaluated = model.apply({"params": params}, SOURCE, TARGET)
+    evaluated = jax.jit(lambda p: model.apply({"params": p}, SOURCE, TARGET))(params)
     assert evaluated.encoder_router[0].kept.sum() > runs[0].encoder_router[0].kept.sum()

@@ -22,7 +22,7 @@ ALLOWED = {
     "convert": {"config", "config_huggingface", "data", "nn"},
     "generation": {"config", "ops", "nn", "data", "partitioning", "convert"},
     "pretrained": {"config", "data", "ops", "nn", "partitioning", "convert", "generation", "huggingface_outputs"},
-    "huggingface_outputs": {"config", "ops", "nn"},
+    "huggingface_outputs": {"config", "config_huggingface", "ops", "nn"},
     "training": {"config", "data", "ops", "nn", "partitioning", "generation", "convert", "pretrained"},
     "explore": {"config", "data", "ops", "nn", "pretrained"},
 }

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from flax_switch.config import SwitchConfig
 from flax_switch.generation.experts import Kernels, sparse_mlp
-from flax_switch.nn.layers import MLP, Embedding, Linear, RMSNorm
+from flax_switch.nn.layers import MLP, Embedding, RMSNorm
 from flax_switch.nn.outputs import DecoderCache
 from flax_switch.ops.attention import MASKED, relative_position_bias
 
@@ -236,4 +236,4 @@ def _logits(params: Mapping[str, Any], x: Float[Array, "R D"], config: SwitchCon
     if config.tie_word_embeddings:
         return Embedding(config).apply({"params": params["token_embedder"]}, x, method="attend")
     kernel = params["decoder"]["logits_dense"]["kernel"]
-    return Linear(kernel.shape[1], ("embed", "vocab"), None, "float32", config.param_dtype).apply({"params": {"kernel": kernel}}, x)
+    return x.astype(jnp.float32) @ kernel.astype(jnp.float32)

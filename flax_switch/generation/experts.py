@@ -1,8 +1,8 @@
 """Sparse layers in decoding: a step has few tokens, so only the experts that they hit are read.
 
 A processor must not copy an expert's kernels to read them, and a slice of the stack at an index found while running is a copy.
-There experts are arrays of their own, and a `lax.switch` jumps to the one that is hit. On an accelerator a gather of the kernels
-that are hit is quick, and branches are not. Sharded experts run as in training.
+There experts are arrays of their own, and a `lax.switch` jumps to the one that is hit. On an accelerator a gather of those that
+are hit is quick, and branches are not. Sharded experts run as in training.
 """
 
 from __future__ import annotations

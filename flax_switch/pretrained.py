@@ -16,7 +16,7 @@ from jax.sharding import Mesh, Sharding
 from jaxtyping import Array, Float, Int
 
 from flax_switch import huggingface_outputs as outputs
-from flax_switch.config import ConfigError, SwitchConfig, check, one_of
+from flax_switch.config import SwitchConfig, check, one_of
 from flax_switch.convert import checkpoint as checkpoints
 from flax_switch.convert import tokenizer
 from flax_switch.convert.canonical import canonical_shapes, flatten, is_router, unflatten
@@ -199,7 +199,6 @@ def load_pretrained(
     """
     opened = checkpoints.open_checkpoint(path, changes=changes, allow_missing=allow_missing, revision=revision)
     config = opened.config
-    _check_fits(config, opened.architecture, opened.tensors, changes)
     if dtype is not None:
         one_of("dtype", dtype, tuple(DTYPES))
         config = config.replace(param_dtype=dtype)
@@ -255,16 +254,6 @@ def save_pretrained(
     return checkpoints.write_checkpoint(
         saved, Path(path), to=format, files=files, max_shard_size=max_shard_size, overwrite=overwrite
     )
-
-
-def _check_fits(config: SwitchConfig, architecture: str, tensors: Mapping[str, LazyTensor], changes: Mapping[str, Any]) -> None:
-    expected = canonical_shapes(config, architecture)
-    bad = [path for path, tensor in tensors.items() if expected.get(path) != tensor.shape]
-    if bad:
-        raise ConfigError(
-            f"the changes {dict(changes)} do not fit the checkpoint's parameters: {bad[0]} is {list(tensors[bad[0]].shape)} there. "
-            "Change settings of behaviour here, not sizes."
-        )
 
 
 def _fresh(model: SwitchEncoder, paths: set[str], seed: int) -> dict[str, LazyTensor]:

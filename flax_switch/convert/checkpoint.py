@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from flax_switch import config_huggingface
-from flax_switch.config import SwitchConfig, one_of
-from flax_switch.convert import hub, huggingface, native, orbax, t5x, tokenizer
-from flax_switch.convert.canonical import is_router
+from flax_switch.config import SwitchConfig, check, one_of
+from flax_switch.convert import hub, huggingface, native, t5x, tokenizer, training_run
+from flax_switch.convert.canonical import canonical_shapes, is_router
 from flax_switch.convert.folder import DEFAULT_SHARD_SIZE, parse_size, split_into_shards, write_folder
 from flax_switch.convert.tensors import DTYPES, CheckpointError, LazyTensor, cast
 
@@ -42,7 +42,7 @@ class Checkpoint:
     """A model on disk, its tensors unread.
 
     `tensors` are canonical and unscanned whatever the source was. `huggingface` is the config.json it came with, if any;
-    `path` the folder it was found in.
+    `path` the folder its weights are in (of a run, the step's).
     """
 
     format: str  # "huggingface", "t5x", "flax_switch" or "orbax"
@@ -61,8 +61,10 @@ def detect_format(folder: Path) -> str:
         return "flax_switch"
     if t5x.find_checkpoint(folder) is not None:
         return "t5x"
-    if orbax.find_checkpoint(folder) is not None:
+    if training_run.find_checkpoint(folder) is not None:
         return "orbax"
+    if training_run.is_run(folder):
+        raise CheckpointError(f"{folder} is a training run without a complete checkpoint yet; wait for its first.")
     if (folder / "config.json").is_file():
         return "huggingface"
     partial = " It looks like a conversion that was interrupted; run that again." if folder.name.endswith(".partial") else ""
@@ -99,10 +101,19 @@ def open_checkpoint(
     elif format == "flax_switch":
         config, architecture, tensors, raw = native.read_native(folder, allow_missing=allow_missing)
     elif format == "orbax":
-        config, architecture, tensors = orbax.read_orbax(folder, allow_missing=allow_missing)
+        folder = training_run.find_checkpoint(folder)
+        config, architecture, tensors = training_run.read_run(folder, allow_missing=allow_missing)
     else:
         config, architecture, tensors = t5x.read_t5x(folder, changes=changes, allow_missing=allow_missing)
-    return Checkpoint(format, folder, config.replace(**(changes or {})), architecture, tensors, raw)
+    config = config.replace(**(changes or {}))
+    shapes = canonical_shapes(config, architecture)
+    for path, tensor in tensors.items():
+        check(
+            shapes.get(path) == tensor.shape,
+            f"the changes {dict(changes or {})} do not fit the checkpoint: {path} is {list(tensor.shape)} there. Change settings of "
+            "behaviour, not sizes.",
+        )
+    return Checkpoint(format, folder, config, architecture, tensors, raw)
 
 
 def convert(
@@ -206,6 +217,7 @@ def export_config(checkpoint: Checkpoint) -> tuple[dict[str, Any], str]:
 
 def companion_files(folder: Path) -> dict[str, bytes]:
     """The files beside the weights that travel with a model: its tokenizer and generation settings."""
+    folder = training_run.vocabulary_folder(folder)
     return {name: (folder / name).read_bytes() for name in COMPANIONS if (folder / name).is_file()}
 
 

@@ -188,12 +188,12 @@ def read_folder(folder: Path, stem: str, read_file: Callable[[Path], dict[str, L
         files = sorted(set(weight_map.values()))
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index_path} is no index: it needs a JSON object with a 'weight_map'") from error
+    absent = [name for name in files if not (folder / plain_name(name, index_path)).is_file()]
+    if absent:
+        raise CheckpointError(f"{index_path} names {', '.join(absent[:5])}: not in the folder. Fetch the missing shards.")
     tensors: Shard = {}
     for name in files:
-        path = folder / plain_name(name, index_path)
-        if not path.exists():
-            raise CheckpointError(f"{index_path} names {name!r}, which is not in the folder. Fetch the missing shard.")
-        held = read_file(path)
+        held = read_file(folder / name)
         listed = {tensor for tensor, file in weight_map.items() if file == name}
         if listed != held.keys():
             wrong = sorted(listed ^ held.keys())[:5]

@@ -51,12 +51,18 @@ class Description:
         }
 
 
-def describe(source: str | Path, *, changes: Mapping[str, Any] | None = None, allow_missing: Sequence[str] = ()) -> Description:
+def describe(
+    source: str | Path,
+    *,
+    changes: Mapping[str, Any] | None = None,
+    allow_missing: Sequence[str] = (),
+    revision: str | None = None,
+) -> Description:
     """Reads a checkpoint's headers (any format) and describes it; no weights are loaded.
 
     Arguments and errors are `open_checkpoint`'s.
     """
-    opened = open_checkpoint(source, changes=changes, allow_missing=allow_missing)
+    opened = open_checkpoint(source, changes=changes, allow_missing=allow_missing, revision=revision)
     config, sizes = opened.config, {path: math.prod(tensor.shape) for path, tensor in opened.tensors.items()}
     by_kind, by_dtype = dict.fromkeys((kind for kind, _ in _KINDS), 0), {}
     for path, tensor in opened.tensors.items():

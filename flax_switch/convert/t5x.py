@@ -17,11 +17,10 @@ from flax_switch.config import SwitchConfig, check, sparse_layers
 from flax_switch.convert.canonical import canonical_shapes
 from flax_switch.convert.mapping import SAME_NAMES, to_canonical
 from flax_switch.convert.scan import unstack_layers
-from flax_switch.convert.tensors import CheckpointError, Index, LazyTensor, from_array, join_axes
+from flax_switch.convert.tensors import CheckpointError, LazyTensor, from_array, join_axes
+from flax_switch.convert.zarr import open_array
 
 _KVSTORES = ("file", "gfile", "gcs")
-# Room for the largest compressed chunks, which hold several experts and would else be unpacked once for each of them.
-_CACHE_BYTES = 128 * 2**20
 _WHOLE_BLOCK = re.compile(r"(encoder|decoder)/\1/(?!subblock_)(.+)")
 
 
@@ -110,26 +109,12 @@ def zarr_folder(file: Path, path: str, spec: Mapping) -> Path:
 
 def open_zarr(folder: Path, path: str) -> LazyTensor:
     """A zarr array as a lazy tensor."""
-    import tensorstore as ts
-
     if not (folder / ".zarray").is_file():
         raise CheckpointError(f"{path} should be in {folder}, which is no zarr array. Fetch the missing folder.")
-    spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": f"{folder}/"}, "recheck_cached_data": "open"}
-    try:
-        store = ts.open(spec, read=True, context=ts.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})).result()
-    except ValueError as error:
-        raise CheckpointError(f"{folder} is no readable zarr array: {error}") from error
-    dtype = store.dtype.numpy_dtype
-    if dtype == np.uint16:
+    tensor = open_array({"driver": "zarr", "kvstore": {"driver": "file", "path": f"{folder.resolve()}/"}}, str(folder))
+    if tensor.dtype == np.uint16:
         raise CheckpointError(f"{folder} holds bfloat16 as uint16, as T5X wrote before version 3; save it again with a newer T5X")
-
-    def read(index: Index) -> np.ndarray:
-        try:
-            return store[tuple(index)].read().result()
-        except ValueError as error:
-            raise CheckpointError(f"{folder} cannot be read: {error}") from error
-
-    return LazyTensor(tuple(store.shape), dtype, read)
+    return tensor
 
 
 def unscanned(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
@@ -165,6 +150,7 @@ def infer_config(tensors: Mapping[str, LazyTensor]) -> SwitchConfig:
     experts = shape(r"\w+/layers_\d+/mlp/expert/wi(_0)?/kernel")
     gated = any(path.endswith("/wi_0/kernel") for path in shapes)
     fields: dict[str, Any] = dict(
+        param_dtype=tensors["token_embedder/embedding"].dtype.name,
         vocab_size=embedding[0],
         d_model=embedding[1],
         num_heads=table[0],

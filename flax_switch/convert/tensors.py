@@ -14,12 +14,14 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from flax_switch.config import ConfigError
+
 Index = tuple[slice, ...]  # one slice an axis, with plain start and stop
 
 BLOCK_BYTES = 32 * 2**20  # stacks are copied in blocks of about this size
 
 
-class CheckpointError(ValueError):
+class CheckpointError(ConfigError):
     """A checkpoint that cannot be read or written as asked: the message names the file and the tensor."""
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flax_switch.config import ConfigError
+from flax_switch.convert.training_run import vocabulary_folder
 
 if TYPE_CHECKING:
     from flax_switch.data.vocabulary import Vocabulary
@@ -25,6 +26,7 @@ def load_vocabulary(folder: Path) -> Vocabulary | None:
     """The vocabulary of a model's folder, or None where it has none (or one that is no T5 tokenizer, which is logged)."""
     from flax_switch.data.vocabulary import Vocabulary
 
+    folder = vocabulary_folder(folder)
     spiece, tokenizer = folder / "spiece.model", folder / "tokenizer.json"
     try:
         if (folder / "vocabulary.json").is_file():

@@ -32,7 +32,8 @@ def read_torch_bin(path: Path) -> dict[str, LazyTensor]:
         with FakeTensorMode():  # reads shapes and places, no contents
             state = torch.load(path, weights_only=True, map_location="cpu")
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} is no readable state dict of tensors: {str(error).splitlines()[0]}") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{path} is no readable state dict of tensors: {reason}") from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise CheckpointError(f"{path} holds something else than tensors by name")
     if any(_file_offset(tensor) is None or not tensor.is_contiguous() for tensor in state.values()):

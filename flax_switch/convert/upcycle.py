@@ -31,6 +31,8 @@ def upcycle(
     seed: int = 0,
     to: str = "flax_switch",
     changes: Mapping[str, Any] | None = None,
+    allow_missing: Sequence[str] = (),
+    revision: str | None = None,
     max_shard_size: str | int = DEFAULT_SHARD_SIZE,
     overwrite: bool = False,
     on_bytes: Callable[[int], None] = lambda n: None,
@@ -45,12 +47,13 @@ def upcycle(
       noise: standard deviation of normal noise added to every copy, relative to the standard deviation of the kernel.
       seed: of the routers and the noise.
       to: "flax_switch" or, where Hugging Face can represent it, "huggingface".
+      allow_missing, revision: as for `open_checkpoint`.
       changes: other fields of the config, such as capacity_factor or normalize_router_weights.
 
     Raises:
       CheckpointError, ConfigError: if the source is sparse already, or the fields do not fit together.
     """
-    dense = open_checkpoint(source)
+    dense = open_checkpoint(source, allow_missing=allow_missing, revision=revision)
     fields = dict(
         changes or {},
         num_experts=num_experts,

@@ -38,7 +38,7 @@ class Kernel(nn.Module):
 
 
 def each_expert(init: Initializer) -> Initializer:
-    """An initialiser of [E, ...] that draws every expert by its own key, and thus an expert's values for any number of experts."""
+    """An initialiser of [E, ...] that draws each expert by a key of its own, the same for any number of experts."""
 
     def init_experts(key, shape, dtype):
         one = lambda e: init(jax.random.fold_in(key, e), shape[1:], dtype)  # noqa: E731

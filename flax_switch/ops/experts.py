@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray
 
 ExpertKernels = Mapping[str, Array]  # {"wi" | "wi_0", "wi_1": [E, D, F], "wo": [E, F, D]}
 
@@ -56,8 +56,3 @@ def mlp(
         hidden = projected if hidden is None else hidden * projected
     hidden = dropout(hidden, dropout_rate, dropout_rng)
     return matmul(hidden, kernels["wo"].astype(x.dtype))
-
-
-def batched_matmul(x: Float[Array, "G E C D"], kernel: Float[Array, "E D F"]) -> Float[Array, "G E C F"]:
-    """Every expert's own product with the rows in its buffer."""
-    return jnp.einsum("GECD,EDF->GECF", x, kernel)

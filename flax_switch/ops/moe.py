@@ -13,7 +13,8 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 from flax_switch.config import SwitchConfig
 from flax_switch.ops import routing
 from flax_switch.ops.dispatch import execute_buffers, pick_executor
-from flax_switch.ops.experts import batched_matmul, mlp
+from flax_switch.ops.experts import mlp
+from flax_switch.ops.grouped import batched_matmul
 from flax_switch.ops.groups import Grouping, make_grouping
 from flax_switch.ops.ragged import execute_ragged
 from flax_switch.ops.routing import RouterOutput, RoutingPlan

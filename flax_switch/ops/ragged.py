@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
+from flax_switch.ops.grouped import grouped_matmul
 from flax_switch.ops.permute import sum_rows, take_rows
 from flax_switch.ops.routing import RoutingPlan
 
@@ -35,8 +35,3 @@ def execute_ragged(
     answers = experts(sorted_rows, kernels, matmul=functools.partial(grouped_matmul, group_sizes=group_sizes))
     weight = take_rows(plan.weight.reshape(1, -1, 1), choice[None], row_of_choice.reshape(1, -1, 1))
     return sum_rows(answers[None] * weight, token, row_of_token, G * S).reshape(x.shape).astype(x.dtype)
-
-
-def grouped_matmul(x: Float[Array, "R D"], kernel: Float[Array, "E D F"], *, group_sizes: Int[Array, " E"]) -> Float[Array, "R F"]:
-    """Row r times the kernel of the expert whose group it falls in; rows beyond the groups' sum are zero."""
-    return jax.lax.ragged_dot(x, kernel, group_sizes)

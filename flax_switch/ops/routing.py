@@ -81,8 +81,8 @@ def router_logits(
 ) -> Float[Array, "G S E"]:
     """Router logits in float32, from inputs multiplied by U(1-jitter, 1+jitter) where `jitter_rng` is given.
 
-    Only the router sees the jittered input (2101.03961, section 2.4); the product is exact float32 on every backend, since small
-    changes of a logit can change an expert.
+    Only the router sees the jittered input (2101.03961, section 2.4). The product is float32 on every backend, since a small
+    change of a logit can change the expert.
     """
     x = x.astype(dtype)
     if jitter_rng is not None and jitter > 0.0:
@@ -137,15 +137,19 @@ def _queue_slots(expert: Int[Array, "G S N"], num_experts: int, priority: Float[
         expert = jnp.take_along_axis(expert, order[..., None], axis=1)
     queue = expert.swapaxes(1, 2).reshape(G, N * S)
     # A stable sort by expert puts each queue in order; the place in it is the place among all, minus where the queue starts.
-    by_expert = jnp.argsort(queue, axis=-1, stable=True)
+    by_expert = jnp.argsort(queue, axis=-1, stable=True).astype(jnp.int32)
     lengths = (queue[..., None] == jnp.arange(num_experts + 1)).sum(1, dtype=jnp.int32)
     starts = jnp.cumsum(lengths, axis=-1) - lengths
-    place = jnp.argsort(by_expert, axis=-1).astype(jnp.int32)
-    slot = place - jnp.take_along_axis(starts, queue, axis=-1)
+    slot = _inverse_permutation(by_expert) - jnp.take_along_axis(starts, queue, axis=-1)
     slot = slot.reshape(G, N, S).swapaxes(1, 2)
     if priority is not None:
-        slot = jnp.take_along_axis(slot, jnp.argsort(order, axis=-1)[..., None], axis=1)
+        slot = jnp.take_along_axis(slot, _inverse_permutation(order)[..., None], axis=1)
     return slot
+
+
+def _inverse_permutation(order: Int[Array, "G R"]) -> Int[Array, "G R"]:
+    places = jnp.arange(order.shape[1], dtype=jnp.int32)
+    return jax.vmap(lambda o: jnp.zeros_like(places).at[o].set(places, unique_indices=True))(order)
 
 
 def experts_choose(probs: Float[Array, "G S E"], *, capacity: int, routed: Bool[Array, "G S"] | None = None) -> RoutingPlan:

@@ -1,0 +1,184 @@
+"""Products of many rows with many experts' kernels: equal buffers for each expert, or sorted rows in groups of any size.
+
+The one place that knows which backend runs which kernel:
+
+    equal buffers   a batched product; on CPU expert by expert where experts are many, since XLA's batched product of few rows
+                    each falls behind (64 experts of 80 rows, forward and backward: 1.7 against 1.5 times the dense product)
+    sorted rows     TPU: `lax.ragged_dot`, which XLA compiles to a grouped kernel there. Elsewhere: loops over blocks of rows,
+                    because `lax.ragged_dot` computes every expert for every row on CPU and may do so on a GPU
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+# On CPU, products of equal buffers run expert by expert from this many experts on.
+EXPERT_BY_EXPERT = 16
+# Row counts of the blocks that `grouped_matmul` loops over, relative to the mean group. The last one repeats for larger groups.
+BLOCK_LADDER = (0.5, 1.0, 1.5, 3.0)
+
+
+@jax.custom_vjp
+def batched_matmul(x: Float[Array, "G E C D"], kernel: Float[Array, "E D F"]) -> Float[Array, "G E C F"]:
+    """Each expert's product with the rows of its buffer."""
+    return _by_expert(x, kernel, transpose=False)
+
+
+def _by_expert(x: Float[Array, "G E C D"], kernel: Array, *, transpose: bool) -> Float[Array, "G E C F"]:
+    """x times each expert's kernel, or the kernel's transpose."""
+    one = "FD" if transpose else "DF"
+
+    def batched(x, kernel):
+        return jnp.einsum(f"GECD,E{one}->GECF", x, kernel)
+
+    def looped(x, kernel):
+        product = lax.map(lambda pair: jnp.einsum(f"GCD,{one}->GCF", *pair), (x.swapaxes(0, 1), kernel))
+        return product.swapaxes(0, 1)
+
+    if kernel.shape[0] < EXPERT_BY_EXPERT:
+        return batched(x, kernel)
+    return lax.platform_dependent(x, kernel, cpu=looped, default=batched)
+
+
+def _batched_forward(x, kernel):
+    return batched_matmul(x, kernel), (x, kernel)
+
+
+def _batched_backward(residuals, gradient):
+    x, kernel = residuals
+    return _by_expert(gradient, kernel, transpose=True), jnp.einsum("GECD,GECF->EDF", x, gradient)
+
+
+batched_matmul.defvjp(_batched_forward, _batched_backward)
+
+
+@jax.custom_vjp
+def grouped_matmul(x: Float[Array, "R D"], kernel: Float[Array, "E D F"], group_sizes: Int[Array, " E"]) -> Float[Array, "R F"]:
+    """Row r times the kernel of the expert in whose group it is; rows beyond the sum of the groups come out zero.
+
+    group_sizes: the first group_sizes[0] rows are expert 0's, and so on.
+    """
+    return _grouped_rows(x, kernel, group_sizes, transpose=False)
+
+
+def _grouped_forward(x, kernel, group_sizes):
+    return grouped_matmul(x, kernel, group_sizes), (x, kernel, group_sizes)
+
+
+def _grouped_backward(residuals, gradient):
+    x, kernel, group_sizes = residuals
+    return (
+        _grouped_rows(gradient, kernel, group_sizes, transpose=True),
+        lax.platform_dependent(x, gradient, group_sizes, tpu=_ragged_kernels, default=_block_kernels),
+        None,
+    )
+
+
+grouped_matmul.defvjp(_grouped_forward, _grouped_backward)
+
+
+def _grouped_rows(x: Array, kernel: Array, group_sizes: Array, *, transpose: bool) -> Array:
+    """Rows times their experts' kernels, or the kernels' transposes."""
+    ragged = functools.partial(_ragged_rows, transpose=transpose)
+    blocks = functools.partial(_block_rows, transpose=transpose)
+    return lax.platform_dependent(x, kernel, group_sizes, tpu=ragged, default=blocks)
+
+
+def _ragged_rows(x: Array, kernel: Array, group_sizes: Array, *, transpose: bool) -> Array:
+    """Sorted rows times kernels by XLA's own grouped product."""
+    contract = lax.RaggedDotDimensionNumbers(
+        (((1,), (2 if transpose else 1,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
+    )
+    return lax.ragged_dot_general(x, kernel, group_sizes, contract)
+
+
+def _ragged_kernels(x: Array, gradient: Array, group_sizes: Array) -> Array:
+    """Each group's `x^T gradient` by XLA's own grouped product."""
+    contract = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[])
+    return lax.ragged_dot_general(x, gradient, group_sizes, contract)
+
+
+@flax.struct.dataclass
+class Blocks:
+    """The blocks of `size` rows that cover all groups of one class of sizes."""
+
+    size: int = flax.struct.field(pytree_node=False)
+    repeats: bool = flax.struct.field(pytree_node=False)  # a group may have several blocks
+    num_blocks: Int[Array, ""]
+    last_block: Int[Array, " E"]  # cumulative number of blocks up to and with each group's
+    starts: Int[Array, " E"]  # first row of each group
+    ends: Int[Array, " E"]
+
+    def block(self, index: Int[Array, ""], num_rows: int) -> tuple[Array, Array, Bool[Array, "size 1"]]:
+        """Block `index`: its expert, its first row, and which of its rows are the expert's own."""
+        expert = jnp.searchsorted(self.last_block, index, side="right").astype(jnp.int32)
+        before = jnp.where(expert > 0, self.last_block[expert - 1], 0)
+        start = self.starts[expert] + (index - before) * self.size
+        first = jnp.minimum(start, num_rows - self.size)  # the last block moves up rather than reach over the end
+        rows = first + jnp.arange(self.size)[:, None]
+        return expert, first, (rows >= start) & (rows < jnp.minimum(start + self.size, self.ends[expert]))
+
+
+def _blocks(group_sizes: Int[Array, " E"], num_rows: int) -> Iterator[Blocks]:
+    """Cuts groups into blocks of few static sizes: one block for each group, of the smallest size that holds it, or several of
+    the largest. Groups without rows get none: their kernels are never read."""
+    mean = num_rows / group_sizes.shape[0]
+    sizes = sorted({min(num_rows, 8 * math.ceil(mean * step / 8)) for step in BLOCK_LADDER})
+    ends = jnp.cumsum(group_sizes)
+    size_class = jnp.searchsorted(jnp.asarray(sizes), jnp.minimum(group_sizes, sizes[-1]))
+    for i, size in enumerate(sizes):
+        count = jnp.where((size_class == i) & (group_sizes > 0), -(-group_sizes // size), 0)
+        last_block = jnp.cumsum(count)
+        yield Blocks(size, size == sizes[-1], last_block[-1], last_block, ends - group_sizes, ends)
+
+
+def _block_rows(x: Array, kernel: Array, group_sizes: Array, *, transpose: bool) -> Array:
+    """Sorted rows times kernels by loops over blocks."""
+    num_rows = x.shape[0]
+    out = jnp.zeros((num_rows, kernel.shape[1 if transpose else 2]), x.dtype)
+    for blocks in _blocks(group_sizes, num_rows):
+
+        def step(index, out, blocks=blocks):
+            expert, first, own = blocks.block(index, num_rows)
+            rows = lax.dynamic_slice_in_dim(x, first, blocks.size)
+            matrix = lax.dynamic_index_in_dim(kernel, expert, keepdims=False)
+            product = rows @ (matrix.T if transpose else matrix)
+            others = lax.dynamic_slice_in_dim(out, first, blocks.size)
+            return lax.dynamic_update_slice_in_dim(out, jnp.where(own, product, others), first, 0)
+
+        out = lax.fori_loop(0, blocks.num_blocks, step, out)
+    return out
+
+
+def _block_kernels(x: Array, gradient: Array, group_sizes: Array) -> Array:
+    """Each group's `x^T gradient` by loops over blocks, added up in float32."""
+    num_rows = x.shape[0]
+    out = jnp.zeros((group_sizes.shape[0], x.shape[1], gradient.shape[1]), x.dtype)
+    for blocks in _blocks(group_sizes, num_rows):
+
+        def one_block(index, blocks=blocks):
+            expert, first, own = blocks.block(index, num_rows)
+            rows = jnp.where(own, lax.dynamic_slice_in_dim(x, first, blocks.size), 0)
+            others = lax.dynamic_slice_in_dim(gradient, first, blocks.size)
+            return expert, jnp.einsum("RD,RF->DF", rows, others, preferred_element_type=jnp.float32)
+
+        def one_expert(carry, blocks=blocks, one_block=one_block):
+            index, out = carry
+            expert, total = one_block(index)
+            end = index + 1
+            if blocks.repeats:
+                end = blocks.last_block[expert]
+                total = lax.fori_loop(index + 1, end, lambda i, total: total + one_block(i)[1], total)
+            return end, lax.dynamic_update_index_in_dim(out, total.astype(out.dtype), expert, 0)
+
+        unfinished = lambda carry, blocks=blocks: carry[0] < blocks.num_blocks  # noqa: E731
+        _, out = lax.while_loop(unfinished, one_expert, (jnp.zeros((), jnp.int32), out))
+    return out

@@ -22,8 +22,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 # On CPU, products of equal buffers run expert by expert from this many experts on.
 EXPERT_BY_EXPERT = 16
-# Row counts of the blocks that `grouped_matmul` loops over, relative to the mean group. The last one repeats for larger groups.
-BLOCK_LADDER = (0.5, 1.0, 1.5, 3.0)
+# Row counts of the blocks that `grouped_matmul` loops over, relative to the mean group, and the least: reading an expert's kernel
+# costs as much as some 32 rows. A group takes one block of the smallest size that holds it, or several of the largest. Each size
+# is a loop of its own to compile.
+BLOCK_SIZES = (0.75, 1.25, 3.0)
+MIN_BLOCK = 32
 
 
 @jax.custom_vjp
@@ -119,7 +122,7 @@ class Blocks:
 
     def block(self, index: Int[Array, ""], num_rows: int) -> tuple[Array, Array, Bool[Array, "size 1"]]:
         """Block `index`: its expert, its first row, and which of its rows are the expert's own."""
-        expert = jnp.searchsorted(self.last_block, index, side="right").astype(jnp.int32)
+        expert = (self.last_block <= index).sum(dtype=jnp.int32)
         before = jnp.where(expert > 0, self.last_block[expert - 1], 0)
         start = self.starts[expert] + (index - before) * self.size
         first = jnp.minimum(start, num_rows - self.size)  # the last block moves up rather than reach over the end
@@ -127,16 +130,21 @@ class Blocks:
         return expert, first, (rows >= start) & (rows < jnp.minimum(start + self.size, self.ends[expert]))
 
 
+def _running_total(counts: Int[Array, " E"]) -> Int[Array, " E"]:
+    """A cumulative sum as a masked one: XLA compiles it in a fraction of the time, and E is small."""
+    experts = jnp.arange(counts.shape[0])
+    return jnp.where(experts[:, None] >= experts, counts, 0).sum(1, dtype=jnp.int32)
+
+
 def _blocks(group_sizes: Int[Array, " E"], num_rows: int) -> Iterator[Blocks]:
-    """Cuts groups into blocks of few static sizes: one block for each group, of the smallest size that holds it, or several of
-    the largest. Groups without rows get none: their kernels are never read."""
+    """The blocks, size by size. Groups without rows get none: their kernels are never read."""
     mean = num_rows / group_sizes.shape[0]
-    sizes = sorted({min(num_rows, 8 * math.ceil(mean * step / 8)) for step in BLOCK_LADDER})
-    ends = jnp.cumsum(group_sizes)
-    size_class = jnp.searchsorted(jnp.asarray(sizes), jnp.minimum(group_sizes, sizes[-1]))
+    sizes = sorted({min(num_rows, max(MIN_BLOCK, 8 * math.ceil(mean * size / 8))) for size in BLOCK_SIZES})
+    ends = _running_total(group_sizes)
+    size_class = (group_sizes[:, None] > jnp.asarray(sizes[:-1])).sum(1)
     for i, size in enumerate(sizes):
         count = jnp.where((size_class == i) & (group_sizes > 0), -(-group_sizes // size), 0)
-        last_block = jnp.cumsum(count)
+        last_block = _running_total(count)
         yield Blocks(size, size == sizes[-1], last_block[-1], last_block, ends - group_sizes, ends)
 
 

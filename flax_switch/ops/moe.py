@@ -120,7 +120,7 @@ def route(
     count it. "masked" padding takes no slot and has no choice; "scatter" padding has probability 0, so that it falls to the
     first experts and takes their slots, as in flaxformer's scatter router. dtype: of the activations, for cast_router_probs.
     """
-    probs = jax.nn.softmax(logits, axis=-1)
+    raw_probs = probs = jax.nn.softmax(logits, axis=-1)
     real = _both(counted, mask)
     if mask is not None:
         logits = jnp.where(mask[..., None], logits, 0.0)  # as flaxformer has it: ignored padding adds ln(E)^2 to the z-loss
@@ -129,9 +129,10 @@ def route(
     if config.router_type == "experts_choose" and stack == "encoder":
         plan = routing.experts_choose(_cast(probs, config, dtype), capacity=capacity, routed=real)
         return Routed(plan, logits, probs, plan.kept.astype(jnp.float32), counted, real)
-    routed = counted if config.padding_semantics == "scatter" else real
+    scatter = config.padding_semantics == "scatter"
+    routed = counted if scatter else real
     plan = routing.tokens_choose(
-        _cast(probs, config, dtype),
+        _cast(probs if scatter else raw_probs, config, dtype),
         num_selected=config.num_selected_experts,
         capacity=capacity,
         routed=routed,

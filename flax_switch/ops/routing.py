@@ -138,8 +138,7 @@ def _queue_slots(expert: Int[Array, "G S N"], num_experts: int, priority: Float[
     queue = expert.swapaxes(1, 2).reshape(G, N * S)
     # A stable sort by expert puts each queue in order; the place in it is the place among all, minus where the queue starts.
     by_expert = jnp.argsort(queue, axis=-1, stable=True).astype(jnp.int32)
-    lengths = (queue[..., None] == jnp.arange(num_experts + 1)).sum(1, dtype=jnp.int32)
-    starts = jnp.cumsum(lengths, axis=-1) - lengths
+    starts = (queue[..., None] < jnp.arange(num_experts + 1)).sum(1, dtype=jnp.int32)
     slot = _inverse_permutation(by_expert) - jnp.take_along_axis(starts, queue, axis=-1)
     slot = slot.reshape(G, N, S).swapaxes(1, 2)
     if priority is not None:

@@ -1,0 +1,97 @@
+"""Grouped products against one product for each group, at sizes around every block boundary."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flax_switch.ops import grouped
+
+GROUPS = {
+    "around block sizes": [0, 1, 63, 64, 65, 255],
+    "all to one": [0, 0, 300, 0],
+    "none": [0, 0, 0],
+    "one expert": [17],
+    "one row": [0, 1, 0, 0],
+}
+
+
+def loop(x, kernel, sizes):
+    """Rows times kernels, in float64."""
+    out, start = np.zeros((x.shape[0], kernel.shape[2])), 0
+    for e, size in enumerate(sizes):
+        out[start : start + size] = np.float64(x[start : start + size]) @ np.float64(kernel[e])
+        start += size
+    return out
+
+
+def relative_error(got, want):
+    return np.linalg.norm(np.float64(got) - want) / max(np.linalg.norm(want), 1e-30)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("sizes", GROUPS.values(), ids=GROUPS.keys())
+def test_values_and_gradients_equal_a_loop_expert_by_expert(sizes, dtype):
+    D, F, spare = 24, 40, 5  # a few rows belong to no group
+    tolerance = 1e-5 if dtype == jnp.float32 else 1e-2
+    rng = np.random.default_rng(0)
+    num_rows = sum(sizes) + spare
+    x = jnp.asarray(rng.normal(size=(num_rows, D)), dtype)
+    kernel = jnp.asarray(rng.normal(size=(len(sizes), D, F)), dtype)
+    cotangent = jnp.asarray(rng.normal(size=(num_rows, F)), dtype)
+    product, transpose = jax.jit(lambda *args: jax.vjp(grouped.grouped_matmul, *args))(x, kernel, jnp.asarray(sizes, jnp.int32))
+    dx, dkernel, _ = transpose(cotangent)
+    assert product.dtype == dx.dtype == dkernel.dtype == dtype
+    want = loop(x, kernel, sizes)
+    want_dx = loop(cotangent, np.asarray(kernel).swapaxes(1, 2), sizes)
+    ends = np.cumsum(sizes)
+    for e, (start, end) in enumerate(zip(ends - sizes, ends, strict=True)):
+        want_kernel = np.float64(x[start:end]).T @ np.float64(cotangent[start:end])
+        assert relative_error(product[start:end], want[start:end]) < tolerance, e
+        assert relative_error(dx[start:end], want_dx[start:end]) < tolerance, e
+        assert relative_error(dkernel[e], want_kernel) < tolerance, e
+    np.testing.assert_array_equal(product[ends[-1] :], 0)
+    np.testing.assert_array_equal(dx[ends[-1] :], 0)
+
+
+def test_a_kernel_gradient_of_many_blocks_is_added_up_in_float32():
+    rows = jnp.ones((4096, 8), jnp.bfloat16)
+    sizes = jnp.zeros(64, jnp.int32).at[3].set(4096)
+    gradient = jax.jit(grouped._block_kernels)(rows, rows, sizes)
+    np.testing.assert_array_equal(gradient[3], 4096)  # bfloat16 sums of ones would stop growing at 256
+
+
+def test_kernels_of_experts_without_rows_are_never_read():
+    kernel = jnp.full((6, 8, 8), jnp.nan).at[2].set(1.0)
+    sizes = jnp.zeros(6, jnp.int32).at[2].set(3)
+    assert jnp.isfinite(jax.jit(grouped.grouped_matmul)(jnp.ones((3, 8)), kernel, sizes)).all()
+
+
+def test_the_accelerators_ragged_products_state_the_same_mathematics():
+    """Run on this backend, where XLA expands `lax.ragged_dot` to a dense product."""
+    sizes = GROUPS["around block sizes"]
+    rng = np.random.default_rng(1)
+    x, kernel = jnp.asarray(rng.normal(size=(sum(sizes), 8))), jnp.asarray(rng.normal(size=(len(sizes), 8, 12)))
+    gradient = jnp.asarray(rng.normal(size=(sum(sizes), 12)))
+    group_sizes = jnp.asarray(sizes, jnp.int32)
+    for transpose, rows in ((False, x), (True, gradient)):
+        same = [f(rows, kernel, group_sizes, transpose=transpose) for f in (grouped._ragged_rows, grouped._block_rows)]
+        np.testing.assert_allclose(*same, atol=1e-5)
+    same = [f(x, gradient, group_sizes) for f in (grouped._ragged_kernels, grouped._block_kernels)]
+    np.testing.assert_allclose(*same, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_experts", [2, grouped.EXPERT_BY_EXPERT])
+def test_equal_buffers_have_the_batched_products_values_and_gradients(num_experts):
+    rng = np.random.default_rng(2)
+    x = jnp.asarray(rng.normal(size=(2, num_experts, 3, 4)), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(num_experts, 4, 5)), jnp.float32)
+    plain = functools.partial(jnp.einsum, "GECD,EDF->GECF")
+    loss = lambda product, x, kernel: (product(x, kernel) ** 3).sum()  # noqa: E731
+    results = [
+        (product(x, kernel), *jax.grad(functools.partial(loss, product), argnums=(0, 1))(x, kernel))
+        for product in (jax.jit(grouped.batched_matmul), plain)
+    ]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), *results)

@@ -33,9 +33,7 @@ class GenerationConfig:
     num_return_sequences: int = 1  # of every source: its best beams, or independent samples
     length_penalty: float = 1.0  # a beam's score is its summed log-probabilities / length**length_penalty
     brevity_penalty: float | None = None  # T5X's alpha, in place of length_penalty: / ((5 + length) / 6)**alpha
-    early_stopping: bool | str = (
-        False  # True: at num_beams finished ones; False: by a heuristic; "never": only when it is certain
-    )
+    early_stopping: bool | str = False  # True: at num_beams finished ones; False: by a heuristic; "never": only when it is certain
     # --- sampling
     do_sample: bool = False
     temperature: float = 1.0
@@ -182,9 +180,7 @@ def split_numbers(controls: GenerationConfig) -> tuple[GenerationConfig, dict[st
     Of a number, the first part keeps only whether it is neutral. `length_divisors[n]` is what the score of a beam of n new
     tokens is divided by.
     """
-    numbers: dict[str, Any] = {
-        name: np.float32(getattr(controls, name) or 0.0) for name in _ON_VALUES if name != "min_new_tokens"
-    }
+    numbers: dict[str, Any] = {name: np.float32(getattr(controls, name) or 0.0) for name in _ON_VALUES if name != "min_new_tokens"}
     numbers["min_new_tokens"] = np.int32(controls.min_new_tokens)
     lengths = np.arange(controls.max_new_tokens + 1, dtype=np.float64)
     lengths[0] = 1.0  # no sequence is without a token

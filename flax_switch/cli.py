@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import sys
 from collections.abc import Sequence
@@ -45,6 +46,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return module.run(args)
     except ConfigError as error:
         print(f"flax-switch {args.command}: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(
+            f"flax-switch {args.command}: no space left on the disk. What was complete is kept; free some and run it again.",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print(f"flax-switch {args.command}: interrupted.", file=sys.stderr)

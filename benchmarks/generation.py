@@ -3,8 +3,9 @@
     python benchmarks/generation.py                        # the whole table: minutes per shape
     python benchmarks/generation.py --shapes small --batches 1 --repeats 5
 
-Every cell is a full `generate`: encode 256 tokens, then produce exactly 32 new ones for each row, in evaluation mode. Runs of the two
-alternate, so that whatever else the machine does falls on both; medians are reported. Compilation is told apart. Quiet machines only.
+Every cell is a full `generate`: encode 256 tokens, then produce exactly 32 new ones for each row, in evaluation mode. Runs of
+the two alternate, so that whatever else the machine does falls on both; medians are reported. Compilation is told apart.
+Quiet machines only.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from flax_switch.config import ConfigError
 # Command -> what it does; each is a module in flax_switch.commands with add_arguments(parser) and run(args) -> exit status.
 COMMANDS = {
     "pretrain": "pre-train a model from a recipe; run again to continue",
+    "generate": "continue texts: text or JSON lines in, JSON lines out",
     "convert": "convert a checkpoint: Hugging Face, T5X or ours in; Hugging Face or ours out",
     "upcycle": "make a mixture of experts of a dense checkpoint",
     "inspect": "say what is in a checkpoint, without loading it",

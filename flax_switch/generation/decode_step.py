@@ -17,12 +17,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from flax_switch.config import SwitchConfig
 from flax_switch.generation.experts import Kernels, sparse_mlp
-<<<<<<< HEAD
-from flax_switch.nn.layers import MLP, Embedding, RMSNorm
-=======
 from flax_switch.generation.products import Device, few_rows, lay_out, product
 from flax_switch.nn.layers import Embedding, RMSNorm
->>>>>>> generation
 from flax_switch.nn.outputs import DecoderCache
 from flax_switch.ops.attention import MASKED, relative_position_bias
 from flax_switch.ops.experts import mlp
@@ -276,22 +272,3 @@ def _attend(
 
 def _split_heads(x: Float[Array, "*B HK"], config: SwitchConfig) -> Float[Array, "*B H K"]:
     return x.reshape(*x.shape[:-1], config.num_heads, config.d_kv)
-<<<<<<< HEAD
-
-
-def _project(params: Mapping[str, Array], x: Float[Array, "R D"], config: SwitchConfig) -> Float[Array, "R F"]:
-    kernel = params["kernel"].astype(config.dtype)
-    return x @ kernel
-
-
-def _dense(params: Mapping[str, Any], x: Float[Array, "R D"], config: SwitchConfig) -> Float[Array, "R D"]:
-    return MLP(config).apply({"params": params}, x[:, None], deterministic=True)[:, 0]
-
-
-def _logits(params: Mapping[str, Any], x: Float[Array, "R D"], config: SwitchConfig) -> Float[Array, "R V"]:
-    if config.tie_word_embeddings:
-        return Embedding(config).apply({"params": params["token_embedder"]}, x, method="attend")
-    kernel = params["decoder"]["logits_dense"]["kernel"]
-    return x.astype(jnp.float32) @ kernel.astype(jnp.float32)
-=======
->>>>>>> generation

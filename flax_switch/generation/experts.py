@@ -38,11 +38,7 @@ def split_experts(params: Mapping[str, Any], config: SwitchConfig) -> tuple[tupl
     def split(layer):
         stacked = {name: np.asarray(leaf["kernel"]) for name, leaf in layer["mlp"]["expert"].items()}
         return tuple(
-<<<<<<< HEAD
-            {name: jax.device_put(kernel[e], may_alias=True) for name, kernel in kernels.items()} for e in range(config.num_experts)
-=======
             {name: jax.device_put(kernel[e], may_alias=True) for name, kernel in stacked.items()} for e in range(config.num_experts)
->>>>>>> generation
         )
 
     return tuple(split(params["decoder"][f"layers_{i}"]) for i in config.sparse_indices("decoder"))
@@ -69,16 +65,10 @@ def sparse_mlp(
       config: with the routing that generation uses.
     """
     num_choices = x.shape[0] * config.num_selected_experts
-<<<<<<< HEAD
-    few = experts is not None or num_choices < config.num_experts
-    if sharded or not few or config.routing_group != "sequence":
-        return SparseMLP(config, "decoder").apply({"params": params}, x[:, None], padding_mask=None, deterministic=True)[0][:, 0]
-=======
     dense = device is Device.MESH or (device is Device.ACCELERATOR and num_choices >= config.num_experts)
     if dense or config.routing_group != "sequence":
         layer = SparseMLP(config, "decoder")
         return layer.apply({"params": params}, x[:, None], padding_mask=None, deterministic=True)[0][:, 0]
->>>>>>> generation
     # A sequence's only token meets no competition for its experts' slots, whatever the capacity.
     config = config.replace(capacity_mode="dropless", router_type="tokens_choose")
     router = params["router"]["router_weights"]["w"]

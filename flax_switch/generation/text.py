@@ -70,7 +70,7 @@ def generate_lines(
     vocabulary, config = pretrained.vocabulary, pretrained.config
     check(
         vocabulary is not None,
-        "The checkpoint has no vocabulary, so text cannot be tokenised; put its spiece.model into the folder.",
+        "The checkpoint has no vocabulary to tokenise text with; put its spiece.model into the folder.",
     )
     results: dict[int, dict[str, Any]] = {}
     buckets: dict[int, list[tuple[int, list[int]]]] = {}

@@ -1,5 +1,6 @@
 """Runs survive: killed or stopped anywhere they continue with the losses they would have had, and refuse what is not theirs."""
 
+import errno
 import json
 import os
 import random
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from flax_switch.config import ConfigError, ExperimentConfig
-from flax_switch.training.checkpoint import claim_workdir, differing_fields, read_config
+from flax_switch.training.checkpoint import claim_workdir, differing_fields, explain_full_disk, read_config
 from flax_switch.training.metrics import MetricsWriter, read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -131,6 +132,13 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ConfigError, match="not valid JSON"):
         read_config(tmp_path)
+
+
+def test_a_full_disk_is_one_sentence_and_other_errors_pass_through(tmp_path):
+    with pytest.raises(ConfigError, match="No space left for .*run the same command again"), explain_full_disk(tmp_path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(PermissionError), explain_full_disk(tmp_path):
+        raise PermissionError(errno.EACCES, "denied")
 
 
 def test_lines_after_the_checkpoint_and_half_written_ones_are_dropped(tmp_path):

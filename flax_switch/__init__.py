@@ -9,6 +9,17 @@ _HOME = {
     "ConfigError": "flax_switch.config",
     "SwitchConfig": "flax_switch.config",
     "PRESETS": "flax_switch.presets",
+    "SwitchTransformer": "flax_switch.nn.transformer",
+    "SwitchEncoder": "flax_switch.nn.transformer",
+    "ModelOutput": "flax_switch.nn.outputs",
+    "seq2seq_loss": "flax_switch.ops.losses",
+    "LossOutput": "flax_switch.ops.losses",
+    "generate": "flax_switch.generation.generate",
+    "GenerationOutput": "flax_switch.generation.generate",
+    "CheckpointError": "flax_switch.convert",
+    "Pretrained": "flax_switch.pretrained",
+    "load_pretrained": "flax_switch.pretrained",
+    "save_pretrained": "flax_switch.pretrained",
 }  # public name -> the module that defines it
 
 __all__ = sorted(_HOME)

@@ -12,6 +12,9 @@ from flax_switch.config import ConfigError
 # Command -> what it does; each is a module in flax_switch.commands with add_arguments(parser) and run(args) -> exit status.
 COMMANDS = {
     "pretrain": "pre-train a model from a recipe; run again to continue",
+    "convert": "convert a checkpoint: Hugging Face, T5X or ours in; Hugging Face or ours out",
+    "upcycle": "make a mixture of experts of a dense checkpoint",
+    "inspect": "say what is in a checkpoint, without loading it",
     "report": "write the HTML report of a run",
 }
 

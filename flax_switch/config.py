@@ -202,6 +202,7 @@ class SwitchConfig(_Section):
 
     # --- layers and numerics
     tie_word_embeddings: bool = True
+    separate_embeddings: bool = False  # encoder and decoder embed with tables of their own, as Hugging Face's untied models do
     relative_attention_num_buckets: int = 32
     relative_attention_max_distance: int = 128
     relative_attention_per_layer: bool = False  # a table in every layer, as T5X's scanned checkpoints have
@@ -246,6 +247,11 @@ class SwitchConfig(_Section):
         )
         for name in self.mlp_activations:
             one_of("mlp_activations", name, ACTIVATIONS)
+        check(
+            not (self.separate_embeddings and self.tie_word_embeddings),
+            "separate_embeddings gives encoder and decoder tables of their own, so none is left to tie the head to; set "
+            "tie_word_embeddings=False.",
+        )
         self._check_stack("encoder")
         self._check_stack("decoder")
         if self.is_sparse:

@@ -35,7 +35,9 @@ def pad_batch(examples: Examples, inputs_length: int, targets_length: int) -> Ba
     }
 
 
-def pack_batch(examples: Examples, rows: Integer[np.ndarray, M], batch_size: int, inputs_length: int, targets_length: int) -> Batch:
+def pack_batch(
+    examples: Examples, rows: Integer[np.ndarray, " M"], batch_size: int, inputs_length: int, targets_length: int
+) -> Batch:
     """Several examples a row: example m goes to `rows[m]` (ascending), after those already there."""
     input_ids, segment_ids, positions = _lay_out(examples.inputs, examples.input_lengths, rows, (batch_size, inputs_length))
     targets, decoder_segment_ids, decoder_positions = _lay_out(
@@ -94,6 +96,6 @@ def pad_rows(batch: Batch, batch_size: int) -> Batch:
     return {name: np.pad(a, ((0, missing), (0, 0)), constant_values=fill[name]) for name, a in batch.items()}
 
 
-def text_token_mask(labels: Integer[np.ndarray, ...], num_pieces: int, eos_id: int = 1) -> Bool[np.ndarray, ...]:
+def text_token_mask(labels: Integer[np.ndarray, "*dims"], num_pieces: int, eos_id: int = 1) -> Bool[np.ndarray, "*dims"]:
     """Which labels are text tokens: neither padding (-100) nor EOS nor a sentinel (ids from `num_pieces` on)."""
     return (labels >= 0) & (labels != 0) & (labels != eos_id) & (labels < num_pieces)

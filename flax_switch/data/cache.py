@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
-from rich import progress
+from rich import get_console, progress
 
 from flax_switch.config import ConfigError, check
 from flax_switch.data import files
@@ -110,7 +110,7 @@ def _write(
                 if ids:
                     split = "heldout" if is_heldout(document, heldout_fraction) else "train"
                     content = np.asarray(ids, dtype).tobytes()
-                    digest.update(content)
+                    digest.update(len(ids).to_bytes(8, "little") + content)
                     opened[split].write(content)
                     ends[split].append(ends[split][-1] + len(ids))
     for split in SPLITS:
@@ -130,7 +130,7 @@ def _with_progress(documents: Iterable[str], total_characters: int | None, quiet
         progress.TextColumn("{task.description}"), progress.BarColumn(), progress.DownloadColumn(),
         progress.TimeElapsedColumn(), progress.TimeRemainingColumn(),
     )  # fmt: skip
-    with progress.Progress(*columns, disable=quiet, transient=True) as bar:
+    with progress.Progress(*columns, disable=quiet or not get_console().is_terminal, transient=True) as bar:
         task = bar.add_task("Tokenising the corpus", total=total_characters)
         remaining = iter(documents)
         while batch := list(itertools.islice(remaining, _DOCUMENTS_AT_ONCE)):

@@ -11,10 +11,12 @@ import ast
 import gc
 import hashlib
 import importlib.util
+import os
 import re
 import sys
 import sysconfig
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -43,13 +45,15 @@ _DOCUMENTED = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 _VERSION = 1  # of the extraction; raise it when cleaning changes
 
 
-def default_corpus(cache_dir: Path) -> list[str]:
+def default_corpus(cache_dir: Path, say: Callable[[str], None] = lambda _: None) -> list[str]:
     """Documents of prose, in a fixed order, without duplicates; extracted once for the installed versions, then cached.
 
-    A document is the prose of one docstring or one chapter of the language reference, on one line.
+    A document is the prose of one docstring or one chapter of the language reference, on one line. `say` hears of the extraction,
+    which takes some seconds. Raises `ConfigError` where the installation carries no documentation.
     """
     path = cache_dir / f"default-corpus-{_key()}.txt"
     if not path.exists():
+        say("Extracting the embedded corpus from the documentation of this Python and its packages (once).")
         documents = extract()
         check(
             sum(map(len, documents)) >= 100_000,
@@ -65,7 +69,8 @@ def extract() -> list[str]:
     collecting = gc.isenabled()
     gc.disable()  # syntax trees hold no cycles; without the collector, building them takes 40 % of the time
     try:
-        return deduplicated(prose.paragraphs(text) for text in _texts())
+        with warnings.catch_warnings(action="ignore"):  # parsing complains about others' escape sequences
+            return deduplicated(prose.paragraphs(text) for text in _texts())
     finally:
         if collecting:
             gc.enable()
@@ -74,15 +79,17 @@ def extract() -> list[str]:
 def deduplicated(documents: Iterable[list[str]]) -> list[str]:
     """Joins each document's paragraphs that no earlier document has (letter case and punctuation aside); drops empty ones."""
     seen: set[str] = set()
+
+    def is_new(text: str) -> bool:
+        shape = re.sub(r"[^a-z]+", " ", text.lower()).strip()
+        known = shape in seen
+        seen.add(shape)
+        return not known
+
     kept = []
     for paragraphs in documents:
-        new = []
-        for paragraph in paragraphs:
-            shape = re.sub(r"[^a-z]+", " ", paragraph.lower())
-            if shape not in seen:
-                seen.add(shape)
-                new.append(paragraph)
-        if new:
+        new = [paragraph for paragraph in paragraphs if is_new(paragraph)]
+        if len(new) == 1 or (new and is_new(" ".join(new))):
             kept.append(" ".join(new))
     return kept
 
@@ -109,17 +116,21 @@ def _topics(path: Path) -> Iterator[str]:
 
 
 def _docstrings(root: Path) -> Iterator[str]:
-    for path in sorted(root.rglob("*.py")):
-        folders = path.relative_to(root).parts[:-1]
-        if _SKIPPED_FOLDERS.isdisjoint(folders) and not path.name.endswith("_test.py"):
-            open_nodes: list[ast.AST] = [tree] if (tree := _parse(path)) else []
-            while open_nodes:
-                node = open_nodes.pop()
-                text = ast.get_docstring(node)
-                if text:
-                    yield text
-                # Functions inside functions and definitions under an `if` are few, and walking every node is slow.
-                open_nodes += [child for child in reversed(node.body) if isinstance(child, _DOCUMENTED)]
+    for path in _source_files(root):
+        open_nodes: list[ast.AST] = [tree] if (tree := _parse(path)) else []
+        while open_nodes:
+            node = open_nodes.pop()
+            text = ast.get_docstring(node)
+            if text:
+                yield text
+            # Functions inside functions and definitions under an `if` are few, and walking every node is slow.
+            open_nodes += [child for child in reversed(node.body) if isinstance(child, _DOCUMENTED)]
+
+
+def _source_files(root: Path) -> Iterator[Path]:
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = sorted(set(subfolders) - _SKIPPED_FOLDERS)
+        yield from (Path(folder, name) for name in sorted(names) if name.endswith(".py") and not name.endswith("_test.py"))
 
 
 def _parse(path: Path) -> ast.Module | None:

@@ -12,12 +12,12 @@ class Examples(NamedTuple):
     """M examples; what lies past a length is 0. EOS is part of inputs and targets."""
 
     inputs: Int32[np.ndarray, "M I"]
-    input_lengths: Int64[np.ndarray, M]
+    input_lengths: Int64[np.ndarray, " M"]
     targets: Int32[np.ndarray, "M T"]
-    target_lengths: Int64[np.ndarray, M]
+    target_lengths: Int64[np.ndarray, " M"]
 
 
-def span_of_each(lengths: Int64[np.ndarray, M]) -> tuple[Int64[np.ndarray, total], Int64[np.ndarray, total]]:
+def span_of_each(lengths: Int64[np.ndarray, " M"]) -> tuple[Int64[np.ndarray, " total"], Int64[np.ndarray, " total"]]:
     """(row, offset in the row) of every element of ragged rows laid end to end."""
     rows = np.repeat(np.arange(len(lengths)), lengths)
     ends = np.cumsum(lengths)

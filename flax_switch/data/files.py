@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import secrets
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+from etils import epath
 
 from flax_switch.config import ConfigError
 
@@ -40,7 +42,8 @@ def new_folder(path: Path) -> Iterator[Path]:
     with _explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(path)
-        temporary = Path(tempfile.mkdtemp(prefix=f"{path.name}.tmp-", dir=path.parent))
+        temporary = _temporary(path)
+        temporary.mkdir()
         try:
             yield temporary
             for file in temporary.iterdir():
@@ -54,50 +57,64 @@ def new_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file that is complete or absent. Raises `ConfigError` for a full disk or an unwritable folder."""
+def write_text(path: epath.PathLike, text: str) -> None:
+    """Writes a text file that is complete or absent; see `write_bytes`."""
     write_bytes(path, text.encode())
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file that is complete or absent. Raises `ConfigError` for a full disk or an unwritable folder."""
+def write_bytes(path: epath.PathLike, content: bytes) -> None:
+    """Writes a file that is complete or absent, on a disk or an object store (gs://...).
+
+    Raises `ConfigError` for a full disk or a folder that cannot be written.
+    """
+    path = epath.Path(path)
     with _explained(path):
+        if "://" in os.fspath(path):  # stores write an object as a whole
+            path.write_bytes(content)
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f"{path.name}.tmp-", dir=path.parent)
+        temporary = _temporary(path)
         try:
-            with os.fdopen(handle, "wb") as file:
+            with open(temporary, "xb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
+            Path(temporary).unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    """A name beside `path` that no other writer has; made by hand, as tempfile's files are their owner's alone to read."""
+    return path.parent / f"{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}"
 
 
 @contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def _explained(path: epath.PathLike) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ConfigError(
-                f"No space left to write {path}. Free some, or set data.cache_dir to a folder on a larger disk; nothing "
-                "half-written was kept."
+                f"No space left to write {path}. Free some, or choose a folder on a larger disk (data.cache_dir, or the "
+                "workdir); nothing half-written was kept."
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
-            raise ConfigError(f"Cannot write {path}: {error.strerror}. Set data.cache_dir to a folder you may write.") from error
+            raise ConfigError(
+                f"Cannot write {path}: {error.strerror}. Set data.cache_dir (or the workdir) to a folder you may write."
+            ) from error
         raise
 
 
 def _flush(file: Path) -> None:
-    with open(file, "rb") as opened:
+    with open(file, "rb+") as opened:
         os.fsync(opened.fileno())
 
 
 def _remove_abandoned(path: Path) -> None:
     """Removes what a killed writer of `path` left behind."""
     for left in path.parent.glob(f"{path.name}.tmp-*"):
-        newest = max((f.stat().st_mtime for f in (left, *left.glob("*")) if f.exists()), default=0.0)
-        if time.time() - newest > _ABANDONED:
-            shutil.rmtree(left, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # its writer may be finishing right now
+            newest = max(f.stat().st_mtime for f in (left, *left.glob("*")))
+            if time.time() - newest > _ABANDONED:
+                shutil.rmtree(left, ignore_errors=True)

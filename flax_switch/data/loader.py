@@ -1,13 +1,20 @@
-"""Iterators over batches, on grain: global shuffle, endless repetition, prefetching threads or worker processes.
+"""Iterators over batches, on grain: global shuffle, prefetching threads, worker processes.
 
-A training stream is random-access: batch i is a pure function of (seed, i), so neither workers nor a restart can change it, and an
-iterator's state is the number of the next batch. Batches are made for all processes and each takes its rows, so their number does
-not change the stream either. This is the one module that imports grain, which itself imports jax if it is there.
+A training stream is random-access: batch i is a pure function of (seed, i), so that neither workers nor a restart can change
+it, and the state of an iterator is the number of its next batch. A batch is defined for all processes together and each makes
+its own rows of it, so the number of processes does not change the stream either. This is the one module that imports grain,
+which in turn imports jax where it is installed.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -19,6 +26,10 @@ from flax_switch.config import ConfigError, check
 from flax_switch.data.batches import Batch, pack_batch, pad_batch, pad_rows
 from flax_switch.data.examples import Examples, span_of_each
 from flax_switch.data.packing import Plan
+from flax_switch.data.random_bits import example_keys
+
+_ENDLESS = 2**40  # groups of batches
+_ROWS_AT_ONCE = 256  # small batches are made several at a time: array operations on few rows cost as much as on many
 
 
 class Source(Protocol):
@@ -46,25 +57,52 @@ class BatchMaker:
         """The batch of these rows in these epochs."""
         if self.plan is None:
             return pad_batch(self.source.examples(rows, epochs), self.inputs_length, self.targets_length)
-        first, counts = self.plan.offsets[rows], np.diff(self.plan.offsets)[rows]
-        place, offset = span_of_each(counts)
+        first = self.plan.offsets[rows]
+        place, offset = span_of_each(self.plan.offsets[rows + 1] - first)
         examples = self.source.examples(self.plan.order[first[place] + offset], epochs[place])
         return pack_batch(examples, place, len(rows), self.inputs_length, self.targets_length)
 
 
 @dataclasses.dataclass(frozen=True)
-class _ProcessBatch:
-    """Maps (number of the batch, its shuffled rows over all processes) to this process's part of it."""
+class _Stream:
+    """One process's part of the endless sequence of training batches, from batch `first` on: grain reads groups of it by index."""
 
     make: BatchMaker
+    batch_size: int
+    seed: int
+    shuffle: bool
     process_index: int
     process_count: int
+    first: int = 0
 
-    def __call__(self, index: int, rows: np.ndarray) -> Batch:
-        size = len(rows) // self.process_count
-        mine = slice(self.process_index * size, (self.process_index + 1) * size)
-        epochs = (index * len(rows) + np.arange(len(rows))) // self.make.num_rows
-        return self.make(rows[mine], epochs[mine])
+    def __len__(self) -> int:
+        return _ENDLESS
+
+    @property
+    def size(self) -> int:
+        """Rows of this process's part of a batch."""
+        return self.batch_size // self.process_count
+
+    @property
+    def group(self) -> int:
+        """Batches in a group."""
+        return max(_ROWS_AT_ONCE // self.size, 1)
+
+    def __getitem__(self, index: int) -> list[Batch]:
+        batches = self.first + index * self.group + np.arange(self.group)
+        places = batches[:, None] * self.batch_size + self.process_index * self.size + np.arange(self.size)
+        epochs, rows = np.divmod(places.ravel(), self.make.num_rows)
+        if self.shuffle:
+            rows = self._shuffled(rows, epochs)
+        made = self.make(rows, epochs)
+        return [{k: a[i : i + self.size] for k, a in made.items()} for i in range(0, len(rows), self.size)]
+
+    def _shuffled(self, rows: np.ndarray, epochs: np.ndarray) -> np.ndarray:
+        """A permutation of all rows, another one in each epoch."""
+        seeds = (example_keys(self.seed, epochs, np.zeros_like(epochs)) >> np.uint64(32)).tolist()
+        last = self.make.num_rows - 1
+        shuffle = grain.experimental.index_shuffle
+        return np.array([shuffle(r, max_index=last, seed=s, rounds=4) for r, s in zip(rows.tolist(), seeds, strict=True)])
 
 
 class TrainIterator:
@@ -88,55 +126,59 @@ class TrainIterator:
             f"data.batch_size ({batch_size}) must be a multiple of the number of processes ({process_count}).",
         )
         check(make.num_rows > 0, "There is not a single training example; the corpus is too small.")
-        rows = grain.MapDataset.range(make.num_rows)
-        if shuffle:
-            rows = rows.shuffle(seed=seed % 2**32)
-        batches = rows.repeat().batch(batch_size, batch_fn=np.asarray)
-        self._dataset = batches.map_with_index(_ProcessBatch(make, process_index, process_count))
-        self._stream = {"batch_size": batch_size, "seed": seed, "shuffle": shuffle, "fingerprint": fingerprint}
+        self._stream = _Stream(make, batch_size, seed, shuffle, process_index, process_count)
+        self._identity = {"batch_size": batch_size, "seed": seed, "shuffle": shuffle, "fingerprint": fingerprint}
         self._num_workers, self._prefetch = num_workers, prefetch
         self._next_batch = 0
-        self._batches: Iterator[Batch] | None = None
+        self._groups: Iterator[list[Batch]] | None = None
+        self._made: collections.deque[Batch] = collections.deque()
 
     def __iter__(self) -> TrainIterator:
         return self
 
     def __next__(self) -> Batch:
-        if self._batches is None:
-            self._batches = self._start()
+        if not self._made:
+            self._made.extend(self._next_group())
+        self._next_batch += 1
+        return self._made.popleft()
+
+    def _next_group(self) -> list[Batch]:
+        if self._groups is None:
+            self._groups = self._start()
         try:
-            batch = next(self._batches)
+            return next(self._groups)
         except RuntimeError as error:
             if self._num_workers:
                 error.add_note(
-                    "A data worker died. Worker processes import the main script again, so a script must start its work "
-                    "under `if __name__ == '__main__':`; data.num_workers=0 needs no such guard."
+                    "A data worker died. Worker processes import the main script again, so a script must start its work under "
+                    "`if __name__ == '__main__':`; data.num_workers=0 needs no such guard."
                 )
             raise
-        self._next_batch += 1
-        return batch
 
-    def _start(self) -> Iterator[Batch]:
-        remaining = self._dataset[self._next_batch :] if self._next_batch else self._dataset
+    def _start(self) -> Iterator[list[Batch]]:
+        ahead = -(-self._prefetch // self._stream.group)  # groups held ready
+        groups = grain.MapDataset.source(dataclasses.replace(self._stream, first=self._next_batch))
         if self._num_workers == 0:
-            options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=max(self._prefetch, 2))
-            return iter(remaining.to_iter_dataset(options))
-        if not flags.FLAGS.is_parsed():  # grain's workers read flags; a program without absl's app never parses them
+            return iter(groups.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=ahead + 1)))
+        if not flags.FLAGS.is_parsed():  # grain's workers read flags, which a program without absl's app never parses
             flags.FLAGS.mark_as_parsed()
-        sequential = remaining.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
-        per_worker = max(self._prefetch // self._num_workers, 1)
-        return iter(sequential.mp_prefetch(grain.MultiprocessingOptions(self._num_workers, per_worker_buffer_size=per_worker)))
+        in_worker = groups.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
+        # Batches travel through pipes: shared memory is often small in containers, and what a killed run leaves there stays.
+        in_worker = grain.experimental.WithOptionsIterDataset(in_worker, grain.experimental.DatasetOptions(min_shm_size=2**62))
+        per_worker = -(-ahead // self._num_workers)
+        options = grain.MultiprocessingOptions(self._num_workers, per_worker_buffer_size=per_worker)
+        return iter(in_worker.mp_prefetch(options, worker_init_fn=_live_and_die_with_the_parent))
 
     def get_state(self) -> dict[str, Any]:
         """Where the stream stands, as a JSON-able dict; valid for any number of workers and processes."""
-        return {"next_batch": self._next_batch, **self._stream}
+        return {"next_batch": self._next_batch, **self._identity}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continues after the batch at which `get_state` was called.
 
         Raises `ConfigError` where the state is of another stream: another corpus, vocabulary, seed or batch size.
         """
-        differing = [f"{k} ({state.get(k)!r}, now {v!r})" for k, v in self._stream.items() if state.get(k) != v]
+        differing = [f"{k} ({state.get(k)!r}, now {v!r})" for k, v in self._identity.items() if state.get(k) != v]
         if differing:
             raise ConfigError(
                 f"The saved position is of another data stream; these differ: {', '.join(differing)}. A fingerprint stands for "
@@ -147,9 +189,23 @@ class TrainIterator:
 
     def close(self) -> None:
         """Stops prefetching threads and worker processes."""
-        if self._batches is not None:
-            self._batches.close()
-            self._batches = None
+        self._made.clear()
+        if self._groups is not None:
+            self._groups.close()
+            self._groups = None
+
+
+def _live_and_die_with_the_parent(worker_index: int, worker_count: int) -> None:
+    """In a worker: Ctrl-C is the parent's to handle, and a parent that was killed leaves no worker behind."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    if parent is not None:
+        threading.Thread(target=watch, daemon=True).start()
 
 
 def finite_batches(
@@ -176,5 +232,5 @@ def finite_batches(
     available = -(-len(order) // batch_size)
     for index in range(available if count is None else min(count, available)):
         start = index * batch_size + process_index * size
-        rows = order[start : min(start + size, (index + 1) * batch_size)]
+        rows = order[start : start + size]
         yield pad_rows(make(rows, np.zeros_like(rows)), size)

@@ -51,7 +51,7 @@ class Mixture:
             raw_length=raw_length,
         )
 
-    def lengths(self, lengths: Integer[np.ndarray, M]) -> tuple[Int64[np.ndarray, M], Int64[np.ndarray, M]]:
+    def lengths(self, lengths: Integer[np.ndarray, " M"]) -> tuple[Int64[np.ndarray, " M"], Int64[np.ndarray, " M"]]:
         """Room for the inputs and targets of texts of these lengths, whichever objective they get."""
         if self.span_corruption_rate > 0:
             return corrupted_lengths(lengths, self.noise_density, self.mean_noise_span_length)
@@ -59,7 +59,7 @@ class Mixture:
         return np.minimum(lengths - targets + 2, self.inputs_length), targets
 
     def __call__(
-        self, tokens: Integer[np.ndarray, "M L"], lengths: Integer[np.ndarray, M], keys: UInt64[np.ndarray, M],
+        self, tokens: Integer[np.ndarray, "M L"], lengths: Integer[np.ndarray, " M"], keys: UInt64[np.ndarray, " M"],
         *, limits: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> Examples:  # fmt: skip
         """Examples of M texts. `limits` (for packing) are lengths of inputs and targets that prefix-LM must keep to."""
@@ -121,7 +121,7 @@ class ConcatenatedText:
         self.shifts = not whole and shifted > 0
         self.num_examples = shifted if self.shifts else -(-store.num_tokens // self.raw_length)
 
-    def examples(self, ids: Integer[np.ndarray, M], epochs: Integer[np.ndarray, M]) -> Examples:
+    def examples(self, ids: Integer[np.ndarray, " M"], epochs: Integer[np.ndarray, " M"]) -> Examples:
         """The examples with these numbers in these epochs."""
         starts = ids * self.raw_length
         if self.shifts:
@@ -147,14 +147,14 @@ class SeparateDocuments:
         self.num_examples = len(self.starts)
         self.input_lengths, self.target_lengths = mixture.lengths(self.lengths)
 
-    def examples(self, ids: Integer[np.ndarray, M], epochs: Integer[np.ndarray, M]) -> Examples:
+    def examples(self, ids: Integer[np.ndarray, " M"], epochs: Integer[np.ndarray, " M"]) -> Examples:
         """The examples with these numbers in these epochs."""
         tokens = _gather(self.store, self.starts[ids], self.lengths[ids])
         limits = (self.input_lengths[ids], self.target_lengths[ids])
         return self.mixture(tokens, self.lengths[ids], example_keys(self.seed, epochs, ids), limits=limits)
 
 
-def _gather(store: TokenStore, starts: Int64[np.ndarray, M], lengths: Int64[np.ndarray, M]) -> Int32[np.ndarray, "M L"]:
+def _gather(store: TokenStore, starts: Int64[np.ndarray, " M"], lengths: Int64[np.ndarray, " M"]) -> Int32[np.ndarray, "M L"]:
     """Runs of tokens as padded rows; what lies past a length is arbitrary."""
     columns = np.arange(int(lengths.max(initial=1)))
     return store.tokens[np.minimum(starts[:, None] + columns, store.num_tokens - 1)].astype(np.int32)

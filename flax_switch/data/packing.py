@@ -15,8 +15,8 @@ _OPEN_ROWS = 64
 class Plan(NamedTuple):
     """Row r holds the examples `order[offsets[r] : offsets[r + 1]]`."""
 
-    order: Int64[np.ndarray, N]
-    offsets: Int64[np.ndarray, R + 1]
+    order: Int64[np.ndarray, " N"]
+    offsets: Int64[np.ndarray, " R+1"]
 
     @property
     def num_rows(self) -> int:
@@ -24,8 +24,8 @@ class Plan(NamedTuple):
 
 
 def plan_rows(
-    input_lengths: Integer[np.ndarray, N],
-    target_lengths: Integer[np.ndarray, N],
+    input_lengths: Integer[np.ndarray, " N"],
+    target_lengths: Integer[np.ndarray, " N"],
     inputs_length: int,
     targets_length: int,
     seed: int = 0,

@@ -13,15 +13,17 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flax_switch.config import ConfigError, DataConfig, check
+from etils import epath
+from rich.console import Console
+
+from flax_switch.config import DataConfig, check
 from flax_switch.data import cache, corpus, files, packing, sources
 from flax_switch.data.batches import Batch
 from flax_switch.data.objectives import ConcatenatedText, Mixture, SeparateDocuments
 from flax_switch.data.statistics import target_token_counts, unigram_entropy
-from flax_switch.data.vocabulary import Vocabulary
+from flax_switch.data.vocabulary import SETTINGS_FILE, Vocabulary
 
 if TYPE_CHECKING:  # the loader brings in grain, and grain brings in jax
     from flax_switch.data.loader import BatchMaker, TrainIterator
@@ -38,10 +40,10 @@ class Corpus:
     total_characters: int | None = None
 
     @classmethod
-    def of(cls, config: DataConfig) -> Corpus:
+    def of(cls, config: DataConfig, say: Callable[[str], None]) -> Corpus:
         """The embedded default corpus, or the files that `config.source` names. Raises `ConfigError` where there are none."""
         if config.source == "default":
-            documents = corpus.default_corpus(files.cache_folder(config.cache_dir))
+            documents = corpus.default_corpus(files.cache_folder(config.cache_dir), say)
             digest = hashlib.blake2b("\n".join(documents).encode(), digest_size=10).hexdigest()
             return cls(lambda: documents, digest, sum(map(len, documents)))
         paths = sources.find_files(config.source)
@@ -128,16 +130,17 @@ class Prepared:
 
 
 def prepare(
-    config: DataConfig, *, workdir: str | Path | None = None, vocabulary: Vocabulary | None = None, quiet: bool = False
+    config: DataConfig, *, workdir: epath.PathLike | None = None, vocabulary: Vocabulary | None = None, quiet: bool = False
 ) -> Prepared:
     """Reads the corpus, makes or loads the vocabulary, and tokenises; quick when repeated, as all of it is cached.
 
     The vocabulary is the given one, else the workdir's, else `config.vocabulary`'s, else one trained on the corpus; it is saved
     in `workdir/vocabulary`. Raises `ConfigError` for unusable input and for a workdir whose vocabulary is another one.
     """
-    text = Corpus.of(config)
-    saved = Path(workdir) / "vocabulary" if workdir is not None else None
-    vocabulary = _vocabulary(config, text, saved, vocabulary)
+    say = _silent if quiet else Console(highlight=False, soft_wrap=True).print
+    text = Corpus.of(config, say)
+    saved = epath.Path(workdir) / "vocabulary" if workdir is not None else None
+    vocabulary = _vocabulary(config, text, saved, vocabulary, say)
     mixture = Mixture.of(config, vocabulary)
     stores = cache.tokenize(
         text.documents(),
@@ -153,34 +156,48 @@ def prepare(
         f"No document fell into the held-out {config.heldout_fraction:.2%} of {stores['train'].num_documents}; raise "
         "data.heldout_fraction, or set data.document_separator so that the text has more documents.",
     )
-    if saved is not None and not saved.exists():
+    if saved is not None and not (saved / SETTINGS_FILE).exists():
         vocabulary.save(saved)
+    train, heldout = stores["train"], stores["heldout"]
+    say(
+        f"Text: {train.num_documents:,} documents with {train.num_tokens:,} tokens for training, "
+        f"{heldout.num_documents:,} with {heldout.num_tokens:,} held out."
+    )
     return Prepared(config, vocabulary, mixture, stores["train"], stores["heldout"])
 
 
-def _vocabulary(config: DataConfig, text: Corpus, saved: Path | None, given: Vocabulary | None) -> Vocabulary:
+def _silent(_: str) -> None:
+    pass
+
+
+def _vocabulary(
+    config: DataConfig, text: Corpus, saved: epath.Path | None, given: Vocabulary | None, say: Callable[[str], None]
+) -> Vocabulary:
     if given is None and config.vocabulary is not None:
         given = Vocabulary.from_sentencepiece(config.vocabulary, config.num_sentinels)
-    if saved is not None and saved.exists():
-        found = Vocabulary.load(saved)
-        wanted = (given.fingerprint, given.size) if given is not None else (None, config.vocabulary_size + config.num_sentinels)
-        if wanted[0] not in (None, found.fingerprint) or wanted[1] != found.size:
-            raise ConfigError(
-                f"{saved} holds another vocabulary ({found.size} ids, fingerprint {found.fingerprint}) than the config asks for "
-                f"({wanted[1]} ids{f', fingerprint {wanted[0]}' if wanted[0] else ''}). Restore data.vocabulary, "
-                "data.vocabulary_size and data.num_sentinels, or take a new workdir."
-            )
-        return found
-    return given or _trained(config, text)
+    if saved is None or not (saved / SETTINGS_FILE).exists():
+        return given or _trained(config, text, say)
+    found = Vocabulary.load(saved)
+    if given is None:
+        same = (found.num_pieces, found.num_sentinels) == (config.vocabulary_size, config.num_sentinels)
+        wanted = f"{config.vocabulary_size} pieces and {config.num_sentinels} sentinels trained on the corpus"
+    else:
+        same, wanted = found.fingerprint == given.fingerprint, repr(given)
+    check(
+        same,
+        f"{saved} holds a vocabulary of {found!r}, but the config asks for {wanted}. Restore data.vocabulary, "
+        "data.vocabulary_size and data.num_sentinels, or take a new workdir.",
+    )
+    return found
 
 
-def _trained(config: DataConfig, text: Corpus) -> Vocabulary:
+def _trained(config: DataConfig, text: Corpus, say: Callable[[str], None]) -> Vocabulary:
     """A vocabulary trained on the corpus, from the cache if it was trained before."""
     name = f"vocabulary-{text.fingerprint}-{config.vocabulary_size}-{config.num_sentinels}"
     folder = files.cache_folder(config.cache_dir) / name
     if not folder.is_dir():
-        documents = text.documents()
-        training = (d for d in documents if not cache.is_heldout(d, config.heldout_fraction))
+        say(f"Training a vocabulary of {config.vocabulary_size} pieces on the corpus (once).")
+        training = (d for d in text.documents() if not cache.is_heldout(d, config.heldout_fraction))
         vocabulary = Vocabulary.train(training, config.vocabulary_size, config.num_sentinels)
         with files.new_folder(folder) as temporary:
             vocabulary.save(temporary)

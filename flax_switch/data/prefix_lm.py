@@ -17,11 +17,11 @@ from flax_switch.data.random_bits import fold_in, uniform
 
 def prefix_lm(
     tokens: Integer[np.ndarray, "M L"],
-    lengths: Integer[np.ndarray, M],
-    keys: UInt64[np.ndarray, M],
+    lengths: Integer[np.ndarray, " M"],
+    keys: UInt64[np.ndarray, " M"],
     *,
-    inputs_length: int | Integer[np.ndarray, M],
-    targets_length: int | Integer[np.ndarray, M],
+    inputs_length: int | Integer[np.ndarray, " M"],
+    targets_length: int | Integer[np.ndarray, " M"],
     eos_id: int = 1,
 ) -> Examples:
     """Splits M texts at random points. `inputs_length` and `targets_length` (for each example or all) include EOS."""

@@ -29,7 +29,7 @@ _INLINE = (
     (re.compile(r"::(?=\s|$)"), ":"),
     (re.compile(r"\s+"), " "),
 )
-_ASCII = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2013": "-", "\u2014": " - ", "\u2212": "-"})  # fmt: skip
+_ASCII = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2013": "-", "\u2014": " - ", "\u2212": "-"})
 _WORD = re.compile(r"[A-Za-z]+(?:'[a-z]+)?[,.;:!?)\"']*$|\([A-Za-z]+[,.;:!?)\"']*$|-$|\d+[,.;:)]*$")
 
 
@@ -62,7 +62,7 @@ def _blocks(text: str) -> list[list[str]]:
         bullet = bool(_BULLET.match(stripped))
         if not stripped or bullet or (indent is not None and here != indent and not hanging):
             blocks.append([])
-        hanging = bullet  # the lines under a bullet are indented more than the bullet itself
+        hanging = bullet or stripped.startswith(".. [")  # the lines under a bullet or footnote are indented more than it is
         indent = here if stripped else None
         if stripped:
             blocks[-1].append(line.rstrip())

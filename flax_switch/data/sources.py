@@ -115,8 +115,8 @@ def _lines(path: Path) -> Iterator[str]:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
             raise ConfigError(
-                f"{path}, line {number}: byte {error.start + 1} of the line (0x{line[error.start]:02x}) is not UTF-8. Convert the "
-                "file to UTF-8, for instance with `iconv`."
+                f"{path}, line {number}: byte {error.start + 1} of the line (0x{line[error.start]:02x}) is not UTF-8. Convert "
+                "the file to UTF-8, for instance with `iconv`."
             ) from error
         yield text.rstrip("\r\n")
 

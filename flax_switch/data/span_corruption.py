@@ -20,8 +20,8 @@ from flax_switch.data.random_bits import fold_in, random_words
 
 
 def noise_counts(
-    lengths: Integer[np.ndarray, "*M"], noise_density: float = 0.15, mean_noise_span_length: float = 3.0
-) -> tuple[Int64[np.ndarray, "*M"], Int64[np.ndarray, "*M"]]:
+    lengths: Integer[np.ndarray, " *M"], noise_density: float = 0.15, mean_noise_span_length: float = 3.0
+) -> tuple[Int64[np.ndarray, " *M"], Int64[np.ndarray, " *M"]]:
     """How many tokens of examples of these lengths are noise, and in how many spans.
 
     Of two or more tokens at least one is noise and at least one is not; of fewer, none is.
@@ -35,8 +35,8 @@ def noise_counts(
 
 
 def corrupted_lengths(
-    lengths: Integer[np.ndarray, "*M"], noise_density: float = 0.15, mean_noise_span_length: float = 3.0
-) -> tuple[Int64[np.ndarray, "*M"], Int64[np.ndarray, "*M"]]:
+    lengths: Integer[np.ndarray, " *M"], noise_density: float = 0.15, mean_noise_span_length: float = 3.0
+) -> tuple[Int64[np.ndarray, " *M"], Int64[np.ndarray, " *M"]]:
     """Lengths of inputs and targets, sentinels and EOS included, that examples of these lengths become."""
     noise, spans = noise_counts(lengths, noise_density, mean_noise_span_length)
     return lengths - noise + spans + 1, noise + spans + 1
@@ -71,7 +71,7 @@ def derived_raw_length(
 
 
 def _random_segments(
-    sizes: Int64[np.ndarray, M], segments: Int64[np.ndarray, M], keys: UInt64[np.ndarray, M]
+    sizes: Int64[np.ndarray, " M"], segments: Int64[np.ndarray, " M"], keys: UInt64[np.ndarray, " M"]
 ) -> Bool[np.ndarray, "M size"]:
     """Where segments begin when `sizes[m]` items are cut at random into `segments[m]` non-empty ones; all cuts equally likely.
 
@@ -96,7 +96,9 @@ def _random_segments(
 class _Spans:
     """Where the noise spans of M examples lie. A, B: the examples' non-noise and noise tokens, in order; S: all spans."""
 
-    def __init__(self, lengths: Int64[np.ndarray, M], keys: UInt64[np.ndarray, M], noise_density: float, mean_span_length: float):
+    def __init__(
+        self, lengths: Int64[np.ndarray, " M"], keys: UInt64[np.ndarray, " M"], noise_density: float, mean_span_length: float
+    ):
         self.noise, self.spans = noise_counts(lengths, noise_density, mean_span_length)
         self.kept = lengths - self.noise
         kept_begins = _random_segments(self.kept, self.spans, fold_in(keys, 1))
@@ -112,13 +114,13 @@ class _Spans:
         self.first = np.cumsum(self.spans) - self.spans  # [M] each row's first span, as an index into S
 
     def noise_before(self, row: np.ndarray, span: np.ndarray) -> np.ndarray:
-        """Noise tokens before the given kept segments."""
-        return np.where(self.spans[row] > 0, self.noise_start[self.first[row] + span] if len(self.row) else 0, 0)
+        """Noise tokens before the given kept segments: none in a row without spans."""
+        return np.where(self.spans[row] > 0, np.append(self.noise_start, 0)[self.first[row] + span], 0)
 
 
 def random_spans_noise_mask(
-    lengths: Integer[np.ndarray, M],
-    keys: UInt64[np.ndarray, M],
+    lengths: Integer[np.ndarray, " M"],
+    keys: UInt64[np.ndarray, " M"],
     *,
     noise_density: float = 0.15,
     mean_noise_span_length: float = 3.0,
@@ -134,8 +136,8 @@ def random_spans_noise_mask(
 
 def span_corrupt(
     tokens: Integer[np.ndarray, "M L"],
-    lengths: Integer[np.ndarray, M],
-    keys: UInt64[np.ndarray, M],
+    lengths: Integer[np.ndarray, " M"],
+    keys: UInt64[np.ndarray, " M"],
     *,
     top_sentinel: int,
     eos_id: int = 1,
@@ -173,8 +175,8 @@ def span_corrupt(
 
 
 def restore(
-    inputs: Integer[np.ndarray, I], targets: Integer[np.ndarray, T], *, top_sentinel: int, num_sentinels: int = 100
-) -> Int32[np.ndarray, L]:
+    inputs: Integer[np.ndarray, " I"], targets: Integer[np.ndarray, " T"], *, top_sentinel: int, num_sentinels: int = 100
+) -> Int32[np.ndarray, " L"]:
     """The inverse of `span_corrupt` for one example without padding: the original tokens.
 
     Raises `ConfigError` where the inputs' and the targets' sentinels are not the same ones in the same order.

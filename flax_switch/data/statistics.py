@@ -10,7 +10,7 @@ from jaxtyping import Integer
 from flax_switch.data.batches import Batch, text_token_mask
 
 
-def target_token_counts(batches: Iterable[Batch], num_pieces: int, eos_id: int = 1) -> Integer[np.ndarray, num_pieces]:
+def target_token_counts(batches: Iterable[Batch], num_pieces: int, eos_id: int = 1) -> Integer[np.ndarray, " num_pieces"]:
     """How often each piece occurs among the text target tokens (sentinels, EOS and padding left out) of some batches."""
     counts = np.zeros(num_pieces, np.int64)
     for batch in batches:
@@ -19,7 +19,7 @@ def target_token_counts(batches: Iterable[Batch], num_pieces: int, eos_id: int =
     return counts
 
 
-def unigram_entropy(counts: Integer[np.ndarray, num_pieces]) -> float:
+def unigram_entropy(counts: Integer[np.ndarray, " num_pieces"]) -> float:
     """The entropy in nats per token of the distribution that these counts are: the least cross-entropy without context."""
     seen = counts[counts > 0].astype(np.float64)
     return float(np.log(seen.sum()) - (seen * np.log(seen)).sum() / seen.sum()) if len(seen) else 0.0

@@ -12,18 +12,18 @@ import io
 import itertools
 import json
 import re
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
 
 import sentencepiece
+from etils import epath
 
 from flax_switch.config import ConfigError, check
 from flax_switch.data import files
 
 MODEL_FILE = "spiece.model"
 SETTINGS_FILE = "vocabulary.json"
-_SENTINEL = re.compile(r"<extra_id_(\d+)>")
-_TRAINING_CHARACTERS = 40_000_000  # more text does not change a vocabulary, only the time it takes
+_SPECIAL = re.compile(r"<extra_id_(0|[1-9]\d*)>|</s>|<pad>|<unk>")
+_TRAINING_CHARACTERS = 20_000_000  # more text does not change a vocabulary, only the time it takes
 _TRAINING_LINE = 4000  # characters; SentencePiece leaves longer lines out
 
 
@@ -55,7 +55,7 @@ class Vocabulary:
         ):
             check(
                 found == expected,
-                f"The SentencePiece model has {name} id {found if found >= 0 else 'none'}, but models here need T5's ids: pad 0, "
+                f"The SentencePiece model has {name} id {found if found >= 0 else 'none'}, but T5's ids are needed: pad 0, "
                 "EOS 1, unk 2. Train it with pad_id=0, eos_id=1, unk_id=2, bos_id=-1, or let data.vocabulary=None train one.",
             )
         for i in range(self.num_sentinels):
@@ -67,14 +67,14 @@ class Vocabulary:
 
     # --- making one
     @classmethod
-    def from_sentencepiece(cls, model: bytes | str | Path, num_sentinels: int = 100) -> Vocabulary:
+    def from_sentencepiece(cls, model: bytes | epath.PathLike, num_sentinels: int = 100) -> Vocabulary:
         """A vocabulary from a SentencePiece model: its bytes, or the path of a `.model` file such as T5's `spiece.model`.
 
         Raises `ConfigError` where the file cannot be read, is no such model, or its ids are not T5's.
         """
         if not isinstance(model, bytes):
             try:
-                model = Path(model).expanduser().read_bytes()
+                model = epath.Path(model).expanduser().read_bytes()
             except OSError as error:
                 raise ConfigError(f"Cannot read the SentencePiece model {model}: {error.strerror or error}.") from error
         return cls(model, num_sentinels)
@@ -83,15 +83,24 @@ class Vocabulary:
     def train(cls, documents: Iterable[str], size: int, num_sentinels: int = 100) -> Vocabulary:
         """Trains a unigram model of `size` pieces (control symbols included, sentinels not) on the documents.
 
-        Takes the first 40 million characters. Raises `ConfigError` where the text is empty or too small for `size` pieces.
+        Takes the first 20 million characters. Raises `ConfigError` where the text is empty or too small for `size` pieces.
         """
-        lines = _limited(documents)
-        first = next(lines, None)
+        unreadable: list[Exception] = []  # what reading the corpus raises, the trainer would report as its own failure
+
+        def lines() -> Iterator[str]:
+            try:
+                yield from _limited(documents)
+            except Exception as error:
+                unreadable.append(error)
+                raise
+
+        remaining = lines()
+        first = next(remaining, None)
         check(first is not None, "A vocabulary cannot be trained on an empty corpus.")
         written = io.BytesIO()
         try:
             sentencepiece.SentencePieceTrainer.Train(
-                sentence_iterator=itertools.chain([first], lines),
+                sentence_iterator=itertools.chain([first], remaining),
                 model_writer=written,
                 model_type="unigram",
                 vocab_size=size,
@@ -106,10 +115,11 @@ class Vocabulary:
                 minloglevel=2,
             )
         except RuntimeError as error:
-            raise ConfigError(
-                f"Training a vocabulary of {size} pieces failed; a small corpus needs a smaller data.vocabulary_size. "
-                f"SentencePiece says: {error}"
-            ) from error
+            if unreadable:
+                raise unreadable[0] from None
+            most = re.search(r"value <= (\d+)", str(error))
+            advice = f"this corpus has text for {most[1]} at most; lower data.vocabulary_size" if most else str(error)
+            raise ConfigError(f"A vocabulary of {size} pieces cannot be trained: {advice}.") from error
         return cls(written.getvalue(), num_sentinels)
 
     # --- sizes and ids
@@ -137,52 +147,66 @@ class Vocabulary:
 
     # --- text to ids and back
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without EOS. `<extra_id_i>` in the text becomes the sentinel's id."""
+        """Token ids of a text, without EOS, equal to transformers' T5Tokenizer's.
+
+        `<extra_id_i>` in the text becomes the sentinel's id, and `</s>`, `<pad>` and `<unk>` theirs.
+        """
         ids: list[int] = []
         end = 0
-        for match in _SENTINEL.finditer(text):
-            if int(match[1]) < self.num_sentinels:
+        for match in _SPECIAL.finditer(text):
+            special = self._special_id(match)
+            if special is not None:
                 ids += self._pieces.EncodeAsIds(text[end : match.start()])
-                ids.append(self.sentinel_id(int(match[1])))
+                ids.append(special)
                 end = match.end()
         return ids + self._pieces.EncodeAsIds(text[end:])
+
+    def _special_id(self, match: re.Match[str]) -> int | None:
+        if match[1] is None:
+            return {"<pad>": self.pad_id, "</s>": self.eos_id, "<unk>": self.unk_id}[match[0]]
+        return self.sentinel_id(int(match[1])) if int(match[1]) < self.num_sentinels else None
 
     def encode_documents(self, documents: Sequence[str]) -> list[list[int]]:
         """Token ids of many texts, in parallel. Sentinels in them are plain characters here: corpus text has none."""
         return self._pieces.Encode(list(documents), out_type=int, num_threads=-1)
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        """The text of token ids. Special tokens (pad, EOS, sentinels, ids past the end) are left out or written as names."""
-        parts: list[str] = []
-        for special, group in itertools.groupby((int(i) for i in ids), key=self._is_special):
-            if not special:
-                parts.append(self._pieces.DecodeIds(list(group)))
-            elif not skip_special_tokens:
-                parts.extend(self._special_name(i) for i in group)
-        return " ".join(part for part in parts if part)
+        """The text of token ids. Special tokens (pad, EOS, unk, sentinels, ids past the end) are left out or named.
+
+        As in transformers' T5 tokenizer, a name follows what comes before it without a space: `Thank you<extra_id_0> me</s>`.
+        """
+        text = "".join(
+            self._special_name(i) if self._is_special(i) else self._pieces.IdToPiece(i).replace("\u2581", " ")
+            for i in map(int, ids)
+            if not (skip_special_tokens and self._is_special(i))
+        )
+        return text.removeprefix(" ")
 
     def _is_special(self, i: int) -> bool:
-        return i in (self.pad_id, self.eos_id) or not 0 <= i < self.num_pieces
+        return i in (self.pad_id, self.eos_id, self.unk_id) or not 0 <= i < self.num_pieces
 
     def _special_name(self, i: int) -> str:
-        if 0 <= i < self.num_pieces:
-            return self._pieces.IdToPiece(i)
-        return f"<extra_id_{self.size - 1 - i}>" if 0 <= i < self.size else self._pieces.IdToPiece(self.unk_id)
+        if self.num_pieces <= i < self.size:
+            return f"<extra_id_{self.size - 1 - i}>"
+        return self._pieces.IdToPiece(i if 0 <= i < self.num_pieces else self.unk_id)
+
+    def __repr__(self) -> str:
+        return f"{self.num_pieces} pieces and {self.num_sentinels} sentinels (fingerprint {self.fingerprint})"
 
     # --- on disk
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: epath.PathLike) -> None:
         """Writes `spiece.model` and a small `vocabulary.json` into the folder."""
-        files.write_bytes(Path(folder) / MODEL_FILE, self.model)
+        files.write_bytes(epath.Path(folder) / MODEL_FILE, self.model)
         settings = {"num_sentinels": self.num_sentinels, "size": self.size, "fingerprint": self.fingerprint}
-        files.write_text(Path(folder) / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")
+        files.write_text(epath.Path(folder) / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")
 
     @classmethod
-    def load(cls, folder: str | Path) -> Vocabulary:
+    def load(cls, folder: epath.PathLike) -> Vocabulary:
         """The inverse of `save`. Raises `ConfigError` where files are missing or do not belong together."""
-        path = Path(folder) / SETTINGS_FILE
+        path = epath.Path(folder) / SETTINGS_FILE
         try:
             settings = json.loads(path.read_text(encoding="utf-8"))
-            vocabulary = cls.from_sentencepiece(Path(folder) / MODEL_FILE, settings["num_sentinels"])
+            vocabulary = cls.from_sentencepiece(epath.Path(folder) / MODEL_FILE, settings["num_sentinels"])
         except (OSError, KeyError, json.JSONDecodeError) as error:
             raise ConfigError(f"{folder} holds no saved vocabulary: {path} cannot be used ({error}).") from error
         check(
@@ -192,7 +216,7 @@ class Vocabulary:
         return vocabulary
 
 
-def _limited(documents: Iterable[str]) -> Iterable[str]:
+def _limited(documents: Iterable[str]) -> Iterator[str]:
     """Lines short enough for the trainer, until there is text enough."""
     characters = 0
     for document in documents:

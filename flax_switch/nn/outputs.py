@@ -59,7 +59,7 @@ class EncoderOutput:
 class DecoderOutput:
     """The decoder's output; `logits` are float32. `cache` is the updated cache where one was given."""
 
-    logits: Float[Array, "B L V"]
+    logits: Float[Array, "B L V"] | None
     last_hidden_state: Float[Array, "B L D"]
     router: tuple[RouterOutput, ...] = ()
     hidden_states: tuple[Array, ...] | None = None
@@ -76,7 +76,7 @@ class ModelOutput:
     `output_router_logits=True`. Hidden states and attentions of every layer are None unless asked for.
     """
 
-    logits: Float[Array, "B L V"]
+    logits: Float[Array, "B L V"] | None
     decoder_last_hidden_state: Float[Array, "B L D"]
     encoder_last_hidden_state: Float[Array, "B S D"]
     encoder_router: tuple[RouterOutput, ...] = ()

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from flax_switch.config import SwitchConfig
 from flax_switch.nn.attention import KeyValue, RelativePositionBias
 from flax_switch.nn.layer import Layer, LayerInputs, ScanBlock, remat, zero_padding
-from flax_switch.nn.layers import Dropout, RMSNorm
+from flax_switch.nn.layers import Dropout, Embedding, RMSNorm
 from flax_switch.nn.outputs import DecoderCache, LayerOutput
 
 SCAN_AXIS = 1  # of stacked parameters, as in T5X's scanned checkpoints
@@ -25,6 +25,8 @@ class Stack(nn.Module):
 
     def setup(self) -> None:
         config, stack = self.config, self.stack
+        if config.separate_embeddings:
+            self.token_embedder = Embedding(config)
         if not config.relative_attention_per_layer:
             self.relpos_bias = RelativePositionBias(config, bidirectional=stack == "encoder")
         if config.scan_layers:

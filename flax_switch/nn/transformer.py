@@ -57,7 +57,7 @@ class SwitchEncoder(nn.Module):
           segment_ids: of packed examples; attention stays within a segment. Relative positions need no restart.
           deterministic: False turns on dropout and jitter (rngs "dropout" and "jitter") and takes the training capacity.
         """
-        x = self.token_embedder(input_ids) if inputs_embeds is None else inputs_embeds.astype(self.config.dtype)
+        x = self._embed(self.encoder, input_ids) if inputs_embeds is None else inputs_embeds.astype(self.config.dtype)
         mask = None if attention_mask is None else attention_mask.astype(bool)
         inputs = LayerInputs(
             bias=None,
@@ -75,6 +75,11 @@ class SwitchEncoder(nn.Module):
             attentions=tuple(o.self_attention for o in outputs) if output_attentions else None,
         )
 
+    def _embed(self, stack: Stack, ids: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+        shared = self.token_embedder(ids)
+        # With tables of their own the shared one serves nothing, but stays a parameter: Hugging Face's files hold it.
+        return stack.token_embedder(ids) if self.config.separate_embeddings else shared
+
     def __call__(self, input_ids=None, attention_mask=None, **options) -> EncoderOutput:
         """The same as `encode`."""
         return self.encode(input_ids, attention_mask, **options)
@@ -83,8 +88,11 @@ class SwitchEncoder(nn.Module):
 class SwitchTransformer(SwitchEncoder):
     """The encoder-decoder with its head, tied to the embeddings or of its own.
 
-    Parameters: the encoder's, `decoder/...` and, untied, `decoder/logits_dense/kernel [D, V]`.
+    Parameters: the encoder's, `decoder/...` and, untied, `decoder/logits_dense/kernel [D, V]`. With `head=False` there is no head
+    and `logits` are None, as in Hugging Face's SwitchTransformersModel.
     """
+
+    head: bool = True
 
     def setup(self) -> None:
         super().setup()
@@ -120,7 +128,7 @@ class SwitchTransformer(SwitchEncoder):
         """
         config = self.config
         if decoder_inputs_embeds is None:
-            x = self.token_embedder(decoder_input_ids)
+            x = self._embed(self.decoder, decoder_input_ids)
         else:
             x = decoder_inputs_embeds.astype(config.dtype)
         mask = None if decoder_attention_mask is None else decoder_attention_mask.astype(bool)
@@ -143,7 +151,9 @@ class SwitchTransformer(SwitchEncoder):
             output_attentions=output_attentions,
         )
         x, outputs, hidden_states = self.decoder(x, inputs, cache=cache, output_hidden_states=output_hidden_states)
-        logits = self.token_embedder.attend(x) if config.tie_word_embeddings else self.decoder.logits(x)
+        logits = None
+        if self.head:
+            logits = self.token_embedder.attend(x) if config.tie_word_embeddings else self.decoder.logits(x)
         if cache is not None:
             cache = DecoderCache(tuple(o.cache for o in outputs), index + x.shape[1])
         return DecoderOutput(

@@ -126,8 +126,8 @@ class explain_full_disk:  # noqa: N801 - reads as a statement
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         if full or (error is not None and any(text in str(error) for text in ("No space left", "RESOURCE_EXHAUSTED: write"))):
             raise ConfigError(
-                f"No space left for {self.workdir}. Earlier checkpoints there are complete and untouched: free some space (or lower "
-                f"train.keep_last) and run the same command again to go on from the last one."
+                f"No space left for {self.workdir}. Earlier checkpoints there are complete and untouched: free some space (or "
+                f"lower train.keep_last) and run the same command again to go on from the last one."
             ) from error
 
 

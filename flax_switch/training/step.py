@@ -78,7 +78,7 @@ def train_step(run: Run, state: TrainState, batch: Batch) -> tuple[TrainState, d
     updates, opt_state = run.optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     schedule = learning_rate_schedule(run.config.optimizer, run.config.train.steps)
-    metrics["grad_norm"] = optax.global_norm(grads)
+    metrics["grad_norm"] = optax.tree.norm(grads)
     metrics["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
     return TrainState(state.step + 1, params, opt_state, state.rng), metrics
 

@@ -1,0 +1,20 @@
+"""ST-MoE Base (2202.08906): top-2 of 16 gated experts, an extra dense MLP after each sparse layer, router z-loss.
+
+Command:   flax-switch pretrain --config configs/st_moe_base.py --workdir runs/st_moe_base \
+               --config.data.source='c4/*.json.gz' --config.data.vocabulary=spiece.model
+Hardware:  written for 16 or more accelerators, with --config.mesh.expert=16.
+Expect:    steady training: the paper's point is that the router z-loss keeps runs from diverging without costing quality.
+"""
+
+import pathlib
+import runpy
+
+from flax_switch.presets import PRESETS
+
+BASE = runpy.run_path(str(pathlib.Path(__file__).with_name("switch_base_8.py")))
+
+
+def get_config():
+    config = BASE["get_config"]()
+    config.model.update(PRESETS["st-moe-base"].to_dict())
+    return config

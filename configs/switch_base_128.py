@@ -1,0 +1,20 @@
+"""Switch-Base with 128 experts (7.4 B parameters, the FLOPs of T5-Base); data and optimiser of switch_base_8.
+
+Command:   flax-switch pretrain --config configs/switch_base_128.py --workdir runs/switch_base_128 \
+               --config.data.source='c4/*.json.gz' --config.data.vocabulary=spiece.model
+Hardware:  30 GB of float32 parameters; written for 32 or more accelerators, with --config.mesh.expert=32.
+Expect:    2101.03961, table 1, capacity factor 1.25: negative log perplexity -1.553 after 100k steps, where T5-Base has -1.731.
+"""
+
+import pathlib
+import runpy
+
+from flax_switch.presets import PRESETS
+
+BASE = runpy.run_path(str(pathlib.Path(__file__).with_name("switch_base_8.py")))
+
+
+def get_config():
+    config = BASE["get_config"]()
+    config.model.update(PRESETS["switch-base-128"].to_dict())
+    return config

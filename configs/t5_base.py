@@ -1,0 +1,20 @@
+"""T5-Base in the same code: the dense baseline of equal FLOPs per token to every Switch-Base (223 M parameters).
+
+Command:   flax-switch pretrain --config configs/t5_base.py --workdir runs/t5_base \
+               --config.data.source='c4/*.json.gz' --config.data.vocabulary=spiece.model
+Hardware:  any accelerator of 16 GB or more; data parallel over as many as there are.
+Expect:    2101.03961, table 1: negative log perplexity -1.731 after 100k steps.
+"""
+
+import pathlib
+import runpy
+
+from flax_switch.presets import PRESETS
+
+BASE = runpy.run_path(str(pathlib.Path(__file__).with_name("switch_base_8.py")))
+
+
+def get_config():
+    config = BASE["get_config"]()
+    config.model.update(PRESETS["t5-base"].to_dict())
+    return config

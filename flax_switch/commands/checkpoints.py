@@ -1,0 +1,72 @@
+"""What the commands on checkpoints share: their arguments, and errors about missing extras."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from flax_switch.config import ConfigError
+
+FORMATS = "a Hugging Face folder, a hub name (owner/model), a T5X checkpoint folder, a training run, or a folder of ours"
+
+
+def add_source_arguments(parser: argparse.ArgumentParser, metavar: str) -> None:
+    """The source and what is known about it."""
+    parser.add_argument("source", metavar=metavar, help=FORMATS)
+    parser.add_argument("--revision", help="of a model on the hub: a branch, tag or commit")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE",
+        help="set a field of the model's config: what a T5X checkpoint's shapes cannot tell, such as num_selected_experts=2",
+    )  # fmt: skip
+    parser.add_argument(
+        "--allow-missing", action="append", default=[], metavar="NAME",
+        help="forgive a tensor that is missing or left over; may hold * and be repeated",
+    )  # fmt: skip
+
+
+def add_write_arguments(parser: argparse.ArgumentParser) -> None:
+    """How the result is written."""
+    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file (default: 5GB)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a model that is in DST")
+    parser.add_argument("--no-progress", action="store_true", help="draw no progress bar")
+
+
+def changes_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields set with --set; values are JSON, or plain text."""
+    changes = {}
+    for assignment in args.set:
+        name, equals, text = assignment.partition("=")
+        if not equals:
+            raise ConfigError(f"--set takes FIELD=VALUE, such as num_selected_experts=2; it was given {assignment!r}.")
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            value = {"True": True, "False": False, "None": None}.get(text, text)
+        changes[name] = tuple(value) if isinstance(value, list) else value
+    return changes
+
+
+def missing_extra(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+    """Turns the ImportError of an optional dependency into one message, and shows what the library logs."""
+
+    @functools.wraps(run)
+    def wrapped(args: argparse.Namespace) -> int:
+        handler = logging.StreamHandler(sys.stderr)
+        logger = logging.getLogger("flax_switch")
+        level = logger.level
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        try:
+            return run(args)
+        except ImportError as error:
+            raise ConfigError(str(error)) from error
+        finally:
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+
+    return wrapped

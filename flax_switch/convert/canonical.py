@@ -1,0 +1,101 @@
+"""The canonical parameter tree of a config: T5X's paths and their shapes, computed without building the model."""
+
+from __future__ import annotations
+
+from flax_switch.config import SwitchConfig
+
+ARCHITECTURES = ("full", "headless", "encoder")  # with its head; without; and the encoder alone
+
+
+def canonical_shapes(config: SwitchConfig, architecture: str = "full") -> dict[str, tuple[int, ...]]:
+    """Every parameter of the unscanned model by its path, with its shape.
+
+    Axes: V vocabulary, D model, H heads, K head, F MLP, E experts. `architecture` is one of `ARCHITECTURES`; a model with tied
+    embeddings has no head of its own, so "full" and "headless" hold the same tensors then.
+    """
+    V, D = config.vocab_size, config.d_model
+    shapes: dict[str, tuple[int, ...]] = {"token_embedder/embedding": (V, D)}
+    for stack in ("encoder",) if architecture == "encoder" else ("encoder", "decoder"):
+        if config.separate_embeddings:
+            shapes[f"{stack}/token_embedder/embedding"] = (V, D)
+        table = (config.num_heads, config.relative_attention_num_buckets)
+        if not config.relative_attention_per_layer:
+            shapes[f"{stack}/relpos_bias/rel_embedding"] = table
+        for i in range(config.num_layers(stack)):
+            layer = f"{stack}/layers_{i}"
+            if config.relative_attention_per_layer:
+                shapes[f"{layer}/relpos_bias/rel_embedding"] = table
+            for name, shape in layer_shapes(config, stack, sparse=i in config.sparse_indices(stack)).items():
+                shapes[f"{layer}/{name}"] = shape
+        shapes[f"{stack}/{stack}_norm/scale"] = (D,)
+    if architecture == "full" and not config.tie_word_embeddings:
+        shapes["decoder/logits_dense/kernel"] = (D, V)
+    return shapes
+
+
+def layer_shapes(config: SwitchConfig, stack: str, *, sparse: bool) -> dict[str, tuple[int, ...]]:
+    """The parameters of one layer, its relative position table apart."""
+    D, HK, E = config.d_model, config.num_heads * config.d_kv, config.num_experts
+    shapes: dict[str, tuple[int, ...]] = {}
+    if stack == "encoder":
+        attentions = {"attention": "pre_attention_layer_norm"}
+    else:
+        attentions = {
+            "self_attention": "pre_self_attention_layer_norm",
+            "encoder_decoder_attention": "pre_cross_attention_layer_norm",
+        }
+    for attention, norm in attentions.items():
+        shapes[f"{norm}/scale"] = (D,)
+        for name in ("query", "key", "value"):
+            shapes[f"{attention}/{name}/kernel"] = (D, HK)
+        shapes[f"{attention}/out/kernel"] = (HK, D)
+    shapes["pre_mlp_layer_norm/scale"] = (D,)
+    if not sparse:
+        shapes |= _mlp(config, "mlp", config.d_ff)
+        return shapes
+    shapes["mlp/router/router_weights/w/kernel"] = (D, E)
+    if config.router_bias:
+        shapes["mlp/router/router_weights/w/bias"] = (E,)
+    shapes |= {name: (E, *shape) for name, shape in _mlp(config, "mlp/expert", config.expert_width).items()}
+    if config.shared_expert:
+        shapes |= _mlp(config, "mlp/shared_expert", config.expert_width)
+    if config.extra_mlp:
+        shapes["pre_extra_mlp_layer_norm/scale"] = (D,)
+        shapes |= _mlp(config, "extra_mlp", config.d_ff)
+    return shapes
+
+
+def _mlp(config: SwitchConfig, prefix: str, width: int) -> dict[str, tuple[int, ...]]:
+    D = config.d_model
+    inputs = ("wi_0", "wi_1") if config.is_gated else ("wi",)
+    return {**{f"{prefix}/{w}/kernel": (D, width) for w in inputs}, f"{prefix}/wo/kernel": (width, D)}
+
+
+def is_router(path: str) -> bool:
+    """Whether a path belongs to a router."""
+    return "/router/" in path
+
+
+def is_expert(path: str) -> bool:
+    """Whether a path is a stack of experts."""
+    return "/mlp/expert/" in path
+
+
+def flatten(tree: dict, prefix: str = "") -> dict:
+    """A nested dict as a flat one with '/' in its keys; a flat one stays as it is."""
+    flat = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}/") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def unflatten(flat: dict) -> dict:
+    """The inverse of `flatten`."""
+    tree: dict = {}
+    for path, value in flat.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = value
+    return tree

@@ -1,0 +1,229 @@
+"""Any checkpoint in, either format out: what `flax-switch convert`, `load_pretrained` and `inspect` share.
+
+A `Checkpoint` is a config and the canonical tensors, unread. Formats are detected by the files a folder holds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flax_switch import config_huggingface
+from flax_switch.config import SwitchConfig, check, one_of
+from flax_switch.convert import hub, huggingface, native, t5x, tokenizer, training_run
+from flax_switch.convert.canonical import canonical_shapes, is_router
+from flax_switch.convert.folder import DEFAULT_SHARD_SIZE, parse_size, split_into_shards, write_folder
+from flax_switch.convert.memory import freed_memory_returned
+from flax_switch.convert.tensors import DTYPES, CheckpointError, LazyTensor, cast
+
+FORMATS = ("huggingface", "flax_switch")  # those that can be written
+
+# Files that travel with a model, whichever way it goes.
+COMPANIONS = (
+    "spiece.model",
+    "vocabulary.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+)
+# Keys of a config.json that say again, or said once, what other keys say.
+_STALE = ("torch_dtype", "scale_decoder_outputs", "encoder_sparse_step", "decoder_sparse_step", "feed_forward_proj")
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A model on disk, its tensors unread.
+
+    `tensors` are canonical and unscanned whatever the source was. `huggingface` is the config.json it came with, if any;
+    `path` the folder its weights are in (of a run, the step's).
+    """
+
+    format: str  # "huggingface", "t5x", "flax_switch" or "orbax"
+    path: Path
+    config: SwitchConfig
+    architecture: str  # "full", "headless" or "encoder"
+    tensors: Mapping[str, LazyTensor]
+    huggingface: Mapping[str, Any] | None = None
+
+
+def detect_format(folder: Path) -> str:
+    """Which format a folder is in: "flax_switch", "t5x", "orbax" or "huggingface"."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is no folder: a checkpoint is one, or the name of a model on the Hugging Face hub.")
+    if (folder / native.CONFIG_FILE).is_file():
+        return "flax_switch"
+    if t5x.find_checkpoint(folder) is not None:
+        return "t5x"
+    if training_run.find_checkpoint(folder) is not None:
+        return "orbax"
+    if training_run.is_run(folder):
+        raise CheckpointError(f"{folder} is a training run without a complete checkpoint yet; wait for its first.")
+    if (folder / "config.json").is_file():
+        return "huggingface"
+    partial = " It looks like a conversion that was interrupted; run that again." if folder.name.endswith(".partial") else ""
+    raise CheckpointError(
+        f"{folder} holds no checkpoint that is known: no config.json (Hugging Face), no 'checkpoint' or checkpoint_<step> (T5X), "
+        f"no {native.CONFIG_FILE} (flax_switch), and no training checkpoint.{partial}"
+    )
+
+
+def open_checkpoint(
+    source: str | Path,
+    *,
+    changes: Mapping[str, Any] | None = None,
+    allow_missing: Sequence[str] = (),
+    revision: str | None = None,
+) -> Checkpoint:
+    """Opens a checkpoint of any format; reads headers, no weights.
+
+    Args:
+      source: a folder, or the name of a model on the Hugging Face hub (with the extra `hub`).
+      changes: fields of the config to change; for a T5X checkpoint, those that shapes cannot tell.
+      allow_missing: patterns of tensors that may be missing, or be left over.
+      revision: of a model on the hub.
+
+    Raises:
+      CheckpointError: naming what is wrong with the folder.
+      ConfigError: if the config cannot be read or the changes do not fit it.
+    """
+    folder = hub.local_folder(source, revision)
+    format = detect_format(folder)
+    raw = None
+    if format == "huggingface":
+        config, architecture, tensors, raw = huggingface.read_huggingface(folder, allow_missing=allow_missing)
+    elif format == "flax_switch":
+        config, architecture, tensors, raw = native.read_native(folder, allow_missing=allow_missing)
+    elif format == "orbax":
+        folder = training_run.find_checkpoint(folder)
+        config, architecture, tensors = training_run.read_run(folder, allow_missing=allow_missing)
+    else:
+        config, architecture, tensors = t5x.read_t5x(folder, changes=changes, allow_missing=allow_missing)
+    config = config.replace(**(changes or {}))
+    shapes = canonical_shapes(config, architecture)
+    for path, tensor in tensors.items():
+        check(
+            shapes.get(path) == tensor.shape,
+            f"the changes {dict(changes or {})} do not fit the checkpoint: {path} is {list(tensor.shape)} there. Change settings "
+            "of behaviour, not sizes.",
+        )
+    return Checkpoint(format, folder, config, architecture, tensors, raw)
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    to: str,
+    dtype: str | None = None,
+    max_shard_size: str | int = DEFAULT_SHARD_SIZE,
+    changes: Mapping[str, Any] | None = None,
+    allow_missing: Sequence[str] = (),
+    overwrite: bool = False,
+    revision: str | None = None,
+    on_bytes: Callable[[int], None] = lambda n: None,
+    on_open: Callable[[int], None] = lambda n: None,
+) -> Path:
+    """Converts a checkpoint, one tensor at a time; the destination appears when it is whole.
+
+    Args:
+      source: as for `open_checkpoint`.
+      destination: a folder without a model in it, or one to overwrite. Until it is complete, everything is in
+        `<destination>.partial`; running an interrupted conversion again continues with the shards it finished.
+      to: "huggingface" or "flax_switch".
+      dtype: of the written tensors; None keeps each tensor's. Routers keep theirs either way (selective precision, 2101.03961).
+      max_shard_size: largest file, as "5GB".
+      on_open, on_bytes: progress: the number of bytes to write, once, and then those written.
+
+    Returns:
+      The destination.
+    """
+    one_of("to", to, FORMATS)
+    checkpoint = open_checkpoint(source, changes=changes, allow_missing=allow_missing, revision=revision)
+    if dtype is not None:
+        one_of("dtype", dtype, tuple(DTYPES))
+        tensors = {p: t if is_router(p) else cast(t, DTYPES[dtype]) for p, t in checkpoint.tensors.items()}
+        config = checkpoint.config.replace(param_dtype=dtype)
+        checkpoint = dataclasses.replace(checkpoint, tensors=tensors, config=config)
+    return write_checkpoint(
+        checkpoint,
+        Path(destination),
+        to=to,
+        files=companion_files(checkpoint.path),
+        max_shard_size=max_shard_size,
+        source=source_identity(checkpoint.path),
+        overwrite=overwrite,
+        on_bytes=on_bytes,
+        on_open=on_open,
+    )
+
+
+def write_checkpoint(
+    checkpoint: Checkpoint,
+    destination: Path,
+    *,
+    to: str,
+    files: Mapping[str, bytes],
+    max_shard_size: str | int = DEFAULT_SHARD_SIZE,
+    source: object = None,
+    overwrite: bool = False,
+    on_bytes: Callable[[int], None] = lambda n: None,
+    on_open: Callable[[int], None] = lambda n: None,
+) -> Path:
+    """Writes a checkpoint's tensors in one of the `FORMATS`, with `files` beside them; see `convert`."""
+    size = parse_size(max_shard_size)
+    if to == "huggingface":
+        values, model_type = export_config(checkpoint)
+        tensors = huggingface.huggingface_tensors(checkpoint.config, checkpoint.architecture, model_type, checkpoint.tensors)
+        shards, stem = split_into_shards(tensors, size), "model"
+        files = {**files, "config.json": (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()}
+        files = tokenizer.complete_files(files, checkpoint.path)
+        files.pop("vocabulary.json", None)
+    else:
+        shards, stem = split_into_shards(checkpoint.tensors, size, split_stacks=True), native.STEM
+        config_file = native.config_file(checkpoint.config, checkpoint.architecture, checkpoint.huggingface)
+        files = {**files, native.CONFIG_FILE: config_file}
+    on_open(sum(tensor.nbytes for shard in shards for tensor in shard.values()))
+    with freed_memory_returned():
+        write_folder(destination, shards, stem, files, source=source, overwrite=overwrite, on_bytes=on_bytes)
+    return destination
+
+
+def export_config(checkpoint: Checkpoint) -> tuple[dict[str, Any], str]:
+    """The config.json to write for a checkpoint, and its model type.
+
+    Settings of behaviour that Hugging Face does not have (a capacity factor, groups of tokens, ...) become Hugging Face's, and
+    the log says which; fields of the architecture it does not have raise a ConfigError. A config.json that the model came with
+    and that still says the same is written back as it was.
+    """
+    config, changed = config_huggingface.with_huggingface_semantics(checkpoint.config)
+    for name, (before, after) in changed.items():
+        log.info("Hugging Face runs the model with %s=%r; it was %r", name, after, before)
+    values = config.to_huggingface()
+    values["architectures"] = [huggingface.class_name(values["model_type"], checkpoint.architecture)]
+    came_with = checkpoint.huggingface
+    if came_with is None:
+        return values, values["model_type"]
+    if SwitchConfig.from_huggingface(came_with) == SwitchConfig.from_huggingface(values):
+        return dict(came_with), came_with.get("model_type", "switch_transformers")
+    kept = {key: value for key, value in came_with.items() if key not in _STALE}
+    return {**kept, **values}, values["model_type"]
+
+
+def companion_files(folder: Path) -> dict[str, bytes]:
+    """The files beside the weights that travel with a model: its tokenizer and generation settings."""
+    folder = training_run.vocabulary_folder(folder)
+    return {name: (folder / name).read_bytes() for name in COMPANIONS if (folder / name).is_file()}
+
+
+def source_identity(folder: Path) -> list:
+    """What changes when a source's files do."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [str(folder.resolve()), *([str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns] for p in files)]

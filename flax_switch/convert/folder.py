@@ -1,0 +1,210 @@
+"""Writing a checkpoint folder so that it is there whole or not at all.
+
+Everything is written to `<destination>.partial`, shard by shard, and the folder takes its name when the last file is in it. A
+conversion that was interrupted finds its finished shards there when it runs again with the same source and settings.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from flax_switch.config import ConfigError
+from flax_switch.convert.safetensors_file import write_safetensors
+from flax_switch.convert.tensors import CheckpointError, LazyTensor, concatenate, narrow
+
+DEFAULT_SHARD_SIZE = "5GB"
+MARKERS = ("config.json", "flax_switch.json")  # a folder with one of them is a model
+_MODEL_FILES = ("model*.safetensors*", "params*.safetensors*", "pytorch_model*.bin*")
+_PLAN = "conversion.json"
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_PART = re.compile(r"(.+)\[(\d+):(\d+)\]")
+
+Shard = dict[str, LazyTensor]
+
+
+def parse_size(size: str | int) -> int:
+    """Bytes of a size such as "5GB", "300MiB" or 1000000."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
+    if match is None or match[2].upper() not in _UNITS or float(match[1]) <= 0:
+        raise ConfigError(f"a size is a positive number and a unit, as in 5GB or 300MiB; it is {size!r}.")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def split_into_shards(tensors: Mapping[str, LazyTensor], max_bytes: int, *, split_stacks: bool = False) -> list[Shard]:
+    """Tensors in order, divided into shards of at most `max_bytes`, or of one tensor that is larger.
+
+    With `split_stacks` a stack larger than that is divided along its experts, into tensors named `name[start:stop]`.
+    """
+    shards: list[Shard] = [{}]
+    room = max_bytes
+    for name, tensor in tensors.items():
+        for part_name, part in _parts(name, tensor, max_bytes) if split_stacks else [(name, tensor)]:
+            if part.nbytes > room and shards[-1]:
+                shards.append({})
+                room = max_bytes
+            shards[-1][part_name] = part
+            room -= part.nbytes
+    return shards
+
+
+def _parts(name: str, tensor: LazyTensor, max_bytes: int) -> Iterator[tuple[str, LazyTensor]]:
+    if tensor.nbytes <= max_bytes or len(tensor.shape) < 3:
+        yield name, tensor
+        return
+    count = tensor.shape[0]
+    rows = max(1, max_bytes // (tensor.nbytes // count))
+    for start in range(0, count, rows):
+        stop = min(start + rows, count)
+        yield f"{name}[{start}:{stop}]", narrow(tensor, start, stop)
+
+
+def join_parts(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """The inverse of `split_stacks`: parts `name[start:stop]` become one tensor again."""
+    whole: dict[str, LazyTensor] = {}
+    parts: dict[str, list[tuple[int, int, LazyTensor]]] = {}
+    for name, tensor in tensors.items():
+        match = _PART.fullmatch(name)
+        if match is None:
+            whole[name] = tensor
+        else:
+            parts.setdefault(match[1], []).append((int(match[2]), int(match[3]), tensor))
+    for name, pieces in parts.items():
+        pieces.sort(key=lambda piece: piece[:2])
+        position = 0
+        for start, stop, tensor in pieces:
+            if start != position or tensor.shape[0] != stop - start or name in whole:
+                raise CheckpointError(f"the parts of {name!r} do not follow each other: {[p[:2] for p in pieces]}")
+            position = stop
+        whole[name] = concatenate([tensor for _, _, tensor in pieces])
+    return whole
+
+
+def shard_names(stem: str, count: int) -> list[str]:
+    """File names of `count` shards, as Hugging Face counts them: `stem.safetensors`, or `stem-00001-of-00003.safetensors`."""
+    if count == 1:
+        return [f"{stem}.safetensors"]
+    return [f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+
+
+def write_folder(
+    destination: Path,
+    shards: Sequence[Shard],
+    stem: str,
+    files: Mapping[str, bytes],
+    *,
+    source: object = None,
+    overwrite: bool = False,
+    on_bytes: Callable[[int], None] = lambda n: None,
+) -> None:
+    """Writes the shards, their index where there are several, and small files; then gives the folder its name.
+
+    Args:
+      stem: of the shards' file names.
+      files: contents of the small files, by name.
+      source: anything JSON-able that identifies what the tensors are read from; finished shards of an earlier run with the
+        same source and the same shards are kept. None: an earlier run's are thrown away.
+      overwrite: replace a model that is there, its own files alone; otherwise it is an error.
+      on_bytes: progress, as in `write_safetensors`; kept shards count at once.
+    """
+    check_destination(destination, overwrite=overwrite)
+    partial = destination.with_name(destination.name + ".partial")
+    names = shard_names(stem, len(shards))
+    plan = _fingerprint(names, shards, source)
+    plan_path = partial / _PLAN
+    resumes = source is not None and plan_path.exists() and plan_path.read_text() == plan
+    if partial.exists() and not resumes:
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True, exist_ok=True)
+    plan_path.write_text(plan)
+    for name, shard in zip(names, shards, strict=True):
+        if (partial / name).exists():
+            on_bytes(sum(tensor.nbytes for tensor in shard.values()))
+            continue
+        write_safetensors(partial / f"{name}.writing", shard, on_bytes)
+        (partial / f"{name}.writing").rename(partial / name)
+    if len(shards) > 1:
+        index = _index(names, shards)
+        (partial / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    for name, contents in files.items():
+        (partial / name).write_bytes(contents)
+    plan_path.unlink()
+    _publish(partial, destination)
+
+
+def _publish(partial: Path, destination: Path) -> None:
+    """Gives the finished folder its name; in a folder that is there already, the file that marks a model comes last."""
+    if not destination.exists() or not any(destination.iterdir()):
+        partial.rename(destination)
+        return
+    old = {path for pattern in (*MARKERS, *_MODEL_FILES) for path in destination.glob(pattern)}
+    for path in sorted(old, key=lambda path: path.name not in MARKERS):
+        path.unlink()
+    for path in sorted(partial.iterdir(), key=lambda path: path.name in MARKERS):
+        path.replace(destination / path.name)
+    partial.rmdir()
+
+
+def check_destination(destination: Path, *, overwrite: bool) -> None:
+    """Raises if the destination is no folder, or holds a model that may not be overwritten."""
+    if destination.exists() and not destination.is_dir():
+        raise CheckpointError(f"{destination} is a file; a checkpoint is a folder. Choose another destination.")
+    if any((destination / marker).exists() for marker in MARKERS) and not overwrite:
+        raise CheckpointError(
+            f"{destination} holds a model already. Choose another destination, or ask for it to be replaced (--overwrite)."
+        )
+
+
+def _fingerprint(names: Sequence[str], shards: Sequence[Shard], source: object) -> str:
+    plan = {
+        "source": source,
+        "shards": {
+            name: {key: [str(t.dtype), *t.shape] for key, t in shard.items()} for name, shard in zip(names, shards, strict=True)
+        },
+    }
+    return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
+
+
+def _index(names: Sequence[str], shards: Sequence[Shard]) -> dict:
+    weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+    total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+
+
+def read_folder(folder: Path, stem: str, read_file: Callable[[Path], dict[str, LazyTensor]], suffix: str) -> Shard:
+    """All tensors of `stem.suffix`, or of the shards its index names.
+
+    Raises:
+      CheckpointError: if the index names a file outside the folder or one that is not there, or disagrees with the files.
+    """
+    index_path = folder / f"{stem}.{suffix}.index.json"
+    if not index_path.exists():
+        return read_file(folder / f"{stem}.{suffix}")
+    try:
+        weight_map = json.loads(index_path.read_text())["weight_map"]
+        files = sorted(set(weight_map.values()))
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index_path} is no index: it needs a JSON object with a 'weight_map'") from error
+    absent = [name for name in files if not (folder / plain_name(name, index_path)).is_file()]
+    if absent:
+        raise CheckpointError(f"{index_path} names {', '.join(absent[:5])}: not in the folder. Fetch the missing shards.")
+    tensors: Shard = {}
+    for name in files:
+        held = read_file(folder / name)
+        listed = {tensor for tensor, file in weight_map.items() if file == name}
+        if listed != held.keys():
+            wrong = sorted(listed ^ held.keys())[:5]
+            raise CheckpointError(f"{index_path} and {name} disagree on what the file holds: {', '.join(wrong)}")
+        tensors |= held
+    return tensors
+
+
+def plain_name(name: object, where: Path) -> str:
+    """`name` if it is the name of a file in the same folder; an error if it could lead anywhere else."""
+    if not isinstance(name, str) or name in ("", ".", "..") or re.search(r"[/\\\0]", name):
+        raise CheckpointError(f"{where} names the file {name!r}: a checkpoint's files lie in its own folder.")
+    return name

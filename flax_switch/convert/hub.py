@@ -1,0 +1,45 @@
+"""Models by their name on the Hugging Face hub, through huggingface_hub, its cache and its offline mode."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from flax_switch.convert.tensors import CheckpointError
+
+_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_SMALL = ("*.json", "spiece.model")
+
+
+def local_folder(source: str | Path, revision: str | None = None) -> Path:
+    """The folder of a checkpoint: the source itself if it is there, else the hub's snapshot of the model of that name.
+
+    Only what is needed is fetched: configs, tokenizer, and safetensors, or torch files where there are no safetensors.
+
+    Raises:
+      CheckpointError: if the source is neither, or the hub (or, offline, its cache) does not have it.
+      ImportError: without huggingface_hub.
+    """
+    folder = Path(source).expanduser()
+    if folder.exists():
+        return folder
+    name = str(source)
+    if isinstance(source, Path) or not _NAME.fullmatch(name):
+        raise CheckpointError(f"{source} does not exist, and is no name of a model on the Hugging Face hub (owner/model).")
+    try:
+        import huggingface_hub
+        from huggingface_hub import errors
+    except ImportError as error:
+        raise ImportError(
+            f"{name!r} is no folder here. If it is a model on the Hugging Face hub, install pip install 'flax_switch[hub]'."
+        ) from error
+    try:
+        snapshot = Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=[*_SMALL, "*.safetensors"]))
+        if not any(snapshot.glob("*.safetensors")):
+            snapshot = Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=[*_SMALL, "*.bin"]))
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{name!r} is no folder here, and the Hugging Face hub (or, offline, its local cache) does not have it: {reason}"
+        ) from error
+    return snapshot

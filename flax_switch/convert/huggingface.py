@@ -1,0 +1,188 @@
+"""Hugging Face checkpoint folders: the table of names, and reading them.
+
+Read are safetensors and torch's .bin, one file or shards with an index, written by transformers 4 or 5, of
+`SwitchTransformers...` and, for models without sparse layers, of `T5...` 1.0 and 1.1. Written is what transformers 5 writes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from flax_switch.config import SwitchConfig
+from flax_switch.convert.canonical import canonical_shapes
+from flax_switch.convert.folder import read_folder
+from flax_switch.convert.mapping import TRANSPOSE, Rule, to_canonical, to_foreign
+from flax_switch.convert.safetensors_file import read_safetensors
+from flax_switch.convert.tensors import CheckpointError, LazyTensor, same_bits
+
+_ATTENTIONS = {
+    "encoder/layers_{i}/attention": "encoder.block.{i}.layer.0.SelfAttention",
+    "decoder/layers_{i}/self_attention": "decoder.block.{i}.layer.0.SelfAttention",
+    "decoder/layers_{i}/encoder_decoder_attention": "decoder.block.{i}.layer.1.EncDecAttention",
+}
+_PROJECTIONS = {"query": "q", "key": "k", "value": "v", "out": "o"}
+_MLPS = {"encoder/layers_{i}": "encoder.block.{i}.layer.1", "decoder/layers_{i}": "decoder.block.{i}.layer.2"}
+
+# What T5 and SwitchTransformers name alike.
+_COMMON_RULES = (
+    Rule("token_embedder/embedding", "shared.weight"),
+    Rule("{stack}/token_embedder/embedding", "{stack}.embed_tokens.weight"),
+    Rule("decoder/logits_dense/kernel", "lm_head.weight", TRANSPOSE),
+    Rule("encoder/encoder_norm/scale", "encoder.final_layer_norm.weight"),
+    Rule("decoder/decoder_norm/scale", "decoder.final_layer_norm.weight"),
+    Rule(
+        "{stack}/relpos_bias/rel_embedding",
+        "{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+        TRANSPOSE,
+    ),
+    *(
+        Rule(f"{ours}/{name}/kernel", f"{theirs}.{letter}.weight", TRANSPOSE)
+        for ours, theirs in _ATTENTIONS.items()
+        for name, letter in _PROJECTIONS.items()
+    ),
+    Rule("encoder/layers_{i}/pre_attention_layer_norm/scale", "encoder.block.{i}.layer.0.layer_norm.weight"),
+    Rule("decoder/layers_{i}/pre_self_attention_layer_norm/scale", "decoder.block.{i}.layer.0.layer_norm.weight"),
+    Rule("decoder/layers_{i}/pre_cross_attention_layer_norm/scale", "decoder.block.{i}.layer.1.layer_norm.weight"),
+    *(Rule(f"{ours}/pre_mlp_layer_norm/scale", f"{theirs}.layer_norm.weight") for ours, theirs in _MLPS.items()),
+)
+
+SWITCH_RULES = (
+    *_COMMON_RULES,
+    *(
+        rule
+        for ours, theirs in _MLPS.items()
+        for rule in (
+            Rule(f"{ours}/mlp/{{w}}/kernel", f"{theirs}.mlp.{{w}}.weight", TRANSPOSE),
+            Rule(f"{ours}/mlp/expert/{{w}}/kernel", f"{theirs}.mlp.experts.expert_{{e}}.{{w}}.weight", TRANSPOSE),
+            Rule(f"{ours}/mlp/router/router_weights/w/kernel", f"{theirs}.mlp.router.classifier.weight", TRANSPOSE),
+            Rule(f"{ours}/mlp/router/router_weights/w/bias", f"{theirs}.mlp.router.classifier.bias"),
+        )
+    ),
+)
+
+T5_RULES = (
+    *_COMMON_RULES,
+    *(Rule(f"{ours}/mlp/{{w}}/kernel", f"{theirs}.DenseReluDense.{{w}}.weight", TRANSPOSE) for ours, theirs in _MLPS.items()),
+)
+
+_EMBEDDING_COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+# In T5 1.0's files; transformers has ignored it since there were two implementations.
+_NEVER_USED = ("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",)
+
+_CLASSES = {
+    "switch_transformers": {
+        "full": "SwitchTransformersForConditionalGeneration",
+        "headless": "SwitchTransformersModel",
+        "encoder": "SwitchTransformersEncoderModel",
+    },
+    "t5": {"full": "T5ForConditionalGeneration", "headless": "T5Model", "encoder": "T5EncoderModel"},
+}
+
+
+def rules_for(model_type: str) -> tuple[Rule, ...]:
+    """The table of `switch_transformers` or `t5`."""
+    return T5_RULES if model_type == "t5" else SWITCH_RULES
+
+
+def class_name(model_type: str, architecture: str) -> str:
+    """The transformers class that holds an architecture."""
+    return _CLASSES[model_type][architecture]
+
+
+def read_huggingface(folder: Path, *, allow_missing: Sequence[str] = ()) -> tuple[SwitchConfig, str, dict[str, LazyTensor], dict]:
+    """A folder's config, its architecture ("full", "headless" or "encoder"), its canonical tensors and its raw config.json."""
+    values = read_json(folder / "config.json")
+    config = SwitchConfig.from_huggingface(values)
+    tensors = read_tensors(folder)
+    architecture = find_architecture(values, tensors)
+    config, tensors = settle_embeddings(config, values, architecture, tensors)
+    expected = canonical_shapes(config, architecture)
+    rules = rules_for(values.get("model_type", "switch_transformers"))
+    try:
+        return config, architecture, to_canonical(tensors, rules, expected, allow_missing=allow_missing), values
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from None
+
+
+def read_tensors(folder: Path) -> dict[str, LazyTensor]:
+    """All tensors of the folder's weights, whichever of the four forms they are in; safetensors come first."""
+    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+        if any((folder / f"{stem}.{suffix}{index}").exists() for index in ("", ".index.json")):
+            if suffix == "safetensors":
+                return read_folder(folder, stem, read_safetensors, suffix)
+            from flax_switch.convert.torch_bin import read_torch_bin  # torch is needed for .bin files alone
+
+            return read_folder(folder, stem, read_torch_bin, suffix)
+    raise CheckpointError(
+        f"{folder} has a config.json but no weights: expected model.safetensors or pytorch_model.bin, or an index of shards."
+    )
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file; a CheckpointError if it is none."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} is no JSON object")
+    return values
+
+
+def find_architecture(values: Mapping, tensors: Mapping[str, LazyTensor]) -> str:
+    """Which of the three models a folder holds: by the class it names, or by having no decoder."""
+    named = (values.get("architectures") or [""])[0]
+    for classes in _CLASSES.values():
+        for architecture, name in classes.items():
+            if name == named:
+                return architecture
+    return "full" if any(name.startswith("decoder.") for name in tensors) else "encoder"
+
+
+def settle_embeddings(
+    config: SwitchConfig, values: Mapping, architecture: str, tensors: Mapping[str, LazyTensor]
+) -> tuple[SwitchConfig, dict[str, LazyTensor]]:
+    """Decides how many embedding tables there are, which only the file can tell, and drops copies and unused tensors.
+
+    Tied models hold one table; old files repeat it under other names, which is checked. Untied SwitchTransformers hold four
+    (shared, the encoder's, the decoder's, the head) when transformers 5 wrote them and two (shared, the head) when 4 did. T5
+    never has more than two, and an untied T5 without a head computes with the shared table, unscaled.
+    """
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in _NEVER_USED}
+    stacks = ("encoder",) if architecture == "encoder" else ("encoder", "decoder")
+    if config.separate_embeddings and not any(f"{stack}.embed_tokens.weight" in tensors for stack in stacks):
+        config = config.replace(separate_embeddings=False)
+    copies = () if config.separate_embeddings else _EMBEDDING_COPIES
+    if config.tie_word_embeddings:
+        copies = (*copies, "lm_head.weight")
+    for name in copies:
+        if name not in tensors:
+            continue
+        if "shared.weight" in tensors and not same_bits(tensors[name], tensors["shared.weight"]):
+            raise CheckpointError(
+                f"config.json ties the embeddings, but {name} differs from shared.weight. If the model has embeddings of its "
+                'own, set "tie_word_embeddings": false in config.json.'
+            )
+        tensors.setdefault("shared.weight", tensors[name])
+        del tensors[name]
+    untied_t5 = values.get("model_type") == "t5" and architecture == "full" and not config.tie_word_embeddings
+    if untied_t5 and "shared.weight" in tensors:
+        tensors.setdefault("lm_head.weight", tensors["shared.weight"])
+    return config, tensors
+
+
+def huggingface_tensors(
+    config: SwitchConfig, architecture: str, model_type: str, canonical: Mapping[str, LazyTensor]
+) -> dict[str, LazyTensor]:
+    """The tensors of a canonical tree under Hugging Face's names.
+
+    An untied SwitchTransformers is written with four tables even where ours are one and a head: transformers 5 would draw
+    the encoder's and decoder's at random if they were absent.
+    """
+    canonical = dict(canonical)
+    if model_type == "switch_transformers" and not config.tie_word_embeddings and "token_embedder/embedding" in canonical:
+        for stack in ("encoder",) if architecture == "encoder" else ("encoder", "decoder"):
+            canonical.setdefault(f"{stack}/token_embedder/embedding", canonical["token_embedder/embedding"])
+    return to_foreign(canonical, rules_for(model_type))

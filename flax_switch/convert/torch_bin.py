@@ -1,0 +1,70 @@
+"""Torch's .bin files, read tensor by tensor and never unpickled beyond plain tensors (weights_only)."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+
+from flax_switch.convert.safetensors_file import read_block
+from flax_switch.convert.tensors import DTYPES, CheckpointError, Index, LazyTensor, from_array
+
+
+def read_torch_bin(path: Path) -> dict[str, LazyTensor]:
+    """The tensors of a state dict, by name.
+
+    torch tells where in the file each tensor lies, and blocks are then read from there; files of its old format, which does
+    not say, are loaded whole.
+
+    Raises:
+      ImportError: without torch (the extra `torch`).
+      CheckpointError: if the file is corrupt, or holds anything but tensors.
+    """
+    try:
+        import torch
+        from torch._subclasses.fake_tensor import FakeTensorMode
+    except ImportError as error:
+        raise ImportError(
+            f"{path} is a torch file: reading it needs torch (pip install 'flax_switch[torch]'). Safetensors files need no torch."
+        ) from error
+    try:
+        with FakeTensorMode():  # reads shapes and places, no contents
+            state = torch.load(path, weights_only=True, map_location="cpu")
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{path} is no readable state dict of tensors: {reason}") from error
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise CheckpointError(f"{path} holds something else than tensors by name")
+    if any(_file_offset(tensor) is None or not tensor.is_contiguous() for tensor in state.values()):
+        return {name: from_array(_to_numpy(t)) for name, t in torch.load(path, weights_only=True, map_location="cpu").items()}
+    return {name: _lazy(path, name, tensor) for name, tensor in state.items()}
+
+
+def _file_offset(tensor) -> int | None:
+    start = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
+    return None if start is None else start + tensor.storage_offset() * tensor.element_size()
+
+
+def _lazy(path: Path, name: str, tensor) -> LazyTensor:
+    dtype, shape, offset = _dtype(path, name, tensor), tuple(tensor.shape), _file_offset(tensor)
+
+    def read(index: Index) -> np.ndarray:
+        return read_block(path, offset, shape, dtype, index)
+
+    return LazyTensor(shape, dtype, read)
+
+
+def _dtype(path: Path, name: str, tensor) -> np.dtype:
+    dtype = DTYPES.get(str(tensor.dtype).removeprefix("torch."))
+    if dtype is None:
+        raise CheckpointError(f"{path}: tensor {name!r} has dtype {tensor.dtype}; known are {', '.join(DTYPES)}")
+    return dtype
+
+
+def _to_numpy(tensor) -> np.ndarray:
+    import torch
+
+    if tensor.dtype == torch.bfloat16:  # numpy has none: the bits pass as integers
+        return tensor.contiguous().view(torch.int16).numpy().view(DTYPES["bfloat16"])
+    return tensor.contiguous().numpy()

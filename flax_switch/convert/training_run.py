@@ -1,0 +1,76 @@
+"""Training checkpoints: the parameters of a run, read out of its Orbax folders block by block.
+
+A run's folder holds `config.json` and `checkpoints/<step>/params`, which `flax_switch.training.checkpoint` wrote. Orbax itself
+restores whole trees into memory; tensorstore, on which it stands, opens single tensors.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from flax_switch.config import ExperimentConfig, SwitchConfig
+from flax_switch.convert.canonical import canonical_shapes
+from flax_switch.convert.mapping import SAME_NAMES, to_canonical
+from flax_switch.convert.scan import unstack_layers
+from flax_switch.convert.tensors import CheckpointError, LazyTensor
+from flax_switch.convert.zarr import open_array
+
+_METADATA = "_METADATA"
+
+
+def find_checkpoint(folder: Path) -> Path | None:
+    """The step folder that a path means: itself, or the latest complete step of a run or of its `checkpoints`."""
+    if (folder / "params" / _METADATA).is_file():
+        return folder
+    for parent in (folder / "checkpoints", folder):
+        steps = [path for path in parent.glob("*") if path.name.isdigit() and (path / "params" / _METADATA).is_file()]
+        if steps:
+            return max(steps, key=lambda path: int(path.name))
+    return None
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run's, with a checkpoint in it or not yet."""
+    try:
+        values = json.loads((folder / "config.json").read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+        return False
+    return isinstance(values, dict) and {"model", "train"} <= values.keys()
+
+
+def vocabulary_folder(folder: Path) -> Path:
+    """Where a checkpoint's vocabulary is: with it, or in the run's own folder for it."""
+    run = folder.parent.parent / "vocabulary"
+    return run if folder.parent.name == "checkpoints" and run.is_dir() else folder
+
+
+def read_run(step: Path, *, allow_missing: Sequence[str] = ()) -> tuple[SwitchConfig, str, dict[str, LazyTensor]]:
+    """The config, architecture and canonical tensors of a step folder."""
+    config_file = step.parent.parent / "config.json"
+    try:
+        config = ExperimentConfig.from_dict(json.loads(config_file.read_text())).model
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{step} is a training checkpoint, but its run's config cannot be read: {error}") from error
+    tensors = unstack_layers(read_params(step / "params"))
+    try:
+        return config, "full", to_canonical(tensors, SAME_NAMES, canonical_shapes(config), allow_missing=allow_missing)
+    except CheckpointError as error:
+        raise CheckpointError(f"{step}: {error}") from None
+
+
+def read_params(folder: Path) -> dict[str, LazyTensor]:
+    """The tensors of an Orbax tree of arrays, by their '/'-joined path."""
+    try:
+        metadata = json.loads((folder / _METADATA).read_text())
+        zarr3 = bool(metadata.get("use_zarr3", False))
+        entries = [[str(key["key"]) for key in entry["key_metadata"]] for entry in metadata["tree_metadata"].values()]
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder / _METADATA} is no Orbax metadata: {error}") from error
+    base = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder.resolve()}/"}}
+    driver = "zarr3" if zarr3 else "zarr"
+    return {
+        "/".join(keys): open_array({"driver": driver, "kvstore": {**base, "path": ".".join(keys) + "/"}}, "/".join(keys))
+        for keys in entries
+    }

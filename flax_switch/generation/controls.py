@@ -1,0 +1,241 @@
+"""The controls of generation, with the names, meanings and defaults of Hugging Face's `generate`; impossible ones are refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from flax_switch.config import SwitchConfig, check, one_of, reject_unknown_keys
+
+ROUTINGS = ("auto", "dropless", "as_trained")
+
+# Neutral values, with which a control changes nothing. Only sampling, or only beams, heed these controls.
+_SAMPLING_ONLY = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": None, "typical_p": 1.0}
+_BEAMS_ONLY = {"length_penalty": 1.0, "brevity_penalty": None, "early_stopping": False}
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationConfig:
+    """How tokens are chosen. Lengths are in tokens; every id is an id of the model's vocabulary.
+
+    Raises `ConfigError` naming the control that is impossible, or that contradicts another one.
+    """
+
+    # --- length
+    max_new_tokens: int = 20  # after the decoder's prefix
+    min_new_tokens: int = 0  # EOS is impossible before
+    # --- beams
+    num_beams: int = 1  # 1: greedy search, or sampling
+    num_return_sequences: int = 1  # of every source: its best beams, or independent samples
+    length_penalty: float = 1.0  # a beam's score is its summed log-probabilities / length**length_penalty
+    brevity_penalty: float | None = None  # T5X's alpha, in place of length_penalty: / ((5 + length) / 6)**alpha
+    early_stopping: bool | str = False  # True: at num_beams finished ones; False: by a heuristic; "never": only when it is certain
+    # --- sampling
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 50  # 0: all
+    top_p: float = 1.0
+    min_p: float | None = None  # relative to the most probable token
+    typical_p: float = 1.0
+    # --- what may be said
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    encoder_no_repeat_ngram_size: int = 0  # n-grams of the source that may not be repeated
+    bad_words_ids: tuple[tuple[int, ...], ...] | None = None
+    suppress_tokens: tuple[int, ...] | None = None
+    begin_suppress_tokens: tuple[int, ...] | None = None
+    forced_bos_token_id: int | None = None  # the token after the start token, if the prefix is that token alone
+    forced_eos_token_id: int | tuple[int, ...] | None = None  # the last of max_new_tokens
+    # --- special tokens; None: the model config's
+    eos_token_id: int | tuple[int, ...] | None = None  # several end a sequence alike
+    pad_token_id: int | None = None
+    decoder_start_token_id: int | None = None
+    # --- beyond the tokens
+    output_scores: bool = False  # return the processed scores of every step, [steps, rows, V]
+    routing: str = "auto"  # of sparse layers: "dropless", "as_trained", or as_trained for fixed capacities and else dropless
+
+    def __post_init__(self) -> None:
+        for name in ("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "forced_eos_token_id", "eos_token_id"):
+            object.__setattr__(self, name, _tuples(getattr(self, name)))
+        for name, least in _INTEGERS.items():
+            value = getattr(self, name)
+            check(
+                isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= least,
+                f"{name} must be an integer of at least {least}; it is {value!r}.",
+            )
+        for name, (low, high, low_included) in _RANGES.items():
+            value = getattr(self, name)
+            if value is None and name in ("min_p", "brevity_penalty"):
+                continue
+            number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and math.isfinite(value)
+            check(
+                number and (low < value <= high or (low_included and value == low)),
+                f"{name} must be a number {_interval(low, high, low_included)}; it is {value!r}.",
+            )
+        check(
+            self.early_stopping in (False, True, "never"),
+            f"early_stopping must be False, True or 'never'; it is {self.early_stopping!r}.",
+        )
+        one_of("routing", self.routing, ROUTINGS)
+        self._check_together()
+
+    def _check_together(self) -> None:
+        check(
+            self.min_new_tokens <= self.max_new_tokens,
+            f"min_new_tokens ({self.min_new_tokens}) is more than max_new_tokens ({self.max_new_tokens}).",
+        )
+        for needed, controls in (("do_sample=True", _SAMPLING_ONLY), ("num_beams of at least 2", _BEAMS_ONLY)):
+            if self.do_sample if controls is _SAMPLING_ONLY else self.num_beams > 1:
+                continue
+            for name, neutral in controls.items():
+                check(
+                    getattr(self, name) == neutral,
+                    f"{name}={getattr(self, name)!r} has no effect without {needed}; set that, or leave {name} out.",
+                )
+        check(
+            self.length_penalty == 1.0 or self.brevity_penalty is None,
+            "length_penalty and brevity_penalty both say how a beam's length counts; set one of them.",
+        )
+        if self.num_beams > 1:
+            check(
+                self.num_return_sequences <= self.num_beams,
+                f"num_return_sequences ({self.num_return_sequences}) is more than num_beams ({self.num_beams}).",
+            )
+        else:
+            check(
+                self.do_sample or self.num_return_sequences == 1,
+                f"num_return_sequences={self.num_return_sequences} needs do_sample=True or beams: greedy search finds one.",
+            )
+        suppressed = set(self.suppress_tokens or ())
+        for name in ("forced_bos_token_id", "forced_eos_token_id"):
+            forced = set(as_ids(getattr(self, name)))
+            check(
+                not forced or not forced <= suppressed,
+                f"{name} forces {sorted(forced)}, which suppress_tokens forbids; take them out of one of the two.",
+            )
+        for word in self.bad_words_ids or ():
+            check(len(word) > 0, "bad_words_ids holds an empty word; every word needs at least one id.")
+
+    def for_model(self, config: SwitchConfig) -> GenerationConfig:
+        """A copy with the model's special tokens filled in and every id checked against its vocabulary."""
+        filled = dataclasses.replace(
+            self,
+            eos_token_id=as_ids(config.eos_token_id if self.eos_token_id is None else self.eos_token_id),
+            pad_token_id=config.pad_token_id if self.pad_token_id is None else self.pad_token_id,
+            decoder_start_token_id=(
+                config.decoder_start_token_id if self.decoder_start_token_id is None else self.decoder_start_token_id
+            ),
+            forced_eos_token_id=None if self.forced_eos_token_id is None else as_ids(self.forced_eos_token_id),
+        )
+        V = config.vocab_size
+        for name in _IDS:
+            for token in _flat(getattr(filled, name)):
+                check(
+                    isinstance(token, (int, np.integer)) and 0 <= token < V,
+                    f"{name} holds {token!r}, which is no id of the vocabulary of {V}.",
+                )
+        check(len(filled.eos_token_id) > 0, "eos_token_id is empty; to ignore EOS, set min_new_tokens to max_new_tokens.")
+        check(
+            len(set(filled.suppress_tokens or ())) < V,
+            f"suppress_tokens forbids all {V} tokens of the vocabulary; leave at least one.",
+        )
+        if self.num_beams > 1:
+            candidates = filled.num_candidates
+            check(
+                candidates <= self.num_beams * V,
+                f"num_beams={self.num_beams} compares {candidates} continuations at each step, but a vocabulary of {V} gives "
+                f"only {self.num_beams * V}; lower num_beams.",
+            )
+        if filled.routing == "dropless" and config.is_sparse:
+            check(
+                config.router_type == "tokens_choose",
+                "routing='dropless' needs tokens that choose; this model has router_type='experts_choose'. Use 'as_trained'.",
+            )
+        return filled
+
+    @property
+    def num_candidates(self) -> int:
+        """How many continuations of a source's beams are compared: enough that num_beams remain if EOS tokens lead."""
+        return max(2, 1 + len(as_ids(self.eos_token_id))) * self.num_beams
+
+    @property
+    def rows_per_source(self) -> int:
+        """How many rows of a batch share one source: beams, or samples."""
+        return self.num_beams if self.num_beams > 1 else self.num_return_sequences
+
+
+def make_controls(values: Mapping[str, Any], config: SwitchConfig) -> GenerationConfig:
+    """Controls for a model, from keyword arguments; an unknown name is an error that suggests the nearest one."""
+    reject_unknown_keys(GenerationConfig, values)
+    return GenerationConfig(**values).for_model(config)
+
+
+def split_numbers(controls: GenerationConfig) -> tuple[GenerationConfig, dict[str, np.ndarray]]:
+    """The controls that shape a program, and the numbers that it takes as inputs: one program serves all their values.
+
+    Of a number, the first part keeps only whether it is neutral. `length_divisors[n]` is what the score of a beam of n new
+    tokens is divided by.
+    """
+    numbers: dict[str, Any] = {name: np.float32(getattr(controls, name) or 0.0) for name in _ON_VALUES if name != "min_new_tokens"}
+    numbers["min_new_tokens"] = np.int32(controls.min_new_tokens)
+    lengths = np.arange(controls.max_new_tokens + 1, dtype=np.float64)
+    lengths[0] = 1.0  # no sequence is without a token
+    alpha = controls.length_penalty if controls.brevity_penalty is None else controls.brevity_penalty
+    base = lengths if controls.brevity_penalty is None else (5.0 + lengths) / 6.0
+    numbers["length_divisors"] = (base**alpha).astype(np.float32)
+    changes: dict[str, Any] = {name: on for name, on in _ON_VALUES.items() if getattr(controls, name) != _NEUTRAL[name]}
+    changes.update(brevity_penalty=None, length_penalty=1.0 if alpha > 0 else 0.0)
+    if controls.num_beams == 1:
+        changes.update(length_penalty=1.0)
+    return dataclasses.replace(controls, **changes), numbers
+
+
+def as_ids(value: int | tuple[int, ...] | None) -> tuple[int, ...]:
+    """One id, several or none as a tuple."""
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+
+
+_INTEGERS = {
+    "max_new_tokens": 1, "min_new_tokens": 0, "num_beams": 1, "num_return_sequences": 1, "top_k": 0, "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+}  # fmt: skip
+_INF = float("inf")
+_RANGES = {  # name -> lowest, highest, whether the lowest is allowed; the highest is
+    "length_penalty": (-_INF, _INF, False),
+    "brevity_penalty": (0.0, _INF, True),
+    "temperature": (0.0, _INF, False),
+    "top_p": (0.0, 1.0, False),
+    "min_p": (0.0, 1.0, True),
+    "typical_p": (0.0, 1.0, False),
+    "repetition_penalty": (0.0, _INF, False),
+}
+_IDS = (
+    "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id", "eos_token_id",
+    "pad_token_id", "decoder_start_token_id",
+)  # fmt: skip
+_NEUTRAL = {"temperature": 1.0, "top_p": 1.0, "min_p": None, "typical_p": 1.0, "repetition_penalty": 1.0, "min_new_tokens": 0}
+_ON_VALUES = {"temperature": 0.5, "top_p": 0.5, "min_p": 0.5, "typical_p": 0.5, "repetition_penalty": 2.0, "min_new_tokens": 1}
+
+
+def _interval(low: float, high: float, low_included: bool) -> str:
+    above = "" if low == -_INF else f" of at least {low:g}" if low_included else f" above {low:g}"
+    below = "" if high == _INF else f" up to {high:g}"
+    return (above + (" and" if above and below else "") + below).strip() or "that is finite"
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    return tuple(_tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
+
+
+def _flat(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return [token for v in value for token in _flat(v)] if isinstance(value, tuple) else [value]

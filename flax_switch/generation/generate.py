@@ -1,0 +1,143 @@
+"""`generate`: checks inputs and controls, runs the compiled program, and cuts what it found to length."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from flax_switch.config import SwitchConfig, check
+from flax_switch.convert.scan import unstack_layers
+from flax_switch.generation.controls import GenerationConfig, make_controls, split_numbers
+from flax_switch.generation.experts import split_experts
+from flax_switch.generation.program import run_program
+from flax_switch.nn.transformer import SwitchTransformer
+from flax_switch.partitioning import batch_sharding, batch_ways, replicated
+
+
+@flax.struct.dataclass
+class GenerationOutput:
+    """What `generate` returns, as numpy arrays. n is num_return_sequences; the n rows of a source are neighbours, best first.
+
+    sequences: ids, from the decoder's prefix on. Finished rows are filled up with pad, beams with EOS, as Hugging Face does.
+    scores: of beams, their summed log-probabilities over the length penalty; else None.
+    step_scores: with output_scores, the processed scores of each step: logits, or with beams the log-probabilities of the
+      running beams (R is B * num_beams then, not all of which need be ancestors of what is returned).
+    """
+
+    sequences: Int[np.ndarray, "Bn T"]
+    scores: Float[np.ndarray, " Bn"] | None = None
+    step_scores: Float[np.ndarray, "steps R V"] | None = None
+
+
+def generate(
+    model: SwitchTransformer,
+    params: Mapping[str, Any],
+    input_ids: Int[Array, "B S"],
+    attention_mask: Int[Array, "B S"] | None = None,
+    *,
+    decoder_input_ids: Int[Array, "B P"] | None = None,
+    seed: int | Sequence[int] = 0,
+    **controls: Any,
+) -> GenerationOutput:
+    """Generates a continuation for every source, with Hugging Face's controls and their meaning.
+
+    A program is compiled for each shape of the inputs and set of controls in use; the values of temperature, top_p, min_p,
+    typical_p, the penalties and min_new_tokens do not matter to it.
+
+    Args:
+      params: may lie on a mesh; then rows are split over its data and expert axes and the parameters stay where they are.
+      input_ids: the sources' ids.
+      attention_mask: 1 at tokens, 0 at padding, on any side; None: 0 where there is the pad token.
+      decoder_input_ids: a prefix for every row; the start token is put before it unless a row begins with it.
+      seed: of sampling; one for all rows, or one for each source, whose samples then do not depend on its place in the batch.
+      **controls: see `GenerationConfig`.
+
+    Raises:
+      ConfigError: before anything is compiled, naming the control or the input that cannot be.
+    """
+    config = model.config
+    settings = make_controls(controls, config)
+    input_ids = check_ids("input_ids", input_ids, config)
+    mask = check_mask(attention_mask, input_ids, settings)
+    B = input_ids.shape[0]
+    prefix = start_tokens(decoder_input_ids, B, settings, config)
+    seeds = check_seeds(seed, B)
+    if config.scan_layers:
+        params, config = unstack_layers(params, config), config.replace(scan_layers=False)
+    mesh = _mesh_of(params)
+    inputs = (input_ids, mask, prefix, seeds)
+    if mesh is not None:
+        sharding = batch_sharding(mesh) if B % batch_ways(mesh) == 0 else replicated(mesh)
+        inputs = tuple(jax.device_put(x, sharding) for x in inputs)
+    experts = split_experts(params, config)
+    program, numbers = split_numbers(settings)
+    output = jax.device_get(run_program(config, program, params, experts, *inputs, numbers, sharded=mesh is not None))
+    return GenerationOutput(
+        sequences=output.tokens[:, : prefix.shape[1] + int(output.new_tokens)],
+        scores=output.scores,
+        step_scores=None if output.step_scores is None else output.step_scores[: int(output.steps)],
+    )
+
+
+def check_ids(name: str, ids: Any, config: SwitchConfig) -> Int[np.ndarray, "B S"]:
+    """Ids as an int32 array [B, S] with B, S > 0 and every id in the vocabulary; raises `ConfigError` otherwise."""
+    ids = np.asarray(ids)
+    check(
+        ids.ndim == 2 and ids.size > 0,
+        f"{name} must be an array [rows, tokens] with at least one of each; its shape is {list(ids.shape)}. "
+        "An empty text still has an EOS token.",
+    )
+    check(np.issubdtype(ids.dtype, np.integer), f"{name} must hold integers; its dtype is {ids.dtype}.")
+    bad = ids[(ids < 0) | (ids >= config.vocab_size)]
+    check(bad.size == 0, f"{name} holds {bad[0] if bad.size else 0}, which is no id of the vocabulary of {config.vocab_size}.")
+    return ids.astype(np.int32)
+
+
+def check_mask(mask: Any, input_ids: Int[np.ndarray, "B S"], settings: GenerationConfig) -> Bool[np.ndarray, "B S"]:
+    """The mask of the sources, by default of what is not the pad token; raises where a source has no token at all."""
+    mask = input_ids != settings.pad_token_id if mask is None else np.asarray(mask)
+    check(
+        mask.shape == input_ids.shape,
+        f"attention_mask must have the shape of input_ids, {list(input_ids.shape)}; it is {list(mask.shape)}.",
+    )
+    mask = mask.astype(bool)
+    empty = np.flatnonzero(~mask.any(1))
+    check(empty.size == 0, f"input_ids: row {empty[0] if empty.size else 0} is padding only; a source needs at least one token.")
+    return mask
+
+
+def start_tokens(prefix: Any, batch: int, settings: GenerationConfig, config: SwitchConfig) -> Int[np.ndarray, "B P"]:
+    """The decoder's prefix: the start token, then what was given unless it begins with it."""
+    start = np.full((batch, 1), settings.decoder_start_token_id, np.int32)
+    if prefix is None:
+        return start
+    prefix = check_ids("decoder_input_ids", prefix, config)
+    check(
+        prefix.shape[0] == batch,
+        f"decoder_input_ids has {prefix.shape[0]} rows and input_ids {batch}; every source needs a prefix.",
+    )
+    # As Hugging Face: a batch in which any row has the start token is taken as it is.
+    return np.concatenate([start, prefix], axis=1) if (prefix[:, 0] != start[:, 0]).all() else prefix
+
+
+def check_seeds(seed: int | Sequence[int], batch: int) -> np.ndarray:
+    """Seeds [B, 2]: of each source's draws, and the number that tells apart sources with the same seed."""
+    seeds = np.asarray(seed)
+    check(
+        np.issubdtype(seeds.dtype, np.integer) and seeds.shape in ((), (batch,)) and (seeds >= 0).all(),
+        f"seed must be an integer of at least 0, or one for each of the {batch} sources; it is {seed!r}.",
+    )
+    number = np.arange(batch) if seeds.ndim == 0 else np.zeros(batch, np.int64)
+    return np.stack([np.broadcast_to(seeds, batch), number], axis=1).astype(np.uint32)
+
+
+def _mesh_of(params) -> jax.sharding.Mesh | None:
+    """The mesh that the parameters lie on, or None on a single device."""
+    sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
+    mesh = getattr(sharding, "mesh", None)
+    return mesh if mesh is not None and mesh.size > 1 else None

@@ -1,0 +1,66 @@
+"""Greedy search and sampling: one more token for each row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from flax_switch.generation.controls import GenerationConfig
+from flax_switch.generation.logits import History, process_scores
+
+
+@flax.struct.dataclass
+class Rows:
+    """What greedy search and sampling know of R rows."""
+
+    tokens: Int[Array, "R T"]  # filled up to `length`; pad beyond
+    length: Int[Array, ""]
+    finished: Bool[Array, " R"]
+    keys: PRNGKeyArray  # [R], one for each row, so that its draws do not depend on the rows beside it
+    scores: Float[Array, "steps R V"] | None  # processed, by step, where asked for
+    done: Bool[Array, ""]
+
+    @property
+    def newest(self) -> Int[Array, " R"]:
+        """The tokens that the decoder has not seen yet."""
+        return jax.lax.dynamic_index_in_dim(self.tokens, self.length - 1, axis=1, keepdims=False)
+
+    @property
+    def ancestors(self) -> None:
+        """Rows keep their own past."""
+        return None
+
+
+def start_rows(prefix: Int[Array, "R P"], keys: PRNGKeyArray, controls: GenerationConfig, vocab_size: int) -> Rows:
+    """Rows that hold the decoder's prefix."""
+    R, P = prefix.shape
+    tokens = jnp.pad(prefix, ((0, 0), (0, controls.max_new_tokens)), constant_values=controls.pad_token_id)
+    scores = jnp.zeros((controls.max_new_tokens, R, vocab_size)) if controls.output_scores else None
+    return Rows(tokens, jnp.int32(P), jnp.zeros(R, bool), keys, scores, jnp.bool_(False))
+
+
+def extend_rows(
+    rows: Rows, logits: Float[Array, "R V"], history: History, controls: GenerationConfig, numbers: Mapping[str, Array]
+) -> Rows:
+    """Chooses the next token: the best one, or one drawn from the softmax of the processed scores. Finished rows get pad."""
+    scores = process_scores(logits, history, controls, numbers)
+    if controls.do_sample:
+        keys = jax.vmap(jax.random.fold_in, (0, None))(rows.keys, rows.length)
+        token = jax.vmap(jax.random.categorical)(keys, scores)
+    else:
+        token = jnp.argmax(scores, axis=-1)
+    token = jnp.where(rows.finished, controls.pad_token_id, token).astype(jnp.int32)
+    finished = rows.finished | jnp.isin(token, jnp.asarray(controls.eos_token_id))
+    step = rows.length - history.prefix_length
+    return Rows(
+        tokens=jax.lax.dynamic_update_slice_in_dim(rows.tokens, token[:, None], rows.length, axis=1),
+        length=rows.length + 1,
+        finished=finished,
+        keys=rows.keys,
+        scores=None if rows.scores is None else jax.lax.dynamic_update_index_in_dim(rows.scores, scores, step, axis=0),
+        done=finished.all() | (step + 1 >= controls.max_new_tokens),
+    )

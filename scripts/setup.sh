@@ -1,0 +1,32 @@
+# Sourced by quickstart.sh and test.sh: the virtual environment in the checkout, installed from setup.cfg.
+
+say() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
+die() { printf '%s: %s\n' "$(basename "$0")" "$*" >&2; exit 1; }
+
+# setup_environment EXTRA: makes .venv with flax_switch[EXTRA] and activates it; quick where that is done already.
+setup_environment() {
+  local extra=$1 python="" candidate stamp
+  for candidate in "${PYTHON:-}" python3 python3.13 python3.12 python3.11 python; do
+    if [ -n "$candidate" ] && "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null; then
+      python=$candidate
+      break
+    fi
+  done
+  [ -n "$python" ] || die "needs Python 3.11, 3.12 or 3.13, and found none of them; install one, or name it: PYTHON=/path/to/python3.12 bash $0"
+  stamp=.venv/installed-$extra-$(cat setup.cfg setup.py | cksum | tr ' ' -)
+  if [ ! -f "$stamp" ]; then
+    say "Installing flax_switch[$extra] into .venv (a few minutes the first time)"
+    local free
+    free=$(df -Pk . | awk 'NR == 2 { print $4 }')
+    [ "$free" -gt 4000000 ] || die "needs 4 GB of free disk space here, and there are $((free / 1000)) MB; free some and run it again."
+    [ -x .venv/bin/python ] || "$python" -m venv --clear .venv ||
+      die "cannot create a virtual environment in .venv; on Debian and Ubuntu: apt install python3-venv"
+    if ! .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[$extra]" 2>.venv/pip.log; then
+      tail -n 3 .venv/pip.log >&2
+      die "pip could not install the packages (log: .venv/pip.log). Without a network connection, connect and run it again; what is there is kept."
+    fi
+    touch "$stamp"
+  fi
+  # shellcheck disable=SC1091
+  source .venv/bin/activate
+}

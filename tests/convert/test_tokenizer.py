@@ -1,0 +1,91 @@
+"""Ids are those of transformers' T5Tokenizer, from a spiece.model or a tokenizer.json, and the export opens there."""
+
+import json
+
+import hypothesis.strategies as st
+import pytest
+import sentencepiece
+import transformers
+from hypothesis import given, settings
+
+from flax_switch.convert import tokenizer
+from flax_switch.data.vocabulary import Vocabulary
+
+SENTINELS = 12
+
+
+@pytest.fixture(scope="module")
+def vocabulary() -> Vocabulary:
+    text = [
+        line for i in range(60) for line in (f"The quick brown fox {i} jumps over the lazy dog.", "Façade naïve ﬁne ½ “quotes” — x")
+    ]
+    text += [f"Switch Transformers route token {i} to one expert; numbers {i * 37} (and punctuation)!" for i in range(60)]
+    return Vocabulary.train(text, 120, num_sentinels=SENTINELS)
+
+
+@pytest.fixture(scope="module")
+def theirs(vocabulary, tmp_path_factory):
+    """transformers' tokenizer of the files we export."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    for name, contents in tokenizer.vocabulary_files(vocabulary).items():
+        if name != "vocabulary.json":
+            (folder / name).write_bytes(contents)
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+TEXTS = (
+    "", " ", "The quick brown fox.", "  two   spaces ", "tab\tnew\nline\r\n", "numbers 37 (and)!",
+    "<extra_id_0>", " <extra_id_0> ", "a<extra_id_0>b", "<extra_id_0><extra_id_1>", "<extra_id_00>",
+    "the <extra_id_0> fox <extra_id_1> dog <extra_id_11>", "<extra_id_12> <extra_id_99>", "a </s> b</s>", "<pad> x <unk>",
+    "\ufb01 \u00bd \u2460 \uff21", "\u2581literal", "\u200bzero\u00a0width\u3000", "e\u0301 \u00e9",
+    "\u65e5\u672c \U0001f600\U0001f600 x",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_ids_equal_t5_tokenizers_sentinels_and_whitespace_included(vocabulary, theirs, text):
+    assert isinstance(theirs, transformers.T5Tokenizer)
+    assert [*vocabulary.encode(text), vocabulary.eos_id] == theirs(text).input_ids
+
+
+PARTS = st.one_of(st.sampled_from(["<extra_id_3>", "</s>", " ", "  ", "fox", "The", "½", "é", "(", "37", "."]), st.text(max_size=4))
+
+
+@given(st.lists(PARTS, max_size=8).map("".join))
+@settings(max_examples=300, deadline=None)
+def test_ids_of_any_text_are_t5_tokenizers_or_an_equally_probable_split(vocabulary, theirs, text):
+    mine, expected = vocabulary.encode(text), theirs(text).input_ids[:-1]
+    if mine != expected:  # SentencePiece sums scores in float32, tokenizers in float64: exact ties may fall either way
+        scores = sentencepiece.SentencePieceProcessor(model_proto=vocabulary.model)
+        mine, expected = (sum(scores.GetScore(i) for i in ids if i < vocabulary.num_pieces) for ids in (mine, expected))
+        assert mine == pytest.approx(expected, abs=1e-4), text
+
+
+def test_a_tokenizer_json_alone_gives_the_same_vocabulary(vocabulary, theirs, tmp_path):
+    theirs.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    assert not (tmp_path / "spiece.model").exists()
+    loaded = tokenizer.load_vocabulary(tmp_path)
+    assert (loaded.num_pieces, loaded.num_sentinels) == (vocabulary.num_pieces, SENTINELS)
+    for text in TEXTS:
+        assert loaded.encode(text) == vocabulary.encode(text), text
+    ids = vocabulary.encode("The quick brown fox")
+    assert loaded.decode(ids) == vocabulary.decode(ids)
+
+
+def test_the_number_of_sentinels_is_found_wherever_it_is_written(vocabulary, tmp_path):
+    (tmp_path / "spiece.model").write_bytes(vocabulary.model)
+    assert tokenizer.load_vocabulary(tmp_path).num_sentinels == 100
+    for values, count in (
+        ({"extra_ids": 7}, 7),
+        ({"additional_special_tokens": ["<extra_id_0>", {"content": "<extra_id_1>"}, "<other>"]}, 2),
+    ):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(values))
+        assert tokenizer.load_vocabulary(tmp_path).num_sentinels == count
+
+
+def test_a_tokenizer_of_another_kind_is_logged_and_left_out(tmp_path, caplog):
+    assert tokenizer.load_vocabulary(tmp_path) is None
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE", "vocab": {"a": 0}}}))
+    assert tokenizer.load_vocabulary(tmp_path) is None
+    assert "unigram" in caplog.text

@@ -1,0 +1,126 @@
+"""Span corruption: inversion, lengths and T5's distribution of masks."""
+
+import itertools
+from collections import Counter
+
+import hypothesis
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from flax_switch.config import ConfigError
+from flax_switch.data.random_bits import example_keys
+from flax_switch.data.span_corruption import (
+    corrupted_lengths,
+    derived_raw_length,
+    noise_counts,
+    random_spans_noise_mask,
+    restore,
+    span_corrupt,
+)
+
+TOP = 999  # <extra_id_0>; text ids lie below 900
+
+
+def keys(count: int, seed: int = 0) -> np.ndarray:
+    return example_keys(seed, np.zeros(count, np.int64), np.arange(count))
+
+
+def row(values: np.ndarray, lengths: np.ndarray, m: int) -> np.ndarray:
+    return values[m, : lengths[m]]
+
+
+texts = st.lists(st.integers(0, 150), min_size=1, max_size=6)
+densities = st.floats(0.05, 0.9)
+mean_lengths = st.floats(1.0, 8.0)
+
+
+@hypothesis.given(texts, st.integers(0, 2**63), densities, mean_lengths)
+def test_the_original_tokens_are_restored_exactly(lengths, seed, density, mean_length):
+    lengths = np.array(lengths)
+    tokens = np.random.default_rng(seed).integers(3, 900, (len(lengths), max(lengths.max(), 1)))
+    settings = dict(noise_density=density, mean_noise_span_length=mean_length)
+    made = span_corrupt(tokens, lengths, keys(len(lengths), seed), top_sentinel=TOP, **settings)
+    for m in range(len(lengths)):
+        inputs, targets = row(made.inputs, made.input_lengths, m), row(made.targets, made.target_lengths, m)
+        assert inputs[-1] == targets[-1] == 1
+        restored = restore(inputs, targets, top_sentinel=TOP)
+        np.testing.assert_array_equal(restored, tokens[m, : lengths[m]])
+        assert not made.inputs[m, made.input_lengths[m] :].any() and not made.targets[m, made.target_lengths[m] :].any()
+
+
+@hypothesis.given(texts, st.integers(0, 2**63), densities, mean_lengths)
+def test_masks_have_the_promised_noise_and_spans_and_begin_with_text(lengths, seed, density, mean_length):
+    lengths = np.array(lengths)
+    settings = dict(noise_density=density, mean_noise_span_length=mean_length)
+    masks = random_spans_noise_mask(lengths, keys(len(lengths), seed), **settings)
+    noise, spans = noise_counts(lengths, density, mean_length)
+    for m, length in enumerate(lengths):
+        mask = masks[m, :length]
+        assert mask.sum() == noise[m] and not masks[m, length:].any()
+        assert (np.diff(mask.astype(int), prepend=0) == 1).sum() == spans[m]
+        if length >= 2:
+            assert not mask[0] and mask[-1]
+
+
+@hypothesis.given(st.integers(3, 300), st.one_of(st.none(), st.integers(3, 300)), densities, mean_lengths)
+def test_chunks_of_the_derived_length_fit_and_one_more_token_would_not(inputs_length, targets_length, density, mean_length):
+    settings = dict(noise_density=density, mean_noise_span_length=mean_length)
+    raw, needed = derived_raw_length(inputs_length, targets_length, **settings)
+    inputs, targets = corrupted_lengths(np.arange(raw + 2), **settings)
+    limit = targets_length or 10**9
+    assert inputs[: raw + 1].max() <= inputs_length and targets[: raw + 1].max() <= limit
+    assert targets[raw] == needed
+    assert inputs[raw + 1] > inputs_length or targets[raw + 1] > limit
+
+
+def test_t5_s_recipe_takes_568_tokens_for_inputs_of_512_and_targets_of_114():
+    assert derived_raw_length(512, 114, num_sentinels=100) == (568, 114)
+    noise, spans = noise_counts(np.array([568]))
+    assert (noise[0], spans[0]) == (85, 28)
+
+
+def test_every_cut_into_segments_is_equally_likely():
+    # Of 10 tokens 4 are noise, in 2 spans: 3 ways to cut the noise times 5 to cut the rest.
+    count = 30_000
+    masks = random_spans_noise_mask(np.full(count, 10), keys(count), noise_density=0.4, mean_noise_span_length=2.0)
+    found = Counter(map(tuple, masks.tolist()))
+    expected = set()
+    for kept, noise in itertools.product(range(1, 6), range(1, 4)):
+        expected.add(tuple(np.repeat([False, True, False, True], [kept, noise, 6 - kept, 4 - noise]).tolist()))
+    assert set(found) == expected
+    chi_squared = sum((n - count / 15) ** 2 / (count / 15) for n in found.values())
+    assert chi_squared < 36.1  # the 99.9 % point for 14 degrees of freedom
+
+
+def test_sentinels_descend_from_the_top_and_stand_in_the_same_order_on_both_sides():
+    tokens = np.arange(3, 103)[None]
+    made = span_corrupt(tokens, np.array([100]), keys(1), top_sentinel=TOP)
+    spans = int(noise_counts(np.array([100]))[1][0])
+    for side in (made.inputs[0], made.targets[0]):
+        np.testing.assert_array_equal(side[side > 900], TOP - np.arange(spans))
+    assert made.targets[0, 0] == TOP and made.inputs[0, made.input_lengths[0] - 2] == TOP - spans + 1
+
+
+def test_an_example_does_not_depend_on_its_batch_mates():
+    tokens, lengths = np.arange(3, 203).reshape(4, 50), np.array([50, 17, 33, 2])
+    together = span_corrupt(tokens, lengths, keys(4), top_sentinel=TOP)
+    for m in range(4):
+        alone = span_corrupt(tokens[m : m + 1, : lengths[m]], lengths[m : m + 1], keys(4)[m : m + 1], top_sentinel=TOP)
+        np.testing.assert_array_equal(row(alone.inputs, alone.input_lengths, 0), row(together.inputs, together.input_lengths, m))
+        np.testing.assert_array_equal(
+            row(alone.targets, alone.target_lengths, 0), row(together.targets, together.target_lengths, m)
+        )
+
+
+def test_restoring_a_pair_that_does_not_belong_together_is_an_error():
+    made = span_corrupt(np.arange(3, 103)[None], np.array([100]), keys(1), top_sentinel=TOP)
+    with pytest.raises(ConfigError, match="do not belong together"):
+        restore(made.inputs[0], np.array([TOP - 7, 5, 1]), top_sentinel=TOP)
+
+
+def test_too_few_sentinels_or_too_short_lengths_are_errors_that_say_what_to_change():
+    with pytest.raises(ConfigError, match="568 tokens needs 28 sentinels, but the vocabulary has 10"):
+        derived_raw_length(512, 114, num_sentinels=10)
+    with pytest.raises(ConfigError, match="at least 3"):
+        derived_raw_length(2, 10)

@@ -1,0 +1,142 @@
+"""Runs survive: killed or stopped anywhere they continue with the losses they would have had, and refuse what is not theirs."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from flax_switch.config import ConfigError, ExperimentConfig
+from flax_switch.training.checkpoint import claim_workdir, differing_fields, read_config
+from flax_switch.training.metrics import MetricsWriter, read_metrics
+
+ROOT = Path(__file__).parents[2]
+STEPS = 14
+SETTINGS = [
+    "data.batch_size=4", "data.inputs_length=16", "data.targets_length=8", "model.d_model=16", "model.d_ff=16",
+    "model.num_heads=2", "model.d_kv=8", "model.num_encoder_layers=1", "model.num_decoder_layers=1", "model.dropout_rate=0.1",
+    "model.num_sparse_encoder_layers=1", "model.num_sparse_decoder_layers=1", "model.router_jitter_noise=0.01",
+    f"train.steps={STEPS}", "train.log_every=1", "train.eval_every=7", "train.eval_batches=1", "train.checkpoint_every=3",
+    "train.sample_spans=0", "optimizer.warmup_steps=4",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """One device, and compiled programs shared by all runs."""
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("jax")), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    return {**os.environ, "XLA_FLAGS": "", **cache}
+
+
+def start(workdir, environment, *more):
+    command = [sys.executable, "-m", "flax_switch.cli", "pretrain", "--config", "configs/tiny.py", "--workdir", str(workdir)]
+    command += [f"--config.{s}" for s in (*SETTINGS, *more)]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(workdir, environment, *more):
+    process = start(workdir, environment, *more)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def losses(workdir):
+    """Everything that training computed, by step; rates of speed left out."""
+    timing = ("seconds_per_step", "tokens_per_second", "data_wait_fraction")
+    return [{k: v for k, v in line.items() if k not in timing} for line in read_metrics(workdir)]
+
+
+def wait_for_step(workdir, step, process, timeout=240):
+    end = time.monotonic() + timeout
+    while time.monotonic() < end and process.poll() is None:
+        if any(line["step"] >= step for line in read_metrics(workdir)):
+            return
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, environment):
+    workdir = tmp_path_factory.mktemp("undisturbed") / "run"
+    finish(workdir, environment)
+    return losses(workdir)
+
+
+def test_the_undisturbed_run_logged_every_step(undisturbed):
+    assert [line["step"] for line in undisturbed if line["kind"] == "train"] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in undisturbed if line["kind"] == "eval"] == [7, STEPS]
+
+
+def killed_and_resumed(workdir, environment, seed, kills):
+    generator = random.Random(seed)
+    for _ in range(kills):
+        process = start(workdir, environment)
+        done = max((line["step"] for line in read_metrics(workdir)), default=0)
+        wait_for_step(workdir, min(done + generator.randint(1, 5), STEPS), process)
+        time.sleep(generator.random() * 0.3)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    finish(workdir, environment)
+    return losses(workdir)
+
+
+def test_a_killed_run_ends_with_the_losses_of_an_undisturbed_one(tmp_path, environment, undisturbed):
+    assert killed_and_resumed(tmp_path / "run", environment, seed=0, kills=2) == undisturbed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10))
+def test_ten_killed_runs_end_with_the_losses_of_an_undisturbed_one(tmp_path, environment, undisturbed, seed):
+    assert killed_and_resumed(tmp_path / "run", environment, seed=100 + seed, kills=1 + seed % 3) == undisturbed
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_saves_where_it_is_and_continues(tmp_path, environment, undisturbed, number):
+    workdir = tmp_path / "run"
+    process = start(workdir, environment)
+    wait_for_step(workdir, 4, process)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1, output
+    stopped_at = max(line["step"] for line in read_metrics(workdir))
+    assert f"saved at step {stopped_at}. Run the same command again to continue." in output.replace("\n", " ")
+    assert f"from step {stopped_at}" in finish(workdir, environment)
+    assert losses(workdir) == undisturbed
+
+
+def test_a_workdir_of_another_run_is_refused_naming_the_fields(tmp_path):
+    config = ExperimentConfig()
+    claim_workdir(tmp_path / "run", config)
+    with pytest.raises(ConfigError, match=r"model.num_experts was 8, is 4; data.seed was 0, is 1"):
+        claim_workdir(tmp_path / "run", config.replace(model=config.model.replace(num_experts=4), data=config.data.replace(seed=1)))
+    longer = config.replace(train=config.train.replace(steps=7), mesh=config.mesh.replace(expert=2))
+    assert not differing_fields(config, longer)
+    claim_workdir(tmp_path / "run", longer)
+    assert read_config(tmp_path / "run") == longer
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(ConfigError, match=r"holds thesis.tex and no config.json"):
+        claim_workdir(tmp_path, ExperimentConfig())
+    with pytest.raises(ConfigError, match="is a file"):
+        claim_workdir(tmp_path / "thesis.tex", ExperimentConfig())
+    with pytest.raises(ConfigError, match="no workdir of a run"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="not valid JSON"):
+        read_config(tmp_path)
+
+
+def test_lines_after_the_checkpoint_and_half_written_ones_are_dropped(tmp_path):
+    lines = [json.dumps({"step": s, "kind": "train", "loss": 1.0}) for s in range(1, 6)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 6, "ki')
+    writer = MetricsWriter(tmp_path, resume_step=3)
+    writer.write(4, "train", {"loss": 2.0})
+    writer.close()
+    assert [(line["step"], line["loss"]) for line in read_metrics(tmp_path)] == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0)]

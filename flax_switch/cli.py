@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from flax_switch.config import ConfigError
 # Command -> what it does; each is a module in flax_switch.commands with add_arguments(parser) and run(args) -> exit status.
 COMMANDS = {
     "pretrain": "pre-train a model from a recipe; run again to continue",
+    "generate": "continue texts: text or JSON lines in, JSON lines out",
     "convert": "convert a checkpoint: Hugging Face, T5X or ours in; Hugging Face or ours out",
     "upcycle": "make a mixture of experts of a dense checkpoint",
     "inspect": "say what is in a checkpoint, without loading it",
@@ -45,6 +47,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return module.run(args)
     except ConfigError as error:
         print(f"flax-switch {args.command}: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(
+            f"flax-switch {args.command}: no space left on the disk. What was complete is kept; free some and run it again.",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print(f"flax-switch {args.command}: interrupted.", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The controls of generation, with the names, meanings and defaults of Hugging Face's `generate`; impossible ones are refused."""
+"""The controls of generation: names, meanings and defaults of Hugging Face's `generate`. What cannot be is refused by name."""
 
 from __future__ import annotations
 

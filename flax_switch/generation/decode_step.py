@@ -17,9 +17,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from flax_switch.config import SwitchConfig
 from flax_switch.generation.experts import Kernels, sparse_mlp
-from flax_switch.nn.layers import MLP, Embedding, Linear, RMSNorm
+from flax_switch.generation.products import Device, few_rows, lay_out, product
+from flax_switch.nn.layers import Embedding, RMSNorm
 from flax_switch.nn.outputs import DecoderCache
 from flax_switch.ops.attention import MASKED, relative_position_bias
+from flax_switch.ops.experts import mlp
 
 
 @flax.struct.dataclass
@@ -32,19 +34,35 @@ class Cache:
 
 
 @flax.struct.dataclass
+class Layer:
+    """What a decoder layer needs from step to step. Kernels are laid out for products of few rows (see `products`)."""
+
+    qkv: Float[Array, "D 3HK"]
+    out: Float[Array, "HK D"]
+    cross_query: Float[Array, "D HK"]
+    cross_out: Float[Array, "HK D"]
+    cross_key: Float[Array, "B H K S"]
+    cross_value: Float[Array, "B H K S"]
+    bias: Float[Array, "H 2T"]  # column T - 1 - d is the bias of the key d places before the query
+    norms: Mapping[str, Any]
+    mlp: Mapping[str, Any]  # kernels of a dense MLP, or parameters of a sparse one
+    experts: tuple[Kernels, ...] | None  # of a sparse one, one by one
+    extra_mlp: Mapping[str, Array] | None
+
+
+@flax.struct.dataclass
 class Decoder:
     """A decoder with everything that stays the same from step to step."""
 
-    params: Mapping[str, Any]
-    experts: tuple[tuple[Kernels, ...], ...] | None  # by sparse layer and expert
-    qkv: tuple[Float[Array, "D 3 J"], ...]  # by layer, J = H * K
-    biases: tuple[Float[Array, "H 2T"], ...]  # by layer; column T - 1 + d is the bias of the key d places before the query
-    cross_key: tuple[Float[Array, "B H K S"], ...]
-    cross_value: tuple[Float[Array, "B H K S"], ...]
+    layers: tuple[Layer, ...]
+    embedding: Float[Array, "V D"]
+    head: Float[Array, "V D"] | Float[Array, "D V"]
+    norm: Mapping[str, Any]
     source_mask: Bool[Array, "B S"]
     config: SwitchConfig = flax.struct.field(pytree_node=False)
     beams: int = flax.struct.field(pytree_node=False)  # rows whose past may be exchanged
-    sharded: bool = flax.struct.field(pytree_node=False)
+    rows: int = flax.struct.field(pytree_node=False)  # R
+    device: Device = flax.struct.field(pytree_node=False)
 
 
 def prepare(
@@ -55,74 +73,98 @@ def prepare(
     config: SwitchConfig,
     *,
     max_length: int,
+    rows: int,
     beams: int,
-    sharded: bool,
+    device: Device,
 ) -> Decoder:
     """Arranges parameters and projects the source's keys and values. `max_length`: T, places of the cache."""
     stack = params["decoder"]
-    layers = [stack[f"layers_{i}"] for i in range(config.num_decoder_layers)]
+    sparse = config.sparse_indices("decoder")
     dtype = jnp.dtype(config.dtype)
+    embedder = stack["token_embedder"] if config.separate_embeddings else params["token_embedder"]
+    if config.tie_word_embeddings:
+        head = params["token_embedder"]["embedding"].astype(jnp.float32)
+    else:
+        head = lay_out(stack["logits_dense"]["kernel"].astype(jnp.float32), rows, device)
 
-    def joined(layer):
-        kernels = [layer["self_attention"][name]["kernel"].astype(dtype) for name in ("query", "key", "value")]
-        return jnp.stack(kernels, axis=1)
+    def arranged(kernel):
+        return lay_out(kernel.astype(dtype), rows, device)
 
-    def bias_table(layer):
-        table = layer["relpos_bias"] if config.relative_attention_per_layer else stack["relpos_bias"]
-        bias = relative_position_bias(
-            table["rel_embedding"],
-            1,
-            max_length,
-            bidirectional=False,
-            max_distance=config.relative_attention_max_distance,
-            query_offset=max_length - 1,
+    def kernels(mlp_params):
+        return {name: arranged(leaf["kernel"]) for name, leaf in mlp_params.items()}
+
+    def layer(i):
+        params = stack[f"layers_{i}"]
+        own, cross = params["self_attention"], params["encoder_decoder_attention"]
+        relpos = params["relpos_bias"] if config.relative_attention_per_layer else stack["relpos_bias"]
+        return Layer(
+            # Joined side by side on an axis of their own, so that heads stay where a mesh has split them.
+            qkv=arranged(
+                jnp.stack([own[name]["kernel"] for name in ("query", "key", "value")], axis=1).reshape(config.d_model, -1)
+            ),
+            out=arranged(own["out"]["kernel"]),
+            cross_query=arranged(cross["query"]["kernel"]),
+            cross_out=arranged(cross["out"]["kernel"]),
+            cross_key=_heads_first(encoded.astype(dtype) @ cross["key"]["kernel"].astype(dtype), config),
+            cross_value=_heads_first(encoded.astype(dtype) @ cross["value"]["kernel"].astype(dtype), config),
+            bias=_bias_table(relpos["rel_embedding"], max_length, config),
+            norms={name: leaf for name, leaf in params.items() if name.endswith("_layer_norm")},
+            mlp=params["mlp"] if i in sparse else kernels(params["mlp"]),
+            experts=None if i not in sparse or experts is None else experts[sparse.index(i)],
+            extra_mlp=kernels(params["extra_mlp"]) if "extra_mlp" in params else None,
         )
-        # Columns T-1.. belong to keys after the query, which are masked.
-        return jnp.pad(bias[0, :, 0], ((0, 0), (0, max_length)))
 
-    def cross(layer, name):
-        projected = encoded.astype(dtype) @ layer["encoder_decoder_attention"][name]["kernel"].astype(dtype)
-        return _split_heads(projected, config).transpose(0, 2, 3, 1)
-
-    tables = [bias_table(layer) for layer in (layers if config.relative_attention_per_layer else layers[:1])]
     return Decoder(
-        params=params,
-        experts=experts,
-        qkv=tuple(joined(layer) for layer in layers),
-        biases=tuple(tables if config.relative_attention_per_layer else tables * len(layers)),
-        cross_key=tuple(cross(layer, "key") for layer in layers),
-        cross_value=tuple(cross(layer, "value") for layer in layers),
+        layers=tuple(layer(i) for i in range(config.num_decoder_layers)),
+        embedding=embedder["embedding"],
+        head=head,
+        norm=stack["decoder_norm"],
         source_mask=source_mask,
         config=config,
         beams=beams,
-        sharded=sharded,
+        rows=rows,
+        device=device,
     )
 
 
-def empty_cache(decoder: Decoder, rows: int, max_length: int) -> Cache:
-    """A cache for `rows` rows with room for `max_length` tokens each."""
+def _heads_first(x: Float[Array, "B S HK"], config: SwitchConfig) -> Float[Array, "B H K S"]:
+    return _split_heads(x, config).transpose(0, 2, 3, 1)
+
+
+def _bias_table(table: Float[Array, "H buckets"], max_length: int, config: SwitchConfig) -> Float[Array, "H 2T"]:
+    bias = relative_position_bias(
+        table,
+        1,
+        max_length,
+        bidirectional=False,
+        max_distance=config.relative_attention_max_distance,
+        query_offset=max_length - 1,
+    )
+    return jnp.pad(bias[0, :, 0], ((0, 0), (0, max_length)))  # the right half is for keys after the query, which are masked
+
+
+def empty_cache(decoder: Decoder, max_length: int) -> Cache:
+    """A cache with room for `max_length` tokens of each row."""
     config = decoder.config
-    shape = (rows // decoder.beams, config.num_heads, config.d_kv, max_length * decoder.beams)
-    layers = tuple(jnp.zeros(shape, jnp.dtype(config.dtype)) for _ in range(config.num_decoder_layers))
+    shape = (decoder.rows // decoder.beams, config.num_heads, config.d_kv, max_length * decoder.beams)
+    layers = tuple(jnp.zeros(shape, jnp.dtype(config.dtype)) for _ in decoder.layers)
     return Cache(layers, layers, jnp.zeros((), jnp.int32))
 
 
-def filled_cache(decoder: Decoder, prefix: DecoderCache, rows: int, max_length: int) -> Cache:
+def filled_cache(decoder: Decoder, prefix: DecoderCache, max_length: int) -> Cache:
     """A cache that continues what `SwitchTransformer.decode` left in its own, for one row of each source.
 
     Beams find the prefix at beam 0; samples get a copy each.
     """
 
-    def lay_out(x: Float[Array, "B P H K"]) -> Float[Array, "G H K T"]:
-        groups = rows // decoder.beams
-        x = jnp.repeat(x.transpose(0, 2, 3, 1), groups // x.shape[0], axis=0)
-        spread = jnp.zeros((*x.shape, decoder.beams), x.dtype).at[..., 0].set(x)
-        spread = spread.reshape(*x.shape[:3], -1)
-        return jnp.pad(spread, ((0, 0), (0, 0), (0, 0), (0, max_length * decoder.beams - spread.shape[-1])))
+    def spread(x: Float[Array, "B P H K"]) -> Float[Array, "G H K T"]:
+        x = jnp.repeat(x.transpose(0, 2, 3, 1), decoder.rows // decoder.beams // x.shape[0], axis=0)
+        columns = jnp.zeros((*x.shape, decoder.beams), x.dtype).at[..., 0].set(x).reshape(*x.shape[:3], -1)
+        return jnp.pad(columns, ((0, 0), (0, 0), (0, 0), (0, max_length * decoder.beams - columns.shape[-1])))
 
     return Cache(
-        tuple(lay_out(layer.self_attention.key) for layer in prefix.layers),
-        tuple(lay_out(layer.self_attention.value) for layer in prefix.layers),
+        tuple(spread(layer.self_attention.key) for layer in prefix.layers),
+        tuple(spread(layer.self_attention.value) for layer in prefix.layers),
         prefix.index,
     )
 
@@ -138,35 +180,48 @@ def decode_step(
       ancestors: with beams, whose keys a row reads at each place: the number, within its source, of the row that held its past
         there. Exchanging beams changes these numbers instead of moving the cache.
     """
-    config, params = decoder.config, decoder.params
-    stack = params["decoder"]
-    embedder = stack["token_embedder"] if config.separate_embeddings else params["token_embedder"]
-    x = Embedding(config).apply({"params": embedder}, tokens)
+    config = decoder.config
+    x = Embedding(config).apply({"params": {"embedding": decoder.embedding}}, tokens)
     mask = _self_mask(decoder, cache, ancestors)
-    sparse = config.sparse_indices("decoder")
     keys, values = [], []
-    for i in range(config.num_decoder_layers):
-        layer = stack[f"layers_{i}"]
-
-        def normed(name, x, layer=layer):
-            return RMSNorm(config).apply({"params": layer[name]}, x)
-
-        y, key, value = _self_attention(decoder, i, normed("pre_self_attention_layer_norm", x), cache, mask)
-        x += _project(layer["self_attention"]["out"], y, config)
+    for i, layer in enumerate(decoder.layers):
+        y, key, value = _self_attention(decoder, i, _normed(decoder, layer, "pre_self_attention", x), cache, mask)
+        x += _product(decoder, y, layer.out)
         keys.append(key)
         values.append(value)
-        y = _cross_attention(decoder, i, normed("pre_cross_attention_layer_norm", x))
-        x += _project(layer["encoder_decoder_attention"]["out"], y, config)
-        y = normed("pre_mlp_layer_norm", x)
-        if i in sparse:
-            experts = None if decoder.experts is None else decoder.experts[sparse.index(i)]
-            x += sparse_mlp(layer["mlp"], experts, y, config, sharded=decoder.sharded)
-            if config.extra_mlp:
-                x += _dense(layer["extra_mlp"], normed("pre_extra_mlp_layer_norm", x), config)
+        y = _cross_attention(decoder, layer, _normed(decoder, layer, "pre_cross_attention", x))
+        x += _product(decoder, y, layer.cross_out)
+        y = _normed(decoder, layer, "pre_mlp", x)
+        if i in config.sparse_indices("decoder"):
+            x += sparse_mlp(layer.mlp, layer.experts, y, config, decoder.device)
         else:
-            x += _dense(layer["mlp"], y, config)
-    x = RMSNorm(config).apply({"params": stack["decoder_norm"]}, x)
-    return _logits(params, x, config), Cache(tuple(keys), tuple(values), cache.length + 1)
+            x += _dense(decoder, layer.mlp, y)
+        if layer.extra_mlp is not None:
+            x += _dense(decoder, layer.extra_mlp, _normed(decoder, layer, "pre_extra_mlp", x))
+    x = RMSNorm(config).apply({"params": decoder.norm}, x)
+    return _logits(decoder, x), Cache(tuple(keys), tuple(values), cache.length + 1)
+
+
+def _normed(decoder: Decoder, layer: Layer, name: str, x: Float[Array, "R D"]) -> Float[Array, "R D"]:
+    return RMSNorm(decoder.config).apply({"params": layer.norms[f"{name}_layer_norm"]}, x)
+
+
+def _product(decoder: Decoder, x: Float[Array, "R D"], kernel: Float[Array, "D F"]) -> Float[Array, "R F"]:
+    return product(x, kernel, decoder.rows, decoder.device)
+
+
+def _dense(decoder: Decoder, kernels: Mapping[str, Array], x: Float[Array, "R D"]) -> Float[Array, "R D"]:
+    return mlp(x, kernels, decoder.config.mlp_activations, lambda x, kernel: _product(decoder, x, kernel))
+
+
+def _logits(decoder: Decoder, x: Float[Array, "R D"]) -> Float[Array, "R V"]:
+    """As the model's head: in float32, and scaled where it is the embeddings' transpose."""
+    config = decoder.config
+    x = x.astype(jnp.float32)
+    if not config.tie_word_embeddings:
+        return _product(decoder, x, decoder.head)
+    x = x * config.d_model**-0.5
+    return few_rows(x, decoder.head) if decoder.device is Device.PROCESSOR else x @ decoder.head.T
 
 
 def _self_mask(decoder: Decoder, cache: Cache, ancestors: Int[Array, "R T"] | None) -> Bool[Array, "#G 1 #J TB"]:
@@ -181,26 +236,22 @@ def _self_mask(decoder: Decoder, cache: Cache, ancestors: Int[Array, "R T"] | No
 
 
 def _self_attention(decoder: Decoder, i: int, x: Float[Array, "R D"], cache: Cache, mask: Bool[Array, "#G 1 #J TB"]):
-    config, beams = decoder.config, decoder.beams
-    D, _, J = decoder.qkv[i].shape
-    projected = (x @ decoder.qkv[i].reshape(D, 3 * J)).reshape(-1, beams, 3, config.num_heads, config.d_kv)
+    config, beams, layer = decoder.config, decoder.beams, decoder.layers[i]
+    projected = _product(decoder, x, layer.qkv).reshape(-1, beams, 3, config.num_heads, config.d_kv)
     query, key, value = projected[:, :, 0], projected[:, :, 1], projected[:, :, 2]
     start = cache.length * beams
     key = jax.lax.dynamic_update_slice_in_dim(cache.key[i], key.transpose(0, 2, 3, 1), start, axis=3)
     value = jax.lax.dynamic_update_slice_in_dim(cache.value[i], value.transpose(0, 2, 3, 1), start, axis=3)
     max_length = key.shape[-1] // beams
-    bias = jax.lax.dynamic_slice_in_dim(decoder.biases[i], max_length - 1 - cache.length, max_length, axis=1)
+    bias = jax.lax.dynamic_slice_in_dim(layer.bias, max_length - 1 - cache.length, max_length, axis=1)
     bias = jnp.repeat(bias, beams, axis=1)[:, None]  # [H, 1, T * beams]
     return _attend(query, key, value, bias, mask), key, value
 
 
-def _cross_attention(decoder: Decoder, i: int, x: Float[Array, "R D"]) -> Float[Array, "R J"]:
-    config = decoder.config
-    layer = decoder.params["decoder"][f"layers_{i}"]["encoder_decoder_attention"]
-    query = _split_heads(_project(layer["query"], x, config), config)
+def _cross_attention(decoder: Decoder, layer: Layer, x: Float[Array, "R D"]) -> Float[Array, "R HK"]:
+    query = _split_heads(_product(decoder, x, layer.cross_query), decoder.config)
     query = query.reshape(decoder.source_mask.shape[0], -1, *query.shape[1:])
-    mask = decoder.source_mask[:, None, None]
-    return _attend(query, decoder.cross_key[i], decoder.cross_value[i], None, mask)
+    return _attend(query, layer.cross_key, layer.cross_value, None, decoder.source_mask[:, None, None])
 
 
 def _attend(
@@ -221,19 +272,3 @@ def _attend(
 
 def _split_heads(x: Float[Array, "*B HK"], config: SwitchConfig) -> Float[Array, "*B H K"]:
     return x.reshape(*x.shape[:-1], config.num_heads, config.d_kv)
-
-
-def _project(params: Mapping[str, Array], x: Float[Array, "R D"], config: SwitchConfig) -> Float[Array, "R F"]:
-    kernel = params["kernel"].astype(config.dtype)
-    return x @ kernel
-
-
-def _dense(params: Mapping[str, Any], x: Float[Array, "R D"], config: SwitchConfig) -> Float[Array, "R D"]:
-    return MLP(config).apply({"params": params}, x[:, None], deterministic=True)[:, 0]
-
-
-def _logits(params: Mapping[str, Any], x: Float[Array, "R D"], config: SwitchConfig) -> Float[Array, "R V"]:
-    if config.tie_word_embeddings:
-        return Embedding(config).apply({"params": params["token_embedder"]}, x, method="attend")
-    kernel = params["decoder"]["logits_dense"]["kernel"]
-    return Linear(kernel.shape[1], ("embed", "vocab"), None, "float32", config.param_dtype).apply({"params": {"kernel": kernel}}, x)

@@ -1,8 +1,8 @@
 """Sparse layers in decoding: a step has few tokens, so only the experts that they hit are read.
 
 A processor must not copy an expert's kernels to read them, and a slice of the stack at an index found while running is a copy.
-There experts are arrays of their own, and a `lax.switch` jumps to the one that is hit. On an accelerator a gather of the kernels
-that are hit is quick, and branches are not. Sharded experts run as in training.
+There experts are arrays of their own, and a `lax.switch` jumps to the one that is hit. On an accelerator a gather of those that
+are hit is quick, and branches are not. Sharded experts run as in training.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from flax_switch.config import SwitchConfig
+from flax_switch.generation.products import Device, lay_out, product
 from flax_switch.nn.moe import SparseMLP
 from flax_switch.ops import routing
 from flax_switch.ops.experts import mlp
@@ -23,46 +24,51 @@ from flax_switch.ops.moe import route
 
 Kernels = Mapping[str, Array]
 
+CACHED = 2**21  # bytes: kernels up to this size stay in a core's cache, and rows that share them go together
+BLOCK = 4  # rows that go together, of those that hit the same expert
+MANY = 16  # choices from which on all experts are hit anyway, several times, and transposing their kernels pays
 
-def split_experts(params: Mapping[str, Any], config: SwitchConfig) -> tuple[tuple[Kernels, ...], ...] | None:
-    """The kernels of every decoder expert as arrays of their own, by sparse layer and expert; None where that does not help.
 
-    The arrays share the memory of the stacked ones: on one processor a part of an array is one without a copy.
+def split_experts(params: Mapping[str, Any], config: SwitchConfig) -> tuple[tuple[Kernels, ...], ...]:
+    """The kernels of every decoder expert as arrays of their own, by sparse layer and expert, on one processor.
+
+    They share the memory of the stacked ones, which a part of an array can do there.
     """
-    if not config.sparse_indices("decoder"):
-        return None
-    stacks = [params["decoder"][f"layers_{i}"]["mlp"]["expert"] for i in config.sparse_indices("decoder")]
-    if not all(_on_one_processor(leaf) for leaf in jax.tree.leaves(stacks)):
-        return None
 
-    def split(stack):
-        kernels = {name: np.asarray(leaf["kernel"]) for name, leaf in stack.items()}
+    def split(layer):
+        stacked = {name: np.asarray(leaf["kernel"]) for name, leaf in layer["mlp"]["expert"].items()}
         return tuple(
-            {name: jax.device_put(kernel[e], may_alias=True) for name, kernel in kernels.items()} for e in range(config.num_experts)
+            {name: jax.device_put(kernel[e], may_alias=True) for name, kernel in stacked.items()} for e in range(config.num_experts)
         )
 
-    return tuple(split(stack) for stack in stacks)
+    return tuple(split(params["decoder"][f"layers_{i}"]) for i in config.sparse_indices("decoder"))
 
 
-def _on_one_processor(x: Any) -> bool:
-    return isinstance(x, np.ndarray) or (len(x.devices()) == 1 and next(iter(x.devices())).platform == "cpu")
+def lay_out_experts(experts: tuple[Kernels, ...], rows: int, config: SwitchConfig) -> tuple[Kernels, ...]:
+    """Experts as `sparse_mlp` wants them: in the dtype of their products, and transposed if there are many rows."""
+    block, dtype = _block(rows, experts, config), jnp.dtype(config.expert_dtype or config.dtype)
+    return jax.tree.map(lambda kernel: lay_out(kernel.astype(dtype), _width(rows, block, config), Device.PROCESSOR), experts)
 
 
 def sparse_mlp(
-    params: Mapping[str, Any], experts: Sequence[Kernels] | None, x: Float[Array, "R D"], config: SwitchConfig, *, sharded: bool
+    params: Mapping[str, Any],
+    experts: Sequence[Kernels] | None,
+    x: Float[Array, "R D"],
+    config: SwitchConfig,
+    device: Device,
 ) -> Float[Array, "R D"]:
     """A sparse MLP on one new token of each row, equal to `SparseMLP` on x[:, None].
 
     Args:
       params: of the layer's `SparseMLP`.
-      experts: its experts one by one, from `split_experts`, or None.
+      experts: its experts one by one, from `lay_out_experts`, on a processor.
       config: with the routing that generation uses.
-      sharded: the parameters lie on several devices.
     """
     num_choices = x.shape[0] * config.num_selected_experts
-    few = experts is not None or num_choices < config.num_experts
-    if sharded or not few or config.routing_group != "sequence":
-        return SparseMLP(config, "decoder").apply({"params": params}, x[:, None], padding_mask=None, deterministic=True)[0][:, 0]
+    dense = device is Device.MESH or (device is Device.ACCELERATOR and num_choices >= config.num_experts)
+    if dense or config.routing_group != "sequence":
+        layer = SparseMLP(config, "decoder")
+        return layer.apply({"params": params}, x[:, None], padding_mask=None, deterministic=True)[0][:, 0]
     # A sequence's only token meets no competition for its experts' slots, whatever the capacity.
     config = config.replace(capacity_mode="dropless", router_type="tokens_choose")
     router = params["router"]["router_weights"]["w"]
@@ -71,11 +77,10 @@ def sparse_mlp(
     expert, weight = plan.expert[:, 0], plan.weight[:, 0]
     dtype = jnp.dtype(config.expert_dtype or config.dtype)
     tokens = x.astype(dtype)
-    if experts is None:
-        stacked = {name: leaf["kernel"] for name, leaf in params["expert"].items()}
-        answers = _gathered(stacked, tokens, expert, config)
-    else:
+    if device is Device.PROCESSOR:
         answers = _switched(experts, tokens, expert, config)
+    else:
+        answers = _gathered({name: leaf["kernel"] for name, leaf in params["expert"].items()}, tokens, expert, config)
     y = (answers * weight[..., None]).sum(1).astype(dtype).astype(x.dtype)
     if "shared_expert" in params:
         shared = {name: leaf["kernel"] for name, leaf in params["shared_expert"].items()}
@@ -98,21 +103,26 @@ def _switched(
     Choices are sorted by expert and cut into blocks of one expert each; the last block of an expert may be padded.
     """
     R, N = expert.shape
-    branches = [lambda rows, kernels=kernels: mlp(rows, kernels, config.mlp_activations, jnp.matmul) for kernels in experts]
+    size = _block(R, experts, config)
+    width = _width(R, size, config)
+
+    def branch(kernels):
+        matmul = lambda x, kernel: product(x, kernel, width, Device.PROCESSOR)  # noqa: E731
+        return lambda rows: mlp(rows, kernels, config.mlp_activations, matmul)
+
+    branches = [branch(kernels) for kernels in experts]
     if R * N == 1:
         return jax.lax.switch(expert[0, 0], branches, x)[:, None]
-    # Up to a few rows, products of one row each stream the kernels faster than one product of all.
-    size = 1 if R * N <= SINGLE_ROWS else BLOCK
     flat = expert.reshape(-1)
     order = jnp.argsort(flat)
     lengths = (flat[:, None] == jnp.arange(len(experts))).sum(0)
     starts = jnp.cumsum(lengths) - lengths
-    blocks_until = jnp.cumsum(-(-lengths // size))
+    blocks = -(-lengths // size)
+    blocks_until = jnp.cumsum(blocks)
 
     def run(block, answers):
         e = (blocks_until <= block).sum()
-        first = starts[e] + size * (block - (blocks_until[e] - -(-lengths[e] // size)))
-        places = first + jnp.arange(size)
+        places = starts[e] + size * (block - blocks_until[e] + blocks[e]) + jnp.arange(size)
         choices = jnp.where(places < starts[e] + lengths[e], order[jnp.minimum(places, R * N - 1)], R * N)
         rows = x[jnp.minimum(choices, R * N - 1) // N]
         return answers.at[choices].set(jax.lax.switch(e, branches, rows), mode="drop")
@@ -121,5 +131,15 @@ def _switched(
     return jax.lax.fori_loop(0, blocks_until[-1], run, answers).reshape(R, N, -1)
 
 
-SINGLE_ROWS = 8
-BLOCK = 8
+def _block(rows: int, experts: Sequence[Kernels], config: SwitchConfig) -> int:
+    """How many rows that hit the same expert go together: one by one where that is quicker than their product."""
+    num_choices = rows * config.num_selected_experts
+    if num_choices >= MANY:
+        return 2 * BLOCK
+    kernel = experts[0]["wo"]
+    return min(num_choices, BLOCK) if kernel.size * kernel.dtype.itemsize <= CACHED else 1
+
+
+def _width(rows: int, block: int, config: SwitchConfig) -> int:
+    """The number of rows that kernels are laid out for: transposing them pays only for many."""
+    return block if rows * config.num_selected_experts >= MANY else 1

@@ -14,6 +14,7 @@ from flax_switch.config import SwitchConfig, check
 from flax_switch.convert.scan import unstack_layers
 from flax_switch.generation.controls import GenerationConfig, make_controls, split_numbers
 from flax_switch.generation.experts import split_experts
+from flax_switch.generation.products import Device, device_of
 from flax_switch.generation.program import run_program
 from flax_switch.nn.transformer import SwitchTransformer
 from flax_switch.partitioning import batch_sharding, batch_ways, replicated
@@ -69,14 +70,15 @@ def generate(
     seeds = check_seeds(seed, B)
     if config.scan_layers:
         params, config = unstack_layers(params, config), config.replace(scan_layers=False)
-    mesh = _mesh_of(params)
+    device = device_of(params)
     inputs = (input_ids, mask, prefix, seeds)
-    if mesh is not None:
+    if device is Device.MESH:
+        mesh = jax.tree.leaves(params)[0].sharding.mesh
         sharding = batch_sharding(mesh) if B % batch_ways(mesh) == 0 else replicated(mesh)
         inputs = tuple(jax.device_put(x, sharding) for x in inputs)
-    experts = split_experts(params, config)
+    experts = split_experts(params, config) if device is Device.PROCESSOR else None
     program, numbers = split_numbers(settings)
-    output = jax.device_get(run_program(config, program, params, experts, *inputs, numbers, sharded=mesh is not None))
+    output = jax.device_get(run_program(config, program, params, experts, *inputs, numbers, device=device))
     return GenerationOutput(
         sequences=output.tokens[:, : prefix.shape[1] + int(output.new_tokens)],
         scores=output.scores,
@@ -134,10 +136,3 @@ def check_seeds(seed: int | Sequence[int], batch: int) -> np.ndarray:
     )
     number = np.arange(batch) if seeds.ndim == 0 else np.zeros(batch, np.int64)
     return np.stack([np.broadcast_to(seeds, batch), number], axis=1).astype(np.uint32)
-
-
-def _mesh_of(params) -> jax.sharding.Mesh | None:
-    """The mesh that the parameters lie on, or None on a single device."""
-    sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
-    mesh = getattr(sharding, "mesh", None)
-    return mesh if mesh is not None and mesh.size > 1 else None

@@ -15,8 +15,9 @@ from flax_switch.config import SwitchConfig
 from flax_switch.generation.beam_search import extend_beams, start_beams
 from flax_switch.generation.controls import GenerationConfig
 from flax_switch.generation.decode_step import decode_step, empty_cache, filled_cache, prepare
-from flax_switch.generation.experts import Kernels
+from flax_switch.generation.experts import Kernels, lay_out_experts
 from flax_switch.generation.logits import History
+from flax_switch.generation.products import Device
 from flax_switch.generation.sampling import extend_rows, start_rows
 from flax_switch.nn.outputs import DecoderOutput
 from flax_switch.nn.transformer import SwitchTransformer
@@ -50,7 +51,7 @@ def decoder_config(config: SwitchConfig, routing: str) -> SwitchConfig:
     return encoder_config(config, routing)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), static_argnames="sharded")
+@functools.partial(jax.jit, static_argnums=(0, 1), static_argnames="device")
 def run_program(
     config: SwitchConfig,
     controls: GenerationConfig,
@@ -62,12 +63,12 @@ def run_program(
     seeds: Int[Array, "B 2"],
     numbers: Mapping[str, Array],
     *,
-    sharded: bool,
+    device: Device,
 ) -> ProgramOutput:
     """Encodes, decodes until all rows are finished, and returns what was found.
 
-    controls, numbers: from `controls.split_numbers`. experts: from `experts.split_experts`. sharded: the parameters lie on
-    several devices.
+    controls, numbers: from `controls.split_numbers`. experts: from `experts.split_experts`. device: where the parameters
+    lie.
     """
     B, P = prefix.shape
     max_length = P + controls.max_new_tokens
@@ -76,7 +77,9 @@ def run_program(
     config = decoder_config(config, controls.routing)
     beams = controls.num_beams
     rows = B * controls.rows_per_source
-    decoder = prepare(params, experts, encoded, mask, config, max_length=max_length, beams=beams, sharded=sharded)
+    if experts is not None:
+        experts = tuple(lay_out_experts(layer, rows, config) for layer in experts)
+    decoder = prepare(params, experts, encoded, mask, config, max_length=max_length, rows=rows, beams=beams, device=device)
     keys = jax.vmap(lambda s: jax.random.fold_in(jax.random.key(s[0]), s[1]))(seeds)
     # In dropless mode nothing depends on padding; with Hugging Face's capacity n-grams count it too, as there.
     as_there = config.capacity_mode == "fixed"
@@ -93,10 +96,10 @@ def run_program(
         return extend(state, logits, history, controls, numbers)
 
     if P == 1:
-        cache = empty_cache(decoder, rows, max_length)
+        cache = empty_cache(decoder, max_length)
     else:
         output = _prefill(config, params, encoded, mask, prefix)
-        cache = filled_cache(decoder, output.cache, rows, max_length)
+        cache = filled_cache(decoder, output.cache, max_length)
         state = extended(state, jnp.repeat(output.logits[:, -1], rows // B, axis=0))
 
     def body(carry):

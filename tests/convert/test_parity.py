@@ -10,10 +10,11 @@ import pytest
 import torch
 import transformers
 
-from flax_switch.convert.canonical import canonical_shapes, flatten, unflatten
+from flax_switch.convert.canonical import canonical_shapes, flatten
 from flax_switch.convert.huggingface import SWITCH_RULES
 from flax_switch.convert.mapping import to_canonical
 from flax_switch.convert.tensors import from_array
+from flax_switch.nn.moe import SparseMLP
 from flax_switch.pretrained import load_pretrained
 from tests.convert import oracle
 
@@ -85,13 +86,12 @@ def check_dispatch(ours, batch, dispatch) -> None:
             np.testing.assert_array_equal(sent.sum(-2), expected)
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_a_randomly_drawn_model_gives_the_same_states_routing_and_losses(tmp_path, seed):
-    check_forward(tmp_path, seed)
+def test_a_randomly_drawn_model_gives_the_same_states_routing_and_losses(tmp_path):
+    check_forward(tmp_path, seed=0)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(2, 40))
+@pytest.mark.parametrize("seed", range(1, 40))
 def test_many_more_randomly_drawn_models_give_the_same_states_routing_and_losses(tmp_path, seed):
     check_forward(tmp_path, seed)
 
@@ -140,9 +140,8 @@ def check_training(folder, seed: int) -> None:
         assert relative_error(mine[path], expected) < 1e-4, path
 
 
-@pytest.mark.parametrize("seed", (3,))
-def test_gradients_and_five_adamw_steps_are_the_same(tmp_path, seed):
-    check_training(tmp_path, seed)
+def test_gradients_and_five_adamw_steps_are_the_same(tmp_path):
+    check_training(tmp_path, seed=3)
 
 
 @pytest.mark.slow
@@ -184,11 +183,25 @@ def test_the_model_without_its_head_gives_the_same_states(tmp_path, tied):
     assert relative_error(output.decoder_router_logits[0], expected.decoder_router_logits[0]) < 2e-4
 
 
-def test_labels_embeddings_and_encoder_outputs_are_taken_as_transformers_takes_them(tmp_path):
-    config = oracle.huggingface_config()
-    theirs = oracle.huggingface_model(config)
+SMALLEST = oracle.huggingface_config(num_layers=1, num_decoder_layers=1, tie_word_embeddings=False, expert_capacity=3)
+
+
+def test_greedy_generation_gives_the_same_sequences(tmp_path):
+    theirs = oracle.huggingface_model(SMALLEST)
     ours = load_pretrained(oracle.save(theirs, tmp_path))
-    batch = oracle.draw_batch(config, 1)
+    inputs = ("input_ids", "attention_mask")
+    batch = oracle.draw_batch(SMALLEST, 0)
+    with torch.no_grad():
+        expected = theirs.generate(**batch.torch(*inputs), max_new_tokens=9, num_beams=1, do_sample=False).numpy()
+    sequences = ours.generate(**batch.numpy(*inputs), max_new_tokens=9, num_beams=1, do_sample=False).sequences
+    assert len(np.unique(expected)) > 4
+    np.testing.assert_array_equal(np.asarray(sequences)[:, : expected.shape[1]], expected)
+
+
+def test_labels_embeddings_and_encoder_outputs_are_taken_as_transformers_takes_them(tmp_path):
+    theirs = oracle.huggingface_model(SMALLEST)
+    ours = load_pretrained(oracle.save(theirs, tmp_path))
+    batch = oracle.draw_batch(SMALLEST, 1)
     mask = batch.torch("attention_mask")
     with torch.no_grad():
         by_labels = theirs(**batch.torch("input_ids", "attention_mask", "labels"))
@@ -209,22 +222,17 @@ def test_labels_embeddings_and_encoder_outputs_are_taken_as_transformers_takes_t
 
 
 def test_bfloat16_probabilities_break_ties_as_transformers_does(tmp_path):
-    config = oracle.huggingface_config(num_experts=8, initializer_factor=0.2, expert_capacity=2)
+    config = oracle.huggingface_config(num_experts=8)
     theirs = oracle.huggingface_model(config).to(torch.bfloat16)
     ours = load_pretrained(oracle.save(theirs, tmp_path))
     assert {leaf.dtype for leaf in jax.tree.leaves(ours.params)} == {jnp.dtype(jnp.bfloat16)}
     assert ours.config.dtype == "bfloat16" and ours.config.cast_router_probs
-    states = jax.random.normal(jax.random.key(0), (4, 64, config.d_model), jnp.bfloat16)
-    router = theirs.encoder.block[1].layer[1].mlp.router
+    tokens = 0.01 * torch.randn(4, 64, config.d_model)  # small, so that experts are almost equally probable
     with torch.no_grad():
-        tokens = torch.tensor(np.asarray(states, np.float32)).to(torch.bfloat16)
-        expected, probability, _ = router(tokens)
-    from flax_switch.nn.moe import SparseMLP
-
-    layer = unflatten(
-        {p.removeprefix("encoder/layers_1/mlp/"): x for p, x in flatten(ours.params).items() if "encoder/layers_1/mlp/" in p}
-    )
-    _, output = SparseMLP(ours.config, "encoder").apply({"params": layer}, states, padding_mask=None, deterministic=True)
-    sent = (jax.nn.one_hot(output.expert_index, 8) * output.kept[..., None]).sum(-2)
-    np.testing.assert_array_equal(sent, expected.numpy())
-    assert len(np.unique(probability.float().numpy())) < 100  # there were ties to break
+        expected, _, logits = theirs.encoder.block[1].layer[1].mlp.router(tokens.to(torch.bfloat16))
+    assert (expected.argmax(-1) != logits.argmax(-1)).sum() > 10  # rounding ties probabilities that float32 tells apart
+    layer = ours.params["encoder"]["layers_1"]["mlp"]
+    states = jnp.asarray(tokens.to(torch.bfloat16).float().numpy(), jnp.bfloat16)
+    mlp = jax.jit(lambda x: SparseMLP(ours.config, "encoder").apply({"params": layer}, x, padding_mask=None, deterministic=True))
+    _, output = mlp(states)
+    np.testing.assert_array_equal(jax.nn.one_hot(output.expert_index, 8).sum(-2), expected.numpy())

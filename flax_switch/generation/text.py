@@ -1,0 +1,115 @@
+"""Text in, text out: lines are tokenised, batched by length buckets so that few programs compile, and returned in order."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from flax_switch.config import check
+from flax_switch.generation.generate import generate
+
+SMALLEST_BUCKET = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A line of input: its number from 1, its text, and what is wrong with it, if anything."""
+
+    number: int
+    text: str = ""
+    error: str | None = None
+
+
+def read_lines(lines: Iterable[str], field: str = "text") -> list[Line]:
+    """Text lines, or JSON lines (those that begin with '{') whose `field` is the text; blank lines are left out."""
+    read = []
+    for number, raw in enumerate(lines, 1):
+        text, error = raw.rstrip("\r\n"), None
+        if not text.strip():
+            continue
+        if text.lstrip().startswith("{"):
+            try:
+                values = json.loads(text)
+                if isinstance(values.get(field), str):
+                    text = values[field]
+                else:
+                    error = f"there is no text under {field!r}; the fields are: {', '.join(values) or 'none'}"
+            except json.JSONDecodeError as problem:
+                error = f"malformed JSON at column {problem.colno}: {problem.msg}"
+        read.append(Line(number, text, error))
+    return read
+
+
+def bucket_of(length: int, longest: int) -> int:
+    """The length that a source of `length` tokens is padded to: a power of two, or `longest`."""
+    bucket = SMALLEST_BUCKET
+    while bucket < length:
+        bucket *= 2
+    return min(bucket, longest)
+
+
+def generate_lines(
+    pretrained: Any,
+    lines: Sequence[Line],
+    *,
+    batch_size: int = 8,
+    max_source_length: int = 512,
+    on_batch: Callable[[int, int], None] = lambda lines, tokens: None,
+    **controls: Any,
+) -> list[dict[str, Any]]:
+    """A result for each line, in order: {"line", "input", "outputs", "scores"}, or {"line", "error"} where one cannot be used.
+
+    Sources are sorted into length buckets and every batch is filled up to `batch_size`, so that a program compiles once per bucket.
+    `on_batch(lines, tokens)` is called after each batch with the numbers it finished. Raises `ConfigError` for a checkpoint without
+    a vocabulary and for controls that cannot be.
+    """
+    vocabulary, config = pretrained.vocabulary, pretrained.config
+    check(
+        vocabulary is not None,
+        "The checkpoint has no vocabulary to tokenise text with; put its spiece.model into the folder.",
+    )
+    results: dict[int, dict[str, Any]] = {}
+    buckets: dict[int, list[tuple[int, list[int]]]] = {}
+    for i, line in enumerate(lines):
+        ids = [] if line.error else [*vocabulary.encode(line.text), config.eos_token_id]
+        error = line.error
+        if len(ids) > max_source_length:
+            error = f"its {len(ids)} tokens exceed max_source_length={max_source_length}"
+        elif any(token >= config.vocab_size for token in ids):
+            error = f"the vocabulary gives ids past the model's {config.vocab_size}"
+        if error:
+            results[i] = {"line": line.number, "error": error}
+        else:
+            buckets.setdefault(bucket_of(len(ids), max_source_length), []).append((i, ids))
+    for length, sources in sorted(buckets.items()):
+        for start in range(0, len(sources), batch_size):
+            batch = sources[start : start + batch_size]
+            output = generate(pretrained.model, pretrained.params, *_pad(batch, batch_size, length), **controls)
+            rows = np.asarray(output.sequences).reshape(batch_size, -1, output.sequences.shape[-1])
+            scores = None if output.scores is None else np.asarray(output.scores).reshape(batch_size, -1)
+            for row, (i, _) in enumerate(batch):
+                outputs = [vocabulary.decode(sequence, skip_special_tokens=False) for sequence in map(_visible(config), rows[row])]
+                results[i] = {"line": lines[i].number, "input": lines[i].text, "outputs": outputs}
+                if scores is not None:
+                    results[i]["scores"] = [float(score) for score in scores[row]]
+            on_batch(len(batch), int((rows[: len(batch)] != config.pad_token_id).sum()))
+    return [results[i] for i in range(len(lines))]
+
+
+def _pad(batch: Sequence[tuple[int, list[int]]], batch_size: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and mask [batch_size, length]; missing rows repeat the last one."""
+    ids, mask = np.zeros((2, batch_size, length), np.int32)
+    for row in range(batch_size):
+        tokens = batch[min(row, len(batch) - 1)][1]
+        ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, 1
+    return ids, mask
+
+
+def _visible(config: Any) -> Callable[[np.ndarray], list[int]]:
+    """Takes start token, EOS and padding out of a sequence; sentinels stay."""
+    hidden = {config.pad_token_id, config.eos_token_id, config.decoder_start_token_id}
+    return lambda sequence: [int(token) for token in sequence if int(token) not in hidden]

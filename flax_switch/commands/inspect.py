@@ -1,24 +1,55 @@
-"""flax-switch inspect PATH [--json]"""
+"""flax-switch inspect PATH [--json], or PATH --text TEXT ... [--target TEXT ...] [--plot FILE] to look at routing."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import sys
 
 from flax_switch.commands.checkpoints import add_source_arguments, changes_of, missing_extra
+from flax_switch.config import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The checkpoint, and how to print."""
     add_source_arguments(parser, "PATH")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--text", action="append", default=[], help="load the model and show which expert takes each token of this text; repeatable"
+    )
+    parser.add_argument(
+        "--target", action="append", help="what to feed the decoder, one for each --text (default: the model's answer)"
+    )
+    parser.add_argument("--plot", metavar="FILE", help="with --text: draw the routing, too (.png, .pdf, .svg)")
 
 
 @missing_extra
 def run(args: argparse.Namespace) -> int:
-    """Prints format, config, parameter counts, dtypes, shapes and experts; loads no weights."""
+    """Prints format, config, parameter counts, dtypes, shapes and experts; loads no weights unless there is a --text."""
+    if args.text:
+        return _show_routing(args)
+    if args.target or args.plot:
+        raise ConfigError("--target and --plot show how a text is routed; give a --text.")
     from flax_switch.convert.inspect import describe, render
 
     description = describe(args.source, changes=changes_of(args), allow_missing=args.allow_missing, revision=args.revision)
     print(json.dumps(description.to_dict(), indent=2) if args.json else render(description))
+    return 0
+
+
+def _show_routing(args: argparse.Namespace) -> int:
+    from flax_switch import explore
+    from flax_switch.pretrained import load_pretrained
+
+    changes = changes_of(args)
+    pretrained = load_pretrained(args.source, allow_missing=args.allow_missing, revision=args.revision, **changes)
+    exploration = explore.explore(pretrained, args.text, args.target)
+    if args.json:
+        texts = [[dataclasses.asdict(stack) for stack in stacks] for stacks in exploration.texts]
+        print(json.dumps({"num_experts": exploration.config.num_experts, "texts": texts}, indent=2))
+    else:
+        print(explore.render(exploration))
+    if args.plot:
+        print(f"Wrote {explore.plot(exploration, args.plot)}", file=sys.stderr)
     return 0

@@ -4,15 +4,20 @@ The one place that knows which backend runs which kernel:
 
     equal buffers   a batched product; on CPU expert by expert where experts are many, since XLA's batched product of few rows
                     each falls behind (64 experts of 80 rows, forward and backward: 1.7 against 1.5 times the dense product)
-    sorted rows     TPU: `lax.ragged_dot`, which XLA compiles to a grouped kernel there. Elsewhere: loops over blocks of rows,
-                    because `lax.ragged_dot` computes every expert for every row on CPU and may do so on a GPU
+    sorted rows     TPU: `lax.ragged_dot`, which XLA compiles to a grouped kernel there; for the kernels' gradients, where it does
+                    not, the Pallas kernel that comes with JAX. Elsewhere: loops over blocks of rows, because `lax.ragged_dot`
+                    computes every expert for every row on CPU and may do so on a GPU
+
+What was counted and what was measured, and on which hardware, is in docs/moe.md.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
+import importlib.util
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import flax.struct
 import jax
@@ -20,6 +25,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+# Without this package nothing can be compiled for a TPU, and its branches need not be traced.
+TPU_COMPILER = importlib.util.find_spec("libtpu") is not None
 # On CPU, products of equal buffers run expert by expert from this many experts on.
 EXPERT_BY_EXPERT = 16
 # Row counts of the blocks that `grouped_matmul` loops over, relative to the mean group, and the least: reading an expert's kernel
@@ -80,7 +87,7 @@ def _grouped_backward(residuals, gradient):
     x, kernel, group_sizes = residuals
     return (
         _grouped_rows(gradient, kernel, group_sizes, transpose=True),
-        lax.platform_dependent(x, gradient, group_sizes, tpu=_ragged_kernels, default=_block_kernels),
+        _on_tpu_or_elsewhere(_pallas_kernels, _block_kernels, x, gradient, group_sizes),
         None,
     )
 
@@ -92,7 +99,14 @@ def _grouped_rows(x: Array, kernel: Array, group_sizes: Array, *, transpose: boo
     """Rows times their experts' kernels, or the kernels' transposes."""
     ragged = functools.partial(_ragged_rows, transpose=transpose)
     blocks = functools.partial(_block_rows, transpose=transpose)
-    return lax.platform_dependent(x, kernel, group_sizes, tpu=ragged, default=blocks)
+    return _on_tpu_or_elsewhere(ragged, blocks, x, kernel, group_sizes)
+
+
+def _on_tpu_or_elsewhere(on_tpu: Callable[..., Array], elsewhere: Callable[..., Array], *args: Array) -> Array:
+    """Calls one of two functions, by the platform that the program is compiled for."""
+    if not TPU_COMPILER:
+        return elsewhere(*args)
+    return lax.platform_dependent(*args, tpu=on_tpu, default=elsewhere)
 
 
 def _ragged_rows(x: Array, kernel: Array, group_sizes: Array, *, transpose: bool) -> Array:
@@ -103,10 +117,14 @@ def _ragged_rows(x: Array, kernel: Array, group_sizes: Array, *, transpose: bool
     return lax.ragged_dot_general(x, kernel, group_sizes, contract)
 
 
-def _ragged_kernels(x: Array, gradient: Array, group_sizes: Array) -> Array:
-    """Each group's `x^T gradient` by XLA's own grouped product."""
-    contract = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[])
-    return lax.ragged_dot_general(x, gradient, group_sizes, contract)
+def _pallas_kernels(x: Array, gradient: Array, group_sizes: Array, *, interpret: bool = False) -> Array:
+    """Each group's `x^T gradient` by a Pallas kernel for TPUs (`lax.ragged_dot_general` costs E times the FLOPs here)."""
+    megablox = importlib.import_module("jax.experimental.pallas.ops.tpu.megablox.gmm")
+    tile = 512 if x.shape[0] > 128 * group_sizes.shape[0] else 128
+    missing = -x.shape[0] % tile  # the kernel wants whole tiles of rows; those added are in no group
+    x, gradient = (jnp.pad(a, [(0, missing), (0, 0)]) for a in (x, gradient))
+    tiles = (tile, min(512, x.shape[1]), min(512, gradient.shape[1]))
+    return megablox.tgmm(x.T, gradient, group_sizes, x.dtype, tiles, interpret=interpret)
 
 
 @flax.struct.dataclass

@@ -48,7 +48,9 @@ def test_ids_equal_t5_tokenizers_sentinels_and_whitespace_included(vocabulary, t
     assert [*vocabulary.encode(text), vocabulary.eos_id] == theirs(text).input_ids
 
 
-PARTS = st.one_of(st.sampled_from(["<extra_id_3>", "</s>", " ", "  ", "fox", "The", "½", "é", "(", "37", "."]), st.text(max_size=4))
+# Control characters apart: transformers keeps some (U+0085) that SentencePiece's own normaliser, and so ours, takes for spaces.
+ANY_TEXT = st.text(st.characters(exclude_categories=("Cc", "Cs")), max_size=4)
+PARTS = st.one_of(st.sampled_from(["<extra_id_3>", "</s>", " ", "  ", "fox", "The", "½", "é", "(", "37", "."]), ANY_TEXT)
 
 
 @given(st.lists(PARTS, max_size=8).map("".join))

@@ -2,7 +2,8 @@
 
 Command:   flax-switch pretrain --config configs/tiny.py --workdir runs/tiny
 Hardware:  2 CPU cores.
-Expect:    see docs/pretraining.md for the measured run and for what mattered in finding this recipe.
+Expect:    about 4.5 minutes of training; held-out cross-entropy over text targets 3.47 nats per token, 1.07 below their unigram
+           entropy. docs/pretraining.md has the measured run and what mattered in finding this recipe.
 """
 
 from flax_switch.config import DataConfig, ExperimentConfig, OptimizerConfig, TrainConfig

@@ -139,17 +139,11 @@ class GenerationConfig:
                     f"{name} holds {token!r}, which is no id of the vocabulary of {V}.",
                 )
         check(len(filled.eos_token_id) > 0, "eos_token_id is empty; to ignore EOS, set min_new_tokens to max_new_tokens.")
+        check(len(filled.eos_token_id) < V, f"eos_token_id names all {V} tokens of the vocabulary; leave at least one.")
         check(
             len(set(filled.suppress_tokens or ())) < V,
             f"suppress_tokens forbids all {V} tokens of the vocabulary; leave at least one.",
         )
-        if self.num_beams > 1:
-            candidates = filled.num_candidates
-            check(
-                candidates <= self.num_beams * V,
-                f"num_beams={self.num_beams} compares {candidates} continuations at each step, but a vocabulary of {V} gives "
-                f"only {self.num_beams * V}; lower num_beams.",
-            )
         if filled.routing == "dropless" and config.is_sparse:
             check(
                 config.router_type == "tokens_choose",
@@ -195,10 +189,10 @@ def split_numbers(controls: GenerationConfig) -> tuple[GenerationConfig, dict[st
 
 
 def as_ids(value: int | tuple[int, ...] | None) -> tuple[int, ...]:
-    """One id, several or none as a tuple."""
+    """One id, several or none as a tuple, each once."""
     if value is None:
         return ()
-    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    return tuple(dict.fromkeys(value)) if isinstance(value, (tuple, list)) else (value,)
 
 
 _INTEGERS = {

@@ -62,6 +62,10 @@ def generate(
       ConfigError: before anything is compiled, naming the control or the input that cannot be.
     """
     config = model.config
+    check(
+        isinstance(model, SwitchTransformer) and model.head,
+        f"generate needs a model with a decoder and a head; this is a {type(model).__name__} without one.",
+    )
     settings = make_controls(controls, config)
     input_ids = check_ids("input_ids", input_ids, config)
     mask = check_mask(attention_mask, input_ids, settings)

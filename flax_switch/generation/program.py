@@ -72,8 +72,7 @@ def run_program(
     """
     B, P = prefix.shape
     max_length = P + controls.max_new_tokens
-    encoder = SwitchTransformer(encoder_config(config, controls.routing))
-    encoded = encoder.apply({"params": params}, input_ids, mask, method="encode").last_hidden_state
+    encoded = _encode(encoder_config(config, controls.routing), params, input_ids, mask, device)
     config = decoder_config(config, controls.routing)
     beams = controls.num_beams
     rows = B * controls.rows_per_source
@@ -120,6 +119,14 @@ def run_program(
         steps=steps,
         step_scores=state.step_scores,
     )
+
+
+def _encode(config: SwitchConfig, params, input_ids, mask, device: Device) -> Float[Array, "B S D"]:
+    if device is Device.PROCESSOR and config.moe_executor == "auto":
+        # Buffers of a whole capacity are mostly empty, which costs a processor more than sorting the tokens does.
+        config = config.replace(moe_executor="ragged")
+    model = SwitchTransformer(config)
+    return model.apply({"params": params}, input_ids, mask, method="encode").last_hidden_state
 
 
 def _prefill(config: SwitchConfig, params, encoded, mask, prefix) -> DecoderOutput:

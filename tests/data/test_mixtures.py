@@ -72,26 +72,26 @@ def test_examples_come_at_their_rates_and_every_example_of_a_task_once_an_epoch(
     tasks = [numbered(10, 40), numbered(100, 60, longest=1)]
     batches = mixture_iterator(tasks, [Fraction(3, 4), Fraction(1, 4)], CONFIG.replace(packing=packing))
     seen = []
-    while len(seen) < 1600:
+    while len(seen) < 600:
         seen += numbers(next(batches))
     first, second = ([n for n in seen if (n < 100) == small] for small in (True, False))
-    assert len(first) / len(seen) == pytest.approx(0.75, abs=0.02 if packing else 0.002)
+    assert len(first) / len(seen) == pytest.approx(0.75, abs=0.03 if packing else 0.005)
     assert sorted(first[:40]) == sorted(range(10, 50)) and first[:40] != first[40:80]
     assert sorted(second[:60]) == sorted(range(100, 160))
 
 
 def test_the_stream_is_the_same_again_for_any_number_of_processes_and_resumes_from_its_position():
-    tasks, rates = [numbered(10, 7), numbered(100, 5)], [Fraction(2, 3), Fraction(1, 3)]
+    tasks, rates = [numbered(10, 50), numbered(100, 70)], [Fraction(2, 3), Fraction(1, 3)]
     stream = mixture_iterator(tasks, rates, CONFIG)
-    whole = [numbers(next(stream)) for _ in range(9)]
+    whole = [numbers(next(stream)) for _ in range(5)]
     shares = [mixture_iterator(tasks, rates, CONFIG, process_index=i, process_count=2) for i in range(2)]
-    assert [numbers(next(shares[0])) + numbers(next(shares[1])) for _ in range(9)] == whole
+    assert [numbers(next(shares[0])) + numbers(next(shares[1])) for _ in range(5)] == whole
     again = mixture_iterator(tasks, rates, CONFIG)
-    for _ in range(4):
+    for _ in range(2):
         next(again)
     state = again.get_state()
     later = mixture_iterator(tasks, rates, CONFIG)
     later.set_state(state)
-    assert [numbers(next(later)) for _ in range(5)] == whole[4:]
+    assert [numbers(next(later)) for _ in range(3)] == whole[2:]
     with pytest.raises(ConfigError, match="another data stream"):
         mixture_iterator(tasks, [Fraction(1, 2)] * 2, CONFIG).set_state(state)

@@ -164,7 +164,8 @@ def test_patience_counts_evaluations_since_the_best_also_after_resuming(tmp_path
 
 @pytest.mark.slow
 def test_a_run_learns_the_task_and_the_kept_checkpoint_has_its_best_score(recipe, checkpoint, mesh, tmp_path):
-    longer = recipe.replace(train=recipe.train.replace(steps=150, eval_every=50, log_every=50, checkpoint_every=150))
+    longer = recipe.replace(train=recipe.train.replace(steps=300, eval_every=100, log_every=50, checkpoint_every=300))
+    longer = longer.replace(evaluation=longer.evaluation.replace(num_beams=2))
     result = finetune(longer, tmp_path / "run", init=checkpoint, mesh=mesh)
     history = [(line["step"], line["accuracy"]) for line in read_metrics(tmp_path / "run") if line["kind"] == "eval"]
     assert result.finished and best_of(history, "accuracy")[1] >= 80

@@ -9,7 +9,7 @@ from rouge_score import rouge_scorer
 from flax_switch.config import ConfigError
 from flax_switch.finetuning import metrics
 
-PREDICTIONS = ["the cat sat on the mat.", "A dog barked at night,\nand slept.", "nothing in common"]
+PREDICTIONS = ["the cat sat on the mat.", "and slept.\nA dog barked at night,", "nothing in common"]
 REFERENCES = [("the cat sat on a mat.",), ("The dog barked at night,\nthen slept.", "a dog barked"), ("quite different words",)]
 
 

@@ -48,14 +48,14 @@ def torch_losses(model, batches, router_losses):
     for batch in batches:
         tensors = {name: torch.from_numpy(batch[name]).long() for name in ("input_ids", "attention_mask", "labels")}
         loss = model(**tensors, output_router_logits=router_losses).loss
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=False)  # else torch passes over an expert that no token of a batch went to
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     return losses
 
 
-@pytest.mark.parametrize("router_losses", [True, False])
+@pytest.mark.parametrize("router_losses", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_losses_follow_transformers_for_twenty_steps(router_losses, tmp_path, vocabulary):
     model = huggingface_folder(tmp_path, vocabulary)
     off = {} if router_losses else {"load_balancing_loss_coef": 0.0, "router_z_loss_coef": 0.0}

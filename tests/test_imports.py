@@ -24,6 +24,7 @@ ALLOWED = {
     "pretrained": {"config", "data", "ops", "nn", "partitioning", "convert", "generation", "huggingface_outputs"},
     "huggingface_outputs": {"config", "config_huggingface", "ops", "nn"},
     "training": {"config", "data", "ops", "nn", "partitioning", "generation", "convert", "pretrained"},
+    "plan": {"config", "data", "ops", "nn", "partitioning", "generation", "training"},
     "explore": {"config", "data", "ops", "nn", "pretrained"},
 }
 LAZY = {"config": {"config_huggingface"}}  # inside a function, to keep the module light

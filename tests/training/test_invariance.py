@@ -8,6 +8,9 @@ import pytest
 
 from flax_switch.config import ConfigError, DataConfig, ExperimentConfig, MeshConfig, OptimizerConfig, SwitchConfig, TrainConfig
 from flax_switch.partitioning import create_mesh, shard_batch, traced_on
+from flax_switch.recipes import load_recipe
+from flax_switch.training.loop import pretrain
+from flax_switch.training.metrics import read_metrics
 from flax_switch.training.state import build_run, init_state
 from flax_switch.training.step import loss_and_grads
 from flax_switch.training.stepper import build_stepper
@@ -171,3 +174,23 @@ def test_pmap_refuses_what_it_cannot_split():
     run = build("tokens", MeshConfig(data=4, mode="pmap"), group_size=48)
     with pytest.raises(ConfigError, match="would cut through groups"):
         train(run, steps=1)
+
+
+@pytest.mark.slow
+def test_a_run_begun_under_jit_continues_under_pmap_and_the_other_way(tmp_path):
+    settings = [
+        "data.batch_size=8", "data.inputs_length=16", "data.targets_length=8", "model.d_model=16", "model.d_ff=16",
+        "model.num_heads=2", "model.d_kv=8", "model.num_encoder_layers=1", "model.num_decoder_layers=1", "model.dropout_rate=0.0",
+        "model.num_sparse_encoder_layers=1", "model.num_sparse_decoder_layers=1", "train.log_every=1", "train.eval_every=4",
+        "train.eval_batches=1", "train.checkpoint_every=4", "train.sample_spans=0", "mesh.data=2", "mesh.expert=4",
+    ]  # fmt: skip
+    losses = {}
+    for modes in (("jit", "jit"), ("jit", "pmap"), ("pmap", "jit")):
+        workdir = tmp_path / "-".join(modes)
+        for mode, steps in zip(modes, (4, 8), strict=True):
+            result = pretrain(load_recipe("configs/tiny.py", [*settings, f"mesh.mode={mode}", f"train.steps={steps}"]), workdir)
+            assert result.step == steps
+        losses[modes] = [line["loss"] for line in read_metrics(workdir) if line["kind"] == "train"]
+        assert len(losses[modes]) == 8
+    np.testing.assert_allclose(losses["jit", "pmap"], losses["jit", "jit"], rtol=2e-4)
+    np.testing.assert_allclose(losses["pmap", "jit"], losses["jit", "jit"], rtol=2e-4)

@@ -47,8 +47,8 @@ def batch_structs(config: ExperimentConfig, mesh: Mesh | AbstractMesh) -> dict[s
     multiple = ways * pieces
     check(
         data.batch_size % multiple == 0,
-        f"data.batch_size ({data.batch_size}) must be a multiple of {multiple}: it is split into {ways} parts (mesh data x expert) "
-        f"and train.microbatches={pieces}. Set --config.data.batch_size={multiple * max(1, data.batch_size // multiple)}, or change "
+        f"data.batch_size ({data.batch_size}) must be a multiple of {multiple}: it is split {ways} ways (mesh data x expert) "
+        f"and into {pieces} microbatches. Set --config.data.batch_size={multiple * max(1, data.batch_size // multiple)}, or change "
         "the mesh.",
     )
     lengths = dict.fromkeys(("input_ids", "attention_mask"), data.inputs_length)

@@ -102,7 +102,7 @@ def _described_tpus(topology: Topology) -> list[Any]:
         description = topologies.get_topology_desc(platform="tpu", topology_name=topology.name)
     except Exception as error:  # JaxRuntimeError or NotImplementedError, by version
         raise ConfigError(
-            f"libtpu knows no slice {topology.name!r}; sizes are powers of two or multiples of four, as in {_example(topology.chip)}. "
+            f"libtpu knows no slice {topology.name!r}; sizes are powers of two or multiples of four. "
             f"It says: {str(error).splitlines()[0]}"
         ) from error
     return list(description.devices)

@@ -17,7 +17,7 @@ ALLOWED = {
     "recipes": {"config"},
     "partitioning": {"config"},
     "data": {"config"},
-    "ops": {"config"},
+    "ops": {"config", "partitioning"},
     "nn": {"config", "ops", "partitioning"},
     "convert": {"config", "config_huggingface", "data", "nn"},
     "generation": {"config", "ops", "nn", "data", "partitioning", "convert"},

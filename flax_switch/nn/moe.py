@@ -14,6 +14,7 @@ from flax_switch.config import SwitchConfig
 from flax_switch.ops.groups import flaxformer_replicas
 from flax_switch.ops.moe import MoEParams, moe_block
 from flax_switch.ops.routing import RouterOutput
+from flax_switch.partitioning import current_devices
 
 Initializer = Callable[..., Array]
 
@@ -132,6 +133,7 @@ class SparseMLP(nn.Module):
             dropout_rng=self._rng("dropout", dropout_rate, deterministic),
             replicas=flaxformer_replicas(config.num_experts) if config.routing_group == "flaxformer" else 1,
             with_logits=with_logits,
+            devices=current_devices(),
         )
 
     def _rng(self, stream: str, rate: float, deterministic: bool):

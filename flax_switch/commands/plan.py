@@ -45,4 +45,4 @@ def read_mesh(text: str, base: MeshConfig) -> MeshConfig:
             raise ConfigError(f"--mesh is written like data=2,expert=4,model=2, or expert=8; {part!r} is no axis=size.")
         sizes[name] = int(size)
     reject_unknown_keys(MeshConfig, sizes)
-    return MeshConfig(**{"data": -1, "expert": 1, "model": 1, **sizes}).replace(fsdp=base.fsdp)
+    return base.replace(**{"data": -1, "expert": 1, "model": 1, **sizes})

@@ -94,7 +94,7 @@ def saved_activations(run: Run, batch: dict[str, jax.ShapeDtypeStruct]) -> int:
         return jax.vjp(loss, params)[1]
 
     plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-    with partitioning.use_mesh(run.mesh) if isinstance(run.mesh, Mesh) else jax.sharding.use_abstract_mesh(run.mesh):
+    with partitioning.traced_on(run.mesh):
         kept = jax.tree.leaves(jax.eval_shape(pullback, plain, piece, run.abstract_state.rng))
     own = {_kind(leaf): device_bytes([leaf]) / math.prod(leaf.shape) for leaf in jax.tree.leaves(params)}
     ways = partitioning.batch_ways(run.mesh)

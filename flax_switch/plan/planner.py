@@ -8,8 +8,8 @@ from typing import Any
 import jax
 
 from flax_switch import partitioning
-from flax_switch.config import ExperimentConfig, MeshConfig
-from flax_switch.ops.groups import make_grouping
+from flax_switch.config import ExperimentConfig, MeshConfig, check
+from flax_switch.ops.groups import Grouping, make_grouping
 from flax_switch.ops.routing import expert_capacity
 from flax_switch.plan.advice import advise
 from flax_switch.plan.flops import train_flops
@@ -38,6 +38,7 @@ class Plan:
     not_compiled: str | None  # why there is no program
     fits: bool | None  # None where the memory is not known
     advice: tuple[str, ...]
+    warnings: tuple[str, ...]
 
     @property
     def useful_share(self) -> float | None:
@@ -72,6 +73,7 @@ def plan(
     """
     machine = parse_topology(topology)
     config = config if mesh is None else config.replace(mesh=mesh)
+    check(config.mesh.mode == "jit", "The planner compiles the step that runs under jit; plan with --config.mesh.mode=jit.")
     shape = partitioning.mesh_shape(config.mesh, machine.num_devices)
     run = build_run(config, abstract_mesh(shape))
     batch = batch_structs(config, run.mesh)
@@ -111,6 +113,7 @@ def plan(
         not_compiled=why,
         fits=fits,
         advice=tuple(advice),
+        warnings=tuple(straddling_groups(config, shape)),
     )
 
 
@@ -136,13 +139,33 @@ def active_parameters(config: ExperimentConfig, sizes: Any) -> int:
 def slots_per_token(config: ExperimentConfig) -> dict[str, float]:
     """Slots of all experts over the tokens of a group, by sparse stack: the capacity factor, or what rounding makes of it."""
     model, slots = config.model, {}
-    rows = config.data.batch_size // config.train.microbatches
-    for stack, length in (("encoder", config.data.inputs_length), ("decoder", config.data.targets_length)):
-        if model.sparse_indices(stack):
-            size = make_grouping(model, rows, length).group_size
-            capacity = expert_capacity(model, size, deterministic=False)
-            slots[stack] = float(model.num_selected_experts) if capacity is None else min(capacity, size) * model.num_experts / size
+    for stack, grouping in _groupings(config).items():
+        size = grouping.group_size
+        capacity = expert_capacity(model, size, deterministic=False)
+        slots[stack] = float(model.num_selected_experts) if capacity is None else min(capacity, size) * model.num_experts / size
     return slots
+
+
+def straddling_groups(config: ExperimentConfig, mesh: tuple[int, int, int]) -> list[str]:
+    """A warning for each stack whose routing groups do not lie whole on the devices: its experts' exchange is left to GSPMD."""
+    ways = mesh[0] * mesh[1]
+    return [
+        f"The {stack}'s {grouping.num_groups} routing groups of {grouping.group_size} tokens do not lie whole on the {ways} parts "
+        f"of a batch ({grouping.batch} x {grouping.length} tokens): its tokens are not exchanged by all-to-alls, but as GSPMD sees "
+        "fit. Let model.group_size divide the tokens of a part, or set --config.model.routing_group=sequence."
+        for stack, grouping in _groupings(config).items()
+        if mesh != (1, 1, 1) and not grouping.splits(ways)
+    ]
+
+
+def _groupings(config: ExperimentConfig) -> dict[str, Grouping]:
+    """The routing groups of one micro-batch, by sparse stack."""
+    rows, lengths = config.data.batch_size // config.train.microbatches, (config.data.inputs_length, config.data.targets_length)
+    return {
+        stack: make_grouping(config.model, rows, length)
+        for stack, length in zip(("encoder", "decoder"), lengths, strict=True)
+        if config.model.sparse_indices(stack)
+    }
 
 
 def exchange_bound(config: ExperimentConfig, mesh: tuple[int, int, int], slots: dict[str, float]) -> float:

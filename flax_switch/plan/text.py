@@ -19,6 +19,7 @@ def render(plan: Plan, title: str = "run") -> str:
         f"  model FLOPs     {plan.model_flops:.4g} a train step (products of the model alone, forward and backward)",
         *_memory_lines(plan),
         *_slots_lines(plan),
+        *(f"  mind            {warning}" for warning in plan.warnings),
     ]
     for program in (plan.train, plan.decode):
         if program is not None:

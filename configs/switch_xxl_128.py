@@ -18,5 +18,5 @@ def get_config():
     config.model.update(PRESETS["switch-xxl-128"].to_dict())
     config.model.update(scan_layers=True, remat_policy="full")
     config.data.targets_length = 128  # 114 tokens are used: with 128, the groups of both stacks lie whole on the devices
-    config.mesh.update(data=-1, expert=16, model=4, fsdp=True)
+    config.mesh.update(data=-1, expert=16, fsdp=True)
     return config

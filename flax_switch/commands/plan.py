@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mesh", metavar="AXES", help="in place of the recipe's: data=2,expert=4,model=2; data takes what is left")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the plan as JSON, too")
     parser.add_argument("--decode", action=argparse.BooleanOptionalAction, default=True, help="compile a step of generation, too")
+    parser.add_argument("--effort", default="quick", help="of the compiler: quick (the default), or full, as in training")
     parser.add_argument("--no-compile", action="store_true", help="only what shapes and shardings tell, in seconds")
 
 
@@ -29,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     from flax_switch.plan import plan
     from flax_switch.plan.text import render
 
-    found = plan(config, args.topology, mesh, compile=not args.no_compile, decode=args.decode)
+    found = plan(config, args.topology, mesh, compile=not args.no_compile, decode=args.decode, effort=args.effort)
     print(render(found, Path(args.config or args.gin_file[0]).stem))
     if args.json:
         args.json.write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")

@@ -14,7 +14,7 @@ from flax_switch.ops.routing import expert_capacity
 from flax_switch.plan.advice import advise
 from flax_switch.plan.flops import train_flops
 from flax_switch.plan.memory import Memory, abstract_mesh, batch_structs, train_memory
-from flax_switch.plan.program import Program, compile_decode, compile_train
+from flax_switch.plan.program import Program, compile_decode, compile_train, compiler_effort
 from flax_switch.plan.topology import CannotCompile, Topology, compile_devices, parse_topology
 from flax_switch.training.state import build_run
 
@@ -59,6 +59,7 @@ def plan(
     *,
     compile: bool = True,
     decode: bool = True,
+    effort: str = "quick",
 ) -> Plan:
     """Plans a run of `config` on `topology`.
 
@@ -67,6 +68,7 @@ def plan(
       mesh: in place of the config's.
       compile: compile the train step, and with `decode` a step of generation. Without, or where the compiler is missing, the
         plan holds what shapes and shardings tell.
+      effort: of the compiler, see `compiler_effort`.
 
     Raises:
       ConfigError: for a topology that does not exist, and a mesh or batch that does not fit it.
@@ -82,8 +84,9 @@ def plan(
     if compile:
         try:
             devices = partitioning.create_mesh(config.mesh, compile_devices(machine))
-            train = compile_train(config, devices)
-            generation = compile_decode(config, devices) if decode else None
+            with compiler_effort(effort):
+                train = compile_train(config, devices)
+                generation = compile_decode(config, devices) if decode else None
         except CannotCompile as reason:
             why = str(reason)
     else:

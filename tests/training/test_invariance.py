@@ -8,6 +8,9 @@ import pytest
 
 from flax_switch.config import ConfigError, DataConfig, ExperimentConfig, MeshConfig, OptimizerConfig, SwitchConfig, TrainConfig
 from flax_switch.partitioning import create_mesh, shard_batch, traced_on
+from flax_switch.recipes import load_recipe
+from flax_switch.training.loop import pretrain
+from flax_switch.training.metrics import read_metrics
 from flax_switch.training.state import build_run, init_state
 from flax_switch.training.step import loss_and_grads
 from flax_switch.training.stepper import build_stepper
@@ -66,8 +69,8 @@ def train(run, state=None, steps=STEPS):
 
 
 @functools.cache
-def on_one_device(model, microbatches=1):
-    return train(build(model, ONE, microbatches))
+def on_one_device(model):
+    return train(build(model, ONE))
 
 
 def compare(got, want, rtol=2e-4, atol=2e-5):
@@ -101,32 +104,41 @@ def name(mesh):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("microbatches", [1, 2])
 @pytest.mark.parametrize("mesh", MESHES, ids=name)
 @pytest.mark.parametrize("model", MODELS)
-def test_every_mesh_and_micro_batching_trains_alike(model, mesh, microbatches):
-    got, want = train(build(model, mesh, microbatches)), on_one_device(model, microbatches)
-    compare(got, want)
-    # Splitting the batch once more changes nothing either, but metrics that are ratios of counts.
+def test_every_mesh_trains_alike(model, mesh):
+    compare(train(build(model, mesh)), on_one_device(model))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [ONE, *MESHES[2:4], MESHES[5]], ids=name)
+@pytest.mark.parametrize("model", MODELS)
+def test_micro_batches_train_alike_on_every_mesh(model, mesh):
+    state, metrics = train(build(model, mesh, microbatches=2))
     whole_state, whole_metrics = on_one_device(model)
-    compare(got[0].params, whole_state.params)
-    compare([m["loss"] for m in got[1]], [m["loss"] for m in whole_metrics])
+    compare(state.params, whole_state.params)
+    compare([m["loss"] for m in metrics], [m["loss"] for m in whole_metrics])
+
+
+def gradients(run):
+    @jax.jit
+    def run_once(params, batch):
+        with traced_on(run.mesh):
+            return loss_and_grads(run, params, batch, jax.random.key(0))
+
+    return jax.device_get(run_once(init_state(run).params, shard_batch(make_batch(), run.mesh)))
+
+
+@functools.cache
+def gradients_on_one_device(model):
+    return gradients(build(model, ONE))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES[:5], ids=name)
 @pytest.mark.parametrize("model", MODELS)
 def test_gradients_are_those_of_one_device_and_not_scaled_by_partitions(model, mesh):
-    results = []
-    for run in (build(model, ONE), build(model, mesh)):
-
-        @jax.jit
-        def gradients(params, batch, run=run):
-            with traced_on(run.mesh):
-                return loss_and_grads(run, params, batch, jax.random.key(0))
-
-        results.append(jax.device_get(gradients(init_state(run).params, shard_batch(make_batch(), run.mesh))))
-    compare(results[1], results[0], rtol=2e-5, atol=1e-6)
+    compare(gradients(build(model, mesh)), gradients_on_one_device(model), rtol=2e-5, atol=1e-6)
 
 
 def test_a_full_buffer_drops_choices_and_counts_them_exactly():
@@ -162,3 +174,23 @@ def test_pmap_refuses_what_it_cannot_split():
     run = build("tokens", MeshConfig(data=4, mode="pmap"), group_size=48)
     with pytest.raises(ConfigError, match="would cut through groups"):
         train(run, steps=1)
+
+
+@pytest.mark.slow
+def test_a_run_begun_under_jit_continues_under_pmap_and_the_other_way(tmp_path):
+    settings = [
+        "data.batch_size=8", "data.inputs_length=16", "data.targets_length=8", "model.d_model=16", "model.d_ff=16",
+        "model.num_heads=2", "model.d_kv=8", "model.num_encoder_layers=1", "model.num_decoder_layers=1", "model.dropout_rate=0.0",
+        "model.num_sparse_encoder_layers=1", "model.num_sparse_decoder_layers=1", "train.log_every=1", "train.eval_every=4",
+        "train.eval_batches=1", "train.checkpoint_every=4", "train.sample_spans=0", "mesh.data=2", "mesh.expert=4",
+    ]  # fmt: skip
+    losses = {}
+    for modes in (("jit", "jit"), ("jit", "pmap"), ("pmap", "jit")):
+        workdir = tmp_path / "-".join(modes)
+        for mode, steps in zip(modes, (4, 8), strict=True):
+            result = pretrain(load_recipe("configs/tiny.py", [*settings, f"mesh.mode={mode}", f"train.steps={steps}"]), workdir)
+            assert result.step == steps
+        losses[modes] = [line["loss"] for line in read_metrics(workdir) if line["kind"] == "train"]
+        assert len(losses[modes]) == 8
+    np.testing.assert_allclose(losses["jit", "pmap"], losses["jit", "jit"], rtol=2e-4)
+    np.testing.assert_allclose(losses["pmap", "jit"], losses["jit", "jit"], rtol=2e-4)

@@ -16,6 +16,7 @@ ALLOWED = {
     "config_huggingface": {"config"},
     "recipes": {"config"},
     "partitioning": {"config"},
+    "distributed": {"config"},
     "data": {"config"},
     "ops": {"config"},
     "nn": {"config", "ops", "partitioning"},
@@ -23,7 +24,7 @@ ALLOWED = {
     "generation": {"config", "ops", "nn", "data", "partitioning", "convert"},
     "pretrained": {"config", "data", "ops", "nn", "partitioning", "convert", "generation", "huggingface_outputs"},
     "huggingface_outputs": {"config", "config_huggingface", "ops", "nn"},
-    "training": {"config", "data", "ops", "nn", "partitioning", "generation", "convert", "pretrained"},
+    "training": {"config", "distributed", "data", "ops", "nn", "partitioning", "generation", "convert", "pretrained"},
     "explore": {"config", "data", "ops", "nn", "pretrained"},
 }
 LAZY = {"config": {"config_huggingface"}}  # inside a function, to keep the module light

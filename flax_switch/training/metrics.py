@@ -27,15 +27,20 @@ def plain(metrics: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 class MetricsWriter:
-    """Appends to a workdir's metrics. Lines after `resume_step` are dropped first: the run will write them again."""
+    """Appends to a workdir's metrics. Lines after `resume_step` are dropped first: the run will write them again.
+
+    Of several processes only the first writes.
+    """
 
     def __init__(self, workdir: epath.PathLike, resume_step: int = 0):
+        self._board, self._writes = None, jax.process_index() == 0
+        if not self._writes:
+            return
         self._path = epath.Path(workdir) / METRICS_FILE
         kept = [line for line in read_metrics(workdir) if line["step"] <= resume_step]
         temporary = self._path.with_name(METRICS_FILE + ".new")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         temporary.replace(self._path)
-        self._board = None
         if importlib.util.find_spec("tensorboardX") is not None:
             from tensorboardX import SummaryWriter
 
@@ -43,6 +48,8 @@ class MetricsWriter:
 
     def write(self, step: int, kind: str, metrics: dict[str, Any]) -> None:
         """Writes one line {"step", "kind", ...}; `kind` is "train", "eval" or "final"."""
+        if not self._writes:
+            return
         with self._path.open("a") as file:
             file.write(json.dumps({"step": step, "kind": kind, **metrics}) + "\n")
         if self._board is not None:

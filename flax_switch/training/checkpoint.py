@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from flax_switch.config import ConfigError, ExperimentConfig
+from flax_switch.data.files import absolute, write_text
 from flax_switch.training.state import TrainState
 
 CONFIG_FILE = "config.json"
@@ -55,7 +56,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep_last, keep_period=keep_every, enable_async_checkpointing=True, create=True
         )
-        self._manager = ocp.CheckpointManager(self.workdir.resolve() / CHECKPOINTS, options=options)
+        self._manager = ocp.CheckpointManager(absolute(self.workdir) / CHECKPOINTS, options=options)
 
     def save(self, state: TrainState, data_state: Any) -> None:
         """Starts saving; training goes on meanwhile. A second save waits for the first. Does nothing if the step is saved."""
@@ -185,11 +186,8 @@ def flat_fields(config: ExperimentConfig) -> dict[str, Any]:
 
 def write_config(workdir: epath.PathLike, config: ExperimentConfig) -> None:
     """Writes `config.json`, complete or not at all."""
-    path = epath.Path(workdir) / CONFIG_FILE
-    temporary = path.with_name(CONFIG_FILE + ".new")
     with explain_full_disk(workdir):
-        temporary.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-        temporary.replace(path)
+        write_text(epath.Path(workdir) / CONFIG_FILE, json.dumps(config.to_dict(), indent=2) + "\n")
 
 
 def read_config(workdir: epath.PathLike) -> ExperimentConfig:

@@ -128,9 +128,11 @@ def _train(
                 watch.resume(paused)
             if step % config.checkpoint_every == 0 or last or signals.stopped:
                 paused = watch.pause()
+                writer.flush()
                 checkpoints.save(state, batches.get_state())
                 watch.resume(paused)
         if signals.stopped and step < config.steps:
+            writer.flush()
             checkpoints.save(state, batches.get_state())
             checkpoints.wait()
             progress.close()

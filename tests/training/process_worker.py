@@ -31,7 +31,7 @@ def pieces(state):
 
 def main(config_file, workdir, dump, work):
     config = ExperimentConfig.from_dict(json.loads(Path(config_file).read_text()))
-    with distributed.session(distributed.Connection.resolved(connect_timeout=120, heartbeat_timeout=30)):
+    with distributed.session(distributed.Connection.resolved(connect_timeout=120, heartbeat_timeout=300)):
         if work == "pretrain":
             state, position = pretrain(config, workdir).state, None
         else:

@@ -45,7 +45,7 @@ def config(tmp_path_factory):
             num_sparse_encoder_layers=1, num_sparse_decoder_layers=0, num_experts=4, dropout_rate=0.1, router_jitter_noise=0.01,
         ),
         data=DataConfig(
-            source=str(folder / "text.txt"), vocabulary_size=40, num_sentinels=10, inputs_length=16, targets_length=8, batch_size=8,
+            source=str(folder / "text.txt"), vocabulary_size=30, num_sentinels=10, inputs_length=16, targets_length=8, batch_size=8,
             heldout_fraction=0.1, cache_dir=str(folder / "cache"),
         ),
         optimizer=OptimizerConfig(warmup_steps=4, min_dim_size_to_factor=4),
@@ -60,10 +60,11 @@ class Processes:
     def __init__(self, commands, folder, environments):
         folder.mkdir(parents=True)
         self.logs = [folder / f"{i}.log" for i in range(len(commands))]
-        self.running = [
-            subprocess.Popen(command, cwd=ROOT, env=env, stdout=log.open("w"), stderr=subprocess.STDOUT, start_new_session=True)
-            for command, env, log in zip(commands, environments, self.logs, strict=True)
-        ]
+        self.running = []
+        for command, env, log in zip(commands, environments, self.logs, strict=True):
+            with log.open("w") as output:
+                options = dict(cwd=ROOT, env=env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+                self.running.append(subprocess.Popen(command, **options))
 
     def __enter__(self):
         return self
@@ -74,7 +75,7 @@ class Processes:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
-    def wait(self, timeout=200):
+    def wait(self, timeout=400):
         end = time.monotonic() + timeout
         return [process.wait(max(end - time.monotonic(), 0.1)) for process in self.running]
 
@@ -204,8 +205,11 @@ def test_another_number_of_processes_goes_on_with_the_losses_of_one(config, by_t
 LONG = ("train.steps=150", "train.eval_every=75", "train.checkpoint_every=40", "mesh.expert=1")
 
 
-def start(config, workdir, folder, *more, count=2, environments=None, numbers=None):
-    """`flax-switch pretrain` in `count` processes of one device; `more` are options of each process."""
+def start(config, workdir, folder, *more, count=2, environments=None, numbers=None, told=True):
+    """`flax-switch pretrain` in `count` processes of one device; `more` are options of each process.
+
+    Unless `told`, they have to find each other by the environment.
+    """
     folder.mkdir(parents=True)
     recipe = folder / "recipe.py"
     recipe.write_text(
@@ -214,10 +218,13 @@ def start(config, workdir, folder, *more, count=2, environments=None, numbers=No
     )
     command = [sys.executable, "-m", "flax_switch.cli", "pretrain", "--config", str(recipe), "--workdir", str(workdir)]
     command += [f"--config.{setting}" for setting in LONG]
-    command += ["--distributed", f"--coordinator_address=127.0.0.1:{free_port()}"]
-    command += [f"--heartbeat_timeout={HEARTBEAT}", "--connect_timeout=120"]
-    numbers = numbers or [count] * count
-    commands = [[*command, f"--process_id={i}", f"--num_processes={numbers[i]}", *(more[i] if more else ())] for i in range(count)]
+    command += ["--distributed", f"--heartbeat_timeout={HEARTBEAT}", "--connect_timeout=120"]
+    if told:
+        command += [f"--coordinator_address=127.0.0.1:{free_port()}"]
+    commands = []
+    for i in range(count):
+        place = [f"--process_id={i}", f"--num_processes={numbers[i] if numbers else count}"] if told else []
+        commands.append([*command, *place, *(more[i] if more else ())])
     return Processes(commands, folder / "logs", environments or [environment(1)] * count)
 
 
@@ -285,6 +292,16 @@ def test_settings_that_differ_between_processes_end_all_of_them_naming_the_field
     with start(config, tmp_path / "run", tmp_path / "numbers", numbers=[2, 4]) as processes:
         assert processes.wait() == [2, 2]
     assert "number of processes is 4, in process 0 2" in processes.text(1)
+
+
+@pytest.mark.slow
+def test_slurm_s_tasks_find_each_other(config, tmp_path):
+    job = {"SLURM_JOB_ID": str(free_port()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
+    environments = [{**environment(1), **job, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(2)]
+    short = ["--config.train.steps=2"]
+    with start(config, tmp_path / "run", tmp_path / "work", short, short, environments=environments, told=False) as processes:
+        processes.succeed()
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2, 2]
 
 
 @pytest.mark.slow

@@ -238,6 +238,7 @@ def save_pretrained(
       CheckpointError: if the parameters do not fit the config.
     """
     one_of("format", format, checkpoints.FORMATS)
+    destination = local_destination(path)
     flat = {name: from_array(leaf) for name, leaf in flatten(dict(params)).items()}
     if config.scan_layers:
         flat = unstack_layers(flat, config)
@@ -247,7 +248,6 @@ def save_pretrained(
         untied = not config.tie_word_embeddings
         architecture = "headless" if untied and "decoder/logits_dense/kernel" not in flat else "full"
     tensors = to_canonical(flat, SAME_NAMES, canonical_shapes(config, architecture))
-    destination = local_destination(path)
     saved = checkpoints.Checkpoint(format, destination, config, architecture, tensors)
     files = {} if vocabulary is None else tokenizer.vocabulary_files(vocabulary)
     return checkpoints.write_checkpoint(

@@ -18,6 +18,7 @@ from etils.epath import backend
 from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.registry import _registry
+from orbax.checkpoint._src.path import gcs_utils
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
@@ -150,6 +151,7 @@ def fake_bucket(root: Path, monkeypatch):
     for name in ("gcs", "gs"):
         monkeypatch.setitem(_registry, name, _Files)
     backend.fsspec_backend._get_filesystem.cache_clear()
+    monkeypatch.setattr(gcs_utils, "get_bucket", lambda name: None)  # Orbax asks Google's own client whether folders are real
     try:
         yield server.written
     finally:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import socket
@@ -228,9 +229,9 @@ def start(config, workdir, folder, *more, count=2, environments=None, numbers=No
     return Processes(commands, folder / "logs", environments or [environment(1)] * count)
 
 
-def wait_for_step(workdir, step, processes, timeout=200):
+def wait_for(condition, processes, timeout=400):
     end = time.monotonic() + timeout
-    while not any(line["step"] >= step for line in read_metrics(workdir)):
+    while not condition():
         assert time.monotonic() < end, "no progress"
         assert all(process.poll() is None for process in processes.running), [log.read_text() for log in processes.logs]
         time.sleep(0.02)
@@ -252,7 +253,7 @@ def undisturbed(config, tmp_path_factory):
 def test_when_one_process_dies_the_other_ends_and_the_run_resumes(config, undisturbed, tmp_path, victim, number):
     workdir, survivor = tmp_path / "run", 1 - victim
     with start(config, workdir, tmp_path / "first") as processes:
-        wait_for_step(workdir, 60, processes)
+        wait_for(lambda: any(line["step"] >= 60 for line in read_metrics(workdir)), processes)
         processes.running[victim].send_signal(number)
         died = time.monotonic()
         assert processes.running[survivor].wait(HEARTBEAT + 30) in (LOST_ANOTHER, ABORTED), processes.text(survivor)
@@ -263,7 +264,7 @@ def test_when_one_process_dies_the_other_ends_and_the_run_resumes(config, undist
     assert 60 <= max(steps) < 150
     with start(config, workdir, tmp_path / "second") as processes:
         processes.succeed()
-    assert "from step 40." in processes.text(0) or "from step 80." in processes.text(0)
+    assert re.search(r"from step (40|80|120)\.", processes.text(0))
     assert metrics(workdir) == undisturbed
 
 
@@ -271,10 +272,11 @@ def test_when_one_process_dies_the_other_ends_and_the_run_resumes(config, undist
 def test_a_signal_to_one_process_stops_all_at_the_same_step(config, undisturbed, tmp_path):
     workdir = tmp_path / "run"
     with start(config, workdir, tmp_path / "first") as processes:
-        wait_for_step(workdir, 20, processes)
+        wait_for(lambda: "held out" in processes.text(0), processes)  # before the first step: the run is short
         processes.running[1].send_signal(signal.SIGTERM)
         assert processes.wait() == [1, 1], processes.text(0)
     stopped_at = max(line["step"] for line in read_metrics(workdir))
+    assert stopped_at < 150
     assert f"saved at step {stopped_at}." in processes.text(0)
     with start(config, workdir, tmp_path / "second") as processes:
         processes.succeed()

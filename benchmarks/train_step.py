@@ -83,7 +83,7 @@ def our_step(dropout: float, folder: str, batch: dict[str, np.ndarray], learning
     """The same with our train step, from the weights in `folder`."""
     pretrained = load_pretrained(folder)
     experiment = ExperimentConfig(
-        model=pretrained.config.replace(dropout_rate=dropout, moe_executor=os.environ.get("EXE", "auto")),
+        model=pretrained.config.replace(dropout_rate=dropout),
         optimizer=OptimizerConfig(name="adamw", schedule="constant", learning_rate=learning_rate, warmup_steps=0),
         mesh=MeshConfig(),
         train=TrainConfig(),

@@ -17,25 +17,19 @@ ALLOWED = {
     "config_finetuning": {"config"},
     "recipes": {"config", "config_finetuning"},
     "partitioning": {"config"},
+    "distributed": {"config"},
     "data": {"config", "config_finetuning"},
-    "ops": {"config"},
+    "ops": {"config", "partitioning"},
     "nn": {"config", "ops", "partitioning"},
     "convert": {"config", "config_huggingface", "data", "nn"},
     "generation": {"config", "ops", "nn", "data", "partitioning", "convert"},
     "pretrained": {"config", "data", "ops", "nn", "partitioning", "convert", "generation", "huggingface_outputs"},
     "huggingface_outputs": {"config", "config_huggingface", "ops", "nn"},
-    "training": {"config", "config_finetuning", "data", "ops", "nn", "partitioning", "generation", "convert", "pretrained"},
-    "finetuning": {
-        "config",
-        "config_finetuning",
-        "presets",
-        "data",
-        "partitioning",
-        "generation",
-        "convert",
-        "pretrained",
-        "training",
-    },
+    "training": {"config", "config_finetuning", "distributed", "data", "ops", "nn", "partitioning"}
+    | {"generation", "convert", "pretrained"},
+    "finetuning": {"config", "config_finetuning", "presets", "data", "partitioning", "generation", "convert"}
+    | {"pretrained", "training"},
+    "plan": {"config", "data", "ops", "nn", "partitioning", "generation", "training"},
     "explore": {"config", "data", "ops", "nn", "pretrained"},
 }
 LAZY = {"config": {"config_huggingface"}}  # inside a function, to keep the module light

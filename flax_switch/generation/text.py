@@ -86,6 +86,8 @@ def generate_lines(
             results[i] = {"line": line.number, "error": error}
         else:
             sources.append((i, ids))
+    if not sources:
+        return [results[i] for i in range(len(lines))]
     for batch, rows, scores in generate_batches(
         pretrained.model, pretrained.params, sources, batch_size=batch_size, longest=max_source_length, **controls
     ):

@@ -1,1 +1,5 @@
-"""What a compiled step costs: its collectives, its memory, its FLOPs, without the hardware it is compiled for."""
+"""What a run would need and do on a machine, without the machine: `plan(config, topology)`."""
+
+from flax_switch.plan.planner import Plan, plan
+
+__all__ = ["Plan", "plan"]

@@ -151,6 +151,8 @@ def test_pmap_refuses_what_it_cannot_split():
         MeshConfig(model=2, mode="pmap")
     with pytest.raises(ConfigError, match="'jit', 'pmap'"):
         MeshConfig(mode="pjit")
+    with pytest.raises(ConfigError, match="a multiple of 8 devices x train.microbatches"):
+        build_stepper(build("capacity", MeshConfig(data=8, mode="pmap"), microbatches=4))
     run = build("tokens", MeshConfig(data=4, mode="pmap"), group_size=48)
     with pytest.raises(ConfigError, match="would cut through groups"):
         train(run, steps=1)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from flax_switch import partitioning
-from flax_switch.config import ExperimentConfig, one_of
+from flax_switch.config import ExperimentConfig
 from flax_switch.generation.decode_step import decode_step, empty_cache, prepare
 from flax_switch.generation.products import Device
 from flax_switch.generation.program import decoder_config
@@ -67,7 +67,6 @@ class Program:
 @contextlib.contextmanager
 def compiler_effort(effort: str) -> Iterator[None]:
     """How long XLA searches for faster code: "full" as in training; "quick" takes some 0.6 of the time and a little more memory."""
-    one_of("effort", effort, EFFORTS)
     before = jax.config.jax_optimization_level
     if effort == "quick":
         jax.config.update("jax_optimization_level", "O1")

@@ -112,8 +112,17 @@ def batch_ways(mesh: Mesh) -> int:
     return math.prod(mesh.shape[a] for a in RULES["batch"])
 
 
+def batch_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """Which rows of a batch [B, ...] this process's devices hold, ascending.
+
+    They need not lie together, and processes that only the model axis divides hold the same ones.
+    """
+    held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[rows] for (rows,) in held]))
+
+
 def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Puts this process's part of a batch onto the mesh as global arrays [B, ...]."""
+    """Puts this process's part of a batch, its `batch_rows`, onto the mesh as global arrays [B, ...]."""
     sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
 

@@ -16,6 +16,7 @@ ALLOWED = {
     "config_huggingface": {"config"},
     "recipes": {"config"},
     "partitioning": {"config"},
+    "distributed": {"config"},
     "data": {"config"},
     "ops": {"config", "partitioning"},
     "nn": {"config", "ops", "partitioning"},
@@ -23,7 +24,7 @@ ALLOWED = {
     "generation": {"config", "ops", "nn", "data", "partitioning", "convert"},
     "pretrained": {"config", "data", "ops", "nn", "partitioning", "convert", "generation", "huggingface_outputs"},
     "huggingface_outputs": {"config", "config_huggingface", "ops", "nn"},
-    "training": {"config", "data", "ops", "nn", "partitioning", "generation", "convert", "pretrained"},
+    "training": {"config", "distributed", "data", "ops", "nn", "partitioning", "generation", "convert", "pretrained"},
     "plan": {"config", "data", "ops", "nn", "partitioning", "generation", "training"},
     "explore": {"config", "data", "ops", "nn", "pretrained"},
 }

@@ -139,7 +139,13 @@ def route_and_execute(
     executor = pick_executor(config.moe_executor, routed.plan)
     tokens, experts = tokens.astype(expert_dtype(config)), expert_function(config, dropout_rng)
     if peers is None or peers.ways == 1:
-        y = execute(routed.plan, tokens, params.expert, experts, executor=executor)
+        run = functools.partial(execute, routed.plan, kernels=params.expert, experts=experts)
+        if config.moe_executor == "auto" and mostly_empty(routed.plan, config.num_experts):
+            y = jax.lax.platform_dependent(
+                tokens, cpu=functools.partial(run, executor="ragged"), default=functools.partial(run, executor=executor)
+            )
+        else:
+            y = run(tokens, executor=executor)
     elif routed.plan.capacity is None and executor == "ragged":
         run, factor = grouped_experts(experts, params.expert), config.expert_parallel_buffer_factor
         y, plan = execute_dropless(routed.plan, tokens, run, peers, buffer_factor=factor)
@@ -149,6 +155,15 @@ def route_and_execute(
         run = exchange_buffers(buffered_experts(experts, params.expert), peers)
         y = execute_buffers(routed.plan, tokens, run, executor="einsum" if executor == "einsum" else "gather")
     return grouping.ungroup(y).astype(x.dtype), routed
+
+
+def mostly_empty(plan: RoutingPlan, num_experts: int) -> bool:
+    """Whether buffers have more than 1.5 places for each choice, so that a processor does better to sort the tokens.
+
+    Hugging Face's fixed capacity of 64 tokens is such a case: 8 experts have 512 places for a sequence of 256.
+    """
+    _, S, N = plan.expert.shape
+    return plan.tokens_choose and plan.capacity is not None and num_experts * plan.capacity > 1.5 * S * N
 
 
 def execute(plan: RoutingPlan, x: Float[Array, "G S D"], kernels: Mapping[str, Array], experts, *, executor: str):

@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from flax_switch.config import ConfigError, ExperimentConfig
+from flax_switch.data.files import absolute, write_text
 from flax_switch.training.state import TrainState
 
 CONFIG_FILE = "config.json"
@@ -56,7 +57,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep_last, keep_period=keep_every, enable_async_checkpointing=True, create=True
         )
-        self._manager = ocp.CheckpointManager(self.workdir.resolve() / CHECKPOINTS, options=options)
+        self._manager = ocp.CheckpointManager(absolute(self.workdir) / CHECKPOINTS, options=options)
 
     def save(self, state: TrainState, data_state: Any) -> None:
         """Starts saving; training goes on meanwhile. A second save waits for the first. Does nothing if the step is saved."""
@@ -141,6 +142,11 @@ def claim_workdir(workdir: epath.PathLike, config: ExperimentConfig) -> epath.Pa
     workdir = epath.Path(workdir)
     path = workdir / CONFIG_FILE
     if not path.exists():
+        if jax.process_index() > 0:
+            raise ConfigError(
+                f"Process {jax.process_index()} does not see {path}, which process 0 has written. The workdir must lie where all "
+                "processes can read and write it: a network file system, or object storage (gs://..., s3://...)."
+            )
         if workdir.exists() and not workdir.is_dir():
             raise ConfigError(f"The workdir {workdir} is a file; name a folder.")
         strangers = [p.name for p in workdir.iterdir() if not p.name.startswith(".")] if workdir.exists() else []
@@ -159,29 +165,30 @@ def claim_workdir(workdir: epath.PathLike, config: ExperimentConfig) -> epath.Pa
             f"The workdir {workdir} holds another run. It differs in: {'; '.join(differing)}. Restore these settings to continue "
             "it, or name a new workdir."
         )
-    write_config(workdir, config)
+    if found != config:  # in what may change
+        write_config(workdir, config)
     return workdir
 
 
 def differing_fields(old: ExperimentConfig, new: ExperimentConfig) -> list[str]:
     """The fields, of those a resumed run may not change, in which two configs differ: 'data.seed was 0, is 1'."""
-    differing = []
-    for section in ("model", "data", "optimizer", "mesh", "train"):
-        was, now = getattr(old, section).to_dict(), getattr(new, section).to_dict()
-        for name, value in was.items():
-            key = f"{section}.{name}"
-            if value != now[name] and not any(key.startswith(prefix) for prefix in _MAY_CHANGE):
-                differing.append(f"{key} was {value!r}, is {now[name]!r}")
-    return differing
+    was, now = flat_fields(old), flat_fields(new)
+    return [
+        f"{key} was {value!r}, is {now[key]!r}"
+        for key, value in was.items()
+        if value != now[key] and not any(key.startswith(prefix) for prefix in _MAY_CHANGE)
+    ]
+
+
+def flat_fields(config: ExperimentConfig) -> dict[str, Any]:
+    """{"data.seed": 0, ...}: every field under its section's name."""
+    return {f"{section}.{name}": value for section, fields in config.to_dict().items() for name, value in fields.items()}
 
 
 def write_config(workdir: epath.PathLike, config: ExperimentConfig) -> None:
     """Writes `config.json`, complete or not at all."""
-    path = epath.Path(workdir) / CONFIG_FILE
-    temporary = path.with_name(CONFIG_FILE + ".new")
     with explain_full_disk(workdir):
-        temporary.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-        temporary.replace(path)
+        write_text(epath.Path(workdir) / CONFIG_FILE, json.dumps(config.to_dict(), indent=2) + "\n")
 
 
 def read_config(workdir: epath.PathLike) -> ExperimentConfig:

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 
 from flax_switch import partitioning
@@ -38,10 +37,10 @@ class Evaluator:
         the same tokens' unigram distribution, the least that a model without context can reach.
         """
         vocabulary = self.prepared.vocabulary
-        process, count = jax.process_index(), jax.process_count()
+        rows = partitioning.batch_rows(self.run.mesh, self.run.config.data.batch_size)
         totals: dict[str, float] = {}
         routers: list[dict[str, Any]] = []
-        for batch in self.prepared.heldout_batches(self.batches, process, count):
+        for batch in self.prepared.heldout_batches(self.batches, rows):
             mask = text_token_mask(batch["labels"], vocabulary.num_pieces, vocabulary.eos_id)
             batch = {**batch, "text_mask": mask.astype(np.float32)}
             sums = plain(self.eval_step(params, partitioning.shard_batch(batch, self.run.mesh)))

@@ -10,10 +10,10 @@ import jax
 import numpy as np
 from etils import epath
 
-from flax_switch import data, partitioning
+from flax_switch import data, distributed, partitioning
 from flax_switch.config import ConfigError, ExperimentConfig
 from flax_switch.data import Vocabulary
-from flax_switch.training.checkpoint import Checkpoints, claim_workdir
+from flax_switch.training.checkpoint import Checkpoints, claim_workdir, flat_fields
 from flax_switch.training.evaluate import Evaluator
 from flax_switch.training.metrics import MetricsWriter, plain
 from flax_switch.training.progress import StopSignals, Stopwatch, TrainProgress, console
@@ -44,20 +44,23 @@ def pretrain(config: ExperimentConfig, workdir: epath.PathLike) -> RunResult:
 
     After SIGTERM or Ctrl-C the state is saved and the call returns with `finished=False`. After a kill the run continues from the
     last complete checkpoint, with the losses it would have had. Raises `ConfigError` for settings or data that cannot be used,
-    before anything is compiled.
+    before anything is compiled. With several processes (`flax_switch.distributed`) every one of them makes this call.
     """
-    workdir = claim_workdir(workdir, config)
+    console.quiet = jax.process_index() != 0
+    distributed.require_same({"workdir": str(workdir), "jax": jax.__version__, **flat_fields(config)})
+    workdir = distributed.first_process_first(lambda: claim_workdir(workdir, config))
     mesh = partitioning.create_mesh(config.mesh)
     if config.data.batch_size % partitioning.batch_ways(mesh):
         raise ConfigError(
             f"data.batch_size ({config.data.batch_size}) must be a multiple of the {partitioning.batch_ways(mesh)} devices the "
             "batch is split over (mesh data x expert)."
         )
-    prepared = data.prepare(config.data, workdir=workdir)
+    prepared = distributed.first_process_first(lambda: data.prepare(config.data, workdir=workdir, quiet=console.quiet))
+    distributed.require_same({"corpus and vocabulary (by hash)": prepared.fingerprint})
     check_vocabulary(config, prepared.vocabulary)
     run = build_run(config, mesh)
     checkpoints = Checkpoints(workdir, config.train.keep_last, config.train.keep_every)
-    batches = prepared.train_iterator(jax.process_index(), jax.process_count())
+    batches = prepared.train_iterator(partitioning.batch_rows(mesh, config.data.batch_size))
     if checkpoints.latest_step() is None:
         state, start = init_state(run), 0
     else:
@@ -106,11 +109,12 @@ def _train(
             waited = time.perf_counter() - before
             state, metrics = stepper.step(state, batch)
             step += 1
+            signals.check(step)
             if step == start + 1:  # the first step compiled; it says nothing about speed
                 jax.block_until_ready(metrics)
                 watch = Stopwatch()
             else:
-                watch.count(waited, _tokens(batch) * jax.process_count())
+                watch.count(waited, _tokens(batch) * run.config.data.batch_size / len(batch["labels"]))
             progress.advance(step)
             last = step == config.steps
             if step % config.log_every == 0 or last:
@@ -126,9 +130,11 @@ def _train(
                 watch.resume(paused)
             if step % config.checkpoint_every == 0 or last or signals.stopped:
                 paused = watch.pause()
+                writer.flush()
                 checkpoints.save(stepper.release(state), batches.get_state())
                 watch.resume(paused)
         if signals.stopped and step < config.steps:
+            writer.flush()
             checkpoints.save(stepper.release(state), batches.get_state())
             checkpoints.wait()
             progress.close()

@@ -3,12 +3,15 @@
 import importlib.util
 import math
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from flax_switch import partitioning
 from flax_switch.config import DataConfig, ExperimentConfig, MeshConfig, SwitchConfig
+from flax_switch.nn.moe import SparseMLP
 from flax_switch.plan.collectives import collectives
 from flax_switch.training.state import build_run
 from flax_switch.training.step import compile_train_step
@@ -62,6 +65,19 @@ def check_exchanges(found, run, *, bytes_each):
 def test_a_sparse_layer_exchanges_twice_forward_and_twice_backward(mesh, remat):
     found, run = compiled(MODEL.replace(remat_policy=remat, dropout_rate=0.0), mesh)
     check_exchanges(found, run, bytes_each=4)
+
+
+def test_groups_that_would_lie_on_two_devices_are_left_to_the_partitioner_and_said_so(caplog):
+    config = MODEL.replace(routing_group="tokens", group_size=48, dropout_rate=0.0)
+    module, x = SparseMLP(config, "encoder"), jnp.asarray(np.random.default_rng(0).normal(size=(8, 12, 16)), jnp.float32)
+    variables = nn.unbox(module.init(jax.random.key(0), x[:1], padding_mask=None, deterministic=True))
+    mesh = partitioning.create_mesh(MeshConfig(data=2, expert=4))
+    apply = jax.jit(lambda variables, x: module.apply(variables, x, padding_mask=None, deterministic=True))
+    want = apply(variables, x)
+    with partitioning.use_mesh(mesh):
+        got = apply(variables, jax.device_put(x, partitioning.batch_sharding(mesh)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), jax.device_get(got), jax.device_get(want))
+    assert "would cut through groups" in caplog.text
 
 
 @pytest.mark.slow

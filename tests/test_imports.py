@@ -18,13 +18,14 @@ ALLOWED = {
     "partitioning": {"config"},
     "distributed": {"config"},
     "data": {"config"},
-    "ops": {"config"},
+    "ops": {"config", "partitioning"},
     "nn": {"config", "ops", "partitioning"},
     "convert": {"config", "config_huggingface", "data", "nn"},
     "generation": {"config", "ops", "nn", "data", "partitioning", "convert"},
     "pretrained": {"config", "data", "ops", "nn", "partitioning", "convert", "generation", "huggingface_outputs"},
     "huggingface_outputs": {"config", "config_huggingface", "ops", "nn"},
     "training": {"config", "distributed", "data", "ops", "nn", "partitioning", "generation", "convert", "pretrained"},
+    "plan": {"config", "data", "ops", "nn", "partitioning", "generation", "training"},
     "explore": {"config", "data", "ops", "nn", "pretrained"},
 }
 LAZY = {"config": {"config_huggingface"}}  # inside a function, to keep the module light

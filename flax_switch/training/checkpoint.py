@@ -44,6 +44,7 @@ _MAY_CHANGE = (
     "data.cache_dir",
     "model.remat_policy",
     "model.moe_executor",
+    "model.expert_parallel_buffer_factor",
 )
 
 

@@ -18,7 +18,8 @@ from flax_switch.training.evaluate import Evaluator
 from flax_switch.training.metrics import MetricsWriter, plain
 from flax_switch.training.progress import StopSignals, Stopwatch, TrainProgress, console
 from flax_switch.training.state import Run, TrainState, build_run, init_state
-from flax_switch.training.step import compile_eval_step, compile_train_step
+from flax_switch.training.step import compile_eval_step
+from flax_switch.training.stepper import build_stepper
 
 if TYPE_CHECKING:
     from flax_switch.data.loader import TrainIterator
@@ -95,17 +96,18 @@ def _train(
     writer: MetricsWriter,
 ) -> RunResult:
     config = run.config.train
-    train_step = compile_train_step(run)
+    stepper = build_stepper(run)
+    state = stepper.hold(state)
     evaluator = Evaluator.of(run, prepared, compile_eval_step(run))
     progress, watch = TrainProgress(start, config.steps), Stopwatch()
     evaluation = None
-    with StopSignals() as signals, partitioning.use_mesh(run.mesh):
+    with StopSignals() as signals:
         step = start
         while step < config.steps and not signals.stopped:
             before = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - before
-            state, metrics = train_step(state, partitioning.shard_batch(batch, run.mesh))
+            state, metrics = stepper.step(state, batch)
             step += 1
             signals.check(step)
             if step == start + 1:  # the first step compiled; it says nothing about speed
@@ -122,26 +124,26 @@ def _train(
                 check_finite(line, step)
             if step % config.eval_every == 0 or last:
                 paused = watch.pause()
-                evaluation = evaluator(state.params)
+                evaluation = evaluator(stepper.release(state).params)
                 writer.write(step, "eval", evaluation)
                 progress.say(f"step {step}: {describe(evaluation)}")
                 watch.resume(paused)
             if step % config.checkpoint_every == 0 or last or signals.stopped:
                 paused = watch.pause()
                 writer.flush()
-                checkpoints.save(state, batches.get_state())
+                checkpoints.save(stepper.release(state), batches.get_state())
                 watch.resume(paused)
         if signals.stopped and step < config.steps:
             writer.flush()
-            checkpoints.save(state, batches.get_state())
+            checkpoints.save(stepper.release(state), batches.get_state())
             checkpoints.wait()
             progress.close()
             console.print(f"{signals.stopped}: saved at step {step}. Run the same command again to continue.")
-            return RunResult(run, state, prepared, step, False, None)
+            return RunResult(run, stepper.release(state), prepared, step, False, None)
         progress.close()
         if evaluation is None:  # the run was complete before this call
-            evaluation = evaluator(state.params)
-    return RunResult(run, state, prepared, step, True, evaluation)
+            evaluation = evaluator(stepper.release(state).params)
+    return RunResult(run, stepper.release(state), prepared, step, True, evaluation)
 
 
 def check_finite(metrics: dict[str, Any], step: int) -> None:

@@ -66,6 +66,11 @@ def state_shardings(run: Run) -> TrainState:
     return jax.tree.map(lambda leaf: leaf.sharding, run.abstract_state)
 
 
+def is_split(leaf: jax.ShapeDtypeStruct) -> bool:
+    """Whether a leaf of the abstract state is cut by experts, so that different devices hold different ones."""
+    return "expert" in leaf.sharding.spec
+
+
 def _fresh(config: ExperimentConfig, model: SwitchTransformer, optimizer: optax.GradientTransformation) -> TrainState:
     init_rng, step_rng = jax.random.split(jax.random.key(config.train.seed))
     params = init_params(model, init_rng)

@@ -9,11 +9,17 @@ What is written into the folder:
     summarization/{train,validation,test}.jsonl       {"package", "description", "synopsis"}
     translation/en-LL/{train,validation,test}.jsonl   {"package", "en", "LL"}: synopses, and descriptions paragraph by paragraph
     corpus/LL.txt                                     descriptions of the training split, one a line, no paragraph twice
+    leads/{train,validation}.jsonl                    {"text", "lead"}: see below
     README.md                                         where it is from, how it was split, how much there is
 
-The corpora are text to pre-train on; no synopsis is in them. Pairs are unique, and families of packages are in one split together in every file: packages of one
-source, sources of one name but for what follows a hyphen or a number, and packages whose descriptions are near copies of one another.
-The same archive gives the same files. Needs Python alone.
+Pairs are unique, and families of packages are in one split together in every file: packages of one source, sources of one name but
+for what follows a hyphen or a number, and packages whose descriptions are near copies. The same archive gives the same files.
+
+The corpora are text to pre-train on; no synopsis is in them, nor in the leads, which are made of corpus/en.txt alone: the lead is
+the beginning of a description's first sentence, the text the description with that sentence replaced by <extra_id_0>, or, more
+often, whole but for words that were dropped. To restore it a model has to find it and to copy, which a summary takes, too.
+
+Needs Python alone.
 """
 
 from __future__ import annotations
@@ -23,6 +29,7 @@ import bz2
 import collections
 import gzip
 import hashlib
+import io
 import json
 import lzma
 import re
@@ -30,15 +37,16 @@ import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
+from typing import IO
 
-ELSEWHERE = """Elsewhere than on Debian or Ubuntu, download from a mirror such as http://deb.debian.org/debian/dists/stable/main these
-files, whole or compressed (.bz2, .xz, .gz), into one folder and name it with --files: i18n/Translation-en, Translation-it,
-Translation-fr and Translation-de, and binary-amd64/Packages; or run this script in a container:
+ELSEWHERE = """Elsewhere than on Debian or Ubuntu, download these files from a mirror such as
+http://deb.debian.org/debian/dists/stable/main, whole or compressed (.bz2, .xz, .gz), into one folder and name it with --files:
+i18n/Translation-en, -it, -fr and -de, and binary-amd64/Packages. Or run this script in a container:
 docker run --rm -v "$PWD:/here" -w /here debian:stable sh -c 'apt-get update && apt-get install -y python3 && python3 ...'"""
 SPLITS = {"test": 0.05, "validation": 0.05, "train": 0.90}
 APT_HELPER = "/usr/lib/apt/apt-helper"
@@ -46,10 +54,14 @@ OPENERS = {".bz2": bz2.open, ".xz": lzma.open, ".gz": gzip.open}
 
 SHORTEST, LONGEST = 60, 4000  # characters of a description that is worth summarizing
 MOST_SOURCES = 30  # sources that share the beginning of a name are a family, more are a namespace such as golang- or python-
-LARGEST_FAMILY = 0.005  # of the packages; larger families are in the training split
+LARGEST_FAMILY = 300  # packages; larger families are in the training split
 NEAR = 0.5  # Jaccard similarity of two descriptions' word triples from which they are near copies
 SKETCH = 8  # triples by which copies are looked for: of pairs that share half of their triples it misses one in 250
 RECENT = 20  # texts with the same rare triple to compare with; a boilerplate sentence may have thousands
+
+LEAD = 14  # words of a first sentence that are to be restored
+HELDOUT = 0.01  # of the leads, to see how restoring goes
+GAPS, DROPPED = 0.4, 0.15  # the share of texts that lose their first sentence, and of words that others lose
 
 
 @dataclass(frozen=True)
@@ -138,16 +150,11 @@ class Archive:
         return [", ".join(f"{name} {value}" for name, value in release.items()) for release in found]
 
 
-def _open(path: Path):
-    if path.suffix in OPENERS:
-        return OPENERS[path.suffix](path, "rt", encoding="utf-8")
-    if path.suffix == ".lz4" or path.suffix == ".zst":  # as apt keeps them; it knows how to read them
-        text = subprocess.run([APT_HELPER, "cat-file", str(path)], stdout=subprocess.PIPE, check=True).stdout
-        file = tempfile.TemporaryFile("w+", encoding="utf-8")
-        file.write(text.decode())
-        file.seek(0)
-        return file
-    return open(path, encoding="utf-8")
+def _open(path: Path) -> IO[str]:
+    if path.suffix in (".lz4", ".zst"):  # as apt keeps them; it knows how to read them
+        content = subprocess.run([APT_HELPER, "cat-file", str(path)], stdout=subprocess.PIPE, check=True).stdout
+        return io.TextIOWrapper(io.BytesIO(content), encoding="utf-8")
+    return OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8")
 
 
 def update(lists: Path, languages: list[str]) -> None:
@@ -185,7 +192,7 @@ class Families:
 
 
 def stem(source: str, sources_with: collections.Counter[str]) -> str:
-    """The beginning of a source's name that is no namespace: llvm-toolchain-14 and -15 share llvm, two golang- libraries nothing."""
+    """The beginning of a source's name that is no namespace: llvm-toolchain-14 and -15 share llvm, two golang-s nothing."""
     for prefix in _prefixes(source):
         if sources_with[prefix] <= MOST_SOURCES:
             return prefix
@@ -235,7 +242,7 @@ def split_of(entries: list[Entry], source_of: dict[str, str]) -> dict[str, str]:
         families.join(packages[i], packages[j])
     family = {package: families.find(package) for package in packages}
     sizes = collections.Counter(family.values())
-    return {p: "train" if sizes[f] > LARGEST_FAMILY * len(packages) else _drawn(f) for p, f in family.items()}
+    return {p: "train" if sizes[f] > LARGEST_FAMILY else _drawn(f) for p, f in family.items()}
 
 
 def _drawn(name: str) -> str:
@@ -271,9 +278,7 @@ def first_sentence(text: str) -> str:
     return re.split(r"(?<=[.!?])\s+(?=[A-Z])", text, maxsplit=1)[0]
 
 
-def translations(
-    entries: list[Entry], foreign: dict[str, tuple[str, tuple[str, ...]]], language: str
-) -> Iterator[dict[str, str]]:
+def translations(entries: list[Entry], foreign: dict[str, tuple[str, tuple[str, ...]]], language: str) -> Iterator[dict[str, str]]:
     """Synopses, and paragraphs where both sides have the same number of them, without repetitions and left-overs in English."""
     seen: set[str] = set()
     for entry in entries:
@@ -298,6 +303,20 @@ def unrepeated(documents: Iterable[tuple[str, ...]]) -> Iterator[str]:
         seen.update(paragraphs)
         if len(document) >= SHORTEST:
             yield document
+
+
+def leads(documents: Iterable[str]) -> Iterator[dict[str, str]]:
+    """Texts without their first sentence or without some of their words, and how they begin (gap sentences, 1912.08777)."""
+    for document in documents:
+        sentence = first_sentence(document)
+        words, rest = sentence.split()[:LEAD], document[len(sentence) :].split()
+        random = Random(document)
+        if random.random() < GAPS and len(rest) >= LEAD:
+            text = ["<extra_id_0>", *rest]
+        else:
+            text = [word for word in document.split() if random.random() >= DROPPED]
+        if len(words) >= 4 and text:
+            yield {"text": " ".join(text), "lead": " ".join(words)}
 
 
 # --- writing
@@ -327,17 +346,25 @@ def build(archive: Archive, folder: Path, languages: list[str], say: Callable[[s
         lines = [f"{document}\n" for document in unrepeated(documents)]
         _write(folder / "corpus" / f"{language}.txt", lines)
         counts[f"corpus/{language}.txt"] = {"train": len(lines)}
+        if language == "en":
+            drawn: dict[str, list[dict[str, str]]] = {"train": [], "validation": []}
+            for pair in leads(line.rstrip("\n") for line in lines):
+                drawn["validation" if _hash(pair["text"]) < HELDOUT else "train"].append(pair)
+            counts["leads"] = {name: _write_json(folder / "leads" / f"{name}.jsonl", some) for name, some in drawn.items()}
     _write(folder / "README.md", [_readme(archive.origin, counts, lengths, bool(source_of))])
     return counts
 
 
 def _write_pairs(folder: Path, pairs: Iterable[dict[str, str]], split: dict[str, str]) -> dict[str, int]:
-    lines: dict[str, list[str]] = {name: [] for name in ("train", "validation", "test")}
+    by_split: dict[str, list[dict[str, str]]] = {name: [] for name in ("train", "validation", "test")}
     for pair in sorted(pairs, key=lambda pair: _hash(pair["package"])):  # so that the first so many are a sample
-        lines[split[pair["package"]]].append(json.dumps(pair, ensure_ascii=False) + "\n")
-    for name, some in lines.items():
-        _write(folder / f"{name}.jsonl", some)
-    return {name: len(some) for name, some in lines.items()}
+        by_split[split[pair["package"]]].append(pair)
+    return {name: _write_json(folder / f"{name}.jsonl", some) for name, some in by_split.items()}
+
+
+def _write_json(path: Path, records: list[dict[str, str]]) -> int:
+    _write(path, (json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    return len(records)
 
 
 def _write(path: Path, lines: Iterable[str]) -> None:
@@ -347,8 +374,9 @@ def _write(path: Path, lines: Iterable[str]) -> None:
 
 
 def _readme(origin: list[str], counts: dict[str, dict[str, int]], lengths: str, with_sources: bool) -> str:
-    rows = [f"| {name} | {' | '.join(f'{c.get(split, 0):,}' for split in ('train', 'validation', 'test'))} |" for name, c in counts.items()]
-    grouped = "packages of one source and near copies" if with_sources else "near copies (there was no Packages index to tell sources)"
+    names = ("train", "validation", "test")
+    rows = [f"| {file} | {' | '.join(f'{count.get(name, 0):,}' for name in names)} |" for file, count in counts.items()]
+    grouped = "packages of one source, near copies" if with_sources else "near copies; no Packages index told their sources"
     return "\n".join(
         [
             "# Package descriptions as data\n",
@@ -367,8 +395,8 @@ def main() -> None:
     """Fetches the indices, or reads those of --files, and writes the data."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=ELSEWHERE)
     parser.add_argument("folder", type=Path, help="for the data; made where it is not there")
-    parser.add_argument("--files", type=Path, metavar="FOLDER", help="index files that are there already, instead of asking apt")
-    parser.add_argument("--languages", nargs="*", default=["it", "fr", "de"], metavar="LL", help="to translate into (default: it fr de)")
+    parser.add_argument("--files", type=Path, metavar="FOLDER", help="index files that are there, instead of asking apt")
+    parser.add_argument("--languages", nargs="*", default=["it", "fr", "de"], metavar="LL", help="default: it fr de")
     args = parser.parse_args()
     if args.files is not None and not args.files.is_dir():
         sys.exit(f"--files {args.files} is no folder. {ELSEWHERE}")

@@ -110,6 +110,15 @@ def batch_ways(mesh: Mesh) -> int:
     return math.prod(mesh.shape[a] for a in RULES["batch"])
 
 
+def check_batch_size(size: int, mesh: Mesh) -> None:
+    """Raises `ConfigError` unless the mesh splits batches of `size` rows evenly."""
+    check(
+        size % batch_ways(mesh) == 0,
+        f"data.batch_size ({size}) must be a multiple of the {batch_ways(mesh)} devices the batch is split over (mesh data x "
+        "expert).",
+    )
+
+
 def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Puts this process's part of a batch onto the mesh as global arrays [B, ...]."""
     sharding = batch_sharding(mesh)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from flax_switch.config import ConfigError, ExperimentConfig
+
+if TYPE_CHECKING:
+    from flax_switch.config_finetuning import FinetuneRecipe
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +39,26 @@ def take_overrides(args: argparse.Namespace, rest: list[str]) -> None:
 
 
 def load_config(args: argparse.Namespace) -> ExperimentConfig:
-    """The config that the arguments name."""
+    """The pre-training config that the arguments name."""
+    config = load_any(args)
+    if not isinstance(config, ExperimentConfig):
+        raise ConfigError(f"{args.config or args.gin_file[0]} is a recipe for fine-tuning; run it with flax-switch finetune.")
+    return config
+
+
+def load_finetuning(args: argparse.Namespace) -> FinetuneRecipe:
+    """The fine-tuning recipe that the arguments name."""
+    config = load_any(args)
+    if isinstance(config, ExperimentConfig):
+        raise ConfigError(
+            f"{args.config or args.gin_file[0]} is a recipe for pre-training; fine-tuning takes one such as "
+            "configs/finetune_summarization.py."
+        )
+    return config
+
+
+def load_any(args: argparse.Namespace) -> ExperimentConfig | FinetuneRecipe:
+    """What the arguments name, of either kind."""
     from flax_switch import recipes
 
     if bool(args.config) == bool(args.gin_file):

@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from flax_switch.config import ConfigError, ExperimentConfig
+from flax_switch.config_finetuning import FinetuneConfig
 from flax_switch.training.state import TrainState
 
 CONFIG_FILE = "config.json"
@@ -43,7 +44,11 @@ _MAY_CHANGE = (
     "data.cache_dir",
     "model.remat_policy",
     "model.moe_executor",
+    "evaluation.patience",
+    "evaluation.batch_size",
 )
+
+RunConfig = ExperimentConfig | FinetuneConfig
 
 
 class Checkpoints:
@@ -131,7 +136,7 @@ class explain_full_disk:  # noqa: N801 - reads as a statement
             ) from error
 
 
-def claim_workdir(workdir: epath.PathLike, config: ExperimentConfig) -> epath.Path:
+def claim_workdir(workdir: epath.PathLike, config: RunConfig) -> epath.Path:
     """Creates the workdir with its config, or checks that it belongs to the same run.
 
     Raises `ConfigError` that names the differing fields where the config there describes another run, or where the folder holds
@@ -162,19 +167,26 @@ def claim_workdir(workdir: epath.PathLike, config: ExperimentConfig) -> epath.Pa
     return workdir
 
 
-def differing_fields(old: ExperimentConfig, new: ExperimentConfig) -> list[str]:
+def differing_fields(old: RunConfig, new: RunConfig) -> list[str]:
     """The fields, of those a resumed run may not change, in which two configs differ: 'data.seed was 0, is 1'."""
     differing = []
-    for section in ("model", "data", "optimizer", "mesh", "train"):
-        was, now = getattr(old, section).to_dict(), getattr(new, section).to_dict()
-        for name, value in was.items():
-            key = f"{section}.{name}"
-            if value != now[name] and not any(key.startswith(prefix) for prefix in _MAY_CHANGE):
-                differing.append(f"{key} was {value!r}, is {now[name]!r}")
+    was, now = _flat(old.to_dict()), _flat(new.to_dict())
+    for key in dict.fromkeys((*was, *now)):
+        before, after = was.get(key), now.get(key)
+        if before != after and not any(key.startswith(prefix) for prefix in _MAY_CHANGE):
+            differing.append(f"{key} was {before!r}, is {after!r}")
     return differing
 
 
-def write_config(workdir: epath.PathLike, config: ExperimentConfig) -> None:
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    """{"data.seed": 0, ...} of sections in a dict; values that are no section keep their name."""
+    flat = {}
+    for section, value in values.items():
+        flat |= {f"{section}.{name}": v for name, v in value.items()} if isinstance(value, dict) else {section: value}
+    return flat
+
+
+def write_config(workdir: epath.PathLike, config: RunConfig) -> None:
     """Writes `config.json`, complete or not at all."""
     path = epath.Path(workdir) / CONFIG_FILE
     temporary = path.with_name(CONFIG_FILE + ".new")
@@ -183,11 +195,12 @@ def write_config(workdir: epath.PathLike, config: ExperimentConfig) -> None:
         temporary.replace(path)
 
 
-def read_config(workdir: epath.PathLike) -> ExperimentConfig:
+def read_config(workdir: epath.PathLike) -> RunConfig:
     """The config of the run in a workdir."""
     path = epath.Path(workdir) / CONFIG_FILE
     try:
-        return ExperimentConfig.from_dict(json.loads(path.read_text()))
+        values = json.loads(path.read_text())
+        return (FinetuneConfig if "evaluation" in values else ExperimentConfig).from_dict(values)
     except FileNotFoundError:
         raise ConfigError(f"{workdir} is no workdir of a run: it has no {CONFIG_FILE}.") from None
     except json.JSONDecodeError as error:

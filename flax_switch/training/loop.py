@@ -1,10 +1,11 @@
-"""The training loop: prepare, resume, step, evaluate, save, report."""
+"""The training loop: prepare, resume, step, evaluate, save, report. Fine-tuning runs in the same one."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from etils import epath
 
 from flax_switch import data, partitioning
 from flax_switch.config import ConfigError, ExperimentConfig
+from flax_switch.config_finetuning import FinetuneConfig
 from flax_switch.data import Vocabulary
 from flax_switch.training.checkpoint import Checkpoints, claim_workdir
 from flax_switch.training.evaluate import Evaluator
@@ -20,19 +22,35 @@ from flax_switch.training.progress import StopSignals, Stopwatch, TrainProgress,
 from flax_switch.training.state import Run, TrainState, build_run, init_state
 from flax_switch.training.step import compile_eval_step, compile_train_step
 
-if TYPE_CHECKING:
-    from flax_switch.data.loader import TrainIterator
-
 Batch = dict[str, np.ndarray]
+
+
+class Examples(Protocol):
+    """Where batches come from: `data.Prepared`, or of fine-tuning `data.tasks.PreparedTasks`."""
+
+    vocabulary: Vocabulary
+
+    def train_iterator(self, process_index: int, process_count: int) -> Any: ...
+
+
+class Evaluation(Protocol):
+    """What the loop asks of an evaluator: `training.evaluate.Evaluator`, or `finetuning.evaluate.TaskEvaluator`."""
+
+    def __call__(self, params: Any) -> dict[str, Any]: ...
+
+    def describe(self, evaluation: dict[str, Any]) -> str: ...
+
+    def conclude(self, step: int, params: Any, evaluation: dict[str, Any] | None) -> str | None:
+        """Keeps what is worth keeping; why training should end now, or None. `evaluation` is None before the first step."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RunResult:
-    """How a call of `pretrain` ended."""
+    """How a call of `pretrain` or `finetune` ended."""
 
     run: Run
     state: TrainState
-    prepared: data.Prepared
+    prepared: Examples
     step: int
     finished: bool  # False where a signal stopped it early
     evaluation: dict[str, Any] | None  # of the last step, where it finished
@@ -47,18 +65,26 @@ def pretrain(config: ExperimentConfig, workdir: epath.PathLike) -> RunResult:
     """
     workdir = claim_workdir(workdir, config)
     mesh = partitioning.create_mesh(config.mesh)
-    if config.data.batch_size % partitioning.batch_ways(mesh):
-        raise ConfigError(
-            f"data.batch_size ({config.data.batch_size}) must be a multiple of the {partitioning.batch_ways(mesh)} devices the "
-            "batch is split over (mesh data x expert)."
-        )
+    partitioning.check_batch_size(config.data.batch_size, mesh)
     prepared = data.prepare(config.data, workdir=workdir)
     check_vocabulary(config, prepared.vocabulary)
     run = build_run(config, mesh)
+    return train(run, prepared, workdir, lambda: Evaluator.of(run, prepared, compile_eval_step(run)), init_state)
+
+
+def train(
+    run: Run,
+    prepared: Examples,
+    workdir: epath.Path,
+    make_evaluator: Callable[[], Evaluation],
+    first_state: Callable[[Run], TrainState],
+) -> RunResult:
+    """Trains from the last checkpoint in `workdir`, or from `first_state(run)`, to the end or a signal."""
+    config = run.config
     checkpoints = Checkpoints(workdir, config.train.keep_last, config.train.keep_every)
     batches = prepared.train_iterator(jax.process_index(), jax.process_count())
     if checkpoints.latest_step() is None:
-        state, start = init_state(run), 0
+        state, start = first_state(run), 0
     else:
         state, data_state = checkpoints.restore(run.abstract_state)
         batches.set_state(data_state)
@@ -66,14 +92,14 @@ def pretrain(config: ExperimentConfig, workdir: epath.PathLike) -> RunResult:
         console.print(f"Continuing {workdir} from step {start}.")
     writer = MetricsWriter(workdir, start)
     try:
-        return _train(run, prepared, state, start, batches, checkpoints, writer)
+        return _train(run, prepared, state, start, batches, checkpoints, writer, make_evaluator())
     finally:
         batches.close()
         checkpoints.close()
         writer.close()
 
 
-def check_vocabulary(config: ExperimentConfig, vocabulary: Vocabulary) -> None:
+def check_vocabulary(config: ExperimentConfig | FinetuneConfig, vocabulary: Vocabulary) -> None:
     """Raises `ConfigError` unless every id of the vocabulary has an embedding."""
     if vocabulary.size > config.model.vocab_size:
         raise ConfigError(
@@ -84,21 +110,21 @@ def check_vocabulary(config: ExperimentConfig, vocabulary: Vocabulary) -> None:
 
 def _train(
     run: Run,
-    prepared: data.Prepared,
+    prepared: Examples,
     state: TrainState,
     start: int,
-    batches: TrainIterator,
+    batches: Any,
     checkpoints: Checkpoints,
     writer: MetricsWriter,
+    evaluator: Evaluation,
 ) -> RunResult:
     config = run.config.train
     train_step = compile_train_step(run)
-    evaluator = Evaluator.of(run, prepared, compile_eval_step(run))
     progress, watch = TrainProgress(start, config.steps), Stopwatch()
     evaluation = None
     with StopSignals() as signals, partitioning.use_mesh(run.mesh):
-        step = start
-        while step < config.steps and not signals.stopped:
+        step, enough = start, evaluator.conclude(start, state.params, None)
+        while step < config.steps and not signals.stopped and not enough:
             before = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - before
@@ -120,19 +146,22 @@ def _train(
                 paused = watch.pause()
                 evaluation = evaluator(state.params)
                 writer.write(step, "eval", evaluation)
-                progress.say(f"step {step}: {describe(evaluation)}")
+                progress.say(f"step {step}: {evaluator.describe(evaluation)}")
+                enough = evaluator.conclude(step, state.params, evaluation)
                 watch.resume(paused)
-            if step % config.checkpoint_every == 0 or last or signals.stopped:
+            if step % config.checkpoint_every == 0 or last or signals.stopped or enough:
                 paused = watch.pause()
                 checkpoints.save(state, batches.get_state())
                 watch.resume(paused)
-        if signals.stopped and step < config.steps:
+        if signals.stopped and step < config.steps and not enough:
             checkpoints.save(state, batches.get_state())
             checkpoints.wait()
             progress.close()
             console.print(f"{signals.stopped}: saved at step {step}. Run the same command again to continue.")
             return RunResult(run, state, prepared, step, False, None)
         progress.close()
+        if enough:
+            console.print(f"Training ended at step {step}: {enough}.")
         if evaluation is None:  # the run was complete before this call
             evaluation = evaluator(state.params)
     return RunResult(run, state, prepared, step, True, evaluation)
@@ -145,15 +174,6 @@ def check_finite(metrics: dict[str, Any], step: int) -> None:
             f"The loss is {metrics['loss']} at step {step}. Earlier checkpoints are kept. Lower optimizer.learning_rate, raise "
             "optimizer.warmup_steps, or set optimizer.clip_global_norm; in bfloat16 keep model.router_dtype='float32'."
         )
-
-
-def describe(evaluation: dict[str, Any]) -> str:
-    """An evaluation as a sentence."""
-    return (
-        f"held-out cross-entropy {evaluation['cross_entropy']:.3f} nats/token over all targets, "
-        f"{evaluation['text_cross_entropy']:.3f} over text; text unigram entropy {evaluation['unigram_entropy']:.3f}, so "
-        f"{evaluation['nats_below_unigram']:.3f} nats below it."
-    )
 
 
 def _tokens(batch: Batch) -> int:

@@ -12,6 +12,7 @@ import optax
 from flax_switch import partitioning
 from flax_switch.nn.outputs import ModelOutput
 from flax_switch.ops.losses import IGNORED_LABEL, LossOutput, loss_weights, seq2seq_loss, token_cross_entropy
+from flax_switch.training.freezing import merged, trainable_part
 from flax_switch.training.optimizer import learning_rate_schedule
 from flax_switch.training.state import Run, TrainState, state_shardings
 
@@ -35,7 +36,7 @@ def forward(run: Run, params: Any, batch: Batch, rng: jax.Array | None) -> Model
 
 
 def loss_and_grads(run: Run, params: Any, batch: Batch, rng: jax.Array) -> tuple[Any, dict[str, Any]]:
-    """Gradients and metrics of a batch, in one piece or in `train.microbatches` pieces with the same sum.
+    """Gradients of the trained parameters and metrics of a batch, in one piece or in `train.microbatches` pieces with the same sum.
 
     Each piece divides its cross-entropy by the whole batch's normaliser and its routers' losses by the number of pieces, so that
     splitting changes memory and not the update (where routing groups lie within a piece, and but for dropout's draws).
@@ -45,8 +46,10 @@ def loss_and_grads(run: Run, params: Any, batch: Batch, rng: jax.Array) -> tuple
     labels, segments = batch["labels"], batch.get("decoder_segment_ids")
     _, divisor = loss_weights((labels != IGNORED_LABEL).astype(jnp.float32), config.loss_normalizer, segments)
 
-    def loss_fn(params, piece, rng):
-        output = forward(run, params, piece, rng)
+    trained = trainable_part(params, run.config.optimizer.trainable)
+
+    def loss_fn(trained, piece, rng):
+        output = forward(run, merged(params, trained), piece, rng)
         loss = seq2seq_loss(
             output, piece["labels"], config, segment_ids=piece.get("decoder_segment_ids"), divisor=divisor * (1 / pieces)
         )
@@ -54,17 +57,17 @@ def loss_and_grads(run: Run, params: Any, batch: Batch, rng: jax.Array) -> tuple
 
     grad_fn = jax.grad(loss_fn, has_aux=True)
     if pieces == 1:
-        grads, aux = grad_fn(params, batch, rng)
+        grads, aux = grad_fn(trained, batch, rng)
         return grads, _metrics(*aux)
 
     def accumulate(total, inputs):
         piece, i = inputs
-        grads, aux = grad_fn(params, piece, jax.random.fold_in(rng, i))
+        grads, aux = grad_fn(trained, piece, jax.random.fold_in(rng, i))
         return jax.tree.map(jnp.add, total, grads), aux
 
     # Piece m takes rows m, m + pieces, ...: every device cuts its own rows, none move.
     split = {k: x.reshape(x.shape[0] // pieces, pieces, *x.shape[1:]).swapaxes(0, 1) for k, x in batch.items()}
-    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), trained)
     grads, aux = jax.lax.scan(accumulate, zeros, (split, jnp.arange(pieces)))
     grads = jax.tree.map(lambda g: g / pieces, grads)
     loss, routers = jax.tree.map(lambda x: x.mean(0), aux)
@@ -75,8 +78,9 @@ def train_step(run: Run, state: TrainState, batch: Batch) -> tuple[TrainState, d
     """One update; `state.step` counts it."""
     rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
     grads, metrics = loss_and_grads(run, state.params, batch, rng)
-    updates, opt_state = run.optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    trained = trainable_part(state.params, run.config.optimizer.trainable)
+    updates, opt_state = run.optimizer.update(grads, state.opt_state, trained)
+    params = merged(state.params, optax.apply_updates(trained, updates))
     schedule = learning_rate_schedule(run.config.optimizer, run.config.train.steps)
     metrics["grad_norm"] = optax.tree.norm(grads)
     metrics["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)

@@ -1,4 +1,4 @@
-"""The training loop: prepare, resume, step, evaluate, save, report. Fine-tuning runs in the same one."""
+"""The training loop: prepare, resume, step, evaluate, save, report. Fine-tuning and distillation run in the same one."""
 
 from __future__ import annotations
 
@@ -78,6 +78,7 @@ def train(
     workdir: epath.Path,
     make_evaluator: Callable[[], Evaluation],
     first_state: Callable[[Run], TrainState],
+    compile_step: Callable[[Run], Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]] = compile_train_step,
 ) -> RunResult:
     """Trains from the last checkpoint in `workdir`, or from `first_state(run)`, to the end or a signal."""
     config = run.config
@@ -92,7 +93,7 @@ def train(
         console.print(f"Continuing {workdir} from step {start}.")
     writer = MetricsWriter(workdir, start)
     try:
-        return _train(run, prepared, state, start, batches, checkpoints, writer, make_evaluator())
+        return _train(run, prepared, state, start, batches, checkpoints, writer, make_evaluator(), compile_step(run))
     finally:
         batches.close()
         checkpoints.close()
@@ -117,9 +118,9 @@ def _train(
     checkpoints: Checkpoints,
     writer: MetricsWriter,
     evaluator: Evaluation,
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]],
 ) -> RunResult:
     config = run.config.train
-    train_step = compile_train_step(run)
     progress, watch = TrainProgress(start, config.steps), Stopwatch()
     evaluation = None
     with StopSignals() as signals, partitioning.use_mesh(run.mesh):

@@ -114,7 +114,7 @@ def test_of_packages_whose_descriptions_begin_alike_one_is_a_pair():
         script.Entry("program-doc", "1", "a program (manual)", (text,)),
         script.Entry("program", "2", "a program", (text.replace("documentation", "program"),)),
         script.Entry("short", "3", "too short", ("A few words.",)),
-        script.Entry("another-program", "4", "A program", ("Another description, but the synopsis of the program, letter case aside.",)),
+        script.Entry("another-program", "4", "A program", ("Another description, but the same synopsis, letter case aside.",)),
         script.Entry("word", "5", "word", ("A synopsis of a single word says nothing about this long description.",)),
     ]
     assert [pair["package"] for pair in script.summaries(entries)] == ["program"]

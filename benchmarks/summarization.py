@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--files", type=Path, help="a folder of archive indices, instead of asking apt")
     parser.add_argument("--steps", type=int, default=1000, help="of fine-tuning, both times")
-    parser.add_argument("--lead-steps", type=int, default=1000)
+    parser.add_argument("--lead-steps", type=int, default=1800)
     parser.add_argument("--examples", type=int, default=500, help="of the test split, spread evenly over it")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/summarization.json")
     args = parser.parse_args()
@@ -98,6 +98,8 @@ def main() -> None:
             "finetune", **recipe, init=workdir / "pretrained", workdir=workdir / "leads",
             config__data__train=data / "leads/train.jsonl", config__data__validation=data / "leads/validation.jsonl",
             config__data__inputs="text", config__data__targets="lead", config__data__prefix="restore: ",
+            config__data__inputs_length=48,
+            config__optimizer__learning_rate=0.03,
             config__train__steps=args.lead_steps, config__train__eval_every=args.lead_steps,
         ),
     )  # fmt: skip

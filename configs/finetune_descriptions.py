@@ -25,13 +25,11 @@ def get_config():
                 inputs="description",
                 targets="synopsis",
                 prefix="summarize: ",
-                inputs_length=96,
-                targets_length=24,
+                inputs_length=64,
+                targets_length=20,
                 batch_size=32,
             ),
-            optimizer=FinetuneOptimizerConfig(
-                name="adamw", schedule="linear", learning_rate=2e-3, warmup_steps=50, b2=0.98, clip_global_norm=1.0
-            ),
+            optimizer=FinetuneOptimizerConfig(schedule="linear", learning_rate=0.02, warmup_steps=50),
             train=FinetuneTrainConfig(steps=1000, log_every=25, eval_every=1000, eval_batches=20, checkpoint_every=500),
             evaluation=EvaluationConfig(metrics=("rouge",), best="rougeL", max_examples=200, batch_size=50),
         )

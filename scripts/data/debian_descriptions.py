@@ -8,6 +8,7 @@ What is written into the folder:
 
     summarization/{train,validation,test}.jsonl       {"package", "description", "synopsis"}
     translation/en-LL/{train,validation,test}.jsonl   {"package", "en", "LL"}: synopses, and descriptions paragraph by paragraph
+    translation/en-LL/synopses/...                    the synopses among them: short and quick to learn
     corpus/LL.txt                                     descriptions of the training split, one a line, no paragraph twice
     leads/{train,validation}.jsonl                    {"text", "lead"}: see below
     README.md                                         where it is from, how it was split, how much there is
@@ -16,8 +17,8 @@ Pairs are unique, and families of packages are in one split together in every fi
 for what follows a hyphen or a number, and packages whose descriptions are near copies. The same archive gives the same files.
 
 The corpora are text to pre-train on; no synopsis is in them, nor in the leads, which are made of corpus/en.txt alone: the lead is
-the beginning of a description's first sentence, the text the description with that sentence replaced by <extra_id_0>, or, more
-often, whole but for words that were dropped. To restore it a model has to find it and to copy, which a summary takes, too.
+the beginning of a description's first sentence, the text the description with that sentence replaced by <extra_id_0>, or, four
+times as often, whole but for words that were dropped. To restore it a model has to find it and to copy, which a summary takes, too.
 
 Needs Python alone.
 """
@@ -61,7 +62,7 @@ RECENT = 20  # texts with the same rare triple to compare with; a boilerplate se
 
 LEAD = 14  # words of a first sentence that are to be restored
 HELDOUT = 0.01  # of the leads, to see how restoring goes
-GAPS, DROPPED = 0.4, 0.15  # the share of texts that lose their first sentence, and of words that others lose
+GAPS, DROPPED = 0.2, 0.15  # the share of texts that lose their first sentence, and of words that others lose
 
 
 @dataclass(frozen=True)
@@ -338,9 +339,11 @@ def build(archive: Archive, folder: Path, languages: list[str], say: Callable[[s
     texts = {"en": [e.paragraphs for e in entries if split[e.package] == "train"]}
     for language in languages:
         foreign = translated(archive.lines(f"Translation-{language}"), language)
-        counts[f"translation/en-{language}"] = _write_pairs(
-            folder / "translation" / f"en-{language}", translations(entries, foreign, language), split
-        )
+        pairs = list(translations(entries, foreign, language))
+        name = f"translation/en-{language}"
+        counts[name] = _write_pairs(folder / name, pairs, split)
+        synopses = {entry.synopsis for entry in entries}
+        counts[f"{name}/synopses"] = _write_pairs(folder / name / "synopses", (p for p in pairs if p["en"] in synopses), split)
         texts[language] = [foreign[e.md5][1] for e in entries if e.md5 in foreign and split[e.package] == "train"]
     for language, documents in texts.items():
         lines = [f"{document}\n" for document in unrepeated(documents)]
@@ -406,7 +409,7 @@ def main() -> None:
         update(lists, args.languages)
     counts = build(Archive(lists), args.folder, args.languages)
     for name, by_split in counts.items():
-        print(f"{name:24}" + "  ".join(f"{split} {count:,}" for split, count in by_split.items()))
+        print(f"{name:32}" + "  ".join(f"{split} {count:,}" for split, count in by_split.items()))
     print(f"Written to {args.folder}")
 
 

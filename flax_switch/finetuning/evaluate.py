@@ -43,6 +43,7 @@ class TaskEvaluator:
     eval_step: Callable[[Any, Any], dict[str, Any]]
     workdir: epath.Path
     predictions: list[Prediction] = dataclasses.field(default_factory=list)  # of the last call
+    history: list[tuple[int, float]] = dataclasses.field(default_factory=list)  # (step, the score that decides)
 
     def __call__(self, params: Any) -> dict[str, Any]:
         """Scores by name; with several tasks "task/score" too, and their means under the scores' own names."""
@@ -58,25 +59,29 @@ class TaskEvaluator:
     def conclude(self, step: int, params: Any, evaluation: dict[str, Any] | None) -> str | None:
         """Writes predictions, keeps the best parameters, and says when there has been no better one for long enough.
 
-        What came before is read from the run's metrics, so that a run that was resumed ends where an undisturbed one would.
+        What came before this call is read from the run's metrics, so that a resumed run ends where an undisturbed one would.
         """
         if not self.prepared.num_validation:
             return None
         name, patience = self.run.config.best, self.run.config.evaluation.patience
-        history = [(line["step"], line[name]) for line in read_metrics(self.workdir) if line["kind"] == "eval"]
-        if not history:
+        if evaluation is None:
+            self.history = [(line["step"], line[name]) for line in read_metrics(self.workdir) if line["kind"] == "eval"]
+        else:
+            self.history.append((step, evaluation[name]))
+            self._keep(step, params)
+        if not self.history:
             return None
-        best_step, best_value = best_of(history, name)
-        if evaluation is not None and jax.process_index() == 0:
-            write_predictions(self.workdir / PREDICTIONS / f"step_{step}.jsonl", self.predictions)
-        if evaluation is not None and best_step == step:
-            save_pretrained(
-                self.workdir / BEST, self.run.config.model, params, self.prepared.vocabulary, format="flax_switch", overwrite=True
-            )
-        since = sum(1 for at, _ in history if at > best_step)
+        best_step, best_value = best_of(self.history, name)
+        since = sum(1 for at, _ in self.history if at > best_step)
         if patience is not None and since >= patience:
             return f"{name} has not improved on its {best_value:.3f} of step {best_step} in {since} evaluations"
         return None
+
+    def _keep(self, step: int, params: Any) -> None:
+        if jax.process_index() == 0:
+            write_predictions(self.workdir / PREDICTIONS / f"step_{step}.jsonl", self.predictions)
+        if best_of(self.history, self.run.config.best)[0] == step:
+            save_pretrained(self.workdir / BEST, self.run.config.model, params, self.prepared.vocabulary, format="flax_switch")
 
 
 def best_of(history: Sequence[tuple[int, float]], name: str) -> tuple[int, float]:

@@ -37,7 +37,7 @@ def write_jsonl(path, rows):
 @pytest.fixture(scope="session")
 def vocabulary():
     texts = [text for text, _ in lists(300)] + ["first: " + text for text, _ in lists(100)]
-    return Vocabulary.train(texts, 32, num_sentinels=4)
+    return Vocabulary.train(texts, 28, num_sentinels=4)
 
 
 @pytest.fixture(scope="session")
@@ -69,7 +69,7 @@ def recipe(files):
         ),
         optimizer=FinetuneOptimizerConfig(name="adamw", learning_rate=1e-2),
         train=FinetuneTrainConfig(steps=4, log_every=1, eval_every=2, eval_batches=1, checkpoint_every=2, sample_spans=2),
-        evaluation=EvaluationConfig(metrics=("accuracy",), batch_size=8, num_beams=2),
+        evaluation=EvaluationConfig(metrics=("accuracy",), batch_size=8, num_beams=1),
     )  # fmt: skip
 
 

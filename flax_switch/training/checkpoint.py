@@ -171,7 +171,7 @@ def claim_workdir(workdir: epath.PathLike, config: RunConfig) -> epath.Path:
 def differing_fields(old: RunConfig, new: RunConfig) -> list[str]:
     """The fields, of those a resumed run may not change, in which two configs differ: 'data.seed was 0, is 1'."""
     differing = []
-    was, now = _flat(old.to_dict()), _flat(new.to_dict())
+    was, now = flat_fields(old), flat_fields(new)
     for key in dict.fromkeys((*was, *now)):
         before, after = was.get(key), now.get(key)
         if before != after and not any(key.startswith(prefix) for prefix in _MAY_CHANGE):
@@ -179,10 +179,10 @@ def differing_fields(old: RunConfig, new: RunConfig) -> list[str]:
     return differing
 
 
-def _flat(values: dict[str, Any]) -> dict[str, Any]:
-    """{"data.seed": 0, ...} of sections in a dict; values that are no section keep their name."""
+def flat_fields(config: RunConfig) -> dict[str, Any]:
+    """{"data.seed": 0, ...}: every field under its section's name; one that is in no section under its own."""
     flat = {}
-    for section, value in values.items():
+    for section, value in config.to_dict().items():
         flat |= {f"{section}.{name}": v for name, v in value.items()} if isinstance(value, dict) else {section: value}
     return flat
 

@@ -4,16 +4,18 @@ import json
 import shutil
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
 from flax_switch import cli, partitioning
-from flax_switch.config import ConfigError, SwitchConfig
+from flax_switch.config import ConfigError, MeshConfig, SwitchConfig
 from flax_switch.config_finetuning import EvaluationConfig, FinetuneConfig
 from flax_switch.finetuning.evaluate import BEST, PREDICTIONS, TaskEvaluator, best_of
 from flax_switch.finetuning.finetune import evaluate_checkpoint, finetune
 from flax_switch.finetuning.start import open_start
+from flax_switch.partitioning import create_mesh
 from flax_switch.pretrained import load_pretrained
 from flax_switch.recipes import to_config_dict
 from flax_switch.training.metrics import MetricsWriter, read_metrics
@@ -160,6 +162,20 @@ def test_patience_counts_evaluations_since_the_best_also_after_resuming(tmp_path
     writer.close()
     assert ends[:3] == [None] * 3
     assert ends[3] == "cross_entropy has not improved on its 2.000 of step 4 in 2 evaluations"
+
+
+@pytest.mark.slow
+def test_a_run_on_several_devices_measures_what_one_device_measures(recipe, checkpoint, mesh, tmp_path):
+    split = create_mesh(MeshConfig(data=2, expert=2), jax.devices()[:4])
+    packed = recipe.replace(data=recipe.data.replace(packing=True))
+    for name, devices in (("one", mesh), ("four", split)):
+        finetune(packed, tmp_path / name, init=checkpoint, mesh=devices)
+    one, four = (lines_of(tmp_path / name) for name in ("one", "four"))
+    assert [line["step"] for line in one] == [line["step"] for line in four]
+    for a, b in zip(one, four, strict=True):
+        for key in ("loss", "cross_entropy", "accuracy"):
+            assert a.get(key) == pytest.approx(b.get(key), rel=1e-3, abs=1e-5), (a["step"], key)
+    assert (tmp_path / "four" / BEST / "flax_switch.json").is_file()
 
 
 @pytest.mark.slow

@@ -28,6 +28,7 @@ import transformers
 from flax_switch.generation import generate
 from flax_switch.pretrained import load_pretrained
 
+SETTLE = 0.3  # seconds: after a run, each library's idle threads spin for a while and would slow the other's
 SHAPES = {
     "small": dict(
         vocab_size=8192, d_model=256, d_ff=1024, d_kv=64, num_heads=4, num_layers=4, num_decoder_layers=4,
@@ -69,6 +70,7 @@ def measure(theirs, ours, batch: int, beams: int, source: int, new_tokens: int, 
         return generate(ours.model, ours.params, ids, **controls).sequences
 
     def timed(run):
+        time.sleep(SETTLE)
         start = time.perf_counter()
         sequences = run()
         return time.perf_counter() - start, sequences

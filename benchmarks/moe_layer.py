@@ -5,7 +5,7 @@
     python benchmarks/moe_layer.py --topology v5e:2x2   # nothing runs: FLOPs and bytes of programs compiled for one TPU chip
 
 Rows are compared with the dense MLP of the tokens that a row processes: capacity_factor times the tokens for einsum, gather and
-flaxformer, as many as there are for ragged and loop. Times are the least of several interleaved runs. `flaxformer` appears
+flaxformer, as many as there are for ragged and loop. Times and ratios are medians of several interleaved runs. `flaxformer` appears
 where that package can be imported, `loop` (every expert on every token, masked) up to 8 experts.
 
 On Linux with the GNU C library the script starts itself again with huge pages for malloc (GLIBC_TUNABLES): gradients of many
@@ -17,8 +17,10 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import os
 import platform
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -76,8 +78,12 @@ def loop(E, T, D, F, dtype):
     return apply, shapes, T
 
 
-def flaxformers(E, T, D, F, dtype):
-    """flaxformer's MoeLayer with its masked router, or None where it cannot be imported."""
+def flaxformers(E, T, D, F, dtype, least):
+    """flaxformer's MoeLayer with its masked router, or None where it cannot be imported.
+
+    least: its min_expert_capacity, 4 by default. It makes as many groups as experts or a multiple, so that groups are small,
+    their one-hot masks cheap, and an expert has round(1.25 * group / E) places in each, or `least`.
+    """
     try:
         from flaxformer.architectures.moe import moe_layers, routing
         from flaxformer.components import dense as dense_layers
@@ -92,14 +98,15 @@ def flaxformers(E, T, D, F, dtype):
         expert=dense_layers.MlpBlock(
             use_bias=False, intermediate_dim=F, activations=("relu",), intermediate_dropout_rate=0.0, dtype=dtype
         ),
-        router=router, num_expert_partitions=E, num_model_partitions=1, dropout_rate=0.0, min_expert_capacity=1,
+        router=router, num_expert_partitions=1, num_model_partitions=1, dropout_rate=0.0, min_expert_capacity=least,
     )  # fmt: skip
     x = jax.ShapeDtypeStruct((T // 512, 512, D), dtype)
     init = lambda x: {"params": module.init(jax.random.key(0), x, enable_dropout=False)["params"]}  # noqa: E731
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), nn.unbox(jax.eval_shape(init, x)))
     rngs = {"dropout": jax.random.key(0), "jitter": jax.random.key(0)}
     apply = lambda variables, x: module.apply(variables, x, enable_dropout=True, rngs=rngs)  # noqa: E731
-    return apply, shapes, round(CAPACITY_FACTOR * T)
+    groups = math.lcm(E, max(1, T // 4096))
+    return apply, shapes, groups * E * max(least, round(CAPACITY_FACTOR * (T // groups) / E))
 
 
 def forward_backward(apply):
@@ -121,8 +128,11 @@ def rows_of(executors, E, T, D, F, dtype):
     rows |= {name: sparse(name, E, T, D, F, dtype) for name in executors}
     if E <= 8:
         rows["loop"] = loop(E, T, D, F, dtype)
-    reference = flaxformers(E, T, D, F, dtype)
-    return rows | ({"flaxformer": reference} if reference else {})
+    for name, least in (("flaxformer", 4), ("flaxformer, no minimum", 1)):
+        if reference := flaxformers(E, T, D, F, dtype, least):
+            rows[name] = reference
+            rows.setdefault(f"dense {reference[2]}", dense(reference[2], D, F, dtype))
+    return rows
 
 
 def x_shape(name, rows, T, D, dtype):
@@ -146,6 +156,8 @@ def count(function, *shapes, device=None):
 def measure(E, T, D, F, args, device):
     """One table: a list of dicts, one for each row."""
     rows = rows_of(args.executors, E, T, D, F, args.dtype)
+    if args.only:
+        rows = {name: row for name, row in rows.items() if name.startswith(("dense", *args.only))}
     results, compiled = {}, {}
     for name, (apply, shapes, processed) in rows.items():
         x = x_shape(name, processed, T, D, args.dtype)
@@ -156,22 +168,21 @@ def measure(E, T, D, F, args, device):
             compiled[name, mode] = jax.jit(function)
     if device is not None:
         return list(results.values())
-    best = {}
     for name, (_, shapes, processed) in rows.items():  # one layer's parameters at a time, beside the dense ones
         arrays = {n: (fill(rows[n][1]), fill(x_shape(n, rows[n][2], T, D, args.dtype))) for n in rows if n.startswith("dense")}
         arrays[name] = fill(shapes), fill(x_shape(name, processed, T, D, args.dtype))
-        peers = {name, f"dense {processed}"}
+        peers = [f"dense {processed}", name][name.startswith("dense") :]
         for mode in ("forward", "backward"):
-            for peer in peers:
-                jax.block_until_ready(compiled[peer, mode](*arrays[peer]))
-            for _ in range(args.repeats):
+            times = {peer: [] for peer in peers}
+            for repeat in range(-1, args.repeats):  # the first run compiles
                 for peer in peers:
                     start = time.perf_counter()
                     jax.block_until_ready(compiled[peer, mode](*arrays[peer]))
-                    key = name, peer, mode
-                    best[key] = min(best.get(key, 1e9), time.perf_counter() - start)
-            results[name][f"{mode}_ms"] = 1e3 * best[name, name, mode]
-            results[name][f"{mode}_ratio"] = best[name, name, mode] / best[name, f"dense {processed}", mode]
+                    if repeat >= 0:
+                        times[peer].append(time.perf_counter() - start)
+            results[name][f"{mode}_ms"] = 1e3 * statistics.median(times[name])
+            pairs = zip(times[name], times[peers[0]], strict=True)
+            results[name][f"{mode}_ratio"] = statistics.median(ours / dense for ours, dense in pairs)
     return list(results.values())
 
 
@@ -193,9 +204,10 @@ def main():
     parser.add_argument("--experts", type=int, nargs="+", default=[8, 64, 128])
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 32768])
     parser.add_argument("--sizes", nargs="+", default=["512x2048", "768x3072"])
+    parser.add_argument("--only", nargs="+", help="measure only rows whose names begin so, and the dense ones")
     parser.add_argument("--executors", nargs="+", default=["gather", "ragged", "einsum"])
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--topology", help="compile for one chip of this TPU topology and count, without running")
     parser.add_argument("--write", action="store_true", help=f"write a JSON file under {RESULTS.name}/")
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""The command line: flax-switch pretrain | finetune | evaluate | generate | convert | upcycle | inspect | report."""
+"""The command line: flax-switch pretrain | finetune | evaluate | generate | convert | upcycle | inspect | plan | report."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ COMMANDS = {
     "convert": "convert a checkpoint: Hugging Face, T5X or ours in; Hugging Face or ours out",
     "upcycle": "make a mixture of experts of a dense checkpoint",
     "inspect": "say what is in a checkpoint, without loading it",
+    "plan": "say what a run would need and do on a machine, without the machine",
     "report": "write the HTML report of a run",
 }
 

@@ -191,6 +191,9 @@ class SwitchConfig(_Section):
     router_dtype: str = "float32"
     cast_router_probs: bool = False  # Hugging Face: probabilities in the activations' dtype before argmax
     moe_executor: str = "auto"  # "auto", "einsum", "gather" or "ragged"
+    # Dropless with experts on several devices: rows a device can receive, relative to its even share of them. What does not fit
+    # is dropped and counted (the metric choices_overflowed).
+    expert_parallel_buffer_factor: float = 2.0
 
     # --- losses
     load_balancing_loss_coef: float = 0.01
@@ -298,7 +301,7 @@ class SwitchConfig(_Section):
             1 <= self.num_selected_experts <= self.num_experts,
             f"num_selected_experts must lie between 1 and num_experts ({self.num_experts}); it is {self.num_selected_experts}.",
         )
-        for name in ("capacity_factor", "eval_capacity_factor"):
+        for name in ("capacity_factor", "eval_capacity_factor", "expert_parallel_buffer_factor"):
             check(getattr(self, name) > 0, f"{name} must be positive; it is {getattr(self, name)}.")
         check(self.expert_capacity >= 1, f"expert_capacity must be at least 1; it is {self.expert_capacity}.")
         check(self.expert_d_ff is None or self.expert_d_ff >= 1, f"expert_d_ff must be at least 1; it is {self.expert_d_ff}.")
@@ -442,9 +445,16 @@ class MeshConfig(_Section):
     expert: int = 1
     model: int = 1
     fsdp: bool = False  # parameters and optimiser state also sharded over data
+    mode: str = "jit"  # or "pmap": the same train step under jax.pmap, for data and expert parallelism
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        one_of("mesh.mode", self.mode, ("jit", "pmap"))
+        check(
+            self.mode == "jit" or (self.model == 1 and not self.fsdp),
+            "mesh.mode='pmap' holds all parameters but the experts' whole on each device, so it needs model=1 and fsdp=False; they "
+            f"are model={self.model} and fsdp={self.fsdp}. Set mesh.mode='jit' to split parameters over these axes.",
+        )
         axes = (self.data, self.expert, self.model)
         check(
             all(a == -1 or a >= 1 for a in axes) and axes.count(-1) <= 1,

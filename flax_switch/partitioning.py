@@ -7,6 +7,8 @@ Batches are split over the expert and data axes together, so that expert paralle
 from __future__ import annotations
 
 import contextlib
+import contextvars
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from flax_switch.config import MeshConfig, check
 
@@ -119,8 +121,17 @@ def check_batch_size(size: int, mesh: Mesh) -> None:
     )
 
 
+def batch_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """Which rows of a batch [B, ...] this process's devices hold, ascending.
+
+    They need not lie together, and processes that only the model axis divides hold the same ones.
+    """
+    held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[rows] for (rows,) in held]))
+
+
 def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Puts this process's part of a batch onto the mesh as global arrays [B, ...]."""
+    """Puts this process's part of a batch, its `batch_rows`, onto the mesh as global arrays [B, ...]."""
     sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
 
@@ -130,3 +141,69 @@ def use_mesh(mesh: Mesh) -> Iterator[Mesh]:
     """Makes `mesh` the current one for `shard_map` and sharding constraints inside jit."""
     with jax.set_mesh(mesh):
         yield mesh
+
+
+@contextlib.contextmanager
+def traced_on(mesh: Mesh) -> Iterator[None]:
+    """Inside a function that jit traces: makes `mesh` the current one, whoever calls."""
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        yield
+
+
+@dataclasses.dataclass(frozen=True)
+class PmapDevices:
+    """The devices of a pmap: one named axis, on which device d * expert + e holds part e of the experts."""
+
+    data: int
+    expert: int
+    axis: str = "devices"
+
+    @property
+    def size(self) -> int:
+        """How many devices there are."""
+        return self.data * self.expert
+
+    @property
+    def expert_groups(self) -> tuple[tuple[int, ...], ...]:
+        """Devices that together hold all experts once."""
+        return tuple(tuple(d * self.expert + e for e in range(self.expert)) for d in range(self.data))
+
+    @property
+    def data_groups(self) -> tuple[tuple[int, ...], ...]:
+        """Devices that hold the same experts."""
+        return tuple(zip(*self.expert_groups, strict=True))
+
+    def sum(self, x: Any, groups: tuple[tuple[int, ...], ...] | None = None) -> Any:
+        """A tree's sum over all devices, or over those of a group."""
+        return jax.lax.psum(x, self.axis, axis_index_groups=groups)
+
+    def mean(self, x: Any) -> Any:
+        """A tree's mean over all devices."""
+        return jax.lax.pmean(x, self.axis)
+
+
+_PMAP: contextvars.ContextVar[PmapDevices | None] = contextvars.ContextVar("pmap_devices", default=None)
+
+
+@contextlib.contextmanager
+def inside_pmap(devices: PmapDevices) -> Iterator[PmapDevices]:
+    """Says, while the body of a pmap is traced, that it is one and over which devices."""
+    token = _PMAP.set(devices)
+    try:
+        yield devices
+    finally:
+        _PMAP.reset(token)
+
+
+def pmap_devices() -> PmapDevices | None:
+    """The devices of the pmap whose body is being traced, if one is."""
+    return _PMAP.get()
+
+
+def current_devices() -> AbstractMesh | PmapDevices | None:
+    """Where the program being traced will run: a pmap's devices, or a mesh of several with our axes; None: nothing is known."""
+    if _PMAP.get() is not None:
+        return _PMAP.get()
+    mesh = jax.sharding.get_abstract_mesh()
+    ours = mesh.axis_names == MESH_AXES and mesh.size > 1 and not mesh.manual_axes
+    return mesh if ours else None

@@ -20,7 +20,7 @@ from flax_switch.config import SwitchConfig, check, one_of
 from flax_switch.convert import checkpoint as checkpoints
 from flax_switch.convert import tokenizer
 from flax_switch.convert.canonical import canonical_shapes, flatten, is_router, unflatten
-from flax_switch.convert.folder import DEFAULT_SHARD_SIZE
+from flax_switch.convert.folder import DEFAULT_SHARD_SIZE, local_destination
 from flax_switch.convert.mapping import SAME_NAMES, to_canonical
 from flax_switch.convert.scan import stack_layers, unstack_layers
 from flax_switch.convert.tensors import DTYPES, LazyTensor, cast, from_array
@@ -253,6 +253,7 @@ def save_pretrained(
       CheckpointError: if the parameters do not fit the config.
     """
     one_of("format", format, checkpoints.FORMATS)
+    destination = local_destination(path)
     flat = {name: from_array(leaf) for name, leaf in flatten(dict(params)).items()}
     if config.scan_layers:
         flat = unstack_layers(flat, config)
@@ -262,10 +263,10 @@ def save_pretrained(
         untied = not config.tie_word_embeddings
         architecture = "headless" if untied and "decoder/logits_dense/kernel" not in flat else "full"
     tensors = to_canonical(flat, SAME_NAMES, canonical_shapes(config, architecture))
-    saved = checkpoints.Checkpoint(format, Path(path), config, architecture, tensors)
+    saved = checkpoints.Checkpoint(format, destination, config, architecture, tensors)
     files = {} if vocabulary is None else tokenizer.vocabulary_files(vocabulary)
     return checkpoints.write_checkpoint(
-        saved, Path(path), to=format, files=files, max_shard_size=max_shard_size, overwrite=overwrite
+        saved, destination, to=format, files=files, max_shard_size=max_shard_size, overwrite=overwrite
     )
 
 

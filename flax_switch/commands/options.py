@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flax_switch.config import ConfigError, ExperimentConfig
 from flax_switch.config_distillation import DistillConfig
 from flax_switch.config_finetuning import FinetuneRecipe
+
+if TYPE_CHECKING:
+    from flax_switch.distributed import Connection
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,3 +87,31 @@ def load_any(args: argparse.Namespace) -> ExperimentConfig | DistillConfig | Fin
     if args.overrides:
         raise ConfigError("--config.… sets fields of a --config recipe; with --gin_file use --gin.SECTION.FIELD=VALUE.")
     return recipes.load_gin(args.gin_file, args.bindings)
+
+
+def add_distributed_arguments(parser: argparse.ArgumentParser) -> None:
+    """--distributed, and what JAX's cluster detection does not know."""
+    group = parser.add_argument_group("several processes", "Every process is started with the same command; see docs/launching.md.")
+    group.add_argument(
+        "--distributed", action="store_true",
+        help="this is one of several processes; the rest is detected on Cloud TPU, SLURM, Open MPI and Kubernetes",
+    )  # fmt: skip
+    group.add_argument("--coordinator_address", metavar="HOST:PORT", help="of process 0; or JAX_COORDINATOR_ADDRESS")
+    group.add_argument("--num_processes", type=int, metavar="N", help="or JAX_NUM_PROCESSES")
+    group.add_argument("--process_id", type=int, metavar="I", help="0 to N-1; or JAX_PROCESS_ID")
+    group.add_argument("--heartbeat_timeout", type=int, metavar="S", help="seconds after which a silent process is dead (60)")
+    group.add_argument("--connect_timeout", type=int, metavar="S", help="seconds in which all processes must have started (300)")
+
+
+def connection(args: argparse.Namespace) -> Connection | None:
+    """How this process finds the others, or None where it runs alone. Raises `ConfigError` for settings that cannot be."""
+    names = ("coordinator_address", "num_processes", "process_id", "heartbeat_timeout", "connect_timeout")
+    given = {name: getattr(args, name) for name in names}
+    if not args.distributed:
+        unused = [f"--{name}" for name, value in given.items() if value is not None]
+        if unused:
+            raise ConfigError(f"{', '.join(unused)} are for several processes: add --distributed.")
+        return None
+    from flax_switch.distributed import Connection
+
+    return Connection.resolved(**given)

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import argparse
 
-from flax_switch.commands.options import add_recipe_arguments, load_config, take_overrides
+from flax_switch.commands.options import add_distributed_arguments, add_recipe_arguments, connection, load_config, take_overrides
 
 __all__ = ["add_arguments", "run", "take_overrides"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Recipe, overrides and workdir."""
+    """Recipe, overrides, workdir, and how several processes find each other."""
     add_recipe_arguments(parser)
+    add_distributed_arguments(parser)
     parser.add_argument("--workdir", required=True, metavar="DIR", help="where the run lives; the same one continues it")
 
 
 def run(args: argparse.Namespace) -> int:
     """Trains, then writes samples and the report; exit status 0, or 1 where a signal stopped the run before its end."""
-    config = load_config(args)
+    config, others = load_config(args), connection(args)
+    from flax_switch import distributed
     from flax_switch.training.finish import finish
     from flax_switch.training.loop import pretrain
 
-    result = pretrain(config, args.workdir)
-    if not result.finished:
-        return 1
-    finish(result, args.workdir)
-    return 0
+    with distributed.session(others):
+        result = pretrain(config, args.workdir)
+        if result.finished:
+            finish(result, args.workdir)
+    return 0 if result.finished else 1

@@ -16,9 +16,10 @@ from flax_switch import config_huggingface
 from flax_switch.config import SwitchConfig, check, one_of
 from flax_switch.convert import hub, huggingface, native, t5x, tokenizer, training_run
 from flax_switch.convert.canonical import canonical_shapes, is_router
-from flax_switch.convert.folder import DEFAULT_SHARD_SIZE, parse_size, split_into_shards, write_folder
+from flax_switch.convert.folder import DEFAULT_SHARD_SIZE, local_destination, parse_size, split_into_shards, write_folder
 from flax_switch.convert.memory import freed_memory_returned
 from flax_switch.convert.tensors import DTYPES, CheckpointError, LazyTensor, cast
+from flax_switch.data.files import in_store
 
 FORMATS = ("huggingface", "flax_switch")  # those that can be written
 
@@ -154,7 +155,7 @@ def convert(
         checkpoint = dataclasses.replace(checkpoint, tensors=tensors, config=config)
     return write_checkpoint(
         checkpoint,
-        Path(destination),
+        local_destination(destination),
         to=to,
         files=companion_files(checkpoint.path),
         max_shard_size=max_shard_size,
@@ -225,5 +226,8 @@ def companion_files(folder: Path) -> dict[str, bytes]:
 
 def source_identity(folder: Path) -> list:
     """What changes when a source's files do."""
+    if in_store(folder):
+        files = sorted(path for path in folder.iterdir() if path.is_file())
+        return [str(folder), *([path.name, path.stat().length, path.stat().mtime] for path in files)]
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return [str(folder.resolve()), *([str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns] for p in files)]

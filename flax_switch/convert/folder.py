@@ -16,6 +16,7 @@ from pathlib import Path
 from flax_switch.config import ConfigError
 from flax_switch.convert.safetensors_file import write_safetensors
 from flax_switch.convert.tensors import CheckpointError, LazyTensor, concatenate, narrow
+from flax_switch.data.files import in_store
 
 DEFAULT_SHARD_SIZE = "5GB"
 MARKERS = ("config.json", "flax_switch.json")  # a folder with one of them is a model
@@ -147,6 +148,17 @@ def _publish(partial: Path, destination: Path) -> None:
     for path in sorted(partial.iterdir(), key=lambda path: path.name in MARKERS):
         path.replace(destination / path.name)
     partial.rmdir()
+
+
+def local_destination(path: str | Path) -> Path:
+    """The folder to write a model to. Raises `CheckpointError` for object storage, where a folder cannot take its name when it is
+    complete.
+    """
+    if in_store(path):
+        raise CheckpointError(
+            f"{path}: converted models are written to disks, whole or not at all. Name a folder, then copy it there."
+        )
+    return Path(path)
 
 
 def check_destination(destination: Path, *, overwrite: bool) -> None:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from etils import epath
+
 from flax_switch.convert.tensors import CheckpointError
+from flax_switch.data.files import in_store
 
 _NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _SMALL = ("*.json", "spiece.model")
 
 
 def local_folder(source: str | Path, revision: str | None = None) -> Path:
-    """The folder of a checkpoint: the source itself if it is there, else the hub's snapshot of the model of that name.
+    """The folder of a checkpoint: the source itself if it is there (it may be in object storage), else the hub's snapshot of the
+    model of that name.
 
     Only what is needed is fetched: configs, tokenizer, and safetensors, or torch files where there are no safetensors.
 
@@ -20,6 +24,11 @@ def local_folder(source: str | Path, revision: str | None = None) -> Path:
       CheckpointError: if the source is neither, or the hub (or, offline, its cache) does not have it.
       ImportError: without huggingface_hub.
     """
+    if in_store(source):
+        folder = epath.Path(source)
+        if not folder.exists():
+            raise CheckpointError(f"{source} does not exist, or may not be read from here.")
+        return folder
     folder = Path(source).expanduser()
     if folder.exists():
         return folder

@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from flax_switch.convert.tensors import CheckpointError, Index, LazyTensor, contiguous
+from flax_switch.data.files import in_store
 
 MAX_HEADER_BYTES = 100_000_000  # the library's own limit
 
@@ -41,8 +42,9 @@ def read_safetensors(path: Path) -> dict[str, LazyTensor]:
     Raises:
       CheckpointError: if the file is truncated, its header too large or not what the format asks for.
     """
-    size = path.stat().st_size
     with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
@@ -110,7 +112,12 @@ def read_block(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype,
     """A block of a row-major tensor stored at `offset`: the rows are read from the file, the other axes sliced."""
     row = math.prod(shape[1:]) * dtype.itemsize
     start, stop = (index[0].start, index[0].stop) if shape else (0, 1)
-    data = np.fromfile(path, np.uint8, count=(stop - start) * row, offset=offset + start * row)
+    if in_store(path):
+        with path.open("rb") as file:
+            file.seek(offset + start * row)
+            data = np.frombuffer(file.read((stop - start) * row), np.uint8)
+    else:
+        data = np.fromfile(path, np.uint8, count=(stop - start) * row, offset=offset + start * row)
     if data.size != (stop - start) * row:
         raise CheckpointError(f"{path} is truncated: {(stop - start) * row} bytes expected at {offset + start * row}")
     block = data.view(dtype)

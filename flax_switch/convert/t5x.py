@@ -18,7 +18,7 @@ from flax_switch.convert.canonical import canonical_shapes
 from flax_switch.convert.mapping import SAME_NAMES, to_canonical
 from flax_switch.convert.scan import unstack_layers
 from flax_switch.convert.tensors import CheckpointError, LazyTensor, from_array, join_axes
-from flax_switch.convert.zarr import open_array
+from flax_switch.convert.zarr import key_value_store, open_array
 
 _KVSTORES = ("file", "gfile", "gcs")
 _WHOLE_BLOCK = re.compile(r"(encoder|decoder)/\1/(?!subblock_)(.+)")
@@ -111,7 +111,7 @@ def open_zarr(folder: Path, path: str) -> LazyTensor:
     """A zarr array as a lazy tensor."""
     if not (folder / ".zarray").is_file():
         raise CheckpointError(f"{path} should be in {folder}, which is no zarr array. Fetch the missing folder.")
-    tensor = open_array({"driver": "zarr", "kvstore": {"driver": "file", "path": f"{folder.resolve()}/"}}, str(folder))
+    tensor = open_array({"driver": "zarr", "kvstore": key_value_store(folder)}, str(folder))
     if tensor.dtype == np.uint16:
         raise CheckpointError(f"{folder} holds bfloat16 as uint16, as T5X wrote before version 3; save it again with a newer T5X")
     return tensor

@@ -9,6 +9,7 @@ import numpy as np
 
 from flax_switch.convert.safetensors_file import read_block
 from flax_switch.convert.tensors import DTYPES, CheckpointError, Index, LazyTensor, from_array
+from flax_switch.data.files import in_store
 
 
 def read_torch_bin(path: Path) -> dict[str, LazyTensor]:
@@ -21,6 +22,8 @@ def read_torch_bin(path: Path) -> dict[str, LazyTensor]:
       ImportError: without torch (the extra `torch`).
       CheckpointError: if the file is corrupt, or holds anything but tensors.
     """
+    if in_store(path):
+        raise CheckpointError(f"{path}: torch files are read from disks. Copy the folder to one, or use its safetensors.")
     try:
         import torch
         from torch._subclasses.fake_tensor import FakeTensorMode

@@ -15,7 +15,7 @@ from flax_switch.convert.canonical import canonical_shapes
 from flax_switch.convert.mapping import SAME_NAMES, to_canonical
 from flax_switch.convert.scan import unstack_layers
 from flax_switch.convert.tensors import CheckpointError, LazyTensor
-from flax_switch.convert.zarr import open_array
+from flax_switch.convert.zarr import key_value_store, open_array
 
 _METADATA = "_METADATA"
 
@@ -68,7 +68,7 @@ def read_params(folder: Path) -> dict[str, LazyTensor]:
         entries = [[str(key["key"]) for key in entry["key_metadata"]] for entry in metadata["tree_metadata"].values()]
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder / _METADATA} is no Orbax metadata: {error}") from error
-    base = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder.resolve()}/"}}
+    base = {"driver": "ocdbt", "base": key_value_store(folder)}
     driver = "zarr3" if zarr3 else "zarr"
     return {
         "/".join(keys): open_array({"driver": driver, "kvstore": {**base, "path": ".".join(keys) + "/"}}, "/".join(keys))

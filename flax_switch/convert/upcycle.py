@@ -13,7 +13,7 @@ import numpy as np
 from flax_switch.config import SwitchConfig, check
 from flax_switch.convert.canonical import canonical_shapes, is_expert, is_router
 from flax_switch.convert.checkpoint import Checkpoint, companion_files, open_checkpoint, source_identity, write_checkpoint
-from flax_switch.convert.folder import DEFAULT_SHARD_SIZE
+from flax_switch.convert.folder import DEFAULT_SHARD_SIZE, local_destination
 from flax_switch.convert.tensors import DTYPES, CheckpointError, Index, LazyTensor, from_array, repeat
 
 ROUTER_STD = 0.02  # a fresh router is initialised as in training from scratch
@@ -64,8 +64,8 @@ def upcycle(
     sparse = upcycled(dense, dense.config.replace(**fields), noise=noise, seed=seed)
     identity = [source_identity(dense.path), noise, seed]
     return write_checkpoint(
-        sparse, Path(destination), to=to, files=companion_files(dense.path), max_shard_size=max_shard_size, source=identity,
-        overwrite=overwrite, on_bytes=on_bytes, on_open=on_open,
+        sparse, local_destination(destination), to=to, files=companion_files(dense.path), max_shard_size=max_shard_size,
+        source=identity, overwrite=overwrite, on_bytes=on_bytes, on_open=on_open,
     )  # fmt: skip
 
 

@@ -5,13 +5,20 @@ from __future__ import annotations
 import functools
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from flax_switch.convert.tensors import CheckpointError, Index, LazyTensor
+from flax_switch.data.files import in_store
 
 MAX_CACHE_BYTES = 128 * 2**20
+
+
+def key_value_store(folder: Path) -> str | dict[str, str]:
+    """The tensorstore spec of the files below a folder, on a disk or in object storage."""
+    return f"{folder}/" if in_store(folder) else {"driver": "file", "path": f"{folder.resolve()}/"}
 
 
 def open_array(spec: dict[str, Any], name: str) -> LazyTensor:

@@ -19,9 +19,27 @@ from flax_switch.config import ConfigError
 _ABANDONED = 3600.0  # seconds after which an untouched temporary folder belongs to no living writer
 
 
+def in_store(path: epath.PathLike) -> bool:
+    """Whether a path lies in object storage (gs://..., s3://...), where nothing is appended, renamed or mapped into memory."""
+    return "://" in os.fspath(path)
+
+
+def absolute(path: epath.PathLike) -> epath.Path:
+    """The path from the root; one in object storage always is (and pathlib's rules would break its name)."""
+    path = epath.Path(path)
+    return path if in_store(path) else path.expanduser().resolve()
+
+
 def cache_folder(configured: str | None) -> Path:
-    """The folder for caches: the configured one, else `flax_switch` in the user's cache directory."""
+    """The folder for caches: the configured one, else `flax_switch` in the user's cache directory.
+
+    Raises `ConfigError` for one in object storage.
+    """
     if configured is not None:
+        if in_store(configured):
+            raise ConfigError(
+                f"data.cache_dir ({configured}) must be a folder on this machine: what is in it is mapped into memory."
+            )
         return Path(configured).expanduser()
     if sys.platform == "darwin":
         base = Path.home() / "Library" / "Caches"
@@ -69,7 +87,7 @@ def write_bytes(path: epath.PathLike, content: bytes) -> None:
     """
     path = epath.Path(path)
     with _explained(path):
-        if "://" in os.fspath(path):  # stores write an object as a whole
+        if in_store(path):  # stores write an object as a whole
             path.write_bytes(content)
             return
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,8 +2,8 @@
 
 A training stream is random-access: batch i is a pure function of (seed, i), so that neither workers nor a restart can change
 it, and the state of an iterator is the number of its next batch. A batch is defined for all processes together and each makes
-its own rows of it, so the number of processes does not change the stream either. This is the one module that imports grain,
-which in turn imports jax where it is installed.
+the rows of it that its devices hold, so neither the number of processes nor the mesh changes the stream. This is the one module
+that imports grain, which in turn imports jax where it is installed.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import grain
 import numpy as np
 from absl import flags
+from jaxtyping import Integer
 
 from flax_switch.config import ConfigError, check
 from flax_switch.data.batches import Batch, pack_batch, pad_batch, pad_rows
@@ -90,8 +91,7 @@ class _Stream:
     batch_size: int
     seed: int
     shuffle: bool
-    process_index: int
-    process_count: int
+    rows: np.ndarray  # which of a batch's rows this process makes
     first: int = 0
 
     def __len__(self) -> int:
@@ -100,7 +100,7 @@ class _Stream:
     @property
     def size(self) -> int:
         """Rows of this process's part of a batch."""
-        return self.batch_size // self.process_count
+        return len(self.rows)
 
     @property
     def group(self) -> int:
@@ -109,7 +109,7 @@ class _Stream:
 
     def __getitem__(self, index: int) -> list[Batch]:
         batches = self.first + index * self.group + np.arange(self.group)
-        places = batches[:, None] * self.batch_size + self.process_index * self.size + np.arange(self.size)
+        places = batches[:, None] * self.batch_size + self.rows
         part, places = self.parts(places.ravel())
         sizes = np.array(self.parts.sizes)
         epochs, rows = np.divmod(places, sizes[part])
@@ -128,7 +128,7 @@ class _Stream:
 
 
 class TrainIterator:
-    """Endless training batches of one process, from `get_state()` of any earlier iterator on."""
+    """Endless training batches, or the given rows of each, from `get_state()` of any earlier iterator on."""
 
     def __init__(
         self,
@@ -138,18 +138,13 @@ class TrainIterator:
         seed: int,
         fingerprint: str,
         shuffle: bool = True,
-        process_index: int = 0,
-        process_count: int = 1,
+        rows: Integer[np.ndarray, " rows"] | None = None,
         num_workers: int = 0,
         prefetch: int = 8,
         turns: Parts | None = None,
     ):
-        check(
-            batch_size % process_count == 0,
-            f"data.batch_size ({batch_size}) must be a multiple of the number of processes ({process_count}).",
-        )
         check(make.num_rows > 0, "There is not a single training example; the corpus is too small.")
-        self._stream = _Stream(make, turns or _AllRows((make.num_rows,)), batch_size, seed, shuffle, process_index, process_count)
+        self._stream = _Stream(make, turns or _AllRows((make.num_rows,)), batch_size, seed, shuffle, _rows_of(batch_size, rows))
         self._identity = {"batch_size": batch_size, "seed": seed, "shuffle": shuffle, "fingerprint": fingerprint}
         self._num_workers, self._prefetch = num_workers, prefetch
         self._next_batch = 0
@@ -237,23 +232,22 @@ def finite_batches(
     count: int | None = None,
     *,
     seed: int | None = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Integer[np.ndarray, " rows"] | None = None,
 ) -> Iterator[Batch]:
     """The first `count` (or all) batches of one pass in a fixed order; the last is filled up with rows of padding.
 
-    `seed` shuffles; None keeps the order. Each process gets its rows of each batch.
+    `seed` shuffles; None keeps the order. `rows` are those to make of each batch, ascending; None is all of them.
     """
-    check(
-        batch_size % process_count == 0,
-        f"A batch of {batch_size} cannot be divided among {process_count} processes; make it a multiple.",
-    )
+    rows = _rows_of(batch_size, rows)
     order = np.arange(make.num_rows)
     if seed is not None:
         order = np.random.default_rng(seed).permutation(order)
-    size = batch_size // process_count
     available = -(-len(order) // batch_size)
     for index in range(available if count is None else min(count, available)):
-        start = index * batch_size + process_index * size
-        rows = order[start : start + size]
-        yield pad_rows(make(rows, np.zeros_like(rows)), size)
+        places = index * batch_size + rows
+        chosen = order[places[places < len(order)]]
+        yield pad_rows(make(chosen, np.zeros_like(chosen)), len(rows))
+
+
+def _rows_of(batch_size: int, rows: np.ndarray | None) -> np.ndarray:
+    return np.arange(batch_size) if rows is None else np.asarray(rows)

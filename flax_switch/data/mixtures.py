@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Int64, Integer
 
 from flax_switch.config_finetuning import FinetuneDataConfig
 from flax_switch.data.loader import BatchMaker, TrainIterator
@@ -82,10 +82,9 @@ def mixture_iterator(
     rates: Sequence[Fraction],
     config: FinetuneDataConfig,
     *,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Integer[np.ndarray, " rows"] | None = None,
 ) -> TrainIterator:
-    """Endless batches of several tasks' pairs at these rates of examples, shuffled and resumable as one task's are.
+    """Endless batches (or the given rows of each) of several tasks' pairs at these rates of examples, shuffled and resumable.
 
     With packing, examples of one task share a row; tasks whose rows hold more examples get as many fewer rows.
     """
@@ -103,8 +102,7 @@ def mixture_iterator(
         seed=config.seed,
         fingerprint=" ".join(pairs.fingerprint for pairs in tasks) + kind,
         shuffle=config.shuffle,
-        process_index=process_index,
-        process_count=process_count,
+        rows=rows,
         num_workers=config.num_workers,
         prefetch=config.prefetch,
     )

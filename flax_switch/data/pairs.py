@@ -95,7 +95,7 @@ class Pairs:
 
 
 def pair_iterator(
-    pairs: Pairs, config: DataConfig, *, process_index: int = 0, process_count: int = 1, num_workers: int | None = None
+    pairs: Pairs, config: DataConfig, *, rows: Integer[np.ndarray, " rows"] | None = None, num_workers: int | None = None
 ) -> TrainIterator:
     """Endless batches of pairs, shuffled, resumable and shared out among processes as `Prepared.train_iterator`'s are."""
     lengths = (config.inputs_length, config.targets_length)
@@ -106,19 +106,18 @@ def pair_iterator(
         seed=config.seed,
         fingerprint=f"{pairs.fingerprint}{' packed' if config.packing else ''}",
         shuffle=config.shuffle,
-        process_index=process_index,
-        process_count=process_count,
+        rows=rows,
         num_workers=config.num_workers if num_workers is None else num_workers,
         prefetch=config.prefetch,
     )
 
 
 def pair_batches(
-    pairs: Pairs, config: DataConfig, count: int | None = None, *, process_index: int = 0, process_count: int = 1
+    pairs: Pairs, config: DataConfig, count: int | None = None, *, rows: Integer[np.ndarray, " rows"] | None = None
 ) -> Iterator[Batch]:
     """The first `count` (or all) batches of one pass in order, one pair a row; the last is filled up with rows of padding."""
     make = BatchMaker(pairs, config.inputs_length, config.targets_length)
-    return finite_batches(make, config.batch_size, count, seed=None, process_index=process_index, process_count=process_count)
+    return finite_batches(make, config.batch_size, count, seed=None, rows=rows)
 
 
 def _ragged(

@@ -15,7 +15,9 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
+import numpy as np
 from etils import epath
+from jaxtyping import Integer
 from rich.console import Console
 
 from flax_switch.config import DataConfig, check
@@ -70,10 +72,10 @@ class Prepared:
         made = {**dataclasses.asdict(self.mixture), "packing": self.config.packing}
         return hashlib.blake2b(f"{self.train.fingerprint} {json.dumps(made)}".encode(), digest_size=10).hexdigest()
 
-    def train_iterator(self, process_index: int = 0, process_count: int = 1, num_workers: int | None = None) -> TrainIterator:
-        """Endless training batches: `batch_size // process_count` rows of each for this process.
+    def train_iterator(self, rows: Integer[np.ndarray, " rows"] | None = None, num_workers: int | None = None) -> TrainIterator:
+        """Endless training batches, or of each the given rows: those that this process's devices hold.
 
-        The order depends on `config.seed` alone. `num_workers` overrides the config's.
+        What is in a row depends on `config.seed` alone. `num_workers` overrides the config's.
         """
         from flax_switch.data.loader import TrainIterator
 
@@ -83,14 +85,13 @@ class Prepared:
             seed=self.config.seed,
             fingerprint=self.fingerprint,
             shuffle=self.config.shuffle,
-            process_index=process_index,
-            process_count=process_count,
+            rows=rows,
             num_workers=self.config.num_workers if num_workers is None else num_workers,
             prefetch=self.config.prefetch,
         )
 
-    def heldout_batches(self, count: int | None = None, process_index: int = 0, process_count: int = 1) -> Iterator[Batch]:
-        """The first `count` (or all) held-out batches: always the same examples with the same masks."""
+    def heldout_batches(self, count: int | None = None, rows: Integer[np.ndarray, " rows"] | None = None) -> Iterator[Batch]:
+        """The first `count` (or all) held-out batches, or the given rows of each: always the same examples with the same masks."""
         from flax_switch.data.loader import finite_batches
 
         return finite_batches(
@@ -98,8 +99,7 @@ class Prepared:
             self.config.batch_size,
             count,
             seed=_HELDOUT_SEED,
-            process_index=process_index,
-            process_count=process_count,
+            rows=rows,
         )
 
     def heldout_unigram_entropy(self, count: int | None = None) -> float:

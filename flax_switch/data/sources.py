@@ -1,4 +1,7 @@
-"""Users' own text: files, folders and globs of .txt, .jsonl, their .gz forms, .parquet and .arrayrecord, read as documents."""
+"""Users' own text: files, folders and globs of .txt, .jsonl, their .gz forms, .parquet and .arrayrecord, read as documents.
+
+They may lie in object storage (gs://..., s3://..., see `docs/launching.md`), ArrayRecord files excepted.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from etils import epath
+
 from flax_switch.config import ConfigError, check
+from flax_switch.data.files import absolute, in_store
 
 TEXT, JSONL, PARQUET, ARRAYRECORD = (".txt",), (".jsonl", ".ndjson"), (".parquet",), (".arrayrecord", ".array_record")
 TABLES = (".tsv", ".csv")  # of tasks only
@@ -31,7 +37,10 @@ def find_files(source: str | tuple[str, ...], known: tuple[str, ...] = _KNOWN, s
     found: dict[Path, None] = {}
     for pattern in (source,) if isinstance(source, str) else source:
         expanded = os.path.expanduser(pattern)
-        if os.path.isdir(expanded):
+        if in_store(pattern):
+            matches = sorted(path for path in _stored_files(pattern) if kind_of(path) in known)
+            check(bool(matches), f"{setting}: {pattern!r} names no file that ends in {endings}, no folder of them and no glob.")
+        elif os.path.isdir(expanded):
             matches = sorted(p for p in Path(expanded).rglob("*") if p.is_file() and kind_of(p) in known)
             check(bool(matches), f"The folder {pattern} holds no text: none of its files ends in {endings}.")
         elif os.path.isfile(expanded):
@@ -48,6 +57,18 @@ def find_files(source: str | tuple[str, ...], known: tuple[str, ...] = _KNOWN, s
     return list(found)
 
 
+def _stored_files(pattern: str) -> Iterator[epath.Path]:
+    """The files in object storage that a path, a folder (searched through) or a glob without ** names."""
+    path = epath.Path(pattern)
+    if not path.exists():
+        yield from path.parent.glob(path.name)
+    elif path.is_dir():
+        for entry in path.iterdir():
+            yield from _stored_files(str(entry))
+    else:
+        yield path
+
+
 def kind_of(path: Path) -> str:
     """The ending that says how a file is read, without .gz where it may be compressed."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
@@ -61,14 +82,15 @@ def fingerprint(paths: list[Path], text_field: str, separator: str) -> str:
     digest = hashlib.blake2b(f"{text_field} {separator}".encode(), digest_size=10)
     for path in paths:
         stat = path.stat()
-        digest.update(f"\n{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode())
+        size, time = (stat.length, stat.mtime) if in_store(path) else (stat.st_size, stat.st_mtime_ns)
+        digest.update(f"\n{absolute(path)} {size} {time}".encode())
     return digest.hexdigest()
 
 
 def total_bytes(paths: list[Path]) -> int | None:
     """The size of the text where it is known beforehand: that of plain .txt files."""
     plain = all(path.suffix.lower() in TEXT for path in paths)
-    return sum(path.stat().st_size for path in paths) if plain else None
+    return sum(epath.Path(path).stat().length for path in paths) if plain else None
 
 
 def documents(paths: list[Path], text_field: str = "text", separator: str = "line") -> Iterator[str]:
@@ -140,8 +162,14 @@ def _raw_lines(path: Path) -> Iterator[bytes]:
         yield from file
 
 
-def _open(path: Path) -> IO[bytes]:
-    return gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb")
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[IO[bytes]]:
+    with path.open("rb") as file:
+        if path.suffix.lower() == ".gz":
+            with gzip.open(file) as unpacked:
+                yield unpacked
+        else:
+            yield file
 
 
 @contextlib.contextmanager
@@ -173,7 +201,7 @@ def _parquet_records(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
     except ImportError as error:
         raise ConfigError(f"Reading {path} needs pyarrow: pip install 'flax_switch[parquet]'.") from error
     try:
-        with parquet.ParquetFile(path) as file:
+        with path.open("rb") as opened, parquet.ParquetFile(opened) as file:
             row = 0
             for batch in file.iter_batches(batch_size=1024):
                 for record in batch.to_pylist():
@@ -189,6 +217,7 @@ def _array_records(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
         from array_record.python.array_record_module import ArrayRecordReader
     except ImportError as error:
         raise ConfigError(f"Reading {path} needs array-record: pip install 'flax_switch[arrayrecord]'.") from error
+    check(not in_store(path), f"{path}: ArrayRecord files are read from disks; copy it to one, or use .parquet or .jsonl.gz.")
     reader = ArrayRecordReader(str(path))
     try:
         for number in range(reader.num_records()):

@@ -14,6 +14,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Integer
 
 from flax_switch.config import check
 from flax_switch.config_finetuning import FinetuneDataConfig, TaskConfig
@@ -69,20 +70,20 @@ class PreparedTasks:
     tasks: tuple[PreparedTask, ...]
     rates: tuple[Fraction, ...]
 
-    def train_iterator(self, process_index: int = 0, process_count: int = 1) -> TrainIterator:
-        """Endless training batches: `batch_size // process_count` rows of each for this process."""
+    def train_iterator(self, rows: Integer[np.ndarray, " rows"] | None = None) -> TrainIterator:
+        """Endless training batches, or of each the given rows: those that this process's devices hold."""
         from flax_switch.data.mixtures import mixture_iterator
 
         tasks = [task.train for task in self.tasks]
-        return mixture_iterator(tasks, self.rates, self.config, process_index=process_index, process_count=process_count)
+        return mixture_iterator(tasks, self.rates, self.config, rows=rows)
 
-    def validation_batches(self, count: int | None = None, process_index: int = 0, process_count: int = 1) -> Iterator[Batch]:
-        """The first `count` (or all) validation batches, one example a row: always the same, tasks mixed as they come."""
+    def validation_batches(self, count: int | None = None, rows: Integer[np.ndarray, " rows"] | None = None) -> Iterator[Batch]:
+        """The first `count` (or all) validation batches, or the given rows of each: always the same, an example a row."""
         from flax_switch.data.loader import BatchMaker, finite_batches
 
         pairs = Pairs.joined([task.validation_pairs for task in self.tasks])
         make = BatchMaker(pairs, self.config.inputs_length, self.config.targets_length)
-        return finite_batches(make, self.config.batch_size, count, seed=0, process_index=process_index, process_count=process_count)
+        return finite_batches(make, self.config.batch_size, count, seed=0, rows=rows)
 
     @property
     def num_validation(self) -> int:

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from flax_switch import partitioning
 from flax_switch.config_finetuning import LOSS, FinetuneConfig
 from flax_switch.data.tasks import PreparedTask, PreparedTasks, spread
 from flax_switch.finetuning import metrics
@@ -103,7 +104,8 @@ def evaluate(
     run: Run, prepared: PreparedTasks, eval_step: Callable[[Any, Any], dict[str, Any]], params: Any
 ) -> tuple[dict[str, Any], list[Prediction]]:
     """Metrics and predictions. The cross-entropy is over `train.eval_batches` batches, scores over all chosen examples."""
-    batches = prepared.validation_batches(run.config.train.eval_batches, jax.process_index(), jax.process_count())
+    rows = partitioning.batch_rows(run.mesh, run.config.data.batch_size)
+    batches = prepared.validation_batches(run.config.train.eval_batches, rows)
     means = mean_metrics(run, eval_step, params, batches, prepared.vocabulary)
     means["token_accuracy"] = means.pop("accuracy")
     del means["text_cross_entropy"]

@@ -46,11 +46,11 @@ def finetune(
     mesh = _checked(config, mesh)
     check_vocabulary(config, start.vocabulary)
     prepared = prepare_tasks(config.data, start.vocabulary, say=console.print)
+    run = build_run(config, mesh)
     workdir = claim_workdir(workdir, config)
     if not (workdir / "vocabulary" / SETTINGS_FILE).exists():
         start.vocabulary.save(workdir / "vocabulary")
     write_text(workdir / TASKS_FILE, json.dumps(prepared.describe(), indent=2) + "\n")
-    run = build_run(config, mesh)
     if config.optimizer.trainable != ".*":
         trained = trainable_part(run.abstract_state.params, config.optimizer.trainable)
         console.print(f"Training {_count(trained):,} of {_count(run.abstract_state.params):,} parameters.")
@@ -68,12 +68,15 @@ def evaluate_checkpoint(
     prepared = prepare_tasks(config.data, start.vocabulary, train=False, say=console.print)
     check(prepared.num_validation > 0, "There is nothing to evaluate on; set data.validation=FILE.")
     run = build_run(config, mesh)
-    with partitioning.use_mesh(mesh):
-        return run, *evaluate(run, prepared, compile_eval_step(run), start.state(run).params)
+    return run, *evaluate(run, prepared, compile_eval_step(run), start.state(run).params)
 
 
 def _checked(config: FinetuneConfig, mesh: Mesh | None) -> Mesh:
     """The mesh; raises for metrics that are not installed and a batch that the mesh cannot split."""
+    check(
+        jax.process_count() == 1,
+        f"Fine-tuning and evaluation run in one process, on all its devices; there are {jax.process_count()} processes.",
+    )
     metrics.require(dict.fromkeys(m for task in config.data.mixture for m in config.metrics_of(task)))
     mesh = partitioning.create_mesh(config.mesh) if mesh is None else mesh
     partitioning.check_batch_size(config.data.batch_size, mesh)

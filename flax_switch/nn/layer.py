@@ -13,6 +13,7 @@ from flax_switch.nn.attention import Attention, KeyValue, RelativePositionBias, 
 from flax_switch.nn.layers import MLP, Dropout, RMSNorm
 from flax_switch.nn.moe import SparseMLP
 from flax_switch.nn.outputs import LayerCache, LayerOutput
+from flax_switch.ops.expert_parallel import EXCHANGED
 
 
 @flax.struct.dataclass
@@ -141,8 +142,14 @@ class ScanBlock(nn.Module):
 
 
 def remat(module: type[nn.Module], policy: str) -> type[nn.Module]:
-    """`module` with its activations recomputed in the backward pass, as the remat policy says."""
+    """`module` with its activations recomputed in the backward pass, as the remat policy says.
+
+    What experts on other devices sent is always kept: recomputing it would send it again.
+    """
     if policy == "none":
         return module
-    saved = jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims if policy == "minimal" else None
+    policies = jax.checkpoint_policies
+    saved = policies.save_only_these_names(*EXCHANGED)
+    if policy == "minimal":
+        saved = policies.save_from_both_policies(policies.checkpoint_dots_with_no_batch_dims, saved)
     return nn.remat(module, policy=saved, prevent_cse=False, static_argnums=(3,) if module is ScanBlock else ())

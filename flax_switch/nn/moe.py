@@ -14,6 +14,7 @@ from flax_switch.config import SwitchConfig
 from flax_switch.ops.groups import flaxformer_replicas
 from flax_switch.ops.moe import MoEParams, moe_block
 from flax_switch.ops.routing import RouterOutput
+from flax_switch.partitioning import PmapDevices, current_devices
 
 Initializer = Callable[..., Array]
 
@@ -118,7 +119,9 @@ class SparseMLP(nn.Module):
         """
         config = self.config
         router_kernel, router_bias = Router(config, name="router")()
-        expert = MLPKernels(config, config.num_experts, name="expert")()
+        devices = current_devices()
+        own_experts = config.num_experts // (devices.expert if isinstance(devices, PmapDevices) else 1)
+        expert = MLPKernels(config, own_experts, name="expert")()
         shared = MLPKernels(config, name="shared_expert")() if config.shared_expert else None
         dropout_rate = config.dropout_rate if config.expert_dropout_rate is None else config.expert_dropout_rate
         return moe_block(
@@ -132,6 +135,7 @@ class SparseMLP(nn.Module):
             dropout_rng=self._rng("dropout", dropout_rate, deterministic),
             replicas=flaxformer_replicas(config.num_experts) if config.routing_group == "flaxformer" else 1,
             with_logits=with_logits,
+            devices=devices,
         )
 
     def _rng(self, stream: str, rate: float, deterministic: bool):

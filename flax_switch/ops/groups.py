@@ -44,6 +44,16 @@ class Grouping:
         x = x.reshape(-1, *rest)[: self.padded_batch * self.padded_length]
         return x.reshape(self.padded_batch, self.padded_length, *rest)[: self.batch, : self.length]
 
+    def splits(self, ways: int) -> bool:
+        """Whether a batch cut into `ways` equal parts has whole groups in each of them, and no filling."""
+        full = self.num_groups * self.group_size == self.padded_batch * self.padded_length
+        return full and self.padded_batch == self.batch and self.batch % ways == 0 and self.num_groups % ways == 0
+
+    def part(self, ways: int) -> Grouping:
+        """The grouping of one of `ways` equal parts of the batch; only where it `splits`."""
+        batch = self.batch // ways
+        return Grouping(batch, self.length, batch, self.padded_length, self.num_groups // ways, self.group_size)
+
     def counted(self) -> Bool[Array, "G S"] | None:
         """Which places take part in routing and losses; None if all do.
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from flax_switch.ops.grouped import grouped_matmul
 from flax_switch.ops.permute import sum_rows, take_rows
 from flax_switch.ops.routing import RoutingPlan
 
+SortedExperts = Callable[[Float[Array, "R D"], Int[Array, " E"]], Float[Array, "R D"]]  # rows and group sizes to answers
 
-def execute_ragged(
-    plan: RoutingPlan, x: Float[Array, "G S D"], kernels: Mapping[str, Array], experts: Callable
-) -> Float[Array, "G S D"]:
+
+def execute_ragged(plan: RoutingPlan, x: Float[Array, "G S D"], experts: SortedExperts) -> Float[Array, "G S D"]:
     """Sorts the kept choices of all groups by expert, runs `experts` on the sorted rows, and adds up the answers."""
     G, S, N = plan.expert.shape
     num_choices = G * S * N
@@ -32,6 +30,6 @@ def execute_ragged(
         row_of_token = row_of_choice.reshape(1, G * S, N)
 
     sorted_rows = take_rows(x.reshape(1, G * S, -1), token, row_of_token)[0]
-    answers = experts(sorted_rows, kernels, matmul=functools.partial(grouped_matmul, group_sizes=group_sizes))
+    answers = experts(sorted_rows, group_sizes)
     weight = take_rows(plan.weight.reshape(1, -1, 1), choice[None], row_of_choice.reshape(1, -1, 1))
     return sum_rows(answers[None] * weight, token, row_of_token, G * S).reshape(x.shape).astype(x.dtype)

@@ -8,6 +8,7 @@ Sources: Switch Transformers (2101.03961), ST-MoE (2202.08906), V-MoE (2106.0597
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -184,14 +185,23 @@ def router_z_loss(logits: Float[Array, "G S E"], counted: Bool[Array, "G S"] | N
     return token_mean(jax.nn.logsumexp(logits, axis=-1) ** 2, counted)
 
 
-def token_mean(values: Float[Array, "G S"], counted: Bool[Array, "G S"] | None) -> Float[Array, ""]:
+Total = Callable[[Array], Array]  # adds up what every device of an SPMD program has; the identity where one has it all
+
+
+def _own(x: Array) -> Array:
+    return x
+
+
+def token_mean(values: Float[Array, "G S"], counted: Bool[Array, "G S"] | None, total: Total = _own) -> Float[Array, ""]:
     """The mean of `values` over the tokens that count, or over all."""
     if counted is None:
-        return values.mean()
-    return jnp.where(counted, values, 0.0).sum() / jnp.maximum(counted.sum(), 1)
+        return total(values.mean()) / total(jnp.ones(()))
+    return total(jnp.where(counted, values, 0.0).sum()) / jnp.maximum(total(counted.sum()), 1)
 
 
-def routing_metrics(plan: RoutingPlan, probs: Float[Array, "G S E"], counted: Bool[Array, "G S"] | None) -> dict[str, Array]:
+def routing_metrics(
+    plan: RoutingPlan, probs: Float[Array, "G S E"], counted: Bool[Array, "G S"] | None, total: Total = _own
+) -> dict[str, Array]:
     """What to watch while training; all float32 scalars but tokens_per_expert [E].
 
     fraction_tokens_left_behind: of the counted tokens, those that no expert took. router_confidence: mean weight of the choices
@@ -199,17 +209,17 @@ def routing_metrics(plan: RoutingPlan, probs: Float[Array, "G S E"], counted: Bo
     tokens_per_expert: choices that each expert processed.
     """
     kept = plan.kept if counted is None else plan.kept & counted[..., None]
-    num_kept = plan.kept.sum().astype(jnp.float32)
+    num_kept = total(plan.kept.sum().astype(jnp.float32))
     entropy = -jnp.sum(probs * jnp.log(jnp.maximum(probs, jnp.finfo(probs.dtype).tiny)), axis=-1)
     if plan.tokens_choose and plan.capacity is not None:
-        usage = num_kept / (plan.expert.shape[0] * plan.num_experts * plan.capacity)
+        usage = num_kept / (total(jnp.float32(plan.expert.shape[0])) * plan.num_experts * plan.capacity)
     else:
         usage = jnp.ones((), jnp.float32)  # no slot stays empty
     chosen = (plan.expert[..., None] == jnp.arange(plan.num_experts)) & plan.kept[..., None]
     return {
-        "fraction_tokens_left_behind": token_mean((~kept.any(-1)).astype(jnp.float32), counted),
-        "router_confidence": jnp.where(plan.kept, plan.weight, 0.0).sum() / jnp.maximum(num_kept, 1.0),
-        "router_entropy": token_mean(entropy, counted),
+        "fraction_tokens_left_behind": token_mean((~kept.any(-1)).astype(jnp.float32), counted, total),
+        "router_confidence": total(jnp.where(plan.kept, plan.weight, 0.0).sum()) / jnp.maximum(num_kept, 1.0),
+        "router_entropy": token_mean(entropy, counted, total),
         "expert_usage": usage,
-        "tokens_per_expert": chosen.sum((0, 1, 2)).astype(jnp.float32),
+        "tokens_per_expert": total(chosen.sum((0, 1, 2)).astype(jnp.float32)),
     }

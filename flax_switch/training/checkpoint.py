@@ -23,6 +23,7 @@ from etils import epath
 from flax_switch.config import ConfigError, ExperimentConfig
 from flax_switch.config_distillation import DistillConfig
 from flax_switch.config_finetuning import FinetuneConfig
+from flax_switch.data.files import absolute, write_text
 from flax_switch.training.state import TrainState
 
 CONFIG_FILE = "config.json"
@@ -47,6 +48,7 @@ _MAY_CHANGE = (
     "model.moe_executor",
     "evaluation.patience",
     "evaluation.batch_size",
+    "model.expert_parallel_buffer_factor",
 )
 
 RunConfig = ExperimentConfig | FinetuneConfig
@@ -61,7 +63,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep_last, keep_period=keep_every, enable_async_checkpointing=True, create=True
         )
-        self._manager = ocp.CheckpointManager(self.workdir.resolve() / CHECKPOINTS, options=options)
+        self._manager = ocp.CheckpointManager(absolute(self.workdir) / CHECKPOINTS, options=options)
 
     def save(self, state: TrainState, data_state: Any) -> None:
         """Starts saving; training goes on meanwhile. A second save waits for the first. Does nothing if the step is saved."""
@@ -146,6 +148,11 @@ def claim_workdir(workdir: epath.PathLike, config: RunConfig) -> epath.Path:
     workdir = epath.Path(workdir)
     path = workdir / CONFIG_FILE
     if not path.exists():
+        if jax.process_index() > 0:
+            raise ConfigError(
+                f"Process {jax.process_index()} does not see {path}, which process 0 has written. The workdir must lie where all "
+                "processes can read and write it: a network file system, or object storage (gs://..., s3://...)."
+            )
         if workdir.exists() and not workdir.is_dir():
             raise ConfigError(f"The workdir {workdir} is a file; name a folder.")
         strangers = [p.name for p in workdir.iterdir() if not p.name.startswith(".")] if workdir.exists() else []
@@ -164,19 +171,19 @@ def claim_workdir(workdir: epath.PathLike, config: RunConfig) -> epath.Path:
             f"The workdir {workdir} holds another run. It differs in: {'; '.join(differing)}. Restore these settings to continue "
             "it, or name a new workdir."
         )
-    write_config(workdir, config)
+    if found != config:  # in what may change
+        write_config(workdir, config)
     return workdir
 
 
 def differing_fields(old: RunConfig, new: RunConfig) -> list[str]:
     """The fields, of those a resumed run may not change, in which two configs differ: 'data.seed was 0, is 1'."""
-    differing = []
     was, now = flat_fields(old), flat_fields(new)
-    for key in dict.fromkeys((*was, *now)):
-        before, after = was.get(key), now.get(key)
-        if before != after and not any(key.startswith(prefix) for prefix in _MAY_CHANGE):
-            differing.append(f"{key} was {before!r}, is {after!r}")
-    return differing
+    return [
+        f"{key} was {was.get(key)!r}, is {now.get(key)!r}"
+        for key in dict.fromkeys((*was, *now))
+        if was.get(key) != now.get(key) and not any(key.startswith(prefix) for prefix in _MAY_CHANGE)
+    ]
 
 
 def flat_fields(config: RunConfig) -> dict[str, Any]:
@@ -189,11 +196,8 @@ def flat_fields(config: RunConfig) -> dict[str, Any]:
 
 def write_config(workdir: epath.PathLike, config: RunConfig) -> None:
     """Writes `config.json`, complete or not at all."""
-    path = epath.Path(workdir) / CONFIG_FILE
-    temporary = path.with_name(CONFIG_FILE + ".new")
     with explain_full_disk(workdir):
-        temporary.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-        temporary.replace(path)
+        write_text(epath.Path(workdir) / CONFIG_FILE, json.dumps(config.to_dict(), indent=2) + "\n")
 
 
 def read_config(workdir: epath.PathLike) -> RunConfig:

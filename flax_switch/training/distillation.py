@@ -7,8 +7,6 @@ are a mixture of the true token and of the teacher's whole distribution, at temp
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -31,6 +29,7 @@ from flax_switch.training.evaluate import Evaluator
 from flax_switch.training.loop import RunResult, check_vocabulary, train
 from flax_switch.training.state import Run, TrainState, build_run, init_state, state_shardings
 from flax_switch.training.step import Batch, Loss, compile_eval_step, forward, train_step, true_loss
+from flax_switch.training.stepper import Stepper
 
 
 def distill(config: DistillConfig, workdir: epath.PathLike) -> RunResult:
@@ -44,6 +43,10 @@ def distill(config: DistillConfig, workdir: epath.PathLike) -> RunResult:
     teachers = open_checkpoint(config.teacher)
     check_teacher(config, teachers.config, teachers.architecture)
     copied = copied_weights(teachers, config.model) if config.distillation.copy_weights else {}
+    check(
+        config.mesh.mode == "jit" and jax.process_count() == 1,
+        "Distillation runs under jit in one process, on any number of its devices; set mesh.mode='jit' and start one process.",
+    )
     mesh = partitioning.create_mesh(config.mesh)
     partitioning.check_batch_size(config.data.batch_size, mesh)
     workdir = claim_workdir(workdir, config)
@@ -65,7 +68,7 @@ def distill(config: DistillConfig, workdir: epath.PathLike) -> RunResult:
         workdir,
         lambda: Evaluator.of(run, prepared, compile_eval_step(run)),
         first_state,
-        functools.partial(compile_distillation_step, teacher=teacher),
+        lambda run: distillation_stepper(run, teacher),
     )
 
 
@@ -163,14 +166,18 @@ def teachers_loss(run: Run, teacher: Pretrained, params: Any) -> Loss:
     return loss_of
 
 
-def compile_distillation_step(run: Run, teacher: Pretrained) -> Callable[[TrainState, Batch], tuple[TrainState, Mapping[str, Any]]]:
+def distillation_stepper(run: Run, teacher: Pretrained) -> Stepper:
     """`train_step` against the teacher, jitted over the run's mesh; the teacher's parameters stay where they are."""
     shardings = state_shardings(run)
-    batch_sharding, replicated = partitioning.batch_sharding(run.mesh), partitioning.replicated(run.mesh)
-    step = jax.jit(
-        lambda params, state, batch: train_step(run, state, batch, teachers_loss(run, teacher, params)),
-        in_shardings=(jax.tree.map(lambda leaf: leaf.sharding, teacher.params), shardings, batch_sharding),
-        out_shardings=(shardings, replicated),
+
+    def step(params: Any, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
+        with partitioning.traced_on(run.mesh):
+            return train_step(run, state, batch, teachers_loss(run, teacher, params))
+
+    compiled = jax.jit(
+        step,
+        in_shardings=(jax.tree.map(lambda leaf: leaf.sharding, teacher.params), shardings, partitioning.batch_sharding(run.mesh)),
+        out_shardings=(shardings, partitioning.replicated(run.mesh)),
         donate_argnums=1,
     )
-    return functools.partial(step, teacher.params)
+    return Stepper(lambda state, batch: compiled(teacher.params, state, partitioning.shard_batch(batch, run.mesh)))

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import jax
 import numpy as np
 
 from flax_switch import partitioning
@@ -37,7 +36,8 @@ class Evaluator:
         `nats_below_unigram` is how far the cross-entropy over text targets (neither sentinels nor EOS) lies below the entropy of
         the same tokens' unigram distribution, the least that a model without context can reach.
         """
-        batches = self.prepared.heldout_batches(self.batches, jax.process_index(), jax.process_count())
+        rows = partitioning.batch_rows(self.run.mesh, self.run.config.data.batch_size)
+        batches = self.prepared.heldout_batches(self.batches, rows)
         means = mean_metrics(self.run, self.eval_step, params, batches, self.prepared.vocabulary)
         text = means["text_cross_entropy"]
         return {**means, "unigram_entropy": self.unigram_entropy, "nats_below_unigram": self.unigram_entropy - text}

@@ -24,9 +24,10 @@ from flax_switch.training.report import SAMPLES_FILE, write_report
 def finish(result: RunResult, workdir: epath.PathLike) -> None:
     """Fills masked spans of held-out text, writes the report, and tells the person what there is and what to try next."""
     if jax.process_index() != 0:
-        return
+        return  # one process writes
     workdir = epath.Path(workdir)
-    samples = fill_spans(result, result.run.config.train.sample_spans)
+    # Generating is a program of all processes where the parameters are spread over them; here is only one.
+    samples = fill_spans(result, result.run.config.train.sample_spans) if jax.process_count() == 1 else []
     (workdir / SAMPLES_FILE).write_text(json.dumps(samples, indent=2) + "\n")
     if samples:
         console.print("\nHeld-out text with masked spans filled in, [model's -> text's]:")

@@ -11,16 +11,17 @@ import jax
 import numpy as np
 from etils import epath
 
-from flax_switch import data, partitioning
+from flax_switch import data, distributed, partitioning
 from flax_switch.config import ConfigError, ExperimentConfig
 from flax_switch.config_finetuning import FinetuneConfig
 from flax_switch.data import Vocabulary
-from flax_switch.training.checkpoint import Checkpoints, claim_workdir
+from flax_switch.training.checkpoint import Checkpoints, claim_workdir, flat_fields
 from flax_switch.training.evaluate import Evaluator
 from flax_switch.training.metrics import MetricsWriter, plain
 from flax_switch.training.progress import StopSignals, Stopwatch, TrainProgress, console
 from flax_switch.training.state import Run, TrainState, build_run, init_state
-from flax_switch.training.step import compile_eval_step, compile_train_step
+from flax_switch.training.step import compile_eval_step
+from flax_switch.training.stepper import Stepper, build_stepper
 
 Batch = dict[str, np.ndarray]
 
@@ -30,7 +31,7 @@ class Examples(Protocol):
 
     vocabulary: Vocabulary
 
-    def train_iterator(self, process_index: int, process_count: int) -> Any: ...
+    def train_iterator(self, rows: np.ndarray | None = None) -> Any: ...
 
 
 class Evaluation(Protocol):
@@ -61,12 +62,15 @@ def pretrain(config: ExperimentConfig, workdir: epath.PathLike) -> RunResult:
 
     After SIGTERM or Ctrl-C the state is saved and the call returns with `finished=False`. After a kill the run continues from the
     last complete checkpoint, with the losses it would have had. Raises `ConfigError` for settings or data that cannot be used,
-    before anything is compiled.
+    before anything is compiled. With several processes (`flax_switch.distributed`) every one of them makes this call.
     """
-    workdir = claim_workdir(workdir, config)
+    console.quiet = jax.process_index() != 0
+    distributed.require_same({"workdir": str(workdir), "jax": jax.__version__, **flat_fields(config)})
+    workdir = distributed.first_process_first(lambda: claim_workdir(workdir, config))
     mesh = partitioning.create_mesh(config.mesh)
     partitioning.check_batch_size(config.data.batch_size, mesh)
-    prepared = data.prepare(config.data, workdir=workdir)
+    prepared = distributed.first_process_first(lambda: data.prepare(config.data, workdir=workdir, quiet=console.quiet))
+    distributed.require_same({"corpus and vocabulary (by hash)": prepared.fingerprint})
     check_vocabulary(config, prepared.vocabulary)
     run = build_run(config, mesh)
     return train(run, prepared, workdir, lambda: Evaluator.of(run, prepared, compile_eval_step(run)), init_state)
@@ -78,12 +82,12 @@ def train(
     workdir: epath.Path,
     make_evaluator: Callable[[], Evaluation],
     first_state: Callable[[Run], TrainState],
-    compile_step: Callable[[Run], Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]] = compile_train_step,
+    make_stepper: Callable[[Run], Stepper] = build_stepper,
 ) -> RunResult:
     """Trains from the last checkpoint in `workdir`, or from `first_state(run)`, to the end or a signal."""
     config = run.config
     checkpoints = Checkpoints(workdir, config.train.keep_last, config.train.keep_every)
-    batches = prepared.train_iterator(jax.process_index(), jax.process_count())
+    batches = prepared.train_iterator(partitioning.batch_rows(run.mesh, config.data.batch_size))
     if checkpoints.latest_step() is None:
         state, start = first_state(run), 0
     else:
@@ -93,7 +97,7 @@ def train(
         console.print(f"Continuing {workdir} from step {start}.")
     writer = MetricsWriter(workdir, start)
     try:
-        return _train(run, prepared, state, start, batches, checkpoints, writer, make_evaluator(), compile_step(run))
+        return _train(run, prepared, state, start, batches, checkpoints, writer, make_evaluator(), make_stepper(run))
     finally:
         batches.close()
         checkpoints.close()
@@ -118,24 +122,26 @@ def _train(
     checkpoints: Checkpoints,
     writer: MetricsWriter,
     evaluator: Evaluation,
-    train_step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]],
+    stepper: Stepper,
 ) -> RunResult:
     config = run.config.train
+    state = stepper.hold(state)
     progress, watch = TrainProgress(start, config.steps), Stopwatch()
     evaluation = None
-    with StopSignals() as signals, partitioning.use_mesh(run.mesh):
-        step, enough = start, evaluator.conclude(start, state.params, None)
+    with StopSignals() as signals:
+        step, enough = start, evaluator.conclude(start, None, None)
         while step < config.steps and not signals.stopped and not enough:
             before = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - before
-            state, metrics = train_step(state, partitioning.shard_batch(batch, run.mesh))
+            state, metrics = stepper.step(state, batch)
             step += 1
+            signals.check(step)
             if step == start + 1:  # the first step compiled; it says nothing about speed
                 jax.block_until_ready(metrics)
                 watch = Stopwatch()
             else:
-                watch.count(waited, _tokens(batch) * jax.process_count())
+                watch.count(waited, _tokens(batch) * run.config.data.batch_size / len(batch["labels"]))
             progress.advance(step)
             last = step == config.steps
             if step % config.log_every == 0 or last:
@@ -145,27 +151,31 @@ def _train(
                 check_finite(line, step)
             if step % config.eval_every == 0 or last:
                 paused = watch.pause()
-                evaluation = evaluator(state.params)
+                params = stepper.release(state).params
+                evaluation = evaluator(params)
                 writer.write(step, "eval", evaluation)
                 progress.say(f"step {step}: {evaluator.describe(evaluation)}")
-                enough = evaluator.conclude(step, state.params, evaluation)
+                enough = evaluator.conclude(step, params, evaluation)
+                del params  # the next step uses the state up
                 watch.resume(paused)
             if step % config.checkpoint_every == 0 or last or signals.stopped or enough:
                 paused = watch.pause()
-                checkpoints.save(state, batches.get_state())
+                writer.flush()
+                checkpoints.save(stepper.release(state), batches.get_state())
                 watch.resume(paused)
         if signals.stopped and step < config.steps and not enough:
-            checkpoints.save(state, batches.get_state())
+            writer.flush()
+            checkpoints.save(stepper.release(state), batches.get_state())
             checkpoints.wait()
             progress.close()
             console.print(f"{signals.stopped}: saved at step {step}. Run the same command again to continue.")
-            return RunResult(run, state, prepared, step, False, None)
+            return RunResult(run, stepper.release(state), prepared, step, False, None)
         progress.close()
         if enough:
             console.print(f"Training ended at step {step}: {enough}.")
         if evaluation is None:  # the run was complete before this call
-            evaluation = evaluator(state.params)
-    return RunResult(run, state, prepared, step, True, evaluation)
+            evaluation = evaluator(stepper.release(state).params)
+    return RunResult(run, stepper.release(state), prepared, step, True, evaluation)
 
 
 def check_finite(metrics: dict[str, Any], step: int) -> None:

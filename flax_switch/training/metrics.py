@@ -11,6 +11,8 @@ import jax
 import numpy as np
 from etils import epath
 
+from flax_switch.data.files import in_store, write_text
+
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -27,24 +29,35 @@ def plain(metrics: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 class MetricsWriter:
-    """Appends to a workdir's metrics. Lines after `resume_step` are dropped first: the run will write them again."""
+    """Appends to a workdir's metrics. Lines after `resume_step` are dropped first: the run will write them again.
+
+    Of several processes only the first writes. On a disk every line is there at once; in object storage, where nothing can be
+    appended, after `flush` and `close`, and TensorBoard's events are left out.
+    """
 
     def __init__(self, workdir: epath.PathLike, resume_step: int = 0):
+        self._board, self._writes = None, jax.process_index() == 0
+        if not self._writes:
+            return
         self._path = epath.Path(workdir) / METRICS_FILE
-        kept = [line for line in read_metrics(workdir) if line["step"] <= resume_step]
-        temporary = self._path.with_name(METRICS_FILE + ".new")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        temporary.replace(self._path)
-        self._board = None
-        if importlib.util.find_spec("tensorboardX") is not None:
+        self._stored = in_store(self._path)
+        self._lines = [json.dumps(line) + "\n" for line in read_metrics(workdir) if line["step"] <= resume_step]
+        write_text(self._path, "".join(self._lines))
+        if not self._stored and importlib.util.find_spec("tensorboardX") is not None:
             from tensorboardX import SummaryWriter
 
             self._board = SummaryWriter(str(epath.Path(workdir) / "tensorboard"), purge_step=resume_step + 1)
 
     def write(self, step: int, kind: str, metrics: dict[str, Any]) -> None:
         """Writes one line {"step", "kind", ...}; `kind` is "train", "eval" or "final"."""
-        with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, "kind": kind, **metrics}) + "\n")
+        if not self._writes:
+            return
+        line = json.dumps({"step": step, "kind": kind, **metrics}) + "\n"
+        if self._stored:
+            self._lines.append(line)
+        else:
+            with self._path.open("a") as file:
+                file.write(line)
         if self._board is not None:
             for name, value in metrics.items():
                 if isinstance(value, int | float):
@@ -53,8 +66,14 @@ class MetricsWriter:
                     for layer, entry in enumerate(value):
                         self._board.add_scalar(f"{kind}/{name}/sparse_layer_{layer}", entry, step)
 
+    def flush(self) -> None:
+        """Writes what is held back; call it before a checkpoint is saved, so that no checkpoint is ahead of the metrics."""
+        if self._writes and self._stored:
+            write_text(self._path, "".join(self._lines))
+
     def close(self) -> None:
-        """Flushes TensorBoard's events."""
+        """Flushes all that is held back."""
+        self.flush()
         if self._board is not None:
             self._board.close()
 

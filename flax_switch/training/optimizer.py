@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from flax_switch.config import OptimizerConfig
+from flax_switch.partitioning import pmap_devices
 from flax_switch.training.adafactor import AdafactorState, adafactor, state_axes
 
 
@@ -47,8 +48,28 @@ def build_optimizer(config: OptimizerConfig, axes: Any, steps: int) -> optax.Gra
     else:
         optimizer = optax.adamw(schedule, config.b1, config.b2, config.eps, weight_decay=config.weight_decay)
     if config.clip_global_norm is not None:
-        optimizer = optax.chain(optax.clip_by_global_norm(config.clip_global_norm), optimizer)
+        optimizer = optax.chain(_clip_by_global_norm(config.clip_global_norm, axes), optimizer)
     return optimizer
+
+
+def global_norm(grads: Any, by_expert: Any) -> jax.Array:
+    """The norm of all gradients together; inside a pmap also of those whose experts (`by_expert`: True) other devices hold."""
+    devices = pmap_devices()
+    if devices is None:
+        return optax.tree.norm(grads)
+    squares = jax.tree.map(lambda g: jnp.square(g).sum(), grads)
+    own, shared = (sum(jax.tree.leaves(jax.tree.map(lambda s, e: s * (e == on), squares, by_expert))) for on in (True, False))  # noqa: B023
+    return jnp.sqrt(shared + devices.sum(own, devices.expert_groups))
+
+
+def _clip_by_global_norm(limit: float, axes: Any) -> optax.GradientTransformation:
+    """`optax.clip_by_global_norm`, by the norm above."""
+
+    def update(grads, state, params=None):
+        norm = global_norm(grads, jax.tree.map(lambda _, names: "expert" in names, grads, axes))
+        return jax.tree.map(lambda g: jnp.where(norm < limit, g, g / norm.astype(g.dtype) * limit), grads), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def optimizer_state_axes(state: Any, params: Any, axes: Any, config: OptimizerConfig) -> Any:

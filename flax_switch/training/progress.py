@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
 from types import FrameType
 from typing import Any
 
+import jax
+from jax.experimental import multihost_utils
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -69,22 +72,36 @@ def duration(seconds: float) -> str:
 
 
 class StopSignals:
-    """Turns SIGTERM and the first Ctrl-C into `stopped`, so that the loop can save and leave; a second Ctrl-C interrupts."""
+    """Turns SIGTERM and the first Ctrl-C into `stopped`, so that the loop can save and leave; a second Ctrl-C interrupts.
+
+    With several processes a signal to any of them stops all after the same step: JAX takes SIGTERM and agrees on one.
+    """
 
     def __init__(self) -> None:
         self.stopped: str | None = None
+        self._asked: str | None = None
+        self._several = jax.process_count() > 1
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in (signal.SIGINT,) if self._several else (signal.SIGTERM, signal.SIGINT):
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.stopped and number == signal.SIGINT:
+        if self._asked and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.stopped = signal.Signals(number).name
+        self._asked = signal.Signals(number).name
+        if self._several:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def check(self, step: int) -> None:
+        """Sets `stopped` where the run is to stop after this step; call it once a step, in every process."""
+        if not self._several:
+            self.stopped = self._asked
+        elif multihost_utils.reached_preemption_sync_point(step):
+            self.stopped = self._asked or "A signal to one of the processes"
 
     def __exit__(self, *error: Any) -> None:
         for number, handler in self._previous.items():

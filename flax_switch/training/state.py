@@ -79,6 +79,11 @@ def state_shardings(run: Run) -> TrainState:
     return jax.tree.map(lambda leaf: leaf.sharding, run.abstract_state)
 
 
+def is_split(leaf: jax.ShapeDtypeStruct) -> bool:
+    """Whether a leaf of the abstract state is cut by experts, so that different devices hold different ones."""
+    return "expert" in leaf.sharding.spec
+
+
 def _fresh(
     config: ExperimentConfig | FinetuneConfig, model: SwitchTransformer, optimizer: optax.GradientTransformation, params: Any = None
 ) -> TrainState:

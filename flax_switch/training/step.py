@@ -15,8 +15,8 @@ from flax_switch.nn.outputs import ModelOutput
 from flax_switch.nn.transformer import SwitchTransformer
 from flax_switch.ops.losses import IGNORED_LABEL, LossOutput, loss_weights, seq2seq_loss, token_cross_entropy
 from flax_switch.training.freezing import merged, trainable_part
-from flax_switch.training.optimizer import learning_rate_schedule
-from flax_switch.training.state import Run, TrainState, state_shardings
+from flax_switch.training.optimizer import global_norm, learning_rate_schedule
+from flax_switch.training.state import Run, TrainState, is_split, state_shardings
 
 Batch = dict[str, jax.Array]
 Loss = Callable[[ModelOutput, Batch, jax.Array], LossOutput]  # of the model's output on a batch, and what sums are divided by
@@ -51,14 +51,18 @@ def loss_and_grads(run: Run, params: Any, batch: Batch, rng: jax.Array, loss_of:
     """Gradients of the trained parameters and metrics of a batch, in one piece or in `train.microbatches` pieces with the same sum.
 
     Each piece divides its cross-entropy by the whole batch's normaliser and its routers' losses by the number of pieces, so that
-    splitting changes memory and not the update (where routing groups lie within a piece, and but for dropout's draws).
-    `loss_of` is `true_loss` where none is given.
+    splitting changes memory and not the update (where routing groups lie within a piece, and but for dropout's draws). Inside a
+    pmap the parts of its devices are such pieces too, and what is returned is their mean. `loss_of` is `true_loss` where none
+    is given.
     """
     config = run.config.model
     loss_of = loss_of or true_loss(config)
     pieces = run.config.train.microbatches
     labels, segments = batch["labels"], batch.get("decoder_segment_ids")
     _, divisor = loss_weights((labels != IGNORED_LABEL).astype(jnp.float32), config.loss_normalizer, segments)
+    devices = partitioning.pmap_devices()
+    if devices is not None:  # a constant is the whole batch's; other normalisers have counted this device's part
+        divisor = devices.mean(divisor) if isinstance(config.loss_normalizer, str) else divisor / devices.size
 
     trained = trainable_part(params, run.config.optimizer.trainable)
 
@@ -69,8 +73,8 @@ def loss_and_grads(run: Run, params: Any, batch: Batch, rng: jax.Array, loss_of:
 
     grad_fn = jax.grad(loss_fn, has_aux=True)
     if pieces == 1:
-        grads, aux = grad_fn(trained, batch, rng)
-        return grads, _metrics(*aux)
+        grads, (loss, routers) = grad_fn(trained, batch, rng)
+        return _over_devices(run, grads, _metrics(loss, routers))
 
     def accumulate(total, inputs):
         piece, i = inputs
@@ -83,18 +87,39 @@ def loss_and_grads(run: Run, params: Any, batch: Batch, rng: jax.Array, loss_of:
     grads, aux = jax.lax.scan(accumulate, zeros, (split, jnp.arange(pieces)))
     grads = jax.tree.map(lambda g: g / pieces, grads)
     loss, routers = jax.tree.map(lambda x: x.mean(0), aux)
-    return grads, _metrics(loss.replace(weight_sum=loss.weight_sum * pieces), routers)
+    return _over_devices(run, grads, _metrics(loss.replace(weight_sum=loss.weight_sum * pieces), routers))
+
+
+def _over_devices(run: Run, grads: Any, metrics: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Inside a pmap: the means over its devices; an expert's gradients, which hold every peer's, over its replicas only."""
+    devices = partitioning.pmap_devices()
+    if devices is None:
+        return grads, metrics
+
+    def mean(grad, leaf):
+        return devices.sum(grad, devices.data_groups) / devices.size if is_split(leaf) else devices.mean(grad)
+
+    tokens = devices.sum(metrics["target_tokens"])
+    return jax.tree.map(mean, grads, trained_leaves(run)), {**devices.mean(metrics), "target_tokens": tokens}
+
+
+def trained_leaves(run: Run) -> Any:
+    """Shapes and shardings of the parameters that are trained."""
+    return trainable_part(run.abstract_state.params, run.config.optimizer.trainable)
 
 
 def train_step(run: Run, state: TrainState, batch: Batch, loss_of: Loss | None = None) -> tuple[TrainState, dict[str, Any]]:
     """One update, of `true_loss` where no other loss is given; `state.step` counts it."""
     rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+    devices = partitioning.pmap_devices()
+    if devices is not None:  # each draws its own dropout
+        rng = jax.random.fold_in(rng, jax.lax.axis_index(devices.axis))
     grads, metrics = loss_and_grads(run, state.params, batch, rng, loss_of)
     trained = trainable_part(state.params, run.config.optimizer.trainable)
     updates, opt_state = run.optimizer.update(grads, state.opt_state, trained)
     params = merged(state.params, optax.apply_updates(trained, updates))
     schedule = learning_rate_schedule(run.config.optimizer, run.config.train.steps)
-    metrics["grad_norm"] = optax.tree.norm(grads)
+    metrics["grad_norm"] = global_norm(grads, jax.tree.map(is_split, trained_leaves(run)))
     metrics["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
     return TrainState(state.step + 1, params, opt_state, state.rng), metrics
 
@@ -145,8 +170,13 @@ def _metrics(loss: LossOutput, routers: dict[str, jax.Array]) -> dict[str, Any]:
 def compile_train_step(run: Run) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]:
     """`train_step` jitted over the run's mesh; the old state's memory is reused."""
     shardings = state_shardings(run)
+
+    def step(state, batch):
+        with partitioning.traced_on(run.mesh):
+            return train_step(run, state, batch)
+
     return jax.jit(
-        lambda state, batch: train_step(run, state, batch),
+        step,
         in_shardings=(shardings, partitioning.batch_sharding(run.mesh)),
         out_shardings=(shardings, partitioning.replicated(run.mesh)),
         donate_argnums=0,
@@ -155,8 +185,13 @@ def compile_train_step(run: Run) -> Callable[[TrainState, Batch], tuple[TrainSta
 
 def compile_eval_step(run: Run) -> Callable[[Any, Batch], dict[str, Any]]:
     """`eval_step` jitted over the run's mesh."""
+
+    def step(params, batch):
+        with partitioning.traced_on(run.mesh):
+            return eval_step(run, params, batch)
+
     return jax.jit(
-        lambda params, batch: eval_step(run, params, batch),
+        step,
         in_shardings=(state_shardings(run).params, partitioning.batch_sharding(run.mesh)),
         out_shardings=partitioning.replicated(run.mesh),
     )

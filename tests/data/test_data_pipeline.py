@@ -91,16 +91,24 @@ def test_iteration_resumes_at_any_batch_from_a_json_state(either):
     assert_same(rest, take(resumed, 4))
 
 
-def test_processes_share_out_each_batch(either):
+@pytest.mark.parametrize("shares", [np.arange(8).reshape(4, 2), np.arange(8).reshape(4, 2).T], ids=["neighbours", "interleaved"])
+def test_processes_make_the_rows_of_one_batch(either, shares):
+    def joined(parts):  # what each process made, put where it belongs
+        order = np.argsort(shares.ravel())
+        return [{k: np.concatenate([p[k] for p in batch])[order] for k in batch[0]} for batch in zip(*parts, strict=True)]
+
     whole = take(either.train_iterator(), 3)
-    parts = [take(either.train_iterator(process_index=p, process_count=4), 3) for p in range(4)]
-    joined = [{k: np.concatenate([part[i][k] for part in parts]) for k in whole[i]} for i in range(3)]
-    assert_same(whole, joined)
+    assert_same(whole, joined([take(either.train_iterator(rows), 3) for rows in shares]))
     held = list(either.heldout_batches())
-    parts = [list(either.heldout_batches(process_index=p, process_count=4)) for p in range(4)]
-    assert_same(held, [{k: np.concatenate([part[i][k] for part in parts]) for k in held[i]} for i in range(len(held))])
-    with pytest.raises(ConfigError, match=r"data.batch_size \(8\) must be a multiple of the number of processes \(3\)"):
-        either.train_iterator(process_count=3)
+    assert_same(held, joined([list(either.heldout_batches(rows=rows)) for rows in shares]))
+
+
+def test_a_position_is_valid_for_another_number_of_processes(either):
+    half = either.train_iterator(np.arange(4))
+    take(half, 5)
+    whole = either.train_iterator()
+    whole.set_state(half.get_state())
+    assert_same(take(half, 2), [{k: a[:4] for k, a in batch.items()} for batch in take(whole, 2)])
 
 
 def test_heldout_batches_are_fixed_finite_and_from_other_documents(either, documents, vocabulary):

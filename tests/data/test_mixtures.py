@@ -84,7 +84,7 @@ def test_the_stream_is_the_same_again_for_any_number_of_processes_and_resumes_fr
     tasks, rates = [numbered(10, 50), numbered(100, 70)], [Fraction(2, 3), Fraction(1, 3)]
     stream = mixture_iterator(tasks, rates, CONFIG)
     whole = [numbers(next(stream)) for _ in range(5)]
-    shares = [mixture_iterator(tasks, rates, CONFIG, process_index=i, process_count=2) for i in range(2)]
+    shares = [mixture_iterator(tasks, rates, CONFIG, rows=np.arange(3) + 3 * i) for i in range(2)]
     assert [numbers(next(shares[0])) + numbers(next(shares[1])) for _ in range(5)] == whole
     again = mixture_iterator(tasks, rates, CONFIG)
     for _ in range(2):

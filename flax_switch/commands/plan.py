@@ -1,0 +1,49 @@
+"""flax-switch plan --config configs/switch_base_128.py --topology v5e:4x4 [--mesh expert=16] [--json FILE] [--no-decode]"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from flax_switch.commands.options import add_recipe_arguments, load_config, take_overrides
+from flax_switch.config import ConfigError, MeshConfig, reject_unknown_keys
+
+__all__ = ["add_arguments", "run", "take_overrides"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Recipe, overrides, machine and mesh."""
+    add_recipe_arguments(parser)
+    parser.add_argument("--topology", required=True, metavar="NAME", help="v5e:4x4, v6e:16x16, v5p:8x8x8, h100:8, cpu:8, ...")
+    parser.add_argument("--mesh", metavar="AXES", help="in place of the recipe's: data=2,expert=4,model=2; data takes what is left")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the plan as JSON, too")
+    parser.add_argument("--decode", action=argparse.BooleanOptionalAction, default=True, help="compile a step of generation, too")
+    parser.add_argument("--effort", default="quick", help="of the compiler: quick (the default), or full, as in training")
+    parser.add_argument("--no-compile", action="store_true", help="only what shapes and shardings tell, in seconds")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the plan; exit status 0, or 1 where it does not fit."""
+    config = load_config(args)
+    mesh = config.mesh if args.mesh is None else read_mesh(args.mesh, config.mesh)
+    from flax_switch.plan import plan
+    from flax_switch.plan.text import render
+
+    found = plan(config, args.topology, mesh, compile=not args.no_compile, decode=args.decode, effort=args.effort)
+    print(render(found, Path(args.config or args.gin_file[0]).stem))
+    if args.json:
+        args.json.write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")
+    return 1 if found.fits is False else 0
+
+
+def read_mesh(text: str, base: MeshConfig) -> MeshConfig:
+    """The mesh of text like 'expert=16,model=1'; axes not named are 1, but data takes what is left."""
+    sizes = {}
+    for part in text.split(","):
+        name, _, size = part.partition("=")
+        if not size.lstrip("-").isdigit():
+            raise ConfigError(f"--mesh is written like data=2,expert=4,model=2, or expert=8; {part!r} is no axis=size.")
+        sizes[name] = int(size)
+    reject_unknown_keys(MeshConfig, sizes)
+    return base.replace(**{"data": -1, "expert": 1, "model": 1, **sizes})

@@ -1,0 +1,268 @@
+"""Several processes as one run: connecting them, agreeing on what is run, and ending together.
+
+JAX connects the processes, moves the arrays and notices the dead; here are the few things around it that a run needs:
+
+    with distributed.session(Connection(...)):      # nothing where it is None
+        require_same({"seed": 0, ...})              # the same settings everywhere, or an error everywhere
+        first_process_first(prepare)                # process 0 writes the shared files, the others find them
+
+Nothing hangs. A process that fails leaves a note with JAX's coordination service, which lives in process 0; every process waits
+for that note in a thread and ends with it. A process that was killed leaves none: those that exchange data with it see the
+connection break, and the service misses its heartbeats within `heartbeat_timeout` seconds and ends the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NoReturn, TypeVar
+
+import jax
+from jax._src import distributed as _runtime  # JAX has no public name for the coordination service's client
+
+from flax_switch.config import ConfigError, check
+
+T = TypeVar("T")
+
+LOST_ANOTHER = 3  # exit status of a process that ends because another one did
+_NOTE = "flax_switch/failed"
+_LONG = 7 * 24 * 3600 * 1000  # milliseconds; waiting for a process that lives is no error, and JAX ends us when it does not
+_SHUTDOWN = 20  # seconds for all processes to leave after the last barrier
+_GO_ON = "Start every process again with the same command: the run continues from its last checkpoint."
+_calls = itertools.count()  # agreements are numbered; all processes make the same ones in the same order
+
+
+@dataclasses.dataclass(frozen=True)
+class Connection:
+    """How the processes of a run find each other; what is None comes from the environment or from JAX's cluster detection."""
+
+    coordinator_address: str | None = None  # HOST:PORT of process 0
+    num_processes: int | None = None
+    process_id: int | None = None
+    heartbeat_timeout: int = 60  # seconds after which a silent process counts as dead
+    connect_timeout: int = 300  # seconds in which all processes must have started
+
+    def __post_init__(self) -> None:
+        for name in ("heartbeat_timeout", "connect_timeout"):
+            check(getattr(self, name) >= 1, f"{name} must be at least one second; it is {getattr(self, name)}.")
+
+    @classmethod
+    def resolved(cls, **settings: Any) -> Connection:
+        """The given settings, then JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+
+        Raises `ConfigError` for values that cannot be.
+        """
+        found = {name: value for name, value in settings.items() if value is not None}
+        for name in ("coordinator_address", "num_processes", "process_id"):
+            text = os.environ.get(f"JAX_{name.upper()}")
+            if name not in found and text:
+                number = name != "coordinator_address"
+                check(not number or text.isdecimal(), f"JAX_{name.upper()} must be a number; it is {text!r}.")
+                found[name] = int(text) if number else text
+        connection = cls(**found)
+        address, count, process = connection.coordinator_address, connection.num_processes, connection.process_id
+        check(
+            address is None or address.rpartition(":")[2].isdecimal(),
+            f"The coordinator's address must be HOST:PORT, such as 10.0.0.1:8476; it is {address!r}.",
+        )
+        check(count is None or count >= 1, f"The number of processes must be at least 1; it is {count}.")
+        check(
+            process is None or process >= 0 and (count is None or process < count),
+            f"Processes are numbered from 0, so the id must be less than their number ({count}); it is {process}.",
+        )
+        return connection
+
+
+@contextlib.contextmanager
+def session(connection: Connection | None) -> Iterator[None]:
+    """Runs the block as one of several processes (or, with None, as the only one) and ends with the others.
+
+    At an error the process says what it is, tells the others, and exits without waiting for them: status 2 for a `ConfigError`,
+    `LOST_ANOTHER` where it only follows another process, else 1.
+    """
+    if connection is None:
+        yield
+        return
+    connect(connection)
+    leaving = threading.Event()
+    watcher = threading.Thread(target=_end_with_the_others, args=(leaving,), daemon=True)
+    watcher.start()
+    try:
+        require_same({"number of processes": _runtime.global_state.num_processes})
+        yield
+        wait_for_all()
+    except BaseException as error:
+        leaving.set()
+        _fail(error)
+    leaving.set()
+    if _me() == 0:
+        _client().key_value_set(_NOTE, "")  # nobody failed; the watchers return
+    watcher.join()
+    jax.distributed.shutdown()
+
+
+def connect(connection: Connection) -> None:
+    """`jax.distributed.initialize`, with errors that say what to change.
+
+    Raises `ConfigError` where neither settings nor a cluster say where the others are. Processes that have not all met after
+    `connect_timeout` seconds exit with status 2: JAX would abort them.
+    """
+    where = f"the coordinator (process 0) at {connection.coordinator_address or 'the address its cluster names'}"
+
+    def give_up() -> None:
+        _say(
+            f"Not all processes met at {where} within {connection.connect_timeout} s. Either process 0 cannot be reached there (is "
+            "it running, is the port free and open between the hosts, is no proxy in between?), or fewer processes were started "
+            f"than the number of processes, {connection.num_processes or 'as the cluster gives it'}, says. Start all of them "
+            "within --connect_timeout seconds, with the same address and number."
+        )
+        os._exit(2)
+
+    timer = threading.Timer(connection.connect_timeout, give_up)
+    timer.daemon = True
+    if connection.process_id is not None:
+        _say(
+            f"Process {connection.process_id} of {connection.num_processes} is looking for {where}. (Where JAX aborts it now, "
+            "process 0 expects no process of that number: --num_processes differs.)"
+        )
+    timer.start()
+    try:
+        jax.distributed.initialize(
+            connection.coordinator_address,
+            connection.num_processes,
+            connection.process_id,
+            initialization_timeout=connection.connect_timeout + 60,  # the timer comes first
+            heartbeat_timeout_seconds=connection.heartbeat_timeout,
+            shutdown_timeout_seconds=_SHUTDOWN,
+        )
+    except ValueError as error:
+        missing = [
+            f"--{name}" for name in ("coordinator_address", "num_processes", "process_id") if getattr(connection, name) is None
+        ]
+        raise ConfigError(
+            f"JAX detects no cluster here (Cloud TPU, SLURM, Open MPI, Kubernetes), so the processes must be told of each other: "
+            f"give {', '.join(missing) or 'other values'}, or leave --distributed out to run alone. ({error})"
+        ) from error
+    finally:
+        timer.cancel()
+
+
+def require_same(values: Mapping[str, Any]) -> None:
+    """Returns where all processes gave equal values; else raises `ConfigError` in every one of them.
+
+    Values are compared by a hash; those that differ from process 0's are named where they differ. They must be JSON-able.
+    """
+    if _runtime.global_state.client is None:
+        check(
+            jax.process_count() == 1,
+            f"JAX runs {jax.process_count()} processes, but they were not connected for a run: add --distributed (in Python: call "
+            "jax.distributed.initialize first).",
+        )
+        return
+    name, me, client = f"flax_switch/same/{next(_calls)}", _me(), _client()
+    text = json.dumps(values, sort_keys=True)
+    if me == 0:
+        client.key_value_set(f"{name}/first", text)
+    client.key_value_set(f"{name}/digests/{me}", hashlib.blake2b(text.encode(), digest_size=16).hexdigest())
+    wait_for_all()
+    digests = {int(key.rpartition("/")[2]): digest for key, digest in client.key_value_dir_get(f"{name}/digests/")}
+    others = sorted(process for process, digest in digests.items() if digest != digests[0])
+    if not others:
+        return
+    first = json.loads(client.blocking_key_value_get(f"{name}/first", _LONG))
+    here = json.loads(text)
+    keys = dict.fromkeys((*first, *here))
+    differing = [f"{k} is {here.get(k)!r}, in process 0 {first.get(k)!r}" for k in keys if here.get(k) != first.get(k)]
+    listed = ", ".join(map(str, others[:10])) + (", ..." if len(others) > 10 else "")
+    raise ConfigError(
+        f"Process {me} differs from process 0: {'; '.join(differing)}. Every process must be started the same way."
+        if differing
+        else f"Not all processes are started the same way: process {listed} differs from process 0, and says in what."
+    )
+
+
+def first_process_first(work: Callable[[], T]) -> T:
+    """`work()`, in process 0 before it begins in any other: it writes what all share, and they find it."""
+    if _runtime.global_state.client is None:
+        return work()
+    name = f"flax_switch/first/{next(_calls)}"
+    if _me() == 0:
+        result = work()
+        _client().key_value_set(name, "done")
+        return result
+    _client().blocking_key_value_get(name, _LONG)
+    return work()
+
+
+def wait_for_all() -> None:
+    """Returns when every process is here."""
+    if _runtime.global_state.client is not None:
+        _client().wait_at_barrier(f"flax_switch/all/{next(_calls)}", _LONG)
+
+
+def _client() -> Any:
+    return _runtime.global_state.client
+
+
+def _me() -> int:
+    return _runtime.global_state.process_id
+
+
+def _say(text: str) -> None:
+    print(f"flax-switch: {text}", file=sys.stderr, flush=True)
+
+
+def _end_with_the_others(leaving: threading.Event) -> None:
+    """Waits for the note of a process that failed, and ends this one with it."""
+    note = _client().blocking_key_value_get(_NOTE, 52 * _LONG)
+    if note and not leaving.is_set():
+        _say(f"{note} So process {_me()} ends too. {_GO_ON}")
+        _exit(LOST_ANOTHER)
+
+
+def _fail(error: BaseException) -> NoReturn:
+    """Says what went wrong, tells the other processes, and exits at once: a process that waits at its end makes the others hang."""
+    me = _me()
+    if isinstance(error, ConfigError):
+        status, reason = 2, str(error)
+        _say(reason)
+    elif isinstance(error, KeyboardInterrupt):
+        status, reason = 130, "interrupted"
+        _say(reason)
+    elif isinstance(error, SystemExit):
+        status, reason = error.code if isinstance(error.code, int) else 1, f"exit {error.code}"
+    elif _is_lost_connection(error):
+        status, reason = LOST_ANOTHER, "it lost the connection to another process"
+        _say(f"Process {me} lost another process, which died or was killed: {_first_line(error)} {_GO_ON}")
+    else:
+        status, reason = 1, _first_line(error)
+        traceback.print_exception(error)
+    with contextlib.suppress(Exception):  # the first note stands
+        _client().key_value_set(_NOTE, f"Process {me} failed: {reason}")
+    _exit(status)
+
+
+def _exit(status: int) -> NoReturn:
+    if _me() == 0:  # the service ends with this process: let the others read the note first
+        time.sleep(2)
+    sys.stdout.flush()
+    os._exit(status)
+
+
+def _is_lost_connection(error: BaseException) -> bool:
+    """Whether an error of JAX says that a peer is gone: CPU's collectives (Gloo), NCCL, or the coordination service."""
+    text = str(error)
+    return any(sign in text for sign in ("Gloo", "NCCL", "CoordinationService", "coordination service", "Connection reset by peer"))
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}."

@@ -1,0 +1,126 @@
+"""What each device holds, from shapes and shardings alone: state exactly, gradients and activations as an estimate."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType, Mesh
+
+from flax_switch import partitioning
+from flax_switch.config import ExperimentConfig, check
+from flax_switch.ops.losses import seq2seq_loss
+from flax_switch.partitioning import MESH_AXES
+from flax_switch.training.state import Run
+from flax_switch.training.step import forward
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on each device during a train step."""
+
+    parameters: int
+    optimizer: int
+    batch: int
+    gradients: int
+    activations: int  # kept by the forward pass for the backward pass; an estimate that knows nothing of XLA's fusions
+
+    @property
+    def total(self) -> int:
+        """The sum of all."""
+        return sum(getattr(self, field.name) for field in dataclasses.fields(self))
+
+
+def abstract_mesh(shape: tuple[int, int, int]) -> AbstractMesh:
+    """A mesh of no devices, for shapes and shardings."""
+    return AbstractMesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def batch_structs(config: ExperimentConfig, mesh: Mesh | AbstractMesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The batch that a train step takes, as shapes with shardings. Raises `ConfigError` where it cannot be split evenly."""
+    data, ways = config.data, partitioning.batch_ways(mesh)
+    pieces = config.train.microbatches
+    multiple = ways * pieces
+    check(
+        data.batch_size % multiple == 0,
+        f"data.batch_size ({data.batch_size}) must be a multiple of {multiple}: it is split {ways} ways (mesh data x expert) "
+        f"and into {pieces} microbatches. Set --config.data.batch_size={multiple * max(1, data.batch_size // multiple)}, or change "
+        "the mesh.",
+    )
+    lengths = dict.fromkeys(("input_ids", "attention_mask"), data.inputs_length)
+    lengths |= dict.fromkeys(("decoder_input_ids", "decoder_attention_mask", "labels"), data.targets_length)
+    if data.packing:
+        lengths |= dict.fromkeys(("input_segment_ids", "input_positions"), data.inputs_length)
+        lengths |= dict.fromkeys(("decoder_segment_ids", "decoder_positions"), data.targets_length)
+    sharding = partitioning.batch_sharding(mesh)
+    return {name: jax.ShapeDtypeStruct((data.batch_size, length), jnp.int32, sharding=sharding) for name, length in lengths.items()}
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes of one device's part of a tree of shapes with shardings."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def train_memory(run: Run, batch: dict[str, jax.ShapeDtypeStruct]) -> Memory:
+    """Memory of `run`'s train step on `batch`; traces the model once, and compiles nothing."""
+    state = run.abstract_state
+    parameters = device_bytes(state.params)
+    # A sum of micro-batches is kept beside the gradients of the one at work.
+    gradients = parameters * (2 if run.config.train.microbatches > 1 else 1)
+    return Memory(
+        parameters, device_bytes((state.opt_state, state.step, state.rng)), device_bytes(batch), gradients,
+        saved_activations(run, batch),
+    )  # fmt: skip
+
+
+def saved_activations(run: Run, batch: dict[str, jax.ShapeDtypeStruct]) -> int:
+    """Bytes a device keeps from the forward pass of one micro-batch for its backward pass.
+
+    They are what JAX's linearisation closes over: all arrays but the parameters themselves, split as the batch is; copies of
+    parameters in the activations' dtype are split as the parameters are.
+    """
+    pieces, params = run.config.train.microbatches, run.abstract_state.params
+    piece = {name: jax.ShapeDtypeStruct((x.shape[0] // pieces, *x.shape[1:]), x.dtype) for name, x in batch.items()}
+
+    def pullback(params, piece, rng):
+        def loss(params):
+            output = forward(run, params, piece, jax.random.wrap_key_data(rng))
+            return seq2seq_loss(output, piece["labels"], run.config.model).loss
+
+        return jax.vjp(loss, params)[1]
+
+    plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    with partitioning.traced_on(run.mesh):
+        kept = jax.tree.leaves(jax.eval_shape(pullback, plain, piece, run.abstract_state.rng))
+    own = {_kind(leaf): device_bytes([leaf]) / math.prod(leaf.shape) for leaf in jax.tree.leaves(params)}
+    ways = partitioning.batch_ways(run.mesh)
+    total = 0.0
+    for leaf in _without(kept, jax.tree.leaves(params)):
+        size, width = math.prod(leaf.shape), leaf.dtype.itemsize
+        total += size * own[_kind(leaf)] * width / 4 if _kind(leaf) in own and len(leaf.shape) > 1 else size * width / ways
+    return round(total)
+
+
+def _kind(leaf: Any) -> tuple[int, ...]:
+    """A shape up to the order of its axes: scanned stacks travel with their layers first."""
+    return tuple(sorted(leaf.shape))
+
+
+def _without(leaves: Iterable[Any], others: Iterable[Any]) -> list[Any]:
+    """`leaves` less one of each shape and dtype that `others` have."""
+    rest: dict[tuple, int] = {}
+    for leaf in others:
+        key = (_kind(leaf), leaf.dtype)
+        rest[key] = rest.get(key, 0) + 1
+    kept = []
+    for leaf in leaves:
+        key = (_kind(leaf), leaf.dtype)
+        if rest.get(key, 0) > 0:
+            rest[key] -= 1
+        else:
+            kept.append(leaf)
+    return kept

@@ -1,0 +1,172 @@
+"""Compiling the train step and the decode step for devices that need not exist, and reading what the compiler says of them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from flax_switch import partitioning
+from flax_switch.config import ExperimentConfig, one_of
+from flax_switch.generation.decode_step import decode_step, empty_cache, prepare
+from flax_switch.generation.products import Device
+from flax_switch.generation.program import decoder_config
+from flax_switch.plan.collectives import collectives
+from flax_switch.plan.flops import program_flops
+from flax_switch.plan.memory import batch_structs
+from flax_switch.training.state import build_run
+from flax_switch.training.step import compile_train_step
+
+EFFORTS = ("quick", "full")
+DECODE_ROWS = 8  # sequences for each part of a batch, in the decode step
+
+_SIZE = r"([\d.]+)([KMGT]?)i?B?"
+_OUT_OF_MEMORY = (
+    re.compile(rf"Used {_SIZE} of {_SIZE}"),
+    re.compile(rf"\({_SIZE}\) exceeds available \w+ \({_SIZE}\)"),
+)
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """The collectives of one kind in one run of a program. Bytes are one device's."""
+
+    kind: str
+    instructions: int
+    executions: int  # loops multiplied by their trip counts
+    bytes: int  # of the arrays
+    wire_bytes: int  # that a device must send at the least
+    complete: bool  # False where a loop of unknown length counts once
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One compiled program, on each device. Where the compiler ran out of memory, only `required` and `refusal` are known."""
+
+    name: str
+    compile_seconds: float
+    required: int  # bytes: arguments, outputs that are not updated in place, temporaries and code at the peak
+    arguments: int = 0
+    temporaries: int = 0
+    code: int = 0
+    flops: float = 0.0  # of matrix products, loops multiplied by their trip counts
+    flops_complete: bool = True
+    xla_flops: float = 0.0  # XLA's own count, every loop's body once
+    traffic: tuple[Traffic, ...] = ()
+    refusal: str | None = None  # what the compiler said instead of compiling
+
+
+@contextlib.contextmanager
+def compiler_effort(effort: str) -> Iterator[None]:
+    """How long XLA searches for faster code: "full" as in training; "quick" takes some 0.6 of the time and a little more memory."""
+    one_of("effort", effort, EFFORTS)
+    before = jax.config.jax_optimization_level
+    if effort == "quick":
+        jax.config.update("jax_optimization_level", "O1")
+    try:
+        yield
+    finally:
+        jax.config.update("jax_optimization_level", before)
+
+
+def compile_train(config: ExperimentConfig, mesh: Mesh) -> Program:
+    """The train step that training runs, compiled for the mesh's devices."""
+    run = build_run(config, mesh)
+    batch = batch_structs(config, mesh)
+    return _compiled("train step", mesh, lambda: compile_train_step(run).lower(run.abstract_state, batch))
+
+
+def compile_decode(config: ExperimentConfig, mesh: Mesh) -> Program:
+    """One step of generation: a new token for each of `DECODE_ROWS` sequences a part of the batch, over a whole source and cache.
+
+    Generation arranges the parameters once and lets the compiler place what comes of it; the step starts from there.
+    """
+    model = config.model.replace(scan_layers=False)
+    run = build_run(config.replace(model=model), mesh)
+    model = decoder_config(model, "auto")
+    rows, length = DECODE_ROWS * partitioning.batch_ways(mesh), config.data.targets_length
+    split = partitioning.batch_sharding(mesh)
+
+    def arrange(params, encoded, mask):
+        decoder = prepare(
+            params, None, encoded, mask, model, max_length=length, rows=rows, beams=1, device=Device.MESH
+        )  # fmt: skip
+        return decoder, empty_cache(decoder, length)
+
+    def struct(shape, dtype):
+        return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=split)
+
+    source = config.data.inputs_length
+    inputs = (run.abstract_state.params, struct((source, model.d_model), jnp.dtype(model.dtype)), struct((source,), bool))
+    with partitioning.use_mesh(mesh):
+        arranged = jax.jit(arrange).lower(*inputs).compile()
+        place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
+        decoder, cache = jax.tree.map(place, jax.eval_shape(arrange, *inputs), arranged.output_shardings)
+    step = jax.jit(decode_step, donate_argnums=2)
+    return _compiled("decode step", mesh, lambda: step.lower(decoder, struct((), jnp.int32), cache))
+
+
+def _compiled(name: str, mesh: Mesh, lower: Callable[[], Any]) -> Program:
+    start = time.perf_counter()
+    try:
+        with partitioning.use_mesh(mesh):
+            compiled = lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        refusal = str(error).split("\n\n")[0].strip()
+        return Program(name, time.perf_counter() - start, _required(str(error)), refusal=refusal)
+    seconds = time.perf_counter() - start
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    cost = compiled.cost_analysis() or {}
+    flops, complete = program_flops(text)
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
+    # Only a TPU's compiler lays out the whole memory; elsewhere its parts add up.
+    peak = memory.peak_memory_in_bytes if mesh.devices.flat[0].platform == "tpu" else held
+    return Program(
+        name=name,
+        compile_seconds=seconds,
+        required=peak + memory.generated_code_size_in_bytes,
+        arguments=memory.argument_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        code=memory.generated_code_size_in_bytes,
+        flops=flops,
+        flops_complete=complete,
+        xla_flops=cost.get("flops", 0.0),
+        traffic=traffic(text, mesh.size),
+    )
+
+
+def traffic(hlo_text: str, num_devices: int) -> tuple[Traffic, ...]:
+    """The collectives of a program by kind."""
+    by_kind: dict[str, list] = {}
+    for collective in collectives(hlo_text, num_devices):
+        if collective.count != 0 and collective.group_size > 1:
+            by_kind.setdefault(collective.kind, []).append((collective, collective.count or 1))
+    return tuple(
+        Traffic(
+            kind=kind,
+            instructions=len(found),
+            executions=sum(count for _, count in found),
+            bytes=sum(c.bytes * count for c, count in found),
+            wire_bytes=round(sum(c.wire_bytes * count for c, count in found)),
+            complete=all(c.count is not None for c, _ in found),
+        )
+        for kind, found in sorted(by_kind.items())
+    )
+
+
+def _required(message: str) -> int:
+    """Bytes that the compiler says it would need, 0 where it does not say."""
+    for pattern in _OUT_OF_MEMORY:
+        if match := pattern.search(message):
+            return round(float(match.group(1)) * _UNITS[match.group(2)])
+    return 0

@@ -3,7 +3,7 @@
 Command:   python scripts/data/debian_descriptions.py data/debian
            flax-switch pretrain --config configs/descriptions_small.py --workdir runs/descriptions
 Hardware:  1 or 2 CPU cores.
-Expect:    docs/guides/summarization.md has the measured run.
+Expect:    docs/guides/summarization.md says what was measured.
 """
 
 from flax_switch.config import DataConfig, ExperimentConfig, OptimizerConfig, TrainConfig

@@ -4,7 +4,7 @@ Command:   flax-switch finetune --config configs/finetune_descriptions.py --init
                --config.data.train=data/debian/summarization/train.jsonl \
                --config.data.validation=data/debian/summarization/validation.jsonl
 Hardware:  1 or 2 CPU cores.
-Expect:    docs/guides/summarization.md has the measured run.
+Expect:    docs/guides/summarization.md says what was measured.
 """
 
 from flax_switch.config_finetuning import (

@@ -4,7 +4,7 @@ Command:   flax-switch finetune --config configs/finetune_descriptions_translati
                --workdir runs/translation --config.data.train=data/debian/translation/en-it/synopses/train.jsonl \
                --config.data.validation=data/debian/translation/en-it/synopses/validation.jsonl
 Hardware:  1 or 2 CPU cores.
-Expect:    docs/guides/translation.md has the measured run.
+Expect:    to beat copying the source, which has BLEU 8.5 and chrF 38.6; docs/guides/translation.md says more.
 """
 
 from flax_switch.config_finetuning import (
@@ -29,9 +29,7 @@ def get_config():
                 targets_length=32,
                 batch_size=64,
             ),
-            optimizer=FinetuneOptimizerConfig(
-                name="adamw", schedule="linear", learning_rate=2e-3, warmup_steps=100, b2=0.98, clip_global_norm=1.0
-            ),
+            optimizer=FinetuneOptimizerConfig(schedule="linear", learning_rate=0.03, warmup_steps=50),
             train=FinetuneTrainConfig(steps=1600, log_every=50, eval_every=400, eval_batches=20, checkpoint_every=400),
             evaluation=EvaluationConfig(metrics=("bleu", "chrf"), max_examples=400, batch_size=50, num_beams=1),
         )

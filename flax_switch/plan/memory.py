@@ -88,7 +88,7 @@ def saved_activations(run: Run, batch: dict[str, jax.ShapeDtypeStruct]) -> int:
 
     def pullback(params, piece, rng):
         def loss(params):
-            output = forward(run, params, piece, jax.random.wrap_key_data(rng))
+            output = forward(run.model, params, piece, jax.random.wrap_key_data(rng))
             return seq2seq_loss(output, piece["labels"], run.config.model).loss
 
         return jax.vjp(loss, params)[1]

@@ -131,8 +131,8 @@ def connect(connection: Connection) -> None:
     timer.daemon = True
     if connection.process_id is not None:
         _say(
-            f"Process {connection.process_id} of {connection.num_processes} is looking for {where}. (Where JAX aborts it now, "
-            "process 0 expects no process of that number: --num_processes differs.)"
+            f"Process {connection.process_id} of {connection.num_processes} is looking for {where}. If JAX aborts it right away, "
+            "process 0 expects fewer processes: --num_processes differs."
         )
     timer.start()
     try:

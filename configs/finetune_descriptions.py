@@ -30,7 +30,7 @@ def get_config():
                 batch_size=32,
             ),
             optimizer=FinetuneOptimizerConfig(schedule="linear", learning_rate=0.02, warmup_steps=50),
-            train=FinetuneTrainConfig(steps=600, log_every=25, eval_every=600, eval_batches=20, checkpoint_every=500),
+            train=FinetuneTrainConfig(steps=1000, log_every=25, eval_every=1000, eval_batches=20, checkpoint_every=500),
             evaluation=EvaluationConfig(metrics=("rouge",), best="rougeL", max_examples=200, batch_size=50),
         )
     )

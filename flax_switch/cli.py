@@ -1,4 +1,4 @@
-"""The command line: flax-switch pretrain | finetune | evaluate | generate | convert | upcycle | inspect | plan | report."""
+"""The command line: flax-switch pretrain, finetune, distill, evaluate, generate, convert, upcycle, inspect, plan, report."""
 
 from __future__ import annotations
 

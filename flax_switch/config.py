@@ -427,7 +427,7 @@ class OptimizerConfig(_Section):
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip_global_norm: float | None = None
-    trainable: str = ".*"  # a regular expression over parameter paths; the others stay as they are
+    trainable: str = ".*"  # a regular expression over parameter paths, or a name in training/freezing; others stay as they are
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -476,7 +476,7 @@ class TrainConfig(_Section):
     checkpoint_every: int = 1000
     keep_last: int = 3
     keep_every: int | None = None  # keep checkpoints whose step is a multiple of it for good
-    sample_spans: int = 4  # held-out examples whose masked spans are filled in as text at the end
+    sample_spans: int = 4  # held-out examples shown at the end: with masked spans filled in, or beside predictions
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -112,6 +112,15 @@ def batch_ways(mesh: Mesh) -> int:
     return math.prod(mesh.shape[a] for a in RULES["batch"])
 
 
+def check_batch_size(size: int, mesh: Mesh) -> None:
+    """Raises `ConfigError` unless the mesh splits batches of `size` rows evenly."""
+    check(
+        size % batch_ways(mesh) == 0,
+        f"data.batch_size ({size}) must be a multiple of the {batch_ways(mesh)} devices the batch is split over (mesh data x "
+        "expert).",
+    )
+
+
 def batch_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
     """Which rows of a batch [B, ...] this process's devices hold, ascending.
 
@@ -189,6 +198,17 @@ def inside_pmap(devices: PmapDevices) -> Iterator[PmapDevices]:
 def pmap_devices() -> PmapDevices | None:
     """The devices of the pmap whose body is being traced, if one is."""
     return _PMAP.get()
+
+
+def keep_batch_split(x: jax.Array) -> jax.Array:
+    """Says that activations [B, ...] lie like the batch, on the mesh being traced for, where their rows divide.
+
+    Without it GSPMD may prefer to cut activations like fsdp's parameters, and move every row to do so.
+    """
+    mesh = current_devices()
+    if not isinstance(mesh, AbstractMesh) or x.shape[0] % math.prod(mesh.shape[a] for a in RULES["batch"]):
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(RULES["batch"]))
 
 
 def current_devices() -> AbstractMesh | PmapDevices | None:

@@ -1,4 +1,5 @@
-"""Recipes: an `ExperimentConfig` from a Python file (ml_collections) or a gin file, with overrides from the command line.
+"""Recipes from Python files (ml_collections) or gin files, with overrides from the command line: an `ExperimentConfig` for
+pre-training, or a `FinetuneRecipe`, which a section `evaluation` tells apart.
 
 configs/tiny.py                 def get_config() returns to_config_dict(ExperimentConfig(...))
 --config.train.steps=500        changes one field
@@ -19,26 +20,36 @@ from typing import Any
 import ml_collections
 
 from flax_switch.config import ConfigError, ExperimentConfig
+from flax_switch.config_distillation import DistillConfig
+from flax_switch.config_finetuning import FinetuneRecipe
 
-SECTIONS = ("model", "data", "optimizer", "mesh", "train")
+SECTIONS = ("model", "data", "optimizer", "mesh", "train", "distillation", "evaluation")  # the last is fine-tuning's
+
+Recipe = ExperimentConfig | DistillConfig | FinetuneRecipe
 
 
-def to_config_dict(config: ExperimentConfig) -> ml_collections.ConfigDict:
+def to_config_dict(config: Recipe) -> ml_collections.ConfigDict:
     """What a recipe's `get_config` returns: the same fields as a ConfigDict, usable with ml_collections' flags and sweeps."""
     return ml_collections.ConfigDict(config.to_dict(), convert_dict=True)
 
 
-def from_config_dict(values: ml_collections.ConfigDict) -> ExperimentConfig:
+def from_config_dict(values: ml_collections.ConfigDict) -> Recipe:
     """The validated config; unknown keys raise `ConfigError` with the nearest name."""
-    return ExperimentConfig.from_dict(values.to_dict())
+    return _kind(values).from_dict(values.to_dict())
 
 
-def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> ExperimentConfig:
+def _kind(values: ml_collections.ConfigDict) -> type[Recipe]:
+    if "evaluation" in values:
+        return FinetuneRecipe
+    return DistillConfig if "distillation" in values else ExperimentConfig
+
+
+def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """The config of a recipe file with overrides like 'train.steps=500' applied in order."""
     return from_config_dict(override(_config_dict(path), overrides))
 
 
-def load_gin(paths: Sequence[str | Path], bindings: Iterable[str] = ()) -> ExperimentConfig:
+def load_gin(paths: Sequence[str | Path], bindings: Iterable[str] = ()) -> Recipe:
     """The config of gin files: `recipe.base` names a recipe file, bindings of the sections change its fields.
 
     A relative base is looked for from the working directory, then from the gin file's folder upwards. Needs the extra `gin`.
@@ -125,9 +136,9 @@ def parse_value(text: str) -> Any:
 
 def _set(values: ml_collections.ConfigDict, key: str, value: Any) -> None:
     section, _, field = key.partition(".")
-    if section not in SECTIONS or not field:
-        ExperimentConfig.from_dict({section: {}})  # an unknown section is an error with the nearest name
-        raise ConfigError(f"{key!r} names no field; write section.field, with the section one of {', '.join(SECTIONS)}.")
+    if section not in values or not field:
+        _kind(values).from_dict({section: {}})  # an unknown section is an error with the nearest name
+        raise ConfigError(f"{key!r} names no field; write section.field, with the section one of {', '.join(values)}.")
     with values.ignore_type(), values.unlocked():
         # Whether the field exists and the value fits is for the dataclass to say.
         values[section][field] = value

@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from flax_switch.config import ExperimentConfig, SwitchConfig
+from flax_switch.config import SwitchConfig
 from flax_switch.convert.canonical import canonical_shapes
 from flax_switch.convert.mapping import SAME_NAMES, to_canonical
 from flax_switch.convert.scan import unstack_layers
@@ -50,8 +50,8 @@ def read_run(step: Path, *, allow_missing: Sequence[str] = ()) -> tuple[SwitchCo
     """The config, architecture and canonical tensors of a step folder."""
     config_file = step.parent.parent / "config.json"
     try:
-        config = ExperimentConfig.from_dict(json.loads(config_file.read_text())).model
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        config = SwitchConfig.from_dict(json.loads(config_file.read_text())["model"])
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError) as error:
         raise CheckpointError(f"{step} is a training checkpoint, but its run's config cannot be read: {error}") from error
     tensors = unstack_layers(read_params(step / "params"))
     try:

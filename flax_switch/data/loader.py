@@ -64,11 +64,30 @@ class BatchMaker:
         return pack_batch(examples, place, len(rows), self.inputs_length, self.targets_length)
 
 
+class Parts(Protocol):
+    """Parts of the table of rows that take turns in the stream (`flax_switch.data.mixtures.Turns`)."""
+
+    sizes: tuple[int, ...]
+
+    def __call__(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class _AllRows:
+    """All rows as one part."""
+
+    sizes: tuple[int]
+
+    def __call__(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return np.zeros_like(places), places
+
+
 @dataclasses.dataclass(frozen=True)
 class _Stream:
     """One process's part of the endless sequence of training batches, from batch `first` on: grain reads groups of it by index."""
 
     make: BatchMaker
+    parts: Parts
     batch_size: int
     seed: int
     shuffle: bool
@@ -91,18 +110,21 @@ class _Stream:
     def __getitem__(self, index: int) -> list[Batch]:
         batches = self.first + index * self.group + np.arange(self.group)
         places = batches[:, None] * self.batch_size + self.rows
-        epochs, rows = np.divmod(places.ravel(), self.make.num_rows)
+        part, places = self.parts(places.ravel())
+        sizes = np.array(self.parts.sizes)
+        epochs, rows = np.divmod(places, sizes[part])
         if self.shuffle:
-            rows = self._shuffled(rows, epochs)
-        made = self.make(rows, epochs)
+            rows = self._shuffled(rows, epochs, part)
+        made = self.make((np.cumsum(sizes) - sizes)[part] + rows, epochs)
         return [{k: a[i : i + self.size] for k, a in made.items()} for i in range(0, len(rows), self.size)]
 
-    def _shuffled(self, rows: np.ndarray, epochs: np.ndarray) -> np.ndarray:
-        """A permutation of all rows, another one in each epoch."""
-        seeds = (example_keys(self.seed, epochs, np.zeros_like(epochs)) >> np.uint64(32)).tolist()
-        last = self.make.num_rows - 1
+    def _shuffled(self, rows: np.ndarray, epochs: np.ndarray, part: np.ndarray) -> np.ndarray:
+        """A permutation of each part's rows, another one in each epoch."""
+        seeds = (example_keys(self.seed, epochs, part) >> np.uint64(32)).tolist()
+        last = (np.array(self.parts.sizes) - 1)[part].tolist()
         shuffle = grain.experimental.index_shuffle
-        return np.array([shuffle(r, max_index=last, seed=s, rounds=4) for r, s in zip(rows.tolist(), seeds, strict=True)])
+        each = zip(rows.tolist(), last, seeds, strict=True)
+        return np.array([shuffle(row, max_index=end, seed=seed, rounds=4) for row, end, seed in each])
 
 
 class TrainIterator:
@@ -119,9 +141,10 @@ class TrainIterator:
         rows: Integer[np.ndarray, " rows"] | None = None,
         num_workers: int = 0,
         prefetch: int = 8,
+        turns: Parts | None = None,
     ):
         check(make.num_rows > 0, "There is not a single training example; the corpus is too small.")
-        self._stream = _Stream(make, batch_size, seed, shuffle, _rows_of(batch_size, rows))
+        self._stream = _Stream(make, turns or _AllRows((make.num_rows,)), batch_size, seed, shuffle, _rows_of(batch_size, rows))
         self._identity = {"batch_size": batch_size, "seed": seed, "shuffle": shuffle, "fingerprint": fingerprint}
         self._num_workers, self._prefetch = num_workers, prefetch
         self._next_batch = 0

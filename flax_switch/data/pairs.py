@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Int32, Int64, Integer
 
 from flax_switch.config import DataConfig, check
+from flax_switch.config_finetuning import FinetuneDataConfig
 from flax_switch.data.batches import Batch
 from flax_switch.data.examples import Examples
 from flax_switch.data.loader import BatchMaker, TrainIterator, finite_batches
@@ -33,19 +34,38 @@ class Pairs:
         targets_length: int,
         eos_id: int = 1,
     ):
-        """Takes ids without EOS; what does not fit is cut off at the end. Raises `ConfigError` for unequal numbers."""
-        self._inputs, self.input_lengths = _ragged(inputs, inputs_length, eos_id)
-        self._targets, self.target_lengths = _ragged(targets, targets_length, eos_id)
+        """Takes ids without EOS; what does not fit is cut off at the end. Raises `ConfigError` for unequal numbers.
+
+        `truncated_inputs` and `truncated_targets` count those that did not fit.
+        """
+        self._inputs, self.input_lengths, self.truncated_inputs = _ragged(inputs, inputs_length, eos_id)
+        self._targets, self.target_lengths, self.truncated_targets = _ragged(targets, targets_length, eos_id)
         check(
             len(self.input_lengths) == len(self.target_lengths),
             f"There are {len(self.input_lengths)} inputs but {len(self.target_lengths)} targets; a pair has one of each.",
         )
+        self._index()
+
+    def _index(self) -> None:
         self.num_examples = len(self.input_lengths)
         self._input_starts = np.cumsum(self.input_lengths) - self.input_lengths
         self._target_starts = np.cumsum(self.target_lengths) - self.target_lengths
 
     @classmethod
-    def encode(cls, inputs: Sequence[str], targets: Sequence[str], vocabulary: Vocabulary, config: DataConfig) -> Pairs:
+    def joined(cls, parts: Sequence[Pairs]) -> Pairs:
+        """The pairs of all parts, one part after another."""
+        whole = cls.__new__(cls)
+        for name in ("_inputs", "_targets", "input_lengths", "target_lengths"):
+            setattr(whole, name, np.concatenate([getattr(part, name) for part in parts]))
+        for name in ("truncated_inputs", "truncated_targets"):
+            setattr(whole, name, sum(getattr(part, name) for part in parts))
+        whole._index()
+        return whole
+
+    @classmethod
+    def encode(
+        cls, inputs: Sequence[str], targets: Sequence[str], vocabulary: Vocabulary, config: DataConfig | FinetuneDataConfig
+    ) -> Pairs:
         """Pairs of texts; sentinels such as `<extra_id_0>` may be part of them."""
         return cls(
             map(vocabulary.encode, inputs),
@@ -102,10 +122,14 @@ def pair_batches(
 
 def _ragged(
     sequences: Iterable[Sequence[int]], length: int, eos_id: int
-) -> tuple[Int32[np.ndarray, " total"], Int64[np.ndarray, " N"]]:
-    ended = [np.array([*ids[: length - 1], eos_id], np.int32) for ids in sequences]
+) -> tuple[Int32[np.ndarray, " total"], Int64[np.ndarray, " N"], int]:
+    """Ids end to end, lengths, and how many sequences were cut."""
+    ended, truncated = [], 0
+    for ids in sequences:
+        truncated += len(ids) >= length
+        ended.append(np.array([*ids[: length - 1], eos_id], np.int32))
     lengths = np.array([len(ids) for ids in ended], np.int64)
-    return np.concatenate(ended) if ended else np.zeros(0, np.int32), lengths
+    return np.concatenate(ended) if ended else np.zeros(0, np.int32), lengths, truncated
 
 
 def _rows(flat: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> Int32[np.ndarray, "M L"]:

@@ -22,34 +22,36 @@ from flax_switch.config import ConfigError, check
 from flax_switch.data.files import absolute, in_store
 
 TEXT, JSONL, PARQUET, ARRAYRECORD = (".txt",), (".jsonl", ".ndjson"), (".parquet",), (".arrayrecord", ".array_record")
+TABLES = (".tsv", ".csv")  # of tasks only
 _KNOWN = (*TEXT, *JSONL, *PARQUET, *ARRAYRECORD)
+_COMPRESSED = (*TEXT, *JSONL, *TABLES)  # which may have .gz after it
 
 
-def find_files(source: str | tuple[str, ...]) -> list[Path]:
+def find_files(source: str | tuple[str, ...], known: tuple[str, ...] = _KNOWN, setting: str = "data.source") -> list[Path]:
     """The files that paths, folders (searched through) and globs name, sorted, each once.
 
-    Raises `ConfigError` where a path names nothing or a file of a kind that cannot be read.
+    Raises `ConfigError` where a path names nothing or a file whose kind is not among `known`; `setting` is what named it.
     """
+    compressed = "".join(f" or {kind}.gz" for kind in known if kind in _COMPRESSED)
+    endings = ", ".join(known)
     found: dict[Path, None] = {}
     for pattern in (source,) if isinstance(source, str) else source:
         expanded = os.path.expanduser(pattern)
         if in_store(pattern):
-            matches = sorted(path for path in _stored_files(pattern) if _kind(path) in _KNOWN)
-            check(
-                bool(matches), f"data.source: {pattern!r} names no file that ends in {_endings()}, no folder of them and no glob."
-            )
+            matches = sorted(path for path in _stored_files(pattern) if kind_of(path) in known)
+            check(bool(matches), f"{setting}: {pattern!r} names no file that ends in {endings}, no folder of them and no glob.")
         elif os.path.isdir(expanded):
-            matches = sorted(p for p in Path(expanded).rglob("*") if p.is_file() and _kind(p) in _KNOWN)
-            check(bool(matches), f"The folder {pattern} holds no text: none of its files ends in {_endings()}.")
+            matches = sorted(p for p in Path(expanded).rglob("*") if p.is_file() and kind_of(p) in known)
+            check(bool(matches), f"The folder {pattern} holds no text: none of its files ends in {endings}.")
         elif os.path.isfile(expanded):
             matches = [Path(expanded)]
         else:
             matches = sorted(p for p in map(Path, glob.glob(expanded, recursive=True)) if p.is_file())
-            check(bool(matches), f"data.source: {pattern!r} is no file or folder, and no file matches it as a glob.")
+            check(bool(matches), f"{setting}: {pattern!r} is no file or folder, and no file matches it as a glob.")
         for path in matches:
             check(
-                _kind(path) in _KNOWN,
-                f"{path} is of no kind that can be read; names must end in {_endings()} (or .gz after .txt or .jsonl).",
+                kind_of(path) in known,
+                f"{path} is of no kind that can be read; names must end in {endings}{compressed}.",
             )
             found[path] = None
     return list(found)
@@ -67,13 +69,10 @@ def _stored_files(pattern: str) -> Iterator[epath.Path]:
         yield path
 
 
-def _endings() -> str:
-    return ", ".join(_KNOWN)
-
-
-def _kind(path: Path) -> str:
+def kind_of(path: Path) -> str:
+    """The ending that says how a file is read, without .gz where it may be compressed."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes[-1:] == [".gz"] and suffixes[-2:-1] and suffixes[-2] in (*TEXT, *JSONL):
+    if suffixes[-1:] == [".gz"] and suffixes[-2:-1] and suffixes[-2] in _COMPRESSED:
         return suffixes[-2]
     return suffixes[-1] if suffixes else ""
 
@@ -101,9 +100,9 @@ def documents(paths: list[Path], text_field: str = "text", separator: str = "lin
     or a format whose extra is not installed.
     """
     for path in paths:
-        kind = _kind(path)
+        kind = kind_of(path)
         if kind in TEXT:
-            texts = _lines(path) if separator == "line" else _paragraphs(path)
+            texts = lines(path) if separator == "line" else _paragraphs(path)
         else:
             texts = (_text_of(record, text_field, where) for record, where in _RECORDS[kind](path))
         for text in texts:
@@ -115,10 +114,10 @@ def records(paths: list[Path]) -> Iterator[tuple[dict[str, Any], str]]:
     """(record, where it stands) of .jsonl, parquet and ArrayRecord files, for tasks with several fields."""
     for path in paths:
         check(
-            _kind(path) in _RECORDS,
+            kind_of(path) in _RECORDS,
             f"{path} has no fields; records are read from .jsonl, .jsonl.gz, .parquet and .arrayrecord.",
         )
-        yield from _RECORDS[_kind(path)](path)
+        yield from _RECORDS[kind_of(path)](path)
 
 
 def field_of(record: dict[str, Any], name: str, where: str) -> Any:
@@ -133,7 +132,8 @@ def _text_of(record: dict[str, Any], name: str, where: str) -> str:
     return text
 
 
-def _lines(path: Path) -> Iterator[str]:
+def lines(path: Path) -> Iterator[str]:
+    """The lines of a text file without their ends. Raises `ConfigError` that says where it is not UTF-8."""
     for number, line in enumerate(_raw_lines(path), start=1):
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -147,7 +147,7 @@ def _lines(path: Path) -> Iterator[str]:
 
 def _paragraphs(path: Path) -> Iterator[str]:
     block: list[str] = []
-    for line in _lines(path):
+    for line in lines(path):
         if line and not line.isspace():
             block.append(line.strip())
         elif block:
@@ -183,7 +183,7 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def _json_records(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    for number, line in enumerate(_lines(path), start=1):
+    for number, line in enumerate(lines(path), start=1):
         if not line or line.isspace():
             continue
         where = f"{path}, line {number}"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float, Int
 
 from flax_switch.config import check
 from flax_switch.generation.generate import generate
@@ -73,7 +74,7 @@ def generate_lines(
         "The checkpoint has no vocabulary to tokenise text with; put its spiece.model into the folder.",
     )
     results: dict[int, dict[str, Any]] = {}
-    buckets: dict[int, list[tuple[int, list[int]]]] = {}
+    sources: list[tuple[int, list[int]]] = []
     for i, line in enumerate(lines):
         ids = [] if line.error else [*vocabulary.encode(line.text), config.eos_token_id]
         error = line.error
@@ -84,23 +85,36 @@ def generate_lines(
         if error:
             results[i] = {"line": line.number, "error": error}
         else:
-            buckets.setdefault(bucket_of(len(ids), max_source_length), []).append((i, ids))
-    for length, sources in sorted(buckets.items()):
-        for start in range(0, len(sources), batch_size):
-            batch = sources[start : start + batch_size]
-            output = generate(pretrained.model, pretrained.params, *_pad(batch, batch_size, length), **controls)
-            rows = np.asarray(output.sequences).reshape(batch_size, -1, output.sequences.shape[-1])
-            scores = None if output.scores is None else np.asarray(output.scores).reshape(batch_size, -1)
-            for row, (i, _) in enumerate(batch):
-                outputs = [vocabulary.decode(sequence, skip_special_tokens=False) for sequence in map(_visible(config), rows[row])]
-                results[i] = {"line": lines[i].number, "input": lines[i].text, "outputs": outputs}
-                if scores is not None:
-                    results[i]["scores"] = [float(score) for score in scores[row]]
-            on_batch(len(batch), int((rows[: len(batch)] != config.pad_token_id).sum()))
+            sources.append((i, ids))
+    for batch, rows, scores in generate_batches(
+        pretrained.model, pretrained.params, sources, batch_size=batch_size, longest=max_source_length, **controls
+    ):
+        for row, i in enumerate(batch):
+            outputs = [vocabulary.decode(sequence, skip_special_tokens=False) for sequence in map(_visible(config), rows[row])]
+            results[i] = {"line": lines[i].number, "input": lines[i].text, "outputs": outputs}
+            if scores is not None:
+                results[i]["scores"] = [float(score) for score in scores[row]]
+        on_batch(len(batch), int((rows != config.pad_token_id).sum()))
     return [results[i] for i in range(len(lines))]
 
 
-def _pad(batch: Sequence[tuple[int, list[int]]], batch_size: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+def generate_batches(
+    model: Any, params: Any, sources: Iterable[tuple[int, Sequence[int]]], *, batch_size: int, longest: int, **controls: Any
+) -> Iterator[tuple[list[int], Int[np.ndarray, "b n T"], Float[np.ndarray, "b n"] | None]]:
+    """(numbers, sequences, scores) of sources given as (number, ids), batch by batch, by length buckets up to `longest`."""
+    buckets: dict[int, list[tuple[int, Sequence[int]]]] = {}
+    for number, ids in sources:
+        buckets.setdefault(bucket_of(len(ids), longest), []).append((number, ids))
+    for length, same in sorted(buckets.items()):
+        for start in range(0, len(same), batch_size):
+            batch = same[start : start + batch_size]
+            output = generate(model, params, *_pad(batch, batch_size, length), **controls)
+            rows = np.asarray(output.sequences).reshape(batch_size, -1, output.sequences.shape[-1])
+            scores = None if output.scores is None else np.asarray(output.scores).reshape(batch_size, -1)[: len(batch)]
+            yield [number for number, _ in batch], rows[: len(batch)], scores
+
+
+def _pad(batch: Sequence[tuple[int, Sequence[int]]], batch_size: int, length: int) -> tuple[np.ndarray, np.ndarray]:
     """Ids and mask [batch_size, length]; missing rows repeat the last one."""
     ids, mask = np.zeros((2, batch_size, length), np.int32)
     for row in range(batch_size):

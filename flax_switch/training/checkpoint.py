@@ -21,6 +21,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from flax_switch.config import ConfigError, ExperimentConfig
+from flax_switch.config_distillation import DistillConfig
+from flax_switch.config_finetuning import FinetuneConfig
 from flax_switch.data.files import absolute, write_text
 from flax_switch.training.state import TrainState
 
@@ -44,8 +46,12 @@ _MAY_CHANGE = (
     "data.cache_dir",
     "model.remat_policy",
     "model.moe_executor",
+    "evaluation.patience",
+    "evaluation.batch_size",
     "model.expert_parallel_buffer_factor",
 )
+
+RunConfig = ExperimentConfig | FinetuneConfig
 
 
 class Checkpoints:
@@ -133,7 +139,7 @@ class explain_full_disk:  # noqa: N801 - reads as a statement
             ) from error
 
 
-def claim_workdir(workdir: epath.PathLike, config: ExperimentConfig) -> epath.Path:
+def claim_workdir(workdir: epath.PathLike, config: RunConfig) -> epath.Path:
     """Creates the workdir with its config, or checks that it belongs to the same run.
 
     Raises `ConfigError` that names the differing fields where the config there describes another run, or where the folder holds
@@ -170,32 +176,37 @@ def claim_workdir(workdir: epath.PathLike, config: ExperimentConfig) -> epath.Pa
     return workdir
 
 
-def differing_fields(old: ExperimentConfig, new: ExperimentConfig) -> list[str]:
+def differing_fields(old: RunConfig, new: RunConfig) -> list[str]:
     """The fields, of those a resumed run may not change, in which two configs differ: 'data.seed was 0, is 1'."""
     was, now = flat_fields(old), flat_fields(new)
     return [
-        f"{key} was {value!r}, is {now[key]!r}"
-        for key, value in was.items()
-        if value != now[key] and not any(key.startswith(prefix) for prefix in _MAY_CHANGE)
+        f"{key} was {was.get(key)!r}, is {now.get(key)!r}"
+        for key in dict.fromkeys((*was, *now))
+        if was.get(key) != now.get(key) and not any(key.startswith(prefix) for prefix in _MAY_CHANGE)
     ]
 
 
-def flat_fields(config: ExperimentConfig) -> dict[str, Any]:
-    """{"data.seed": 0, ...}: every field under its section's name."""
-    return {f"{section}.{name}": value for section, fields in config.to_dict().items() for name, value in fields.items()}
+def flat_fields(config: RunConfig) -> dict[str, Any]:
+    """{"data.seed": 0, ...}: every field under its section's name; one that is in no section under its own."""
+    flat = {}
+    for section, value in config.to_dict().items():
+        flat |= {f"{section}.{name}": v for name, v in value.items()} if isinstance(value, dict) else {section: value}
+    return flat
 
 
-def write_config(workdir: epath.PathLike, config: ExperimentConfig) -> None:
+def write_config(workdir: epath.PathLike, config: RunConfig) -> None:
     """Writes `config.json`, complete or not at all."""
     with explain_full_disk(workdir):
         write_text(epath.Path(workdir) / CONFIG_FILE, json.dumps(config.to_dict(), indent=2) + "\n")
 
 
-def read_config(workdir: epath.PathLike) -> ExperimentConfig:
+def read_config(workdir: epath.PathLike) -> RunConfig:
     """The config of the run in a workdir."""
     path = epath.Path(workdir) / CONFIG_FILE
     try:
-        return ExperimentConfig.from_dict(json.loads(path.read_text()))
+        values = json.loads(path.read_text())
+        kinds = {"evaluation": FinetuneConfig, "distillation": DistillConfig}  # by the section that no other kind has
+        return next((kind for section, kind in kinds.items() if section in values), ExperimentConfig).from_dict(values)
     except FileNotFoundError:
         raise ConfigError(f"{workdir} is no workdir of a run: it has no {CONFIG_FILE}.") from None
     except json.JSONDecodeError as error:

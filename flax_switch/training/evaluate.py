@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 
 from flax_switch import partitioning
-from flax_switch.data import Prepared, text_token_mask
+from flax_switch.data import Prepared, Vocabulary, text_token_mask
 from flax_switch.training.metrics import plain
 from flax_switch.training.state import Run
 
@@ -36,24 +36,50 @@ class Evaluator:
         `nats_below_unigram` is how far the cross-entropy over text targets (neither sentinels nor EOS) lies below the entropy of
         the same tokens' unigram distribution, the least that a model without context can reach.
         """
-        vocabulary = self.prepared.vocabulary
         rows = partitioning.batch_rows(self.run.mesh, self.run.config.data.batch_size)
-        totals: dict[str, float] = {}
-        routers: list[dict[str, Any]] = []
-        for batch in self.prepared.heldout_batches(self.batches, rows):
-            mask = text_token_mask(batch["labels"], vocabulary.num_pieces, vocabulary.eos_id)
-            batch = {**batch, "text_mask": mask.astype(np.float32)}
-            sums = plain(self.eval_step(params, partitioning.shard_batch(batch, self.run.mesh)))
-            routers.append({k: np.asarray(v) for k, v in sums.items() if k.startswith("routers/")})
-            for name in ("cross_entropy", "hits", "tokens", "text_cross_entropy", "text_tokens"):
-                totals[name] = totals.get(name, 0.0) + sums[name]
-        tokens, text_tokens = max(totals["tokens"], 1.0), max(totals["text_tokens"], 1.0)
-        text = totals["text_cross_entropy"] / text_tokens
-        return {
-            "cross_entropy": totals["cross_entropy"] / tokens,
-            "accuracy": totals["hits"] / tokens,
-            "text_cross_entropy": text,
-            "unigram_entropy": self.unigram_entropy,
-            "nats_below_unigram": self.unigram_entropy - text,
-            **{name: np.mean([r[name] for r in routers], axis=0).tolist() for name in (routers[0] if routers else {})},
-        }
+        batches = self.prepared.heldout_batches(self.batches, rows)
+        means = mean_metrics(self.run, self.eval_step, params, batches, self.prepared.vocabulary)
+        text = means["text_cross_entropy"]
+        return {**means, "unigram_entropy": self.unigram_entropy, "nats_below_unigram": self.unigram_entropy - text}
+
+    def describe(self, evaluation: dict[str, Any]) -> str:
+        """An evaluation as a sentence."""
+        return describe(evaluation)
+
+    def conclude(self, step: int, params: Any, evaluation: dict[str, Any] | None) -> None:
+        """Pre-training goes on to its last step."""
+
+
+def mean_metrics(
+    run: Run,
+    eval_step: Callable[[Any, Any], dict[str, Any]],
+    params: Any,
+    batches: Iterable[dict[str, np.ndarray]],
+    vocabulary: Vocabulary,
+) -> dict[str, Any]:
+    """Cross-entropy (nats per token) and accuracy over all targets, cross-entropy over text targets, and the routers' metrics."""
+    totals: dict[str, float] = {}
+    routers: list[dict[str, Any]] = []
+    for batch in batches:
+        mask = text_token_mask(batch["labels"], vocabulary.num_pieces, vocabulary.eos_id)
+        batch = {**batch, "text_mask": mask.astype(np.float32)}
+        sums = plain(eval_step(params, partitioning.shard_batch(batch, run.mesh)))
+        routers.append({k: np.asarray(v) for k, v in sums.items() if k.startswith("routers/")})
+        for name in ("cross_entropy", "hits", "tokens", "text_cross_entropy", "text_tokens"):
+            totals[name] = totals.get(name, 0.0) + sums[name]
+    tokens, text_tokens = max(totals["tokens"], 1.0), max(totals["text_tokens"], 1.0)
+    return {
+        "cross_entropy": totals["cross_entropy"] / tokens,
+        "accuracy": totals["hits"] / tokens,
+        "text_cross_entropy": totals["text_cross_entropy"] / text_tokens,
+        **{name: np.mean([r[name] for r in routers], axis=0).tolist() for name in (routers[0] if routers else {})},
+    }
+
+
+def describe(evaluation: dict[str, Any]) -> str:
+    """An evaluation of pre-training as a sentence."""
+    return (
+        f"held-out cross-entropy {evaluation['cross_entropy']:.3f} nats/token over all targets, "
+        f"{evaluation['text_cross_entropy']:.3f} over text; text unigram entropy {evaluation['unigram_entropy']:.3f}, so "
+        f"{evaluation['nats_below_unigram']:.3f} nats below it."
+    )

@@ -15,7 +15,8 @@ from etils import epath
 
 from flax_switch.data import Vocabulary
 from flax_switch.generation import generate
-from flax_switch.training.loop import RunResult, describe
+from flax_switch.training.evaluate import describe
+from flax_switch.training.loop import RunResult
 from flax_switch.training.progress import console
 from flax_switch.training.report import SAMPLES_FILE, write_report
 

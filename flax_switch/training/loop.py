@@ -1,10 +1,11 @@
-"""The training loop: prepare, resume, step, evaluate, save, report."""
+"""The training loop: prepare, resume, step, evaluate, save, report. Fine-tuning and distillation run in the same one."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from etils import epath
 
 from flax_switch import data, distributed, partitioning
 from flax_switch.config import ConfigError, ExperimentConfig
+from flax_switch.config_finetuning import FinetuneConfig
 from flax_switch.data import Vocabulary
 from flax_switch.training.checkpoint import Checkpoints, claim_workdir, flat_fields
 from flax_switch.training.evaluate import Evaluator
@@ -19,21 +21,37 @@ from flax_switch.training.metrics import MetricsWriter, plain
 from flax_switch.training.progress import StopSignals, Stopwatch, TrainProgress, console
 from flax_switch.training.state import Run, TrainState, build_run, init_state
 from flax_switch.training.step import compile_eval_step
-from flax_switch.training.stepper import build_stepper
-
-if TYPE_CHECKING:
-    from flax_switch.data.loader import TrainIterator
+from flax_switch.training.stepper import Stepper, build_stepper
 
 Batch = dict[str, np.ndarray]
 
 
+class Examples(Protocol):
+    """Where batches come from: `data.Prepared`, or of fine-tuning `data.tasks.PreparedTasks`."""
+
+    vocabulary: Vocabulary
+
+    def train_iterator(self, rows: np.ndarray | None = None) -> Any: ...
+
+
+class Evaluation(Protocol):
+    """What the loop asks of an evaluator: `training.evaluate.Evaluator`, or `finetuning.evaluate.TaskEvaluator`."""
+
+    def __call__(self, params: Any) -> dict[str, Any]: ...
+
+    def describe(self, evaluation: dict[str, Any]) -> str: ...
+
+    def conclude(self, step: int, params: Any, evaluation: dict[str, Any] | None) -> str | None:
+        """Keeps what is worth keeping; why training should end now, or None. `evaluation` is None before the first step."""
+
+
 @dataclasses.dataclass(frozen=True)
 class RunResult:
-    """How a call of `pretrain` ended."""
+    """How a call of `pretrain` or `finetune` ended."""
 
     run: Run
     state: TrainState
-    prepared: data.Prepared
+    prepared: Examples
     step: int
     finished: bool  # False where a signal stopped it early
     evaluation: dict[str, Any] | None  # of the last step, where it finished
@@ -50,19 +68,28 @@ def pretrain(config: ExperimentConfig, workdir: epath.PathLike) -> RunResult:
     distributed.require_same({"workdir": str(workdir), "jax": jax.__version__, **flat_fields(config)})
     workdir = distributed.first_process_first(lambda: claim_workdir(workdir, config))
     mesh = partitioning.create_mesh(config.mesh)
-    if config.data.batch_size % partitioning.batch_ways(mesh):
-        raise ConfigError(
-            f"data.batch_size ({config.data.batch_size}) must be a multiple of the {partitioning.batch_ways(mesh)} devices the "
-            "batch is split over (mesh data x expert)."
-        )
+    partitioning.check_batch_size(config.data.batch_size, mesh)
     prepared = distributed.first_process_first(lambda: data.prepare(config.data, workdir=workdir, quiet=console.quiet))
     distributed.require_same({"corpus and vocabulary (by hash)": prepared.fingerprint})
     check_vocabulary(config, prepared.vocabulary)
     run = build_run(config, mesh)
+    return train(run, prepared, workdir, lambda: Evaluator.of(run, prepared, compile_eval_step(run)), init_state)
+
+
+def train(
+    run: Run,
+    prepared: Examples,
+    workdir: epath.Path,
+    make_evaluator: Callable[[], Evaluation],
+    first_state: Callable[[Run], TrainState],
+    make_stepper: Callable[[Run], Stepper] = build_stepper,
+) -> RunResult:
+    """Trains from the last checkpoint in `workdir`, or from `first_state(run)`, to the end or a signal."""
+    config = run.config
     checkpoints = Checkpoints(workdir, config.train.keep_last, config.train.keep_every)
-    batches = prepared.train_iterator(partitioning.batch_rows(mesh, config.data.batch_size))
+    batches = prepared.train_iterator(partitioning.batch_rows(run.mesh, config.data.batch_size))
     if checkpoints.latest_step() is None:
-        state, start = init_state(run), 0
+        state, start = first_state(run), 0
     else:
         state, data_state = checkpoints.restore(run.abstract_state)
         batches.set_state(data_state)
@@ -70,14 +97,14 @@ def pretrain(config: ExperimentConfig, workdir: epath.PathLike) -> RunResult:
         console.print(f"Continuing {workdir} from step {start}.")
     writer = MetricsWriter(workdir, start)
     try:
-        return _train(run, prepared, state, start, batches, checkpoints, writer)
+        return _train(run, prepared, state, start, batches, checkpoints, writer, make_evaluator(), make_stepper(run))
     finally:
         batches.close()
         checkpoints.close()
         writer.close()
 
 
-def check_vocabulary(config: ExperimentConfig, vocabulary: Vocabulary) -> None:
+def check_vocabulary(config: ExperimentConfig | FinetuneConfig, vocabulary: Vocabulary) -> None:
     """Raises `ConfigError` unless every id of the vocabulary has an embedding."""
     if vocabulary.size > config.model.vocab_size:
         raise ConfigError(
@@ -88,22 +115,22 @@ def check_vocabulary(config: ExperimentConfig, vocabulary: Vocabulary) -> None:
 
 def _train(
     run: Run,
-    prepared: data.Prepared,
+    prepared: Examples,
     state: TrainState,
     start: int,
-    batches: TrainIterator,
+    batches: Any,
     checkpoints: Checkpoints,
     writer: MetricsWriter,
+    evaluator: Evaluation,
+    stepper: Stepper,
 ) -> RunResult:
     config = run.config.train
-    stepper = build_stepper(run)
     state = stepper.hold(state)
-    evaluator = Evaluator.of(run, prepared, compile_eval_step(run))
     progress, watch = TrainProgress(start, config.steps), Stopwatch()
     evaluation = None
     with StopSignals() as signals:
-        step = start
-        while step < config.steps and not signals.stopped:
+        step, enough = start, evaluator.conclude(start, None, None)
+        while step < config.steps and not signals.stopped and not enough:
             before = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - before
@@ -124,16 +151,19 @@ def _train(
                 check_finite(line, step)
             if step % config.eval_every == 0 or last:
                 paused = watch.pause()
-                evaluation = evaluator(stepper.release(state).params)
+                params = stepper.release(state).params
+                evaluation = evaluator(params)
                 writer.write(step, "eval", evaluation)
-                progress.say(f"step {step}: {describe(evaluation)}")
+                progress.say(f"step {step}: {evaluator.describe(evaluation)}")
+                enough = evaluator.conclude(step, params, evaluation)
+                del params  # the next step uses the state up
                 watch.resume(paused)
-            if step % config.checkpoint_every == 0 or last or signals.stopped:
+            if step % config.checkpoint_every == 0 or last or signals.stopped or enough:
                 paused = watch.pause()
                 writer.flush()
                 checkpoints.save(stepper.release(state), batches.get_state())
                 watch.resume(paused)
-        if signals.stopped and step < config.steps:
+        if signals.stopped and step < config.steps and not enough:
             writer.flush()
             checkpoints.save(stepper.release(state), batches.get_state())
             checkpoints.wait()
@@ -141,6 +171,8 @@ def _train(
             console.print(f"{signals.stopped}: saved at step {step}. Run the same command again to continue.")
             return RunResult(run, stepper.release(state), prepared, step, False, None)
         progress.close()
+        if enough:
+            console.print(f"Training ended at step {step}: {enough}.")
         if evaluation is None:  # the run was complete before this call
             evaluation = evaluator(stepper.release(state).params)
     return RunResult(run, stepper.release(state), prepared, step, True, evaluation)
@@ -153,15 +185,6 @@ def check_finite(metrics: dict[str, Any], step: int) -> None:
             f"The loss is {metrics['loss']} at step {step}. Earlier checkpoints are kept. Lower optimizer.learning_rate, raise "
             "optimizer.warmup_steps, or set optimizer.clip_global_norm; in bfloat16 keep model.router_dtype='float32'."
         )
-
-
-def describe(evaluation: dict[str, Any]) -> str:
-    """An evaluation as a sentence."""
-    return (
-        f"held-out cross-entropy {evaluation['cross_entropy']:.3f} nats/token over all targets, "
-        f"{evaluation['text_cross_entropy']:.3f} over text; text unigram entropy {evaluation['unigram_entropy']:.3f}, so "
-        f"{evaluation['nats_below_unigram']:.3f} nats below it."
-    )
 
 
 def _tokens(batch: Batch) -> int:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from flax_switch.config import ConfigError, OptimizerConfig
+from flax_switch.config import OptimizerConfig
 from flax_switch.partitioning import pmap_devices
 from flax_switch.training.adafactor import AdafactorState, adafactor, state_axes
 
@@ -32,7 +31,10 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
 
 
 def build_optimizer(config: OptimizerConfig, axes: Any, steps: int) -> optax.GradientTransformation:
-    """The gradient transformation for parameters whose logical axes are `axes` (from `logical_axes`)."""
+    """The gradient transformation for parameters whose logical axes are `axes`.
+
+    Both are the trained part alone where `config.trainable` leaves parameters out (`freezing.trainable_part`).
+    """
     schedule = learning_rate_schedule(config, steps)
     if config.name == "adafactor":
         optimizer = adafactor(
@@ -47,8 +49,6 @@ def build_optimizer(config: OptimizerConfig, axes: Any, steps: int) -> optax.Gra
         optimizer = optax.adamw(schedule, config.b1, config.b2, config.eps, weight_decay=config.weight_decay)
     if config.clip_global_norm is not None:
         optimizer = optax.chain(_clip_by_global_norm(config.clip_global_norm, axes), optimizer)
-    if config.trainable != ".*":
-        optimizer = _freeze(optimizer, config.trainable, axes)
     return optimizer
 
 
@@ -70,23 +70,6 @@ def _clip_by_global_norm(limit: float, axes: Any) -> optax.GradientTransformatio
         return jax.tree.map(lambda g: jnp.where(norm < limit, g, g / norm.astype(g.dtype) * limit), grads), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
-
-
-def _freeze(optimizer: optax.GradientTransformation, pattern: str, axes: Any) -> optax.GradientTransformation:
-    """`optimizer` for parameters whose path matches `pattern`; the others get no update."""
-    trainable = jax.tree_util.tree_map_with_path(
-        lambda path, _: re.search(pattern, param_path(path)) is not None, axes, is_leaf=lambda x: isinstance(x, tuple)
-    )
-    if not any(jax.tree.leaves(trainable)):
-        raise ConfigError(f"optimizer.trainable={pattern!r} matches no parameter; a path looks like encoder/layers_1/mlp/...")
-
-    # Frozen parameters keep their place in the optimiser's state, but their gradients are zero and so are their updates.
-    def update(grads, state, params):
-        grads = jax.tree.map(lambda g, on: g if on else jnp.zeros_like(g), grads, trainable)
-        updates, state = optimizer.update(grads, state, params)
-        return jax.tree.map(lambda u, on: u if on else jnp.zeros_like(u), updates, trainable), state
-
-    return optax.GradientTransformation(optimizer.init, update)
 
 
 def optimizer_state_axes(state: Any, params: Any, axes: Any, config: OptimizerConfig) -> Any:
@@ -111,8 +94,3 @@ def optimizer_state_axes(state: Any, params: Any, axes: Any, config: OptimizerCo
         return (None,) * len(node.shape)
 
     return jax.tree.map(axes_of, state, is_leaf=is_known)
-
-
-def param_path(path: tuple) -> str:
-    """A key path of a parameter tree as 'encoder/layers_0/...'."""
-    return "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)

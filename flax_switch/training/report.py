@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from flax_switch.config import ConfigError, ExperimentConfig
-from flax_switch.training.checkpoint import read_config
+from flax_switch.config import ConfigError
+from flax_switch.config_finetuning import LOSS, FinetuneConfig
+from flax_switch.training.checkpoint import RunConfig, read_config
 from flax_switch.training.metrics import read_metrics
 
 SAMPLES_FILE = "samples.json"
@@ -34,7 +35,8 @@ def write_report(workdir: epath.PathLike, output: epath.PathLike | None = None) 
     workdir = epath.Path(workdir)
     config = read_config(workdir)
     lines = read_metrics(workdir)
-    train, evals = ([line for line in lines if line["kind"] == kind] for kind in ("train", "eval"))
+    train = [line for line in lines if line["kind"] == "train"]
+    evals = [line for line in lines if line["kind"] == "eval" and LOSS in line]  # fine-tuning may have nothing to evaluate on
     if not train:
         raise ConfigError(f"{workdir} has no metrics yet; the first come after train.log_every={config.train.log_every} steps.")
     samples_path = workdir / SAMPLES_FILE
@@ -49,12 +51,16 @@ def write_report(workdir: epath.PathLike, output: epath.PathLike | None = None) 
     return path
 
 
-def draw_plots(config: ExperimentConfig, train: list[dict[str, Any]], evals: list[dict[str, Any]]) -> dict[str, bytes]:
+def draw_plots(config: RunConfig, train: list[dict[str, Any]], evals: list[dict[str, Any]]) -> dict[str, bytes]:
     """PNG images by name."""
     import matplotlib
 
     matplotlib.use("Agg")
-    plots = {"loss": _draw_loss(train, evals), "throughput": _draw_throughput(train)}
+    plots = {"loss": _draw_loss(train, evals)}
+    scores = scores_of(config, evals)
+    if scores:
+        plots["scores"] = _draw_scores(evals, scores)
+    plots["throughput"] = _draw_throughput(train)
     layers = sparse_layer_names(config)
     if layers:
         plots["expert_load"] = _draw_expert_load(train, layers)
@@ -62,9 +68,23 @@ def draw_plots(config: ExperimentConfig, train: list[dict[str, Any]], evals: lis
     return plots
 
 
-def sparse_layer_names(config: ExperimentConfig) -> list[str]:
+def sparse_layer_names(config: RunConfig) -> list[str]:
     """The sparse layers in the order of the metrics: 'encoder 1', 'decoder 1'."""
     return [f"{stack} {i}" for stack in ("encoder", "decoder") for i in config.model.sparse_indices(stack)]
+
+
+def scores_of(config: RunConfig, evals: list[dict[str, Any]]) -> list[str]:
+    """The scores of generated text that a fine-tuning run measured; of pre-training none."""
+    return [name for name in config.scores if name in evals[-1]] if isinstance(config, FinetuneConfig) and evals else []
+
+
+def _draw_scores(evals: list[dict[str, Any]], scores: list[str]) -> bytes:
+    figure, ((axis,),) = _axes()
+    for name in scores:
+        axis.plot([m["step"] for m in evals], [m[name] for m in evals], "o-", ms=3, label=name)
+    axis.set(xlabel="step", ylabel="per cent", title="Scores of generated text")
+    axis.legend(frameon=False)
+    return _png(figure)
 
 
 def _png(figure: Any) -> bytes:
@@ -94,11 +114,12 @@ def _draw_loss(train: list[dict[str, Any]], evals: list[dict[str, Any]]) -> byte
     if evals:
         steps = [m["step"] for m in evals]
         axis.plot(steps, [m["cross_entropy"] for m in evals], "o-", ms=3, color="#1f5a96", label="held-out, all targets")
-        axis.plot(steps, [m["text_cross_entropy"] for m in evals], "o-", ms=3, color="#c0392b", label="held-out, text targets")
-        unigram = evals[-1]["unigram_entropy"]
-        axis.axhline(unigram, ls="--", lw=1, color="#c0392b", label=f"text unigram entropy {unigram:.2f}")
-        top = max(unigram, *(m["text_cross_entropy"] for m in evals)) + 0.5
-        axis.set_ylim(top=min(top, axis.get_ylim()[1]))
+        if "unigram_entropy" in evals[-1]:
+            axis.plot(steps, [m["text_cross_entropy"] for m in evals], "o-", ms=3, color="#c0392b", label="held-out, text targets")
+            unigram = evals[-1]["unigram_entropy"]
+            axis.axhline(unigram, ls="--", lw=1, color="#c0392b", label=f"text unigram entropy {unigram:.2f}")
+            top = max(unigram, *(m["text_cross_entropy"] for m in evals)) + 0.5
+            axis.set_ylim(top=min(top, axis.get_ylim()[1]))
     axis.set(xlabel="step", ylabel="nats per token", title="Cross-entropy")
     axis.legend(frameon=False)
     return _png(figure)
@@ -165,7 +186,7 @@ def _draw_routing(train: list[dict[str, Any]], layers: list[str]) -> bytes:
 
 def _page(
     workdir: epath.Path,
-    config: ExperimentConfig,
+    config: RunConfig,
     train: list[dict[str, Any]],
     evals: list[dict[str, Any]],
     plots: dict[str, bytes],
@@ -173,14 +194,7 @@ def _page(
 ) -> str:
     rows = [("steps", f"{train[-1]['step']:,} of {config.train.steps:,}")]
     if evals:
-        last = evals[-1]
-        rows += [
-            ("held-out cross-entropy, all targets", f"{last['cross_entropy']:.3f} nats/token"),
-            ("held-out cross-entropy, text targets", f"{last['text_cross_entropy']:.3f} nats/token"),
-            ("unigram entropy of the same text", f"{last['unigram_entropy']:.3f} nats/token"),
-            ("below the unigram entropy", f"{last['nats_below_unigram']:.3f} nats/token"),
-            ("held-out accuracy", f"{100 * last['accuracy']:.1f} %"),
-        ]
+        rows += _evaluation_rows(config, evals)
     rows += [
         ("tokens per second, median", f"{np.median([m['tokens_per_second'] for m in train]):,.0f}"),
         ("data wait, median", f"{100 * np.median([m['data_wait_fraction'] for m in train]):.2f} % of the step"),
@@ -191,13 +205,30 @@ def _page(
     table = "".join(f"<tr><td>{html.escape(k)}</td><td class=number>{html.escape(v)}</td></tr>" for k, v in rows)
     shown = "".join(_sample(sample) for sample in samples)
     if shown:
-        shown = f"<h2>Masked spans filled in</h2><p><mark>the model's</mark> in place of <del>the text's</del></p>{shown}"
+        title = "Predictions" if isinstance(config, FinetuneConfig) else "Masked spans filled in"
+        shown = f"<h2>{title}</h2><p><mark>the model's</mark> in place of <del>the text's</del></p>{shown}"
     name = html.escape(workdir.name)
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{name}</title><style>{_STYLE}</style>"
         f"<h1>{name}</h1><table>{table}</table><h2>Curves</h2>{images}{shown}"
         f"<h2>Config</h2><pre>{html.escape(json.dumps(config.to_dict(), indent=2))}</pre></html>"
     )
+
+
+def _evaluation_rows(config: RunConfig, evals: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    last = evals[-1]
+    rows = [("held-out cross-entropy, all targets", f"{last['cross_entropy']:.3f} nats/token")]
+    if isinstance(config, FinetuneConfig):
+        best = (min if config.best == LOSS else max)(evals, key=lambda line: line[config.best])
+        rows += [(f"{name}, at the end", f"{last[name]:.2f}") for name in scores_of(config, evals)]
+        return [*rows, (f"best {config.best}", f"{best[config.best]:.2f} at step {best['step']:,}")]
+    return [
+        *rows,
+        ("held-out cross-entropy, text targets", f"{last['text_cross_entropy']:.3f} nats/token"),
+        ("unigram entropy of the same text", f"{last['unigram_entropy']:.3f} nats/token"),
+        ("below the unigram entropy", f"{last['nats_below_unigram']:.3f} nats/token"),
+        ("held-out accuracy", f"{100 * last['accuracy']:.1f} %"),
+    ]
 
 
 def _sample(sample: dict[str, Any]) -> str:

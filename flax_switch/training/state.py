@@ -12,7 +12,9 @@ from jax.sharding import Mesh
 
 from flax_switch import partitioning
 from flax_switch.config import ExperimentConfig
+from flax_switch.config_finetuning import FinetuneConfig
 from flax_switch.nn.transformer import SwitchTransformer, init_params, logical_axes
+from flax_switch.training.freezing import trainable_part
 from flax_switch.training.optimizer import build_optimizer, optimizer_state_axes
 
 
@@ -30,23 +32,25 @@ class TrainState:
 class Run:
     """What a run is made of besides its state: fixed for its whole life."""
 
-    config: ExperimentConfig = flax.struct.field(pytree_node=False)
+    config: ExperimentConfig | FinetuneConfig = flax.struct.field(pytree_node=False)
     model: SwitchTransformer = flax.struct.field(pytree_node=False)
     optimizer: optax.GradientTransformation = flax.struct.field(pytree_node=False)
     mesh: Mesh = flax.struct.field(pytree_node=False)
     abstract_state: TrainState  # shapes, dtypes and shardings
 
 
-def build_run(config: ExperimentConfig, mesh: Mesh) -> Run:
+def build_run(config: ExperimentConfig | FinetuneConfig, mesh: Mesh) -> Run:
     """Model, optimiser and the abstract state with its shardings, without allocating an array."""
     model = SwitchTransformer(config.model)
     axes = logical_axes(model)
-    optimizer = build_optimizer(config.optimizer, axes, config.train.steps)
+    trained_axes = trainable_part(axes, config.optimizer.trainable)
+    optimizer = build_optimizer(config.optimizer, trained_axes, config.train.steps)
     abstract = jax.eval_shape(lambda: _fresh(config, model, optimizer))
+    trained = trainable_part(abstract.params, config.optimizer.trainable)
     state_axes = TrainState(
         step=(),
         params=axes,
-        opt_state=optimizer_state_axes(abstract.opt_state, abstract.params, axes, config.optimizer),
+        opt_state=optimizer_state_axes(abstract.opt_state, trained, trained_axes, config.optimizer),
         rng=(None,),
     )
     shardings = partitioning.tree_shardings(state_axes, abstract, mesh, fsdp=config.mesh.fsdp)
@@ -54,11 +58,20 @@ def build_run(config: ExperimentConfig, mesh: Mesh) -> Run:
     return Run(config, model, optimizer, mesh, abstract)
 
 
-def init_state(run: Run) -> TrainState:
-    """A fresh state, each array made where it belongs: no device ever holds a whole parameter that is sharded."""
+def init_state(run: Run, params: Any = None) -> TrainState:
+    """A fresh state, each array made where it belongs: no device ever holds a whole parameter that is sharded.
+
+    Given parameters (of a checkpoint, laid out by `state_shardings(run).params`) stay where they are.
+    """
     shardings = state_shardings(run)
     with partitioning.use_mesh(run.mesh):
-        return jax.jit(lambda: _fresh(run.config, run.model, run.optimizer), out_shardings=shardings)()
+        if params is None:
+            return jax.jit(lambda: _fresh(run.config, run.model, run.optimizer), out_shardings=shardings)()
+        rest = jax.jit(
+            lambda p: _fresh(run.config, run.model, run.optimizer, p).replace(params=None),
+            out_shardings=shardings.replace(params=None),
+        )(params)
+        return rest.replace(params=params)
 
 
 def state_shardings(run: Run) -> TrainState:
@@ -71,7 +84,10 @@ def is_split(leaf: jax.ShapeDtypeStruct) -> bool:
     return "expert" in leaf.sharding.spec
 
 
-def _fresh(config: ExperimentConfig, model: SwitchTransformer, optimizer: optax.GradientTransformation) -> TrainState:
+def _fresh(
+    config: ExperimentConfig | FinetuneConfig, model: SwitchTransformer, optimizer: optax.GradientTransformation, params: Any = None
+) -> TrainState:
     init_rng, step_rng = jax.random.split(jax.random.key(config.train.seed))
-    params = init_params(model, init_rng)
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), jax.random.key_data(step_rng))
+    params = init_params(model, init_rng) if params is None else params
+    opt_state = optimizer.init(trainable_part(params, config.optimizer.trainable))
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, jax.random.key_data(step_rng))

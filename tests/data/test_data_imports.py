@@ -44,7 +44,10 @@ def test_data_modules_import_only_the_config_of_the_rest_of_the_package():
             for name in names:
                 assert name.split(".")[0] not in FORBIDDEN, path
                 if name.split(".")[0] == "flax_switch":
-                    assert name == "flax_switch.config" or name.startswith("flax_switch.data"), (path, name)
+                    assert name in ("flax_switch.config", "flax_switch.config_finetuning") or name.startswith("flax_switch.data"), (
+                        path,
+                        name,
+                    )
 
 
 def test_public_names_are_found_when_first_used():

@@ -230,6 +230,8 @@ def test_topologies_that_do_not_exist_are_refused(name, message):
         (["--topology", "v5e:2x2", "--mesh", "experts=2"], "Did you mean 'expert'"),
         (["--topology", "v5e:2x2", "--config.data.batch_size=30"], "must be a multiple of 4"),
         (["--topology", "v5e"], "written like"),
+        (["--topology", "v5e:2x2", "--effort", "quik"], "Did you mean 'quick'"),
+        (["--topology", "v5e:2x2", "--config.mesh.mode=pmap"], "mesh.mode=jit"),
     ],
 )
 def test_mistakes_on_the_command_line_are_one_message(argv, message, capsys):

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from flax_switch.config import ConfigError, DataConfig, ExperimentConfig, MeshConfig, OptimizerConfig, SwitchConfig, TrainConfig
 from flax_switch.partitioning import batch_ways, create_mesh, mesh_shape, partition_spec, shard_batch, use_mesh
-from flax_switch.training.optimizer import build_optimizer, learning_rate_schedule
+from flax_switch.training.optimizer import learning_rate_schedule
 from flax_switch.training.state import build_run, init_state
 from flax_switch.training.step import compile_train_step, loss_and_grads
 
@@ -80,7 +80,7 @@ def test_only_parameters_that_match_are_trained():
     for path, value in flatten_dict(state.params, sep="/").items():
         assert np.array_equal(value, before[path]) == ("router" not in path), path
     with pytest.raises(ConfigError, match="matches no parameter"):
-        build_optimizer(config.optimizer.replace(trainable="ruoter"), {"router": ("embed",)}, 10)
+        run_on(config.replace(optimizer=config.optimizer.replace(trainable="ruoter")))
 
 
 def test_schedules_start_move_and_end_where_they_should():

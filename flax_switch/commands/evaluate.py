@@ -1,0 +1,66 @@
+"""flax-switch evaluate --checkpoint CHECKPOINT --config RECIPE --config.data.validation=FILE [--output DIR]"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flax_switch.commands.checkpoints import FORMATS, missing_extra
+from flax_switch.commands.options import add_recipe_arguments, load_finetuning, take_overrides
+from flax_switch.config import ConfigError
+
+if TYPE_CHECKING:
+    from flax_switch.config_finetuning import FinetuneRecipe
+
+__all__ = ["add_arguments", "run", "take_overrides"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Checkpoint, recipe, overrides, and where results go."""
+    add_recipe_arguments(parser)
+    parser.add_argument("--checkpoint", required=True, metavar="CHECKPOINT", help=FORMATS)
+    parser.add_argument("--vocabulary", metavar="PATH", help="a spiece.model or a folder with one; default: the checkpoint's")
+    parser.add_argument("--output", default="evaluation", metavar="DIR", help="for metrics.json and predictions.jsonl")
+    parser.epilog += " Without --config, a fine-tuned run's own recipe is used, and --config.… changes it."
+
+
+@missing_extra
+def run(args: argparse.Namespace) -> int:
+    """Prints the scores, and writes them and the predictions."""
+    recipe = _recipe(args)
+    from flax_switch.finetuning.evaluate import describe, write_predictions
+    from flax_switch.finetuning.finetune import evaluate_checkpoint
+
+    run, evaluation, predictions = evaluate_checkpoint(recipe, args.checkpoint, vocabulary=args.vocabulary)
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "metrics.json").write_text(json.dumps(evaluation, indent=2) + "\n")
+    write_predictions(output / "predictions.jsonl", predictions)
+    print(describe(run.config, evaluation))
+    print(f"Metrics and predictions: {output}")
+    return 0
+
+
+def _recipe(args: argparse.Namespace) -> FinetuneRecipe:
+    """The recipe that was named, or that of the run the checkpoint belongs to."""
+    if args.config or args.gin_file:
+        return load_finetuning(args)
+    from flax_switch import recipes
+    from flax_switch.config_finetuning import FinetuneConfig
+    from flax_switch.finetuning.finetune import recipe_of
+    from flax_switch.training.checkpoint import CONFIG_FILE, read_config
+
+    if args.bindings:
+        raise ConfigError("--gin.… binds fields of a --gin_file; without one use --config.SECTION.FIELD=VALUE.")
+    for folder in (Path(args.checkpoint), Path(args.checkpoint).parent):
+        if (folder / CONFIG_FILE).is_file() and (folder / "checkpoints").is_dir():
+            config = read_config(folder)
+            if isinstance(config, FinetuneConfig):
+                values = recipes.override(recipes.to_config_dict(recipe_of(config)), args.overrides)
+                return recipes.from_config_dict(values)
+    raise ConfigError(
+        f"{args.checkpoint} is no fine-tuned run that could say how to evaluate; name a recipe: --config "
+        "configs/finetune_summarization.py."
+    )

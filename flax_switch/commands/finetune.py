@@ -1,0 +1,36 @@
+"""flax-switch finetune --config configs/finetune_summarization.py --init CHECKPOINT --workdir DIR [--config.data.train=FILE ...]"""
+
+from __future__ import annotations
+
+import argparse
+
+from flax_switch.commands.checkpoints import FORMATS, missing_extra
+from flax_switch.commands.options import add_recipe_arguments, load_finetuning, take_overrides
+
+__all__ = ["add_arguments", "run", "take_overrides"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Recipe, overrides, what to start from, and workdir."""
+    add_recipe_arguments(parser)
+    parser.add_argument(
+        "--init", required=True, metavar="CHECKPOINT",
+        help=f"{FORMATS}; random:CHECKPOINT (or random:PRESET) takes its shape and vocabulary and starts from random weights",
+    )  # fmt: skip
+    parser.add_argument("--vocabulary", metavar="PATH", help="a spiece.model or a folder with one; default: the checkpoint's")
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="where the run lives; the same one continues it")
+    parser.epilog += " The section evaluation is fine-tuning's; model sets fields of the checkpoint's config."
+
+
+@missing_extra
+def run(args: argparse.Namespace) -> int:
+    """Fine-tunes, then shows predictions and writes the report; exit status 1 where a signal stopped the run before its end."""
+    recipe = load_finetuning(args)
+    from flax_switch.finetuning.finetune import finetune
+    from flax_switch.finetuning.finish import finish
+
+    result = finetune(recipe, args.workdir, init=args.init, vocabulary=args.vocabulary)
+    if not result.finished:
+        return 1
+    finish(result, args.workdir)
+    return 0

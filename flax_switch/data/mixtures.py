@@ -1,0 +1,116 @@
+"""Several tasks in one stream: rates, and which task each row of the stream comes from.
+
+Rows take turns by integer weights, in closed form: after n rows a task has had its share of n to within the number of tasks, and
+row n needs no row before it. So rates are exact in the long run, and a stream resumes from its position alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+
+import numpy as np
+from jaxtyping import Int64, Integer
+
+from flax_switch.config_finetuning import FinetuneDataConfig
+from flax_switch.data.loader import BatchMaker, TrainIterator
+from flax_switch.data.packing import Plan, plan_rows
+from flax_switch.data.pairs import Pairs
+
+_LARGEST = 2**30  # of a sum of weights: products of a remainder and a weight stay within 63 bits
+
+
+@dataclasses.dataclass(frozen=True)
+class Turns:
+    """Parts of a table of rows, one after another, that take turns in a stream.
+
+    `sizes` are the numbers of rows of the parts, `weights` the whole numbers of rows each gets out of sum(weights).
+    """
+
+    sizes: tuple[int, ...]
+    weights: tuple[int, ...]
+
+    def __call__(self, places: Int64[np.ndarray, " M"]) -> tuple[Int64[np.ndarray, " M"], Int64[np.ndarray, " M"]]:
+        """(part, how many rows of that part came before) of each place in the stream."""
+        part = np.full(places.shape, len(self.weights) - 1)
+        index = np.zeros_like(places)
+        left, among = np.ones(places.shape, bool), places  # not yet given to a part; their place among such
+        for k, weight in enumerate(self.weights):
+            total = sum(self.weights[k:])
+            before, after = _scaled(among, weight, total), _scaled(among + 1, weight, total)
+            mine = left & (after > before)
+            part[mine], index[mine] = k, before[mine]
+            left, among = left & ~mine, among - before
+        return part, index
+
+
+def _scaled(n: Int64[np.ndarray, " M"], weight: int, total: int) -> Int64[np.ndarray, " M"]:
+    """floor(n * weight / total), exactly."""
+    whole, rest = np.divmod(n, total)
+    return whole * weight + rest * weight // total
+
+
+def mixing_rates(config: FinetuneDataConfig, examples: Sequence[int]) -> list[Fraction]:
+    """The share of examples that each task of the mixture gets: as given, or min(examples, limit) ** (1 / temperature).
+
+    Limit and temperature are those of T5 (1910.10683, section 3.5.2).
+    """
+    given = [task.rate for task in config.mixture]
+    if None not in given:
+        rates = [Fraction(str(rate)) for rate in given]
+    else:
+        counts = [min(n, config.mixing_limit or n) for n in examples]
+        exponent = 1.0 / config.mixing_temperature
+        rates = [Fraction(n) if exponent == 1.0 else Fraction(n**exponent) for n in counts]
+    return [rate / sum(rates) for rate in rates]
+
+
+def integer_weights(rates: Sequence[Fraction]) -> tuple[int, ...]:
+    """The smallest whole numbers in proportion to the rates; nearly in proportion where the smallest would be huge."""
+    common = math.lcm(*(rate.denominator for rate in rates))
+    whole = [int(rate * common) for rate in rates]
+    divisor = math.gcd(*whole)
+    if sum(whole) // divisor <= _LARGEST:
+        return tuple(n // divisor for n in whole)
+    return tuple(max(1, round(rate / sum(rates) * _LARGEST)) for rate in rates)
+
+
+def mixture_iterator(
+    tasks: Sequence[Pairs],
+    rates: Sequence[Fraction],
+    config: FinetuneDataConfig,
+    *,
+    rows: Integer[np.ndarray, " rows"] | None = None,
+) -> TrainIterator:
+    """Endless batches (or the given rows of each) of several tasks' pairs at these rates of examples, shuffled and resumable.
+
+    With packing, examples of one task share a row; tasks whose rows hold more examples get as many fewer rows.
+    """
+    lengths = (config.inputs_length, config.targets_length)
+    sizes, plan = [pairs.num_examples for pairs in tasks], None
+    if config.packing:
+        plans = [plan_rows(pairs.input_lengths, pairs.target_lengths, *lengths, seed=config.seed) for pairs in tasks]
+        sizes, plan = [p.num_rows for p in plans], _joined(plans)
+    weights = integer_weights([r * Fraction(n, t.num_examples) for r, n, t in zip(rates, sizes, tasks, strict=True)])
+    kind = f"{' packed' if config.packing else ''} {weights}"
+    return TrainIterator(
+        BatchMaker(Pairs.joined(tasks), *lengths, plan=plan),
+        turns=Turns(tuple(sizes), weights),
+        batch_size=config.batch_size,
+        seed=config.seed,
+        fingerprint=" ".join(pairs.fingerprint for pairs in tasks) + kind,
+        shuffle=config.shuffle,
+        rows=rows,
+        num_workers=config.num_workers,
+        prefetch=config.prefetch,
+    )
+
+
+def _joined(plans: Sequence[Plan]) -> Plan:
+    """The plan for all tasks' examples laid one after another."""
+    examples = np.cumsum([0, *(len(plan.order) for plan in plans)])
+    order = np.concatenate([plan.order + first for plan, first in zip(plans, examples, strict=False)])
+    offsets = np.concatenate([[0], *(plan.offsets[1:] + first for plan, first in zip(plans, examples, strict=False))])
+    return Plan(order, offsets)

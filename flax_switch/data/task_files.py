@@ -1,0 +1,146 @@
+"""Files of tasks as records: JSON lines, tables, parquet, folders that `datasets` saved, and plain parallel text."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import glob
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from flax_switch.config import ConfigError, check
+from flax_switch.config_finetuning import TaskConfig
+from flax_switch.data import sources
+
+KINDS = (*sources.JSONL, *sources.TABLES, *sources.PARQUET, *sources.ARRAYRECORD)
+Record = dict[Any, Any]
+
+
+def task_records(source: str | tuple[str, ...], task: TaskConfig, split: str, setting: str) -> Iterator[tuple[Record, str]]:
+    """(record, where it stands) of everything that `source` names, in order.
+
+    Args:
+      split: of a folder that `datasets` saved with several: "train" or "validation".
+      setting: the name of the setting `source` is from, for messages.
+
+    Raises:
+      ConfigError: for what is missing or cannot be read, naming file and line.
+    """
+    for pattern in (source,) if isinstance(source, str) else source:
+        path = Path(os.path.expanduser(pattern))
+        if is_saved_dataset(path):
+            yield from _saved_dataset(path, split, setting)
+        elif beside := _endings_beside(path):
+            yield from _parallel(path, task, beside, setting)
+        else:
+            for file in sources.find_files(pattern, KINDS, setting):
+                if sources.kind_of(file) in sources.TABLES:
+                    yield from _table(file, header=isinstance(task.inputs, str) and isinstance(task.targets, str))
+                else:
+                    yield from sources.records([file])
+
+
+# --- plain parallel text
+def _endings_beside(stem: Path) -> list[str]:
+    """Of a stem that is no file itself, the endings of the files that have it: ["de", "en"] for train.de and train.en.gz."""
+    if stem.exists():
+        return []
+    files = Path(stem.parent).glob(f"{glob.escape(stem.name)}.*") if stem.parent.is_dir() else []
+    return sorted({file.name.removeprefix(f"{stem.name}.").removesuffix(".gz") for file in files if file.is_file()})
+
+
+def _parallel(stem: Path, task: TaskConfig, beside: list[str], setting: str) -> Iterator[tuple[Record, str]]:
+    paths = []
+    for ending in (task.inputs, task.targets):
+        plain, packed = Path(f"{stem}.{ending}"), Path(f"{stem}.{ending}.gz")
+        check(
+            plain.is_file() or packed.is_file(),
+            f"{setting}: there is no {plain}. Beside it there are: {', '.join(f'{stem.name}.{e}' for e in beside)}. Of parallel "
+            f"text, data.inputs and data.targets (now {task.inputs!r} and {task.targets!r}) are the endings; else name a file of "
+            "records.",
+        )
+        paths.append(plain if plain.is_file() else packed)
+    inputs, targets = (list(sources.lines(path)) for path in paths)
+    check(
+        len(inputs) == len(targets),
+        f"{setting}: parallel files need a line of one for every line of the other, but {paths[0]} has {len(inputs):,} lines and "
+        f"{paths[1]} has {len(targets):,}.",
+    )
+    for number, texts in enumerate(zip(inputs, targets, strict=True), start=1):
+        yield dict(zip((task.inputs, task.targets), texts, strict=True)), f"{paths[0]} and {paths[1].name}, line {number}"
+
+
+# --- tables
+def _table(path: Path, *, header: bool) -> Iterator[tuple[Record, str]]:
+    """Rows of a .csv or .tsv file by the names in its first row, or by number where it has no header.
+
+    In .tsv files quotes are characters like others, as the tools that write them have it.
+    """
+    tabs = sources.kind_of(path) == ".tsv"
+    options: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {"strict": True}
+    reader = csv.reader((line + "\n" for line in sources.lines(path)), **options)
+    names: list[Any] | None = None
+    while True:
+        where = f"{path}, line {reader.line_num + 1}"
+        try:
+            row = next(reader, None)
+        except csv.Error as error:
+            raise ConfigError(f"{where}: this is no row of a {'.tsv' if tabs else '.csv'} file ({error}).") from error
+        if row is None:
+            return
+        if not row:
+            continue
+        if names is None:
+            names = row if header else list(range(len(row)))
+            if header:
+                continue
+        check(
+            len(row) == len(names),
+            f"{where}: the row has {len(row)} columns, but the first one has {len(names)}."
+            + ("" if tabs else " A field with a comma needs quotes around it."),
+        )
+        yield dict(zip(names, row, strict=True)), where
+
+
+# --- what datasets' save_to_disk writes
+def is_saved_dataset(folder: Path) -> bool:
+    """Whether `datasets` saved a data set, or several splits of one, in a folder."""
+    return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
+
+
+def _saved_dataset(folder: Path, split: str, setting: str) -> Iterator[tuple[Record, str]]:
+    """Rows of the Arrow files that the folder's own list names, in order."""
+    try:
+        from pyarrow import ArrowException, ipc
+    except ImportError as error:
+        raise ConfigError(f"Reading the data set {folder} needs pyarrow: pip install 'flax_switch[datasets]'.") from error
+    if (folder / "dataset_dict.json").is_file():
+        splits = _json(folder / "dataset_dict.json").get("splits", [])
+        check(
+            split in splits,
+            f"{setting}: {folder} has the splits {', '.join(splits) or 'none'}, and no {split!r}; name the folder of one of them.",
+        )
+        folder = folder / split
+    row = 0
+    for file in _json(folder / "state.json").get("_data_files", []):
+        with _reported(folder, (ArrowException, OSError)), open(folder / file["filename"], "rb") as stream:
+            for batch in ipc.open_stream(stream):
+                for record in batch.to_pylist():
+                    row += 1
+                    yield record, f"{folder}, row {row}"
+
+
+def _json(path: Path) -> dict[str, Any]:
+    with _reported(path, (OSError, UnicodeDecodeError, json.JSONDecodeError)):
+        return json.loads(path.read_text(encoding="utf-8"))
+
+
+@contextlib.contextmanager
+def _reported(path: Path, errors: tuple[type[Exception], ...]) -> Iterator[None]:
+    try:
+        yield
+    except errors as error:
+        raise ConfigError(f"Cannot read the data set {path}: {error}.") from error

@@ -1,0 +1,236 @@
+"""Tasks of fine-tuning: from files to examples of texts, to token ids, to the batches of training and validation.
+
+prepared = prepare_tasks(config.data, vocabulary)
+batches = prepared.train_iterator()               # endless: the mixture, shuffled, resumable
+prepared.tasks[0].validation                      # texts with their references, for evaluation by generation
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Integer
+
+from flax_switch.config import check
+from flax_switch.config_finetuning import FinetuneDataConfig, TaskConfig
+from flax_switch.data.batches import Batch
+from flax_switch.data.cache import is_heldout
+from flax_switch.data.pairs import Pairs
+from flax_switch.data.task_files import Record, task_records
+from flax_switch.data.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from flax_switch.data.loader import TrainIterator
+
+_TEMPLATE_FIELD = re.compile(r"{([^{}]+)}")
+
+
+class Example(NamedTuple):
+    """An example as text: the inputs with their prefix, and one or more targets, of which the first is learnt."""
+
+    inputs: str
+    references: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedTask:
+    """One task's examples."""
+
+    config: TaskConfig
+    train: Pairs | None  # None where only evaluation is meant
+    validation: tuple[Example, ...]
+    validation_pairs: Pairs
+
+    def describe(self, config: FinetuneDataConfig) -> dict[str, Any]:
+        """Numbers of examples, and which share of them was cut to the maximal lengths."""
+        kinds = {"train": self.train, "validation": self.validation_pairs}
+        lengths = {"inputs_length": config.inputs_length, "targets_length": config.targets_length}
+        return {"task": self.config.name, **lengths} | {
+            kind: {
+                "examples": pairs.num_examples,
+                "truncated_inputs": pairs.truncated_inputs / max(pairs.num_examples, 1),
+                "truncated_targets": pairs.truncated_targets / max(pairs.num_examples, 1),
+            }
+            for kind, pairs in kinds.items()
+            if pairs is not None
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedTasks:
+    """Everything the batches of a fine-tuning run are made of. `rates` are the tasks' shares of the training examples."""
+
+    config: FinetuneDataConfig
+    vocabulary: Vocabulary
+    tasks: tuple[PreparedTask, ...]
+    rates: tuple[Fraction, ...]
+
+    def train_iterator(self, rows: Integer[np.ndarray, " rows"] | None = None) -> TrainIterator:
+        """Endless training batches, or of each the given rows: those that this process's devices hold."""
+        from flax_switch.data.mixtures import mixture_iterator
+
+        tasks = [task.train for task in self.tasks]
+        return mixture_iterator(tasks, self.rates, self.config, rows=rows)
+
+    def validation_batches(self, count: int | None = None, rows: Integer[np.ndarray, " rows"] | None = None) -> Iterator[Batch]:
+        """The first `count` (or all) validation batches, or the given rows of each: always the same, an example a row."""
+        from flax_switch.data.loader import BatchMaker, finite_batches
+
+        pairs = Pairs.joined([task.validation_pairs for task in self.tasks])
+        make = BatchMaker(pairs, self.config.inputs_length, self.config.targets_length)
+        return finite_batches(make, self.config.batch_size, count, seed=0, rows=rows)
+
+    @property
+    def num_validation(self) -> int:
+        """Validation examples of all tasks."""
+        return sum(len(task.validation) for task in self.tasks)
+
+    def describe(self) -> list[dict[str, Any]]:
+        """`PreparedTask.describe` of every task, with its rate."""
+        rates = self.rates or (None,) * len(self.tasks)
+        return [
+            task.describe(self.config) | ({} if rate is None else {"rate": float(rate)})
+            for task, rate in zip(self.tasks, rates, strict=True)
+        ]
+
+
+def prepare_tasks(
+    config: FinetuneDataConfig, vocabulary: Vocabulary, *, train: bool = True, say: Callable[[str], None] = lambda text: None
+) -> PreparedTasks:
+    """Reads and tokenises every task's files.
+
+    Args:
+      train: False reads validation examples alone.
+      say: is told the numbers of examples and the shares that were cut.
+
+    Raises:
+      ConfigError: for files, fields or texts that are missing, and for tasks without a training (or, with train=False, a
+        validation) example.
+    """
+    tasks = []
+    for task in config.mixture:
+        training, validation = read_task(task, config, train=train)
+        encoded = [_encode(examples, vocabulary, config) for examples in (training, validation)]
+        tasks.append(PreparedTask(task, encoded[0] if train else None, tuple(validation), encoded[1]))
+        say(summary(tasks[-1].describe(config)))
+    rates: Sequence[Fraction] = ()
+    if train:
+        from flax_switch.data.mixtures import mixing_rates
+
+        rates = mixing_rates(config, [task.train.num_examples for task in tasks])
+        if len(tasks) > 1:
+            shares = (f"{task.config.name} {100 * float(rate):.1f} %" for task, rate in zip(tasks, rates, strict=True))
+            say(f"Mixture of examples: {', '.join(shares)}.")
+    return PreparedTasks(config, vocabulary, tuple(tasks), tuple(rates))
+
+
+def read_task(task: TaskConfig, config: FinetuneDataConfig, *, train: bool = True) -> tuple[list[Example], list[Example]]:
+    """(training examples, validation examples) of one task, in the order of its files."""
+    own = f" of task {task.name!r}" if config.tasks else ""
+    settings = {split: f"data.{split}{own}" for split in ("train", "validation")}
+    training: list[Example] = []
+    validation: list[Example] = []
+    check(
+        task.train is not None or (not train and task.validation is not None),
+        f"Say where the examples are: {settings['train']}=FILE" + ("." if train else f", or {settings['validation']}=FILE."),
+    )
+    if task.validation is not None:
+        validation = _read(task, task.validation, "validation", settings["validation"], config.skip_empty)
+        check(bool(validation), f"{settings['validation']}: {task.validation} holds no example.")
+        if train:
+            training = _read(task, task.train, "train", settings["train"], config.skip_empty)
+    else:
+        for example in _read(task, task.train, "train", settings["train"], config.skip_empty):
+            (validation if is_heldout(example.inputs, config.validation_fraction) else training).append(example)
+        check(
+            bool(validation) or config.validation_fraction == 0,
+            f"{settings['train']}: no example fell into the validation share of {config.validation_fraction:.1%}; raise "
+            f"data.validation_fraction, name {settings['validation']}, or set data.validation_fraction=0 to do without.",
+        )
+    check(bool(training) or not train, f"{settings['train']}: {task.train} holds no example to train on.")
+    return training, validation
+
+
+def _read(task: TaskConfig, source: str | tuple[str, ...], split: str, setting: str, skip_empty: bool) -> list[Example]:
+    examples = []
+    for record, where in task_records(source, task, split, setting):
+        (inputs,), references = (
+            _texts(record, task.inputs, task, where, "inputs"),
+            _texts(record, task.targets, task, where, "targets"),
+        )
+        empty = [name for name, texts in (("inputs", [inputs]), ("targets", references)) if not all(t.strip() for t in texts)]
+        if empty and skip_empty:
+            continue
+        check(not empty, f"{where}: the {' and '.join(empty)} are empty; mend the file, or set data.skip_empty=true.")
+        examples.append(Example(task.prefix + inputs, tuple(references)))
+    return examples
+
+
+def _texts(record: Record, field: str | int, task: TaskConfig, where: str, setting: str) -> list[str]:
+    """The texts of a field: one, or of targets that are a list, several."""
+    if isinstance(field, str) and field not in record and "{" in field:
+        return [_TEMPLATE_FIELD.sub(lambda match: _texts(record, match[1], task, where, setting)[0], field)]
+    value = _value(record, field, where, setting)
+    values = value if isinstance(value, list) and setting == "targets" else [value]
+    check(bool(values), f"{where}: field {field!r} is an empty list; targets need at least one text.")
+    return [_text(v, field, task.labels if setting == "targets" else (), where) for v in values]
+
+
+def _value(record: Record, field: str | int, where: str, setting: str) -> Any:
+    """A record's field, or with dots in its name a field of a field."""
+    if field in record:
+        return record[field]
+    value: Any = record
+    for part in str(field).split("."):
+        fields = ", ".join(map(str, value)) if isinstance(value, dict) else ""
+        check(
+            isinstance(value, dict) and part in value,
+            f"{where}: there is no field {field!r}; the fields are: {fields or 'none'}. Set data.{setting} to one of them.",
+        )
+        value = value[part]
+    return value
+
+
+def _text(value: Any, field: str | int, labels: tuple[str, ...], where: str) -> str:
+    if labels:
+        check(
+            str(value).isdecimal() and int(value) < len(labels),
+            f"{where}: field {field!r} must be a number below {len(labels)}, as data.labels names so many; it is {value!r}.",
+        )
+        return labels[int(value)]
+    check(
+        value is None or isinstance(value, str | int | float),
+        f"{where}: field {field!r} must be text; it is a {type(value).__name__}.",
+    )
+    return "" if value is None else str(value)
+
+
+def _encode(examples: Sequence[Example], vocabulary: Vocabulary, config: FinetuneDataConfig) -> Pairs:
+    inputs, targets = [e.inputs for e in examples], [e.references[0] for e in examples]
+    return Pairs.encode(inputs, targets, vocabulary, config)
+
+
+def summary(description: dict[str, Any]) -> str:
+    """A task's numbers as a sentence."""
+    parts = []
+    for kind, name in (("train", "training"), ("validation", "validation")):
+        if kind in description:
+            numbers = description[kind]
+            parts.append(
+                f"{numbers['examples']:,} {name} examples (cut: {100 * numbers['truncated_inputs']:.1f} % of inputs, "
+                f"{100 * numbers['truncated_targets']:.1f} % of targets)"
+            )
+    lengths = f"{description['inputs_length']} and {description['targets_length']}"
+    return f"{description['task']}: {'; '.join(parts)}; at most {lengths} tokens."
+
+
+def spread(examples: Sequence[Any], count: int | None) -> list[int]:
+    """Indices of at most `count` examples, spread evenly."""
+    if count is None or count >= len(examples):
+        return list(range(len(examples)))
+    return np.linspace(0, len(examples) - 1, count).round().astype(int).tolist()

@@ -34,12 +34,17 @@ def draws(trained, ids, **controls):
 
 FILTERS = [
     dict(),
-    dict(temperature=1.7),
-    dict(temperature=0.6),
-    dict(top_k=5),
-    dict(top_p=0.8),
-    dict(min_p=0.05),
-    dict(typical_p=0.7),
+    *(
+        pytest.param(controls, marks=pytest.mark.slow)
+        for controls in (
+            dict(temperature=1.7),
+            dict(temperature=0.6),
+            dict(top_k=5),
+            dict(top_p=0.8),
+            dict(min_p=0.05),
+            dict(typical_p=0.7),
+        )
+    ),
     dict(temperature=1.5, top_k=20, top_p=0.9),
     dict(repetition_penalty=1.5, suppress_tokens=[5, 6, 7], min_p=0.02),
 ]

@@ -1,4 +1,4 @@
-"""The command line: flax-switch pretrain | finetune | evaluate | generate | convert | upcycle | inspect | plan | report."""
+"""The command line: flax-switch pretrain, finetune, distill, evaluate, generate, convert, upcycle, inspect, plan, report."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from flax_switch.config import ConfigError
 COMMANDS = {
     "pretrain": "pre-train a model from a recipe; run again to continue",
     "finetune": "fine-tune a checkpoint on your own tasks; run again to continue",
+    "distill": "train a dense student of a sparse teacher; run again to continue",
     "evaluate": "score a checkpoint on a task's examples, by generation",
     "generate": "continue texts: text or JSON lines in, JSON lines out",
     "convert": "convert a checkpoint: Hugging Face, T5X or ours in; Hugging Face or ours out",

@@ -131,8 +131,8 @@ def connect(connection: Connection) -> None:
     timer.daemon = True
     if connection.process_id is not None:
         _say(
-            f"Process {connection.process_id} of {connection.num_processes} is looking for {where}. (Where JAX aborts it now, "
-            "process 0 expects no process of that number: --num_processes differs.)"
+            f"Process {connection.process_id} of {connection.num_processes} is looking for {where}. If JAX aborts it right away, "
+            "process 0 expects fewer processes: --num_processes differs."
         )
     timer.start()
     try:
@@ -224,7 +224,7 @@ def _say(text: str) -> None:
 def _end_with_the_others(leaving: threading.Event) -> None:
     """Waits for the note of a process that failed, and ends this one with it."""
     note = _client().blocking_key_value_get(_NOTE, 52 * _LONG)
-    if note and not leaving.is_set():
+    if note and not leaving.wait(2):  # where all find the same error, each says its own
         _say(f"{note} So process {_me()} ends too. {_GO_ON}")
         _exit(LOST_ANOTHER)
 
@@ -241,8 +241,13 @@ def _fail(error: BaseException) -> NoReturn:
     elif isinstance(error, SystemExit):
         status, reason = error.code if isinstance(error.code, int) else 1, f"exit {error.code}"
     elif _is_lost_connection(error):
-        status, reason = LOST_ANOTHER, "it lost the connection to another process"
-        _say(f"Process {me} lost another process, which died or was killed: {_first_line(error)} {_GO_ON}")
+        status, reason, note = LOST_ANOTHER, "it lost the connection to another process.", ""
+        with contextlib.suppress(Exception):  # a process that was killed leaves no note
+            note = _client().blocking_key_value_get(_NOTE, 2000)
+        if note:
+            _say(f"{note} So process {me} ends too. {_GO_ON}")
+        else:
+            _say(f"Process {me} lost another process, which died or was killed: {_first_line(error)} {_GO_ON}")
     else:
         status, reason = 1, _first_line(error)
         traceback.print_exception(error)
@@ -253,7 +258,7 @@ def _fail(error: BaseException) -> NoReturn:
 
 def _exit(status: int) -> NoReturn:
     if _me() == 0:  # the service ends with this process: let the others read the note first
-        time.sleep(2)
+        time.sleep(4)
     sys.stdout.flush()
     os._exit(status)
 

@@ -200,6 +200,17 @@ def pmap_devices() -> PmapDevices | None:
     return _PMAP.get()
 
 
+def keep_batch_split(x: jax.Array) -> jax.Array:
+    """Says that activations [B, ...] lie like the batch, on the mesh being traced for, where their rows divide.
+
+    Without it GSPMD may prefer to cut activations like fsdp's parameters, and move every row to do so.
+    """
+    mesh = current_devices()
+    if not isinstance(mesh, AbstractMesh) or x.shape[0] % math.prod(mesh.shape[a] for a in RULES["batch"]):
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(RULES["batch"]))
+
+
 def current_devices() -> AbstractMesh | PmapDevices | None:
     """Where the program being traced will run: a pmap's devices, or a mesh of several with our axes; None: nothing is known."""
     if _PMAP.get() is not None:

@@ -196,6 +196,21 @@ def load_pretrained(
       ConfigError: if a change does not fit the parameters.
     """
     opened = checkpoints.open_checkpoint(path, changes=changes, allow_missing=allow_missing, revision=revision)
+    return from_checkpoint(opened, shardings=shardings, mesh=mesh, dtype=dtype, seed=seed)
+
+
+def from_checkpoint(
+    opened: checkpoints.Checkpoint,
+    *,
+    shardings: Shardings | None = None,
+    mesh: Mesh | None = None,
+    dtype: str | None = None,
+    seed: int = 0,
+) -> Pretrained:
+    """The model of a checkpoint that is open; parameters of its config that it lacks are freshly initialised with `seed`.
+
+    Arguments are those of `load_pretrained`.
+    """
     config = opened.config
     if dtype is not None:
         one_of("dtype", dtype, tuple(DTYPES))

@@ -20,11 +20,12 @@ from typing import Any
 import ml_collections
 
 from flax_switch.config import ConfigError, ExperimentConfig
+from flax_switch.config_distillation import DistillConfig
 from flax_switch.config_finetuning import FinetuneRecipe
 
-SECTIONS = ("model", "data", "optimizer", "mesh", "train", "evaluation")  # the last is fine-tuning's
+SECTIONS = ("model", "data", "optimizer", "mesh", "train", "distillation", "evaluation")  # the last is fine-tuning's
 
-Recipe = ExperimentConfig | FinetuneRecipe
+Recipe = ExperimentConfig | DistillConfig | FinetuneRecipe
 
 
 def to_config_dict(config: Recipe) -> ml_collections.ConfigDict:
@@ -37,8 +38,10 @@ def from_config_dict(values: ml_collections.ConfigDict) -> Recipe:
     return _kind(values).from_dict(values.to_dict())
 
 
-def _kind(values: ml_collections.ConfigDict) -> type[ExperimentConfig] | type[FinetuneRecipe]:
-    return FinetuneRecipe if "evaluation" in values else ExperimentConfig
+def _kind(values: ml_collections.ConfigDict) -> type[Recipe]:
+    if "evaluation" in values:
+        return FinetuneRecipe
+    return DistillConfig if "distillation" in values else ExperimentConfig
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:

@@ -1,6 +1,7 @@
 """Environment every test needs before jax is imported."""
 
 import os
+from pathlib import Path
 
 # Eight virtual CPU devices for the sharding tests; NPROC keeps their collectives from dead-locking on small machines.
 os.environ.setdefault("NPROC", "32")
@@ -13,6 +14,10 @@ for flag in (
 ):
     if flag.split("=")[0] not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+
+# Many tests compile the same program, in this process or in one that they start.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "xla"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 from hypothesis import settings  # noqa: E402 - after the environment
 

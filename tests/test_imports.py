@@ -15,7 +15,8 @@ ALLOWED = {
     "presets": {"config"},
     "config_huggingface": {"config"},
     "config_finetuning": {"config"},
-    "recipes": {"config", "config_finetuning"},
+    "config_distillation": {"config"},
+    "recipes": {"config", "config_distillation", "config_finetuning"},
     "partitioning": {"config"},
     "distributed": {"config"},
     "data": {"config", "config_finetuning"},
@@ -25,7 +26,7 @@ ALLOWED = {
     "generation": {"config", "ops", "nn", "data", "partitioning", "convert"},
     "pretrained": {"config", "data", "ops", "nn", "partitioning", "convert", "generation", "huggingface_outputs"},
     "huggingface_outputs": {"config", "config_huggingface", "ops", "nn"},
-    "training": {"config", "config_finetuning", "distributed", "data", "ops", "nn", "partitioning"}
+    "training": {"config", "config_distillation", "config_finetuning", "distributed", "data", "ops", "nn", "partitioning"}
     | {"generation", "convert", "pretrained"},
     "finetuning": {"config", "config_finetuning", "presets", "data", "partitioning", "generation", "convert"}
     | {"pretrained", "training"},

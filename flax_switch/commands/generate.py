@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import time
-from typing import Any, TextIO
+from typing import Any
 
 from flax_switch.config import ConfigError, reject_unknown_keys
 
@@ -63,29 +64,22 @@ def run(args: argparse.Namespace) -> int:
         rate = done[1] / (time.perf_counter() - started)
         print(f"\r{done[0]}/{len(lines)} lines, {rate:,.0f} tokens/s", end="", file=sys.stderr, flush=True)
 
-    results = generate_lines(pretrained, lines, on_batch=progress, **options)
-    if done[0]:
-        print(file=sys.stderr)
-    with open(args.output, "w", encoding="utf-8") if args.output else _Kept(sys.stdout) as file:
+    with contextlib.ExitStack() as stack:
+        file = sys.stdout
+        if args.output:  # opened first: a place that cannot be written should not cost the work
+            try:
+                file = stack.enter_context(open(args.output, "w", encoding="utf-8"))
+            except OSError as error:
+                raise ConfigError(f"Cannot write {args.output}: {error}.") from error
+        results = generate_lines(pretrained, lines, on_batch=progress, **options)
+        if done[0]:
+            print(file=sys.stderr)
         for result in results:
             file.write(json.dumps(result, ensure_ascii=False) + "\n")
     bad = [result for result in results if "error" in result]
     for result in bad:
         print(f"{args.input}, line {result['line']}: {result['error']}.", file=sys.stderr)
     return 1 if bad else 0
-
-
-class _Kept:
-    """A stream as a context manager that leaves it open."""
-
-    def __init__(self, stream: TextIO):
-        self._stream = stream
-
-    def __enter__(self) -> TextIO:
-        return self._stream
-
-    def __exit__(self, *error: Any) -> None:
-        self._stream.flush()
 
 
 def _converse(pretrained: Any, options: dict[str, Any]) -> int:

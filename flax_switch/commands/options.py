@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flax_switch.config import ConfigError, ExperimentConfig
+from flax_switch.config_distillation import DistillConfig
+from flax_switch.config_finetuning import FinetuneRecipe
 
 if TYPE_CHECKING:
-    from flax_switch.config_finetuning import FinetuneRecipe
     from flax_switch.distributed import Connection
 
 
@@ -41,25 +42,40 @@ def take_overrides(args: argparse.Namespace, rest: list[str]) -> None:
 
 def load_config(args: argparse.Namespace) -> ExperimentConfig:
     """The pre-training config that the arguments name."""
-    config = load_any(args)
-    if not isinstance(config, ExperimentConfig):
-        raise ConfigError(f"{args.config or args.gin_file[0]} is a recipe for fine-tuning; run it with flax-switch finetune.")
-    return config
+    return _of_kind(args, ExperimentConfig)
+
+
+def load_distillation(args: argparse.Namespace) -> DistillConfig:
+    """The distillation config that the arguments name."""
+    return _of_kind(args, DistillConfig)
 
 
 def load_finetuning(args: argparse.Namespace) -> FinetuneRecipe:
     """The fine-tuning recipe that the arguments name."""
+    return _of_kind(args, FinetuneRecipe)
+
+
+# What a recipe is -> the command that runs it, and a recipe of the kind.
+_KINDS = {
+    ExperimentConfig: ("pretrain", "configs/tiny.py"),
+    DistillConfig: ("distill", "configs/distill_tiny.py"),
+    FinetuneRecipe: ("finetune", "configs/finetune_summarization.py"),
+}
+
+
+def _of_kind(args: argparse.Namespace, kind: type) -> Any:
     config = load_any(args)
-    if isinstance(config, ExperimentConfig):
+    command, _ = _KINDS[type(config)]
+    if type(config) is not kind:
         raise ConfigError(
-            f"{args.config or args.gin_file[0]} is a recipe for pre-training; fine-tuning takes one such as "
-            "configs/finetune_summarization.py."
+            f"{args.config or args.gin_file[0]} is a recipe for flax-switch {command}; this command takes one such as "
+            f"{_KINDS[kind][1]}."
         )
     return config
 
 
-def load_any(args: argparse.Namespace) -> ExperimentConfig | FinetuneRecipe:
-    """What the arguments name, of either kind."""
+def load_any(args: argparse.Namespace) -> ExperimentConfig | DistillConfig | FinetuneRecipe:
+    """What the arguments name, of any kind."""
     from flax_switch import recipes
 
     if bool(args.config) == bool(args.gin_file):

@@ -14,6 +14,7 @@ from flax_switch.nn.layers import MLP, Dropout, RMSNorm
 from flax_switch.nn.moe import SparseMLP
 from flax_switch.nn.outputs import LayerCache, LayerOutput
 from flax_switch.ops.expert_parallel import EXCHANGED
+from flax_switch.partitioning import keep_batch_split
 
 
 @flax.struct.dataclass
@@ -65,6 +66,7 @@ class Layer(nn.Module):
         self, x: Float[Array, "B Q D"], inputs: LayerInputs, cache: LayerCache | None = None
     ) -> tuple[Float[Array, "B Q D"], LayerOutput]:
         """Runs the layer; with a cache, keys and values are appended to it at `inputs.cache_index`."""
+        x = keep_batch_split(x)
         deterministic = inputs.deterministic
         encoder = self.stack == "encoder"
 

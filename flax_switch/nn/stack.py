@@ -13,6 +13,7 @@ from flax_switch.nn.attention import KeyValue, RelativePositionBias
 from flax_switch.nn.layer import Layer, LayerInputs, ScanBlock, remat, zero_padding
 from flax_switch.nn.layers import Dropout, Embedding, RMSNorm
 from flax_switch.nn.outputs import DecoderCache, LayerOutput
+from flax_switch.partitioning import keep_batch_split
 
 SCAN_AXIS = 1  # of stacked parameters, as in T5X's scanned checkpoints
 
@@ -77,7 +78,7 @@ class Stack(nn.Module):
                 x, output = layer(x, inputs, None if cache is None else cache.layers[i])
                 outputs.append(output)
                 hidden_states.append(x)
-        x = getattr(self, f"{self.stack}_norm")(x)
+        x = getattr(self, f"{self.stack}_norm")(keep_batch_split(x))
         x = zero_padding(x, inputs.padding_mask, config)
         x = self.dropout(x, deterministic=inputs.deterministic)
         hidden_states[-1] = x

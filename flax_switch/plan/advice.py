@@ -23,7 +23,8 @@ def advise(config: ExperimentConfig, mesh: tuple[int, int, int], topology: Topol
     if weights >= limit:
         lead = f"Parameters, gradients and optimiser state alone take {weights / GIB:.1f} GiB of a device's {limit / GIB:.1f}."
         return [lead, *about_weights, *_fewer_gradients(config)]
-    about_batch = _smaller_pieces(config, mesh, limit - weights, temporaries)
+    more_gradients = memory.parameters if config.train.microbatches == 1 else 0  # their sum over micro-batches
+    about_batch = _smaller_pieces(config, mesh, limit - weights - more_gradients, temporaries)
     if temporaries >= weights:
         return [f"Activations and temporaries dominate: {temporaries / GIB:.1f} GiB.", *about_batch, *about_weights]
     return [f"Parameters, gradients and optimiser state dominate: {weights / GIB:.1f} GiB.", *about_weights, *about_batch]
@@ -60,10 +61,10 @@ def _larger(weights: int, limit: int, topology: Topology) -> str:
 def _smaller_pieces(config: ExperimentConfig, mesh: tuple[int, int, int], left: int, temporaries: int) -> list[str]:
     advice, pieces = [], config.train.microbatches
     rows = config.data.batch_size // (mesh[0] * mesh[1])
-    wanted = math.ceil(pieces * temporaries / max(left, 1))
     divisors = [m for m in range(pieces + 1, rows + 1) if rows % m == 0]
-    enough = next((m for m in divisors if m >= wanted), divisors[-1] if divisors else None)
-    if enough:
+    if left > 0 and divisors:
+        wanted = math.ceil(pieces * temporaries / left)
+        enough = next((m for m in divisors if m >= wanted), divisors[-1])
         advice.append(f"Cut the batch into more pieces; the update stays the same: --config.train.microbatches={enough}.")
     if config.model.remat_policy != "full":
         policy = "minimal" if config.model.remat_policy == "none" else "full"

@@ -88,7 +88,7 @@ def saved_activations(run: Run, batch: dict[str, jax.ShapeDtypeStruct]) -> int:
 
     def pullback(params, piece, rng):
         def loss(params):
-            output = forward(run, params, piece, jax.random.wrap_key_data(rng))
+            output = forward(run.model, params, piece, jax.random.wrap_key_data(rng))
             return seq2seq_loss(output, piece["labels"], run.config.model).loss
 
         return jax.vjp(loss, params)[1]
@@ -96,12 +96,12 @@ def saved_activations(run: Run, batch: dict[str, jax.ShapeDtypeStruct]) -> int:
     plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     with partitioning.traced_on(run.mesh):
         kept = jax.tree.leaves(jax.eval_shape(pullback, plain, piece, run.abstract_state.rng))
-    own = {_kind(leaf): device_bytes([leaf]) / math.prod(leaf.shape) for leaf in jax.tree.leaves(params)}
+    share = {_kind(leaf): device_bytes([leaf]) / (leaf.size * leaf.dtype.itemsize) for leaf in jax.tree.leaves(params)}
     ways = partitioning.batch_ways(run.mesh)
     total = 0.0
     for leaf in _without(kept, jax.tree.leaves(params)):
-        size, width = math.prod(leaf.shape), leaf.dtype.itemsize
-        total += size * own[_kind(leaf)] * width / 4 if _kind(leaf) in own and len(leaf.shape) > 1 else size * width / ways
+        of_parameters = len(leaf.shape) > 1 and _kind(leaf) in share
+        total += leaf.size * leaf.dtype.itemsize * (share[_kind(leaf)] if of_parameters else 1 / ways)
     return round(total)
 
 

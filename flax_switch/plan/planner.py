@@ -8,13 +8,13 @@ from typing import Any
 import jax
 
 from flax_switch import partitioning
-from flax_switch.config import ExperimentConfig, MeshConfig, check
+from flax_switch.config import ExperimentConfig, MeshConfig, check, one_of
 from flax_switch.ops.groups import Grouping, make_grouping
 from flax_switch.ops.routing import expert_capacity
 from flax_switch.plan.advice import advise
 from flax_switch.plan.flops import train_flops
 from flax_switch.plan.memory import Memory, abstract_mesh, batch_structs, train_memory
-from flax_switch.plan.program import Program, compile_decode, compile_train, compiler_effort
+from flax_switch.plan.program import EFFORTS, Program, compile_decode, compile_train, compiler_effort
 from flax_switch.plan.topology import CannotCompile, Topology, compile_devices, parse_topology
 from flax_switch.training.state import build_run
 
@@ -73,6 +73,7 @@ def plan(
     Raises:
       ConfigError: for a topology that does not exist, and a mesh or batch that does not fit it.
     """
+    one_of("effort", effort, EFFORTS)
     machine = parse_topology(topology)
     config = config if mesh is None else config.replace(mesh=mesh)
     check(config.mesh.mode == "jit", "The planner compiles the step that runs under jit; plan with --config.mesh.mode=jit.")

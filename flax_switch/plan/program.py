@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from flax_switch import partitioning
-from flax_switch.config import ExperimentConfig, one_of
+from flax_switch.config import ExperimentConfig
 from flax_switch.generation.decode_step import decode_step, empty_cache, prepare
 from flax_switch.generation.products import Device
 from flax_switch.generation.program import decoder_config
@@ -53,6 +53,7 @@ class Program:
 
     name: str
     compile_seconds: float
+    cpu_seconds: float  # of all of the compiler's threads, which is what other work on the machine does not stretch
     required: int  # bytes: arguments, outputs that are not updated in place, temporaries and code at the peak
     arguments: int = 0
     temporaries: int = 0
@@ -67,7 +68,6 @@ class Program:
 @contextlib.contextmanager
 def compiler_effort(effort: str) -> Iterator[None]:
     """How long XLA searches for faster code: "full" as in training; "quick" takes some 0.6 of the time and a little more memory."""
-    one_of("effort", effort, EFFORTS)
     before = jax.config.jax_optimization_level
     if effort == "quick":
         jax.config.update("jax_optimization_level", "O1")
@@ -115,7 +115,7 @@ def compile_decode(config: ExperimentConfig, mesh: Mesh) -> Program:
 
 
 def _compiled(name: str, mesh: Mesh, lower: Callable[[], Any]) -> Program:
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     try:
         with partitioning.use_mesh(mesh):
             compiled = lower().compile()
@@ -123,8 +123,9 @@ def _compiled(name: str, mesh: Mesh, lower: Callable[[], Any]) -> Program:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         refusal = str(error).split("\n\n")[0].strip()
-        return Program(name, time.perf_counter() - start, _required(str(error)), refusal=refusal)
-    seconds = time.perf_counter() - start
+        times = time.perf_counter() - start, time.process_time() - cpu
+        return Program(name, *times, _required(str(error)), refusal=refusal)
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     memory, text = compiled.memory_analysis(), compiled.as_text()
     cost = compiled.cost_analysis() or {}
     flops, complete = program_flops(text)
@@ -134,6 +135,7 @@ def _compiled(name: str, mesh: Mesh, lower: Callable[[], Any]) -> Program:
     return Program(
         name=name,
         compile_seconds=seconds,
+        cpu_seconds=cpu,
         required=peak + memory.generated_code_size_in_bytes,
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,

@@ -60,7 +60,7 @@ def _program_lines(plan: Plan, program: Program) -> list[str]:
     limit = plan.topology.chip.memory
     share = f", {program.required / limit:.1%} of a device" if limit else ""
     lines = [
-        f"  {program.name}, compiled in {program.compile_seconds:.0f} s; of one device:",
+        f"  {program.name}, compiled in {program.compile_seconds:.0f} s ({program.cpu_seconds:.0f} s of CPU); of one device:",
         f"    memory        {program.required / GIB:.3f} GiB at the peak{share}",
         f"                  (arguments {program.arguments / GIB:.3f}, temporaries {program.temporaries / GIB:.3f}, program "
         f"{program.code / GIB:.3f} GiB; not all at once)",

@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from flax_switch.config import ConfigError, ExperimentConfig
+from flax_switch.config_distillation import DistillConfig
 from flax_switch.config_finetuning import FinetuneConfig
 from flax_switch.data.files import absolute, write_text
 from flax_switch.training.state import TrainState
@@ -204,7 +205,8 @@ def read_config(workdir: epath.PathLike) -> RunConfig:
     path = epath.Path(workdir) / CONFIG_FILE
     try:
         values = json.loads(path.read_text())
-        return (FinetuneConfig if "evaluation" in values else ExperimentConfig).from_dict(values)
+        kinds = {"evaluation": FinetuneConfig, "distillation": DistillConfig}  # by the section that no other kind has
+        return next((kind for section, kind in kinds.items() if section in values), ExperimentConfig).from_dict(values)
     except FileNotFoundError:
         raise ConfigError(f"{workdir} is no workdir of a run: it has no {CONFIG_FILE}.") from None
     except json.JSONDecodeError as error:

@@ -1,4 +1,4 @@
-"""The training loop: prepare, resume, step, evaluate, save, report. Fine-tuning runs in the same one."""
+"""The training loop: prepare, resume, step, evaluate, save, report. Fine-tuning and distillation run in the same one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from flax_switch.training.metrics import MetricsWriter, plain
 from flax_switch.training.progress import StopSignals, Stopwatch, TrainProgress, console
 from flax_switch.training.state import Run, TrainState, build_run, init_state
 from flax_switch.training.step import compile_eval_step
-from flax_switch.training.stepper import build_stepper
+from flax_switch.training.stepper import Stepper, build_stepper
 
 Batch = dict[str, np.ndarray]
 
@@ -82,6 +82,7 @@ def train(
     workdir: epath.Path,
     make_evaluator: Callable[[], Evaluation],
     first_state: Callable[[Run], TrainState],
+    make_stepper: Callable[[Run], Stepper] = build_stepper,
 ) -> RunResult:
     """Trains from the last checkpoint in `workdir`, or from `first_state(run)`, to the end or a signal."""
     config = run.config
@@ -96,7 +97,7 @@ def train(
         console.print(f"Continuing {workdir} from step {start}.")
     writer = MetricsWriter(workdir, start)
     try:
-        return _train(run, prepared, state, start, batches, checkpoints, writer, make_evaluator())
+        return _train(run, prepared, state, start, batches, checkpoints, writer, make_evaluator(), make_stepper(run))
     finally:
         batches.close()
         checkpoints.close()
@@ -121,9 +122,9 @@ def _train(
     checkpoints: Checkpoints,
     writer: MetricsWriter,
     evaluator: Evaluation,
+    stepper: Stepper,
 ) -> RunResult:
     config = run.config.train
-    stepper = build_stepper(run)
     state = stepper.hold(state)
     progress, watch = TrainProgress(start, config.steps), Stopwatch()
     evaluation = None

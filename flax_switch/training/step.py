@@ -10,19 +10,22 @@ import jax.numpy as jnp
 import optax
 
 from flax_switch import partitioning
+from flax_switch.config import SwitchConfig
 from flax_switch.nn.outputs import ModelOutput
+from flax_switch.nn.transformer import SwitchTransformer
 from flax_switch.ops.losses import IGNORED_LABEL, LossOutput, loss_weights, seq2seq_loss, token_cross_entropy
 from flax_switch.training.freezing import merged, trainable_part
 from flax_switch.training.optimizer import global_norm, learning_rate_schedule
 from flax_switch.training.state import Run, TrainState, is_split, state_shardings
 
 Batch = dict[str, jax.Array]
+Loss = Callable[[ModelOutput, Batch, jax.Array], LossOutput]  # of the model's output on a batch, and what sums are divided by
 
 
-def forward(run: Run, params: Any, batch: Batch, rng: jax.Array | None) -> ModelOutput:
+def forward(model: SwitchTransformer, params: Any, batch: Batch, rng: jax.Array | None) -> ModelOutput:
     """The model on a batch; with `rng` in training mode (dropout, jitter, training capacity), without in evaluation mode."""
     rngs = {} if rng is None else dict(zip(("dropout", "jitter"), jax.random.split(rng), strict=True))
-    return run.model.apply(
+    return model.apply(
         {"params": params},
         batch["input_ids"],
         batch["decoder_input_ids"],
@@ -35,14 +38,25 @@ def forward(run: Run, params: Any, batch: Batch, rng: jax.Array | None) -> Model
     )
 
 
-def loss_and_grads(run: Run, params: Any, batch: Batch, rng: jax.Array) -> tuple[Any, dict[str, Any]]:
+def true_loss(config: SwitchConfig) -> Loss:
+    """The loss against a batch's labels."""
+
+    def loss_of(output: ModelOutput, batch: Batch, divisor: jax.Array) -> LossOutput:
+        return seq2seq_loss(output, batch["labels"], config, segment_ids=batch.get("decoder_segment_ids"), divisor=divisor)
+
+    return loss_of
+
+
+def loss_and_grads(run: Run, params: Any, batch: Batch, rng: jax.Array, loss_of: Loss | None = None) -> tuple[Any, dict[str, Any]]:
     """Gradients of the trained parameters and metrics of a batch, in one piece or in `train.microbatches` pieces with the same sum.
 
     Each piece divides its cross-entropy by the whole batch's normaliser and its routers' losses by the number of pieces, so that
     splitting changes memory and not the update (where routing groups lie within a piece, and but for dropout's draws). Inside a
-    pmap the parts of its devices are such pieces too, and what is returned is their mean.
+    pmap the parts of its devices are such pieces too, and what is returned is their mean. `loss_of` is `true_loss` where none
+    is given.
     """
     config = run.config.model
+    loss_of = loss_of or true_loss(config)
     pieces = run.config.train.microbatches
     labels, segments = batch["labels"], batch.get("decoder_segment_ids")
     _, divisor = loss_weights((labels != IGNORED_LABEL).astype(jnp.float32), config.loss_normalizer, segments)
@@ -53,10 +67,8 @@ def loss_and_grads(run: Run, params: Any, batch: Batch, rng: jax.Array) -> tuple
     trained = trainable_part(params, run.config.optimizer.trainable)
 
     def loss_fn(trained, piece, rng):
-        output = forward(run, merged(params, trained), piece, rng)
-        loss = seq2seq_loss(
-            output, piece["labels"], config, segment_ids=piece.get("decoder_segment_ids"), divisor=divisor * (1 / pieces)
-        )
+        output = forward(run.model, merged(params, trained), piece, rng)
+        loss = loss_of(output, piece, divisor * (1 / pieces))
         return loss.loss, (loss, router_metrics(output))
 
     grad_fn = jax.grad(loss_fn, has_aux=True)
@@ -96,13 +108,13 @@ def trained_leaves(run: Run) -> Any:
     return trainable_part(run.abstract_state.params, run.config.optimizer.trainable)
 
 
-def train_step(run: Run, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
-    """One update; `state.step` counts it."""
+def train_step(run: Run, state: TrainState, batch: Batch, loss_of: Loss | None = None) -> tuple[TrainState, dict[str, Any]]:
+    """One update, of `true_loss` where no other loss is given; `state.step` counts it."""
     rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
     devices = partitioning.pmap_devices()
     if devices is not None:  # each draws its own dropout
         rng = jax.random.fold_in(rng, jax.lax.axis_index(devices.axis))
-    grads, metrics = loss_and_grads(run, state.params, batch, rng)
+    grads, metrics = loss_and_grads(run, state.params, batch, rng, loss_of)
     trained = trainable_part(state.params, run.config.optimizer.trainable)
     updates, opt_state = run.optimizer.update(grads, state.opt_state, trained)
     params = merged(state.params, optax.apply_updates(trained, updates))
@@ -117,7 +129,7 @@ def eval_step(run: Run, params: Any, batch: Batch) -> dict[str, Any]:
 
     `batch["text_mask"]` marks the targets that are text, neither sentinel nor EOS.
     """
-    output = forward(run, params, batch, None)
+    output = forward(run.model, params, batch, None)
     labels = batch["labels"]
     counted = (labels != IGNORED_LABEL).astype(jnp.float32)
     targets = jnp.maximum(labels, 0)

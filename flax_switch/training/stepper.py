@@ -49,6 +49,12 @@ def _pmap_stepper(run: Run) -> Stepper:
     )
     mesh, abstract = run.mesh, run.abstract_state
     devices = PmapDevices(mesh.shape["data"], mesh.shape["expert"])
+    rows, pieces = run.config.data.batch_size, run.config.train.microbatches
+    check(
+        rows % (devices.size * pieces) == 0,
+        f"With mesh.mode='pmap' data.batch_size ({rows}) must be a multiple of {devices.size} devices x train.microbatches "
+        f"({pieces}).",
+    )
     axes = jax.tree.map(lambda leaf: 0 if is_split(leaf) else None, abstract)
 
     def body(state: TrainState, batch: HostBatch) -> tuple[TrainState, dict[str, Any]]:

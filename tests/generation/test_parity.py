@@ -42,7 +42,7 @@ def test_greedy_search_is_transformers_and_pads_with_pad(trained, sources):
 
 
 @pytest.mark.parametrize("early_stopping", [False, True, "never"])
-@pytest.mark.parametrize("num_beams", [2, 4])
+@pytest.mark.parametrize("num_beams", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_beams_are_transformers_for_every_length_penalty(trained, sources, num_beams, early_stopping):
     for length_penalty in (0.0, 1.0, 2.0, -1.0):
         assert_same(trained, *sources, num_beams=num_beams, early_stopping=early_stopping, length_penalty=length_penalty)
@@ -70,7 +70,7 @@ CONTROLS = {
 }
 
 
-@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize("num_beams", [1, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", CONTROLS)
 def test_every_control_is_transformers(trained, sources, name, num_beams):
     assert_same(trained, *sources, **CONTROLS[name], num_beams=num_beams)
@@ -109,16 +109,16 @@ def test_odd_combinations_are_transformers(trained, sources, controls, num_beams
     assert_same(trained, *sources, **controls, num_beams=num_beams)
 
 
+@pytest.mark.slow
 def test_a_scarce_capacity_drops_in_the_source_and_the_prefix_but_never_in_single_steps(scarce, sources):
     prefix = np.random.default_rng(3).integers(3, 48, (6, 5))
     for controls in (dict(), dict(num_beams=3), dict(decoder_input_ids=prefix), dict(decoder_input_ids=prefix, num_beams=2)):
         assert_same(scarce, *sources, **controls)
 
 
-def test_a_mask_is_made_of_the_padding_as_transformers_makes_it(trained, sources):
-    ids, _ = sources
-    with torch.inference_mode():
-        expected = trained.torch.generate(torch.from_numpy(ids.astype(np.int64)), max_new_tokens=12).numpy()
+def test_without_a_mask_padding_is_masked(trained, sources):
+    ids, mask = sources
+    expected = theirs(trained, ids, mask, max_new_tokens=12).sequences.numpy()
     np.testing.assert_array_equal(generate(trained.model, trained.params, ids, max_new_tokens=12).sequences, expected)
 
 

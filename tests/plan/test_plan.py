@@ -230,6 +230,8 @@ def test_topologies_that_do_not_exist_are_refused(name, message):
         (["--topology", "v5e:2x2", "--mesh", "experts=2"], "Did you mean 'expert'"),
         (["--topology", "v5e:2x2", "--config.data.batch_size=30"], "must be a multiple of 4"),
         (["--topology", "v5e"], "written like"),
+        (["--topology", "v5e:2x2", "--effort", "quik"], "Did you mean 'quick'"),
+        (["--topology", "v5e:2x2", "--config.mesh.mode=pmap"], "mesh.mode=jit"),
     ],
 )
 def test_mistakes_on_the_command_line_are_one_message(argv, message, capsys):
@@ -251,4 +253,4 @@ def test_a_small_model_is_compiled_for_a_tpu_where_libtpu_is_installed():
     assert found.exchange_bound <= sent
     assert found.decode.flops > 0
     with pytest.raises(ConfigError, match="libtpu knows no slice"):
-        plan(config, "v5e:3x5", MeshConfig(expert=1))
+        topology.compile_devices(topology.parse_topology("v5e:3x3"))

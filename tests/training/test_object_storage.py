@@ -122,6 +122,7 @@ def test_a_run_in_a_bucket_resumes_reports_and_loads_as_one_on_a_disk(bucket, tm
     assert loaded.vocabulary.fingerprint == whole.prepared.vocabulary.fingerprint
 
 
+@pytest.mark.slow
 def test_a_converted_model_loads_from_a_bucket(bucket, tmp_path):
     params = init_params(SwitchTransformer(TINY), jax.random.key(0))
     fs.save_pretrained(tmp_path / "buckets" / "models" / "tiny", TINY, params, format="flax_switch")

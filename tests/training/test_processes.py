@@ -43,13 +43,14 @@ def config(tmp_path_factory):
     return ExperimentConfig(
         model=SwitchConfig(
             vocab_size=128, d_model=8, d_ff=16, num_heads=2, d_kv=4, num_encoder_layers=1, num_decoder_layers=1,
-            num_sparse_encoder_layers=1, num_sparse_decoder_layers=0, num_experts=4, dropout_rate=0.1, router_jitter_noise=0.01,
+            num_sparse_encoder_layers=1, num_sparse_decoder_layers=0, num_experts=4, dropout_rate=0.1,
+            expert_dropout_rate=0.0,  # each device draws its own, as it does jitter: they change with the mesh
         ),
         data=DataConfig(
             source=str(folder / "text.txt"), vocabulary_size=30, num_sentinels=10, inputs_length=16, targets_length=8, batch_size=8,
             heldout_fraction=0.1, cache_dir=str(folder / "cache"),
         ),
-        optimizer=OptimizerConfig(warmup_steps=4, min_dim_size_to_factor=4),
+        optimizer=OptimizerConfig(learning_rate=0.02, warmup_steps=4, min_dim_size_to_factor=4),
         mesh=MeshConfig(expert=2),
         train=TrainConfig(steps=4, log_every=1, eval_every=100, eval_batches=2, checkpoint_every=100, sample_spans=0),
     )  # fmt: skip

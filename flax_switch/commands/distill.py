@@ -1,0 +1,30 @@
+"""flax-switch distill --config configs/distill_tiny.py --teacher runs/tiny --workdir runs/student"""
+
+from __future__ import annotations
+
+import argparse
+
+from flax_switch.commands.checkpoints import FORMATS
+from flax_switch.commands.options import add_recipe_arguments, load_distillation, take_overrides
+
+__all__ = ["add_arguments", "run", "take_overrides"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Recipe, overrides, teacher and workdir."""
+    add_recipe_arguments(parser)
+    parser.add_argument("--teacher", required=True, metavar="CHECKPOINT", help=FORMATS)
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="where the run lives; the same one continues it")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Trains the student, then writes samples and the report; exit status 0, or 1 where a signal stopped the run before its end."""
+    config = load_distillation(args).replace(teacher=args.teacher)
+    from flax_switch.training.distillation import distill
+    from flax_switch.training.finish import finish
+
+    result = distill(config, args.workdir)
+    if not result.finished:
+        return 1
+    finish(result, args.workdir)
+    return 0

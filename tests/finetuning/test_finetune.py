@@ -121,7 +121,7 @@ def test_the_result_is_exported_to_hugging_face(run, tmp_path):
         (["--init", "nowhere"], "--init nowhere: "),
         (["--init", "random:switch-tinny"], "or a preset: "),
         (["--init", "random:switch-tiny"], "comes without a vocabulary; name one with --vocabulary"),
-        (["--config", "configs/tiny.py"], "is a recipe for pre-training"),
+        (["--config", "configs/tiny.py"], "is a recipe for flax-switch pretrain"),
     ],
 )
 def test_mistakes_are_one_clear_message_before_training_begins(arguments, message, command, one_device, tmp_path, capsys):
@@ -132,7 +132,7 @@ def test_mistakes_are_one_clear_message_before_training_begins(arguments, messag
 
 def test_pre_training_refuses_a_recipe_for_fine_tuning(tmp_path, capsys):
     assert cli.main(["pretrain", "--config", "configs/finetune_translation.py", "--workdir", str(tmp_path / "run")]) == 2
-    assert "run it with flax-switch finetune" in capsys.readouterr().err
+    assert "is a recipe for flax-switch finetune" in capsys.readouterr().err
 
 
 def test_random_parameters_have_the_checkpoints_shape_and_vocabulary(checkpoint, vocabulary):

@@ -25,14 +25,8 @@ def get_config():
                 prefix_lm_rate=0.5,
             ),
             optimizer=OptimizerConfig(
-                name="adamw",
-                schedule="linear",
-                learning_rate=3e-3,
-                final_learning_rate=1.07e-3,
-                warmup_steps=100,
-                b2=0.98,
-                clip_global_norm=1.0,
+                name="adafactor", schedule="linear", learning_rate=0.03, final_learning_rate=0.01, warmup_steps=50
             ),
-            train=TrainConfig(steps=1000, log_every=25, eval_every=500, eval_batches=20, checkpoint_every=500),
+            train=TrainConfig(steps=600, log_every=25, eval_every=300, eval_batches=20, checkpoint_every=300),
         )
     )

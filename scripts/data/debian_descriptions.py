@@ -10,15 +10,17 @@ What is written into the folder:
     translation/en-LL/{train,validation,test}.jsonl   {"package", "en", "LL"}: synopses, and descriptions paragraph by paragraph
     translation/en-LL/synopses/...                    the synopses among them: short and quick to learn
     corpus/LL.txt                                     descriptions of the training split, one a line, no paragraph twice
-    leads/{train,validation}.jsonl                    {"text", "lead"}: see below
+    sentences/{train,validation}.jsonl                {"text", "sentence"}: see below
+    leads/{train,validation}.jsonl                    {"text", "lead"}
     README.md                                         where it is from, how it was split, how much there is
 
 Pairs are unique, and families of packages are in one split together in every file: packages of one source, sources of one name but
 for what follows a hyphen or a number, and packages whose descriptions are near copies. The same archive gives the same files.
 
-The corpora are text to pre-train on; no synopsis is in them, nor in the leads, which are made of corpus/en.txt alone: the lead is
-the beginning of a description's first sentence, the text the description with that sentence replaced by <extra_id_0>, or, four
-times as often, whole but for words that were dropped. To restore it a model has to find it and to copy, which a summary takes, too.
+The corpora are text to pre-train on. No synopsis is in them, nor in what is made of corpus/en.txt alone and teaches a model to find
+and to copy, which a summary takes: short sentences, the text being the sentence but for words that were dropped; and leads, the
+beginning of a description's first sentence, the text being the description with that sentence replaced by <extra_id_0>, or, four
+times as often, whole but for words that were dropped.
 
 Needs Python alone.
 """
@@ -60,8 +62,10 @@ NEAR = 0.5  # Jaccard similarity of two descriptions' word triples from which th
 SKETCH = 8  # triples by which copies are looked for: of pairs that share half of their triples it misses one in 250
 RECENT = 20  # texts with the same rare triple to compare with; a boilerplate sentence may have thousands
 
+SENTENCE_END = r"(?<=[.!?])\s+(?=[A-Z])"  # a full stop, question mark or exclamation mark with a space and a capital after it
+SHORT = 14  # words of the longest sentence that is to be restored by itself
 LEAD = 14  # words of a first sentence that are to be restored
-HELDOUT = 0.01  # of the leads, to see how restoring goes
+HELDOUT = 0.01  # of what is to be restored, to see how it goes
 GAPS, DROPPED = 0.2, 0.15  # the share of texts that lose their first sentence, and of words that others lose
 
 
@@ -275,8 +279,7 @@ def summaries(entries: list[Entry]) -> Iterator[dict[str, str]]:
 
 
 def first_sentence(text: str) -> str:
-    """What comes before the first full stop, question mark or exclamation mark with a space and a capital after it."""
-    return re.split(r"(?<=[.!?])\s+(?=[A-Z])", text, maxsplit=1)[0]
+    return re.split(SENTENCE_END, text, maxsplit=1)[0]
 
 
 def translations(entries: list[Entry], foreign: dict[str, tuple[str, tuple[str, ...]]], language: str) -> Iterator[dict[str, str]]:
@@ -304,6 +307,19 @@ def unrepeated(documents: Iterable[tuple[str, ...]]) -> Iterator[str]:
         seen.update(paragraphs)
         if len(document) >= SHORTEST:
             yield document
+
+
+def sentences(documents: Iterable[str]) -> Iterator[dict[str, str]]:
+    """Short sentences, each once, and what is left of them without some of their words."""
+    seen: set[str] = set()
+    for document in documents:
+        random = Random(document)
+        for sentence in re.split(SENTENCE_END, document):
+            words = sentence.split()
+            text = " ".join(word for word in words if random.random() >= DROPPED)
+            if 4 <= len(words) <= SHORT and text and sentence not in seen:
+                seen.add(sentence)
+                yield {"text": text, "sentence": sentence}
 
 
 def leads(documents: Iterable[str]) -> Iterator[dict[str, str]]:
@@ -350,10 +366,11 @@ def build(archive: Archive, folder: Path, languages: list[str], say: Callable[[s
         _write(folder / "corpus" / f"{language}.txt", lines)
         counts[f"corpus/{language}.txt"] = {"train": len(lines)}
         if language == "en":
-            drawn: dict[str, list[dict[str, str]]] = {"train": [], "validation": []}
-            for pair in leads(line.rstrip("\n") for line in lines):
-                drawn["validation" if _hash(pair["text"]) < HELDOUT else "train"].append(pair)
-            counts["leads"] = {name: _write_json(folder / "leads" / f"{name}.jsonl", some) for name, some in drawn.items()}
+            for name, restored in (("sentences", sentences), ("leads", leads)):
+                drawn: dict[str, list[dict[str, str]]] = {"train": [], "validation": []}
+                for pair in restored(line.rstrip("\n") for line in lines):
+                    drawn["validation" if _hash(pair["text"]) < HELDOUT else "train"].append(pair)
+                counts[name] = {part: _write_json(folder / name / f"{part}.jsonl", some) for part, some in drawn.items()}
     _write(folder / "README.md", [_readme(archive.origin, counts, lengths, bool(source_of))])
     return counts
 

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from flax_switch.config import SwitchConfig
+from flax_switch.generation.device import Device
 from flax_switch.generation.experts import Kernels, sparse_mlp
-from flax_switch.generation.products import Device, few_rows, lay_out, product
 from flax_switch.nn.layers import Embedding, RMSNorm
 from flax_switch.nn.outputs import DecoderCache
 from flax_switch.ops.attention import MASKED, relative_position_bias
@@ -35,7 +35,7 @@ class Cache:
 
 @flax.struct.dataclass
 class Layer:
-    """What a decoder layer needs from step to step. Kernels are laid out for products of few rows (see `products`)."""
+    """What a decoder layer needs from step to step."""
 
     qkv: Float[Array, "D 3HK"]
     out: Float[Array, "HK D"]
@@ -85,13 +85,10 @@ def prepare(
     if config.tie_word_embeddings:
         head = params["token_embedder"]["embedding"].astype(jnp.float32)
     else:
-        head = lay_out(stack["logits_dense"]["kernel"].astype(jnp.float32), rows, device)
-
-    def arranged(kernel):
-        return lay_out(kernel.astype(dtype), rows, device)
+        head = stack["logits_dense"]["kernel"].astype(jnp.float32)
 
     def kernels(mlp_params):
-        return {name: arranged(leaf["kernel"]) for name, leaf in mlp_params.items()}
+        return {name: leaf["kernel"].astype(dtype) for name, leaf in mlp_params.items()}
 
     def layer(i):
         params = stack[f"layers_{i}"]
@@ -99,12 +96,12 @@ def prepare(
         relpos = params["relpos_bias"] if config.relative_attention_per_layer else stack["relpos_bias"]
         return Layer(
             # Joined side by side on an axis of their own, so that heads stay where a mesh has split them.
-            qkv=arranged(
-                jnp.stack([own[name]["kernel"] for name in ("query", "key", "value")], axis=1).reshape(config.d_model, -1)
-            ),
-            out=arranged(own["out"]["kernel"]),
-            cross_query=arranged(cross["query"]["kernel"]),
-            cross_out=arranged(cross["out"]["kernel"]),
+            qkv=jnp.stack([own[name]["kernel"] for name in ("query", "key", "value")], axis=1)
+            .reshape(config.d_model, -1)
+            .astype(dtype),
+            out=own["out"]["kernel"].astype(dtype),
+            cross_query=cross["query"]["kernel"].astype(dtype),
+            cross_out=cross["out"]["kernel"].astype(dtype),
             cross_key=_heads_first(encoded.astype(dtype) @ cross["key"]["kernel"].astype(dtype), config),
             cross_value=_heads_first(encoded.astype(dtype) @ cross["value"]["kernel"].astype(dtype), config),
             bias=_bias_table(relpos["rel_embedding"], max_length, config),
@@ -186,11 +183,11 @@ def decode_step(
     keys, values = [], []
     for i, layer in enumerate(decoder.layers):
         y, key, value = _self_attention(decoder, i, _normed(decoder, layer, "pre_self_attention", x), cache, mask)
-        x += _product(decoder, y, layer.out)
+        x += y @ layer.out
         keys.append(key)
         values.append(value)
         y = _cross_attention(decoder, layer, _normed(decoder, layer, "pre_cross_attention", x))
-        x += _product(decoder, y, layer.cross_out)
+        x += y @ layer.cross_out
         y = _normed(decoder, layer, "pre_mlp", x)
         if i in config.sparse_indices("decoder"):
             x += sparse_mlp(layer.mlp, layer.experts, y, config, decoder.device)
@@ -206,12 +203,8 @@ def _normed(decoder: Decoder, layer: Layer, name: str, x: Float[Array, "R D"]) -
     return RMSNorm(decoder.config).apply({"params": layer.norms[f"{name}_layer_norm"]}, x)
 
 
-def _product(decoder: Decoder, x: Float[Array, "R D"], kernel: Float[Array, "D F"]) -> Float[Array, "R F"]:
-    return product(x, kernel, decoder.rows, decoder.device)
-
-
 def _dense(decoder: Decoder, kernels: Mapping[str, Array], x: Float[Array, "R D"]) -> Float[Array, "R D"]:
-    return mlp(x, kernels, decoder.config.mlp_activations, lambda x, kernel: _product(decoder, x, kernel))
+    return mlp(x, kernels, decoder.config.mlp_activations, jnp.matmul)
 
 
 def _logits(decoder: Decoder, x: Float[Array, "R D"]) -> Float[Array, "R V"]:
@@ -219,9 +212,10 @@ def _logits(decoder: Decoder, x: Float[Array, "R D"]) -> Float[Array, "R V"]:
     config = decoder.config
     x = x.astype(jnp.float32)
     if not config.tie_word_embeddings:
-        return _product(decoder, x, decoder.head)
+        return x @ decoder.head
     x = x * config.d_model**-0.5
-    return few_rows(x, decoder.head) if decoder.device is Device.PROCESSOR else x @ decoder.head.T
+    # A processor reads the embeddings where they lie when they are the left factor.
+    return (decoder.head @ x.T).T if decoder.device is Device.PROCESSOR else x @ decoder.head.T
 
 
 def _self_mask(decoder: Decoder, cache: Cache, ancestors: Int[Array, "R T"] | None) -> Bool[Array, "#G 1 #J TB"]:
@@ -237,7 +231,7 @@ def _self_mask(decoder: Decoder, cache: Cache, ancestors: Int[Array, "R T"] | No
 
 def _self_attention(decoder: Decoder, i: int, x: Float[Array, "R D"], cache: Cache, mask: Bool[Array, "#G 1 #J TB"]):
     config, beams, layer = decoder.config, decoder.beams, decoder.layers[i]
-    projected = _product(decoder, x, layer.qkv).reshape(-1, beams, 3, config.num_heads, config.d_kv)
+    projected = (x @ layer.qkv).reshape(-1, beams, 3, config.num_heads, config.d_kv)
     query, key, value = projected[:, :, 0], projected[:, :, 1], projected[:, :, 2]
     start = cache.length * beams
     key = jax.lax.dynamic_update_slice_in_dim(cache.key[i], key.transpose(0, 2, 3, 1), start, axis=3)
@@ -249,7 +243,7 @@ def _self_attention(decoder: Decoder, i: int, x: Float[Array, "R D"], cache: Cac
 
 
 def _cross_attention(decoder: Decoder, layer: Layer, x: Float[Array, "R D"]) -> Float[Array, "R HK"]:
-    query = _split_heads(_product(decoder, x, layer.cross_query), decoder.config)
+    query = _split_heads(x @ layer.cross_query, decoder.config)
     query = query.reshape(decoder.source_mask.shape[0], -1, *query.shape[1:])
     return _attend(query, layer.cross_key, layer.cross_value, None, decoder.source_mask[:, None, None])
 

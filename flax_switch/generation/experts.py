@@ -1,12 +1,13 @@
 """Sparse layers in decoding: a step has few tokens, so only the experts that they hit are read.
 
 A processor must not copy an expert's kernels to read them, and a slice of the stack at an index found while running is a copy.
-There experts are arrays of their own, and a `lax.switch` jumps to the one that is hit. On an accelerator a gather of those that
-are hit is quick, and branches are not. Sharded experts run as in training.
+There experts are arrays of their own, and a `lax.switch` jumps to the one that is hit, once for all rows that hit it. On an
+accelerator a gather of those that are hit is quick, and branches are not. Sharded experts run as in training.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,17 +17,15 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from flax_switch.config import SwitchConfig
-from flax_switch.generation.products import Device, lay_out, product
+from flax_switch.generation.device import Device
 from flax_switch.nn.moe import SparseMLP
 from flax_switch.ops import routing
 from flax_switch.ops.experts import mlp
-from flax_switch.ops.moe import route
+from flax_switch.ops.moe import expert_dtype, route
 
 Kernels = Mapping[str, Array]
 
-CACHED = 2**21  # bytes: kernels up to this size stay in a core's cache, and rows that share them go together
-BLOCK = 4  # rows that go together, of those that hit the same expert
-MANY = 16  # choices from which on all experts are hit anyway, several times, and transposing their kernels pays
+BLOCK = 16  # choices of the same expert that go together; reading its kernels costs as much as their product
 
 
 def split_experts(params: Mapping[str, Any], config: SwitchConfig) -> tuple[tuple[Kernels, ...], ...]:
@@ -44,10 +43,9 @@ def split_experts(params: Mapping[str, Any], config: SwitchConfig) -> tuple[tupl
     return tuple(split(params["decoder"][f"layers_{i}"]) for i in config.sparse_indices("decoder"))
 
 
-def lay_out_experts(experts: tuple[Kernels, ...], rows: int, config: SwitchConfig) -> tuple[Kernels, ...]:
-    """Experts as `sparse_mlp` wants them: in the dtype of their products, and transposed if there are many rows."""
-    block, dtype = _block(rows, experts, config), jnp.dtype(config.expert_dtype or config.dtype)
-    return jax.tree.map(lambda kernel: lay_out(kernel.astype(dtype), _width(rows, block, config), Device.PROCESSOR), experts)
+def cast_experts(experts: tuple[Kernels, ...], config: SwitchConfig) -> tuple[Kernels, ...]:
+    """Experts in the dtype of their products."""
+    return jax.tree.map(lambda kernel: kernel.astype(expert_dtype(config)), experts)
 
 
 def sparse_mlp(
@@ -61,7 +59,7 @@ def sparse_mlp(
 
     Args:
       params: of the layer's `SparseMLP`.
-      experts: its experts one by one, from `lay_out_experts`, on a processor.
+      experts: its experts one by one, from `cast_experts`, on a processor.
       config: with the routing that generation uses.
     """
     num_choices = x.shape[0] * config.num_selected_experts
@@ -75,7 +73,7 @@ def sparse_mlp(
     logits = routing.router_logits(x[:, None], router["kernel"], router.get("bias"), dtype=config.router_dtype)
     plan = route(logits, config=config, stack="decoder", dtype=x.dtype).plan
     expert, weight = plan.expert[:, 0], plan.weight[:, 0]
-    dtype = jnp.dtype(config.expert_dtype or config.dtype)
+    dtype = expert_dtype(config)
     tokens = x.astype(dtype)
     if device is Device.PROCESSOR:
         answers = _switched(experts, tokens, expert, config)
@@ -100,19 +98,15 @@ def _switched(
 ) -> Float[Array, "R N D"]:
     """Every choice's answer, by jumps to the experts that are hit.
 
-    Choices are sorted by expert and cut into blocks of one expert each; the last block of an expert may be padded.
+    Choices are sorted by expert and cut into blocks of one expert each. A block of one choice is a product of a vector, which is
+    quicker than one of a whole block that is mostly padding.
     """
     R, N = expert.shape
-    size = _block(R, experts, config)
-    width = _width(R, size, config)
-
-    def branch(kernels):
-        matmul = lambda x, kernel: product(x, kernel, width, Device.PROCESSOR)  # noqa: E731
-        return lambda rows: mlp(rows, kernels, config.mlp_activations, matmul)
-
-    branches = [branch(kernels) for kernels in experts]
-    if R * N == 1:
-        return jax.lax.switch(expert[0, 0], branches, x)[:, None]
+    size = min(R * N, BLOCK)
+    run = [functools.partial(mlp, kernels=kernels, activations=config.mlp_activations, matmul=jnp.matmul) for kernels in experts]
+    if size == 1:
+        return jax.lax.switch(expert[0, 0], run, x)[:, None]
+    alone = [lambda rows, run=run: jnp.zeros_like(rows).at[:1].set(run(rows[:1])) for run in run]
     flat = expert.reshape(-1)
     order = jnp.argsort(flat)
     lengths = (flat[:, None] == jnp.arange(len(experts))).sum(0)
@@ -120,26 +114,15 @@ def _switched(
     blocks = -(-lengths // size)
     blocks_until = jnp.cumsum(blocks)
 
-    def run(block, answers):
+    def step(block, answers):
         e = (blocks_until <= block).sum()
-        places = starts[e] + size * (block - blocks_until[e] + blocks[e]) + jnp.arange(size)
-        choices = jnp.where(places < starts[e] + lengths[e], order[jnp.minimum(places, R * N - 1)], R * N)
+        start = starts[e] + size * (block - blocks_until[e] + blocks[e])
+        places = start + jnp.arange(size)
+        end = starts[e] + lengths[e]
+        choices = jnp.where(places < end, order[jnp.minimum(places, R * N - 1)], R * N)
         rows = x[jnp.minimum(choices, R * N - 1) // N]
-        return answers.at[choices].set(jax.lax.switch(e, branches, rows), mode="drop")
+        branch = jnp.where(end - start == 1, e + len(experts), e)
+        return answers.at[choices].set(jax.lax.switch(branch, run + alone, rows), mode="drop")
 
     answers = jnp.zeros((R * N, x.shape[-1]), x.dtype)
-    return jax.lax.fori_loop(0, blocks_until[-1], run, answers).reshape(R, N, -1)
-
-
-def _block(rows: int, experts: Sequence[Kernels], config: SwitchConfig) -> int:
-    """How many rows that hit the same expert go together: one by one where that is quicker than their product."""
-    num_choices = rows * config.num_selected_experts
-    if num_choices >= MANY:
-        return 2 * BLOCK
-    kernel = experts[0]["wo"]
-    return min(num_choices, BLOCK) if kernel.size * kernel.dtype.itemsize <= CACHED else 1
-
-
-def _width(rows: int, block: int, config: SwitchConfig) -> int:
-    """The number of rows that kernels are laid out for: transposing them pays only for many."""
-    return block if rows * config.num_selected_experts >= MANY else 1
+    return jax.lax.fori_loop(0, blocks_until[-1], step, answers).reshape(R, N, -1)

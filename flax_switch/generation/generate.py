@@ -13,8 +13,8 @@ from jaxtyping import Array, Bool, Float, Int
 from flax_switch.config import SwitchConfig, check
 from flax_switch.convert.scan import unstack_layers
 from flax_switch.generation.controls import GenerationConfig, make_controls, split_numbers
+from flax_switch.generation.device import Device, device_of
 from flax_switch.generation.experts import split_experts
-from flax_switch.generation.products import Device, device_of
 from flax_switch.generation.program import run_program
 from flax_switch.nn.transformer import SwitchTransformer
 from flax_switch.partitioning import batch_sharding, batch_ways, replicated

@@ -15,9 +15,9 @@ from flax_switch.config import SwitchConfig
 from flax_switch.generation.beam_search import extend_beams, start_beams
 from flax_switch.generation.controls import GenerationConfig
 from flax_switch.generation.decode_step import decode_step, empty_cache, filled_cache, prepare
-from flax_switch.generation.experts import Kernels, lay_out_experts
+from flax_switch.generation.device import Device
+from flax_switch.generation.experts import Kernels, cast_experts
 from flax_switch.generation.logits import History
-from flax_switch.generation.products import Device
 from flax_switch.generation.sampling import extend_rows, start_rows
 from flax_switch.nn.outputs import DecoderOutput
 from flax_switch.nn.transformer import SwitchTransformer
@@ -77,7 +77,7 @@ def run_program(
     beams = controls.num_beams
     rows = B * controls.rows_per_source
     if experts is not None:
-        experts = tuple(lay_out_experts(layer, rows, config) for layer in experts)
+        experts = tuple(cast_experts(layer, config) for layer in experts)
     decoder = prepare(params, experts, encoded, mask, config, max_length=max_length, rows=rows, beams=beams, device=device)
     keys = jax.vmap(lambda s: jax.random.fold_in(jax.random.key(s[0]), s[1]))(seeds)
     # In dropless mode nothing depends on padding; with Hugging Face's capacity n-grams count it too, as there.

@@ -26,10 +26,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 # Without this package nothing can be compiled for a TPU, and its branches need not be traced.
 TPU_COMPILER = importlib.util.find_spec("libtpu") is not None
-# Row counts of the blocks that `grouped_matmul` loops over, relative to the mean group, and the least: reading an expert's kernel
-# costs as much as some 32 rows. A group takes one block of the smallest size that holds it, or several of the largest. Each size
-# is a loop of its own to compile.
-BLOCK_SIZES = (0.75, 1.25, 3.0)
+# Row counts of the blocks that loops take, relative to the mean group, and the least: reading an expert's kernel costs as much as
+# some 32 rows. Each size is a loop of its own to compile. A product of rows cuts a group into blocks of the largest size and one of
+# the smallest that holds what is left. For a kernel's gradient, which adds up over its blocks, a group takes one block of the
+# smallest size that holds it, or several of the largest.
+ROW_BLOCKS = (0.25, 0.75, 1.25)
+KERNEL_BLOCKS = (0.75, 1.25, 3.0)
 MIN_BLOCK = 32
 
 
@@ -125,14 +127,13 @@ def _pallas_kernels(x: Array, gradient: Array, group_sizes: Array, *, interpret:
 
 @flax.struct.dataclass
 class Blocks:
-    """The blocks of `size` rows that cover all groups of one class of sizes."""
+    """The blocks of `size` rows, one or more for each expert that has some."""
 
     size: int = flax.struct.field(pytree_node=False)
-    repeats: bool = flax.struct.field(pytree_node=False)  # a group may have several blocks
     num_blocks: Int[Array, ""]
-    last_block: Int[Array, " E"]  # cumulative number of blocks up to and with each group's
-    starts: Int[Array, " E"]  # first row of each group
-    ends: Int[Array, " E"]
+    last_block: Int[Array, " E"]  # cumulative number of blocks up to and with each expert's
+    starts: Int[Array, " E"]  # first row of each expert's first block
+    ends: Int[Array, " E"]  # of each group
 
     def block(self, index: Int[Array, ""], num_rows: int) -> tuple[Array, Array, Bool[Array, "size 1"]]:
         """Block `index`: its expert, its first row, and which of its rows are the expert's own."""
@@ -150,23 +151,33 @@ def _running_total(counts: Int[Array, " E"]) -> Int[Array, " E"]:
     return jnp.where(experts[:, None] >= experts, counts, 0).sum(1, dtype=jnp.int32)
 
 
-def _blocks(group_sizes: Int[Array, " E"], num_rows: int) -> Iterator[Blocks]:
-    """The blocks, size by size. Groups without rows get none: their kernels are never read."""
+def _blocks(group_sizes: Int[Array, " E"], num_rows: int, relative_sizes: tuple[float, ...], *, cut: bool) -> Iterator[Blocks]:
+    """The blocks, size by size. Groups without rows get none: their kernels are never read.
+
+    cut: whether what full blocks of the largest size leave of a group goes into a smaller one.
+    """
     mean = num_rows / group_sizes.shape[0]
-    sizes = sorted({min(num_rows, max(MIN_BLOCK, 8 * math.ceil(mean * size / 8))) for size in BLOCK_SIZES})
+    sizes = sorted({min(num_rows, max(MIN_BLOCK, 8 * math.ceil(mean * size / 8))) for size in relative_sizes})
     ends = _running_total(group_sizes)
-    size_class = (group_sizes[:, None] > jnp.asarray(sizes[:-1])).sum(1)
+    starts = ends - group_sizes
+    full = group_sizes // sizes[-1] if cut else jnp.zeros_like(group_sizes)
+    rest = group_sizes - full * sizes[-1]
+    size_class = (rest[:, None] > jnp.asarray(sizes[:-1])).sum(1)
     for i, size in enumerate(sizes):
-        count = jnp.where((size_class == i) & (group_sizes > 0), -(-group_sizes // size), 0)
+        count = jnp.where((size_class == i) & (rest > 0), -(-rest // size), 0)
+        if size == sizes[-1]:
+            count, first = count + full, starts
+        else:
+            first = starts + full * sizes[-1]
         last_block = _running_total(count)
-        yield Blocks(size, size == sizes[-1], last_block[-1], last_block, ends - group_sizes, ends)
+        yield Blocks(size, last_block[-1], last_block, first, ends)
 
 
 def _block_rows(x: Array, kernel: Array, group_sizes: Array, *, transpose: bool) -> Array:
     """Sorted rows times kernels by loops over blocks."""
     num_rows = x.shape[0]
     out = jnp.zeros((num_rows, kernel.shape[1 if transpose else 2]), x.dtype)
-    for blocks in _blocks(group_sizes, num_rows):
+    for blocks in _blocks(group_sizes, num_rows, ROW_BLOCKS, cut=True):
 
         def step(index, out, blocks=blocks):
             expert, first, own = blocks.block(index, num_rows)
@@ -184,7 +195,8 @@ def _block_kernels(x: Array, gradient: Array, group_sizes: Array) -> Array:
     """Each group's `x^T gradient` by loops over blocks, added up in float32."""
     num_rows = x.shape[0]
     out = jnp.zeros((group_sizes.shape[0], x.shape[1], gradient.shape[1]), x.dtype)
-    for blocks in _blocks(group_sizes, num_rows):
+    *single, several = _blocks(group_sizes, num_rows, KERNEL_BLOCKS, cut=False)
+    for blocks in (*single, several):
 
         def one_block(index, blocks=blocks):
             expert, first, own = blocks.block(index, num_rows)
@@ -196,7 +208,7 @@ def _block_kernels(x: Array, gradient: Array, group_sizes: Array) -> Array:
             index, out = carry
             expert, total = one_block(index)
             end = index + 1
-            if blocks.repeats:
+            if blocks is several:
                 end = blocks.last_block[expert]
                 total = lax.fori_loop(index + 1, end, lambda i, total: total + one_block(i)[1], total)
             return end, lax.dynamic_update_index_in_dim(out, total.astype(out.dtype), expert, 0)

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from flax_switch import partitioning
 from flax_switch.config import ExperimentConfig
 from flax_switch.generation.decode_step import decode_step, empty_cache, prepare
-from flax_switch.generation.products import Device
+from flax_switch.generation.device import Device
 from flax_switch.generation.program import decoder_config
 from flax_switch.plan.collectives import collectives
 from flax_switch.plan.flops import program_flops

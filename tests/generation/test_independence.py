@@ -10,8 +10,8 @@ import pytest
 from flax_switch.config import MeshConfig
 from flax_switch.generation import generate
 from flax_switch.generation.controls import make_controls, split_numbers
+from flax_switch.generation.device import Device
 from flax_switch.generation.experts import split_experts
-from flax_switch.generation.products import Device
 from flax_switch.generation.program import run_program
 from flax_switch.nn.transformer import SwitchTransformer
 from flax_switch.partitioning import create_mesh

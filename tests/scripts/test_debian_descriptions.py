@@ -155,6 +155,19 @@ def test_a_shared_beginning_is_a_family_and_a_crowded_one_a_namespace():
     assert script.stem("golang-1x", counts) == "golang-1x"
 
 
+def test_short_sentences_are_restored_from_most_of_their_words():
+    documents = [f"Program {i} is for everybody who sorts things. Too short. {prose(7, 2)}" for i in range(200)]
+    made = list(script.sentences(documents))
+    assert sum(pair["sentence"].startswith("Program") for pair in made) == 200
+    assert len({pair["sentence"] for pair in made}) == len(made)  # a repeated sentence appears once
+    assert all(4 <= len(pair["sentence"].split()) <= script.SHORT for pair in made)
+    left = sum(len(pair["text"].split()) for pair in made) / sum(len(pair["sentence"].split()) for pair in made)
+    assert abs(1 - left - script.DROPPED) < 0.03
+    for pair in made:
+        words = iter(pair["sentence"].split())
+        assert all(word in words for word in pair["text"].split())
+
+
 def test_a_lead_is_restored_from_the_rest_or_from_the_text_without_some_of_its_words():
     documents = [f"Program {i} is for everybody who sorts things. {prose(i, 4)}" for i in range(200)]
     made = list(script.leads(documents))

@@ -8,8 +8,8 @@ Rows are compared with the dense MLP of the tokens that a row processes: capacit
 flaxformer, as many as there are for ragged and loop. Times and ratios are medians of several interleaved runs. `flaxformer` appears
 where that package can be imported, `loop` (every expert on every token, masked) up to 8 experts.
 
-On Linux with the GNU C library the script starts itself again with huge pages for malloc (GLIBC_TUNABLES): gradients of many
-experts are gigabytes that are allocated anew in every step, and small pages cost as much time there as the products.
+On Linux with the GNU C library the script starts itself again with GLIBC_TUNABLES for malloc, unless that is set: gradients of many
+experts are gigabytes that are allocated anew in every step, and small pages from the system cost as much time there as the products.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ import sys
 import time
 from pathlib import Path
 
-HUGE_PAGES = "glibc.malloc.hugetlb=1"
-if __name__ == "__main__" and sys.platform == "linux" and HUGE_PAGES not in os.environ.get("GLIBC_TUNABLES", ""):
-    os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "GLIBC_TUNABLES": HUGE_PAGES})
+MALLOC = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=68719476736"
+if __name__ == "__main__" and sys.platform == "linux" and "glibc.malloc" not in os.environ.get("GLIBC_TUNABLES", ""):
+    os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "GLIBC_TUNABLES": MALLOC})
 
 import flax.linen as nn  # noqa: E402
 import jax  # noqa: E402

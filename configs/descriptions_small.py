@@ -3,7 +3,8 @@
 Command:   python scripts/data/debian_descriptions.py data/debian
            flax-switch pretrain --config configs/descriptions_small.py --workdir runs/descriptions
 Hardware:  1 or 2 CPU cores.
-Expect:    docs/guides/summarization.md says what was measured.
+Expect:    about 6 minutes on one core; held out 4.9 nats per token (text alone 5.5, its unigram entropy 6.5).
+           docs/guides/summarization.md says what it is good for.
 """
 
 from flax_switch.config import DataConfig, ExperimentConfig, OptimizerConfig, TrainConfig

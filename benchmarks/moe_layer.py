@@ -8,8 +8,8 @@ Rows are compared with the dense MLP of the tokens that a row processes: capacit
 flaxformer, as many as there are for ragged and loop. Times and ratios are medians of several interleaved runs. `flaxformer` appears
 where that package can be imported, `loop` (every expert on every token, masked) up to 8 experts.
 
-On Linux with the GNU C library the script starts itself again with GLIBC_TUNABLES for malloc, unless that is set: gradients of many
-experts are gigabytes that are allocated anew in every step, and small pages from the system cost as much time there as the products.
+On Linux with the GNU C library the script starts itself again with GLIBC_TUNABLES for malloc, unless that is set: gradients of
+many experts are gigabytes that are allocated anew in every step, and fresh small pages cost as much time there as the products.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """One decoding step for one new token of each row: the decoder's layers over a cache laid out for it.
 
-It computes what `SwitchTransformer.decode` computes for one token, from the same parameters, arranged once per call:
-projections of queries, keys and values are one product, relative biases are a table, keys and values are kept as [.., H, K, T],
-rows that share a source (beams or samples) share its keys, and sparse layers read only the experts that are hit.
+It computes what `SwitchTransformer.decode` computes for one token, from the same parameters, arranged once per call: relative
+biases are a table, keys and values are kept as [.., H, K, T], rows that share a source (beams or samples) share its keys, and
+sparse layers read only the experts that are hit.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ class Cache:
 class Layer:
     """What a decoder layer needs from step to step."""
 
-    qkv: Float[Array, "D 3HK"]
+    query: Float[Array, "D HK"]
+    key: Float[Array, "D HK"]
+    value: Float[Array, "D HK"]
     out: Float[Array, "HK D"]
     cross_query: Float[Array, "D HK"]
     cross_out: Float[Array, "HK D"]
@@ -95,10 +97,9 @@ def prepare(
         own, cross = params["self_attention"], params["encoder_decoder_attention"]
         relpos = params["relpos_bias"] if config.relative_attention_per_layer else stack["relpos_bias"]
         return Layer(
-            # Joined side by side on an axis of their own, so that heads stay where a mesh has split them.
-            qkv=jnp.stack([own[name]["kernel"] for name in ("query", "key", "value")], axis=1)
-            .reshape(config.d_model, -1)
-            .astype(dtype),
+            query=own["query"]["kernel"].astype(dtype),
+            key=own["key"]["kernel"].astype(dtype),
+            value=own["value"]["kernel"].astype(dtype),
             out=own["out"]["kernel"].astype(dtype),
             cross_query=cross["query"]["kernel"].astype(dtype),
             cross_out=cross["out"]["kernel"].astype(dtype),
@@ -231,8 +232,9 @@ def _self_mask(decoder: Decoder, cache: Cache, ancestors: Int[Array, "R T"] | No
 
 def _self_attention(decoder: Decoder, i: int, x: Float[Array, "R D"], cache: Cache, mask: Bool[Array, "#G 1 #J TB"]):
     config, beams, layer = decoder.config, decoder.beams, decoder.layers[i]
-    projected = (x @ layer.qkv).reshape(-1, beams, 3, config.num_heads, config.d_kv)
-    query, key, value = projected[:, :, 0], projected[:, :, 1], projected[:, :, 2]
+    query, key, value = (
+        (x @ kernel).reshape(-1, beams, config.num_heads, config.d_kv) for kernel in (layer.query, layer.key, layer.value)
+    )
     start = cache.length * beams
     key = jax.lax.dynamic_update_slice_in_dim(cache.key[i], key.transpose(0, 2, 3, 1), start, axis=3)
     value = jax.lax.dynamic_update_slice_in_dim(cache.value[i], value.transpose(0, 2, 3, 1), start, axis=3)

@@ -150,7 +150,9 @@ def unrolled(deep_params):
     return loss_and_grads(DEEP, deep_params)
 
 
-@pytest.mark.parametrize(("scan", "remat"), [(True, "none"), (True, "full"), (False, "minimal")])
+@pytest.mark.parametrize(
+    ("scan", "remat"), [(True, "none"), pytest.param(True, "full", marks=pytest.mark.slow), (False, "minimal")]
+)
 def test_scanning_and_remat_change_neither_values_nor_gradients(deep_params, unrolled, scan, remat):
     (loss, output), grads = loss_and_grads(DEEP.replace(scan_layers=scan, remat_policy=remat), deep_params)
     (expected, expected_output), expected_grads = unrolled

@@ -44,7 +44,7 @@ def run_on(config, devices=1):
     return build_run(config, create_mesh(config.mesh, jax.devices()[:devices]))
 
 
-@pytest.mark.parametrize("normalizer", ["real_target_tokens", "average_per_sequence"])
+@pytest.mark.parametrize("normalizer", ["real_target_tokens", pytest.param("average_per_sequence", marks=pytest.mark.slow)])
 def test_micro_batches_have_the_gradients_and_metrics_of_the_whole_batch(normalizer):
     whole = CONFIG.replace(model=MODEL.replace(loss_normalizer=normalizer))
     split = whole.replace(train=TrainConfig(steps=10, microbatches=4))

@@ -106,12 +106,14 @@ def compile_decode(config: ExperimentConfig, mesh: Mesh) -> Program:
 
     source = config.data.inputs_length
     inputs = (run.abstract_state.params, struct((source, model.d_model), jnp.dtype(model.dtype)), struct((source,), bool))
-    with partitioning.use_mesh(mesh):
+
+    def lower():
         arranged = jax.jit(arrange).lower(*inputs).compile()
         place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
         decoder, cache = jax.tree.map(place, jax.eval_shape(arrange, *inputs), arranged.output_shardings)
-    step = jax.jit(decode_step, donate_argnums=2)
-    return _compiled("decode step", mesh, lambda: step.lower(decoder, struct((), jnp.int32), cache))
+        return jax.jit(decode_step, donate_argnums=2).lower(decoder, struct((), jnp.int32), cache)
+
+    return _compiled("decode step", mesh, lower)
 
 
 def _compiled(name: str, mesh: Mesh, lower: Callable[[], Any]) -> Program:

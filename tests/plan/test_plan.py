@@ -189,6 +189,19 @@ def test_gpus_that_are_not_at_hand_are_planned_from_shapes():
     assert "this machine shows 0 h100" in found.not_compiled and found.fits
 
 
+def test_the_decode_steps_arrangement_may_be_refused_too(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (28.38G) exceeds "
+            "available HBM (15.75G)."
+        )
+
+    monkeypatch.setattr(program, "prepare", refuse)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), ("data", "expert", "model"))
+    refused = program.compile_decode(CONFIG, mesh)
+    assert refused.name == "decode step" and refused.required == round(28.38 * 2**30) and "28.38G" in refused.refusal
+
+
 def test_a_refusal_of_the_compiler_is_an_answer(monkeypatch):
     def refuse():
         raise jax.errors.JaxRuntimeError(

@@ -106,7 +106,7 @@ def _switched(
     run = [functools.partial(mlp, kernels=kernels, activations=config.mlp_activations, matmul=jnp.matmul) for kernels in experts]
     if size == 1:
         return jax.lax.switch(expert[0, 0], run, x)[:, None]
-    alone = [lambda rows, run=run: jnp.zeros_like(rows).at[:1].set(run(rows[:1])) for run in run]
+    alone = [lambda rows, answer=answer: jnp.zeros_like(rows).at[:1].set(answer(rows[:1])) for answer in run]
     flat = expert.reshape(-1)
     order = jnp.argsort(flat)
     lengths = (flat[:, None] == jnp.arange(len(experts))).sum(0)

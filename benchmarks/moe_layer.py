@@ -8,8 +8,8 @@ Rows are compared with the dense MLP of the tokens that a row processes: capacit
 flaxformer, as many as there are for ragged and loop. Times and ratios are medians of several interleaved runs. `flaxformer` appears
 where that package can be imported, `loop` (every expert on every token, masked) up to 8 experts.
 
-On Linux with the GNU C library the script starts itself again with GLIBC_TUNABLES for malloc, unless that is set: gradients of
-many experts are gigabytes that are allocated anew in every step, and fresh small pages cost as much time there as the products.
+Gradients of many experts are gigabytes that are allocated anew in every step, and clearing fresh pages costs as much time as the
+products: malloc is told to keep its memory (`flax_switch.host_memory`), as in training, for all contestants.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ import math
 import os
 import platform
 import statistics
-import sys
 import time
 from pathlib import Path
 
-MALLOC = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=68719476736"
-if __name__ == "__main__" and sys.platform == "linux" and "glibc.malloc" not in os.environ.get("GLIBC_TUNABLES", ""):
-    os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "GLIBC_TUNABLES": MALLOC})
+from flax_switch.host_memory import keep_freed_memory
+
+if __name__ == "__main__":
+    keep_freed_memory()  # before JAX starts
 
 import flax.linen as nn  # noqa: E402
 import jax  # noqa: E402

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from flax_switch.config import ConfigError
+from flax_switch.host_memory import keep_freed_memory
 
 # Command -> what it does; each is a module in flax_switch.commands with add_arguments(parser) and run(args) -> exit status.
 COMMANDS = {
@@ -23,6 +24,7 @@ COMMANDS = {
     "plan": "say what a run would need and do on a machine, without the machine",
     "report": "write the HTML report of a run",
 }
+TRAINING = ("pretrain", "finetune", "distill")
 
 
 def build_parser(command: str | None = None) -> argparse.ArgumentParser:
@@ -38,6 +40,8 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; errors a user can mend are one message and exit status 2, without a traceback."""
+    if argv is None and sys.argv[1:2] and sys.argv[1] in TRAINING:
+        keep_freed_memory()
     argv = list(sys.argv[1:] if argv is None else argv)
     command = argv[0] if argv and argv[0] in COMMANDS else None
     parser = build_parser(command)

@@ -19,6 +19,7 @@ ALLOWED = {
     "recipes": {"config", "config_distillation", "config_finetuning"},
     "partitioning": {"config"},
     "distributed": {"config"},
+    "host_memory": set(),
     "data": {"config", "config_finetuning"},
     "ops": {"config", "partitioning"},
     "nn": {"config", "ops", "partitioning"},

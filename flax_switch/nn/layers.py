@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from flax_switch.config import SwitchConfig
+from flax_switch.ops.dropout import dropout
 
 ACTIVATION_FUNCTIONS: dict[str, Callable] = {
     "relu": jax.nn.relu,
@@ -88,7 +89,8 @@ class Dropout(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B L D"], *, deterministic: bool) -> Float[Array, "*B L D"]:
-        return nn.Dropout(self.rate, broadcast_dims=tuple(self.broadcast_axes))(x, deterministic=deterministic)
+        rng = None if deterministic or self.rate == 0.0 else self.make_rng("dropout")
+        return dropout(x, self.rate, rng, broadcast_axes=self.broadcast_axes)
 
 
 class MLP(nn.Module):

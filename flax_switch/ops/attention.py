@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from flax_switch.ops.dropout import keep_mask
+
 MASKED = -1e10  # finite, so that a row with nothing to attend to gives the mean instead of NaN
 
 
@@ -104,7 +106,7 @@ def dot_product_attention(
     keep = None
     if dropout_rng is not None and dropout_rate > 0.0:
         B, H, T, _ = key.shape
-        kept = jax.random.bernoulli(dropout_rng, 1.0 - dropout_rate, (B, H, 1, T))
+        kept = keep_mask(dropout_rng, dropout_rate, (B, H, 1, T))
         keep = kept.astype(value.dtype) / (1.0 - dropout_rate)
     output, probs = _attend(query, key, value, bias, mask, keep)
     return output.transpose(0, 2, 1, 3), probs

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
+from flax_switch.ops.dropout import dropout
+
 ExpertKernels = Mapping[str, Array]  # {"wi" | "wi_0", "wi_1": [E, D, F], "wo": [E, F, D]}
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -24,14 +26,6 @@ _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 def activation(name: str) -> Callable[[Array], Array]:
     """The activation function called `name` in a config: "gelu" is exact, "gelu_new" its tanh approximation."""
     return _ACTIVATIONS[name]
-
-
-def dropout(x: Array, rate: float, rng: PRNGKeyArray | None) -> Array:
-    """Sets elements to zero with probability `rate` and scales the others up; no change where `rng` is None or the rate 0."""
-    if rng is None or rate == 0.0:
-        return x
-    keep = jax.random.bernoulli(rng, 1.0 - rate, x.shape)
-    return jnp.where(keep, x / jnp.asarray(1.0 - rate, x.dtype), jnp.zeros_like(x))
 
 
 def mlp(

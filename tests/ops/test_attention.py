@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from flax_switch.ops.attention import MASKED, dot_product_attention
+from flax_switch.ops.dropout import keep_mask
 
 B, Q, T, H, K = 3, 5, 7, 2, 4
 
@@ -67,7 +68,7 @@ def test_values_and_gradients_are_those_of_the_formula(arrays, bias_shape, maske
 def test_dropout_drops_a_key_for_all_queries_of_a_head_and_its_gradient_with_it(arrays):
     query, key, value, _ = arrays
     rate, rng = 0.4, jax.random.key(3)
-    keep = jax.random.bernoulli(rng, 1 - rate, (B, H, 1, T)) / (1 - rate)
+    keep = keep_mask(rng, rate, (B, H, 1, T)) / (1 - rate)
 
     def ours(*args):
         return (dot_product_attention(*args, dropout_rate=rate, dropout_rng=rng)[0] ** 2).sum()

@@ -146,6 +146,8 @@ def test_bfloat16_says_nearly_the_same(trained, sources):
 
 
 def test_rows_stop_when_all_are_finished(trained, sources):
-    output = generate(trained.model, trained.params, *sources, max_new_tokens=40, forced_eos_token_id=None)
-    assert output.sequences.shape[1] < 41
+    third = generate(trained.model, trained.params, *sources, max_new_tokens=3).sequences[:, 3]
+    ends = sorted({1, *map(int, third)} - {0})  # with these ends every row's third token is its last, or an earlier one
+    output = generate(trained.model, trained.params, *sources, max_new_tokens=40, eos_token_id=ends)
+    assert output.sequences.shape[1] <= 4
     assert jnp.asarray(output.sequences[:, -1] != 0).any()

@@ -156,7 +156,7 @@ def measure(E, T, D, F, args, device):
     results, compiled = {}, {}
     for name, (apply, shapes, processed) in rows.items():
         x = x_shape(name, processed, T, D, args.dtype)
-        record = results[name] = dict(name=name, E=E, tokens=T, D=D, F=F, dtype=args.dtype, rows=processed)
+        record = results[name] = dict(name=name, E=E, tokens=T, D=D, F=F, dtype=args.dtype, rows=processed, repeats=args.repeats)
         for mode, function in (("forward", apply), ("backward", forward_backward(apply))):
             if device is not None or name != "ragged":  # on CPU, ragged is loops of unknown length
                 record[f"{mode}_flops"], record[f"{mode}_bytes"] = count(function, shapes, x, device=device)
@@ -222,13 +222,20 @@ def main():
                 records += measured
     about = dict(
         date=datetime.date.today().isoformat(), device=kind, machine=platform.machine(), cpus=os.cpu_count(), jax=jax.__version__,
-        python=platform.python_version(), load=os.getloadavg(), repeats=args.repeats,
+        python=platform.python_version(), load=os.getloadavg(),
     )  # fmt: skip
     if args.write:
-        RESULTS.mkdir(exist_ok=True)
-        place = RESULTS / f"moe_layer_{(args.topology or jax.default_backend()).replace(':', '_')}_{args.dtype}.json"
-        place.write_text(json.dumps(dict(about=about, records=records), indent=1) + "\n")
-        print(f"Wrote {place}.")
+        write(RESULTS / f"moe_layer_{(args.topology or jax.default_backend()).replace(':', '_')}_{args.dtype}.json", about, records)
+
+
+def write(place, about, records):
+    """Puts the records into the file, in place of older ones of the same rows; the others stay."""
+    key = lambda record: [record[name] for name in ("D", "F", "tokens", "E", "name")]  # noqa: E731
+    new = [key(record) for record in records]
+    old = json.loads(place.read_text())["records"] if place.exists() else []
+    records = sorted([record for record in old if key(record) not in new] + records, key=lambda record: key(record)[:4])
+    place.write_text(json.dumps(dict(about=about, records=records), indent=1) + "\n")
+    print(f"Wrote {place}.")
 
 
 if __name__ == "__main__":

@@ -83,6 +83,13 @@ def make_grouping(config: SwitchConfig, batch: int, length: int, *, replicas: in
     return Grouping(batch, length, padded_batch, padded_length, num_groups, tokens // num_groups)
 
 
+def rows_of_whole_groups(config: SwitchConfig, *lengths: int) -> int:
+    """The least number of sequences, of each of these lengths, that make up whole groups; 1 where that is no matter of rows."""
+    if config.routing_group != "tokens":
+        return 1
+    return math.lcm(*(config.group_size // math.gcd(config.group_size, length) for length in lengths if length))
+
+
 def flaxformer_padding(batch: int, length: int, num_experts: int, replicas: int) -> tuple[int, int]:
     """The batch and length that flaxformer pads to, so that all copies of all experts divide the number of tokens.
 

@@ -54,12 +54,19 @@ def build_optimizer(config: OptimizerConfig, axes: Any, steps: int) -> optax.Gra
 
 def global_norm(grads: Any, by_expert: Any) -> jax.Array:
     """The norm of all gradients together; inside a pmap also of those whose experts (`by_expert`: True) other devices hold."""
+    squares = jax.tree.map(_sum_of_squares, grads)
     devices = pmap_devices()
     if devices is None:
-        return optax.tree.norm(grads)
-    squares = jax.tree.map(lambda g: jnp.square(g).sum(), grads)
+        return jnp.sqrt(sum(jax.tree.leaves(squares)))
     own, shared = (sum(jax.tree.leaves(jax.tree.map(lambda s, e: s * (e == on), squares, by_expert))) for on in (True, False))  # noqa: B023
     return jnp.sqrt(shared + devices.sum(own, devices.expert_groups))
+
+
+def _sum_of_squares(x: jax.Array) -> jax.Array:
+    """The sum of x**2; on a processor as products of rows, because XLA would store a square and share it with the optimiser's."""
+    plain = lambda x: jnp.square(x).sum()  # noqa: E731
+    rows = lambda x: jnp.einsum("...R,...R->...", x, x).sum()  # noqa: E731
+    return jax.lax.platform_dependent(x, cpu=rows if x.ndim else plain, default=plain)
 
 
 def _clip_by_global_norm(limit: float, axes: Any) -> optax.GradientTransformation:

@@ -13,6 +13,7 @@ from flax_switch import partitioning
 from flax_switch.config import SwitchConfig
 from flax_switch.nn.outputs import ModelOutput
 from flax_switch.nn.transformer import SwitchTransformer
+from flax_switch.ops.groups import rows_of_whole_groups
 from flax_switch.ops.losses import IGNORED_LABEL, LossOutput, loss_weights, seq2seq_loss, token_cross_entropy
 from flax_switch.training.freezing import merged, trainable_part
 from flax_switch.training.optimizer import global_norm, learning_rate_schedule
@@ -81,8 +82,12 @@ def loss_and_grads(run: Run, params: Any, batch: Batch, rng: jax.Array, loss_of:
         grads, aux = grad_fn(trained, piece, jax.random.fold_in(rng, i))
         return jax.tree.map(jnp.add, total, grads), aux
 
-    # Piece m takes rows m, m + pieces, ...: every device cuts its own rows, none move.
-    split = {k: x.reshape(x.shape[0] // pieces, pieces, *x.shape[1:]).swapaxes(0, 1) for k, x in batch.items()}
+    # Piece m takes blocks m, m + pieces, ... of rows, so that devices cut their own rows; a block holds whole routing groups.
+    block = rows_of_whole_groups(config, batch["input_ids"].shape[1], labels.shape[1])
+    if labels.shape[0] % (pieces * block):
+        block = 1
+    split = {k: x.reshape(-1, pieces, block, *x.shape[1:]).swapaxes(0, 1) for k, x in batch.items()}
+    split = {k: x.reshape(pieces, -1, *x.shape[3:]) for k, x in split.items()}
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), trained)
     grads, aux = jax.lax.scan(accumulate, zeros, (split, jnp.arange(pieces)))
     grads = jax.tree.map(lambda g: g / pieces, grads)

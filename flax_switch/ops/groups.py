@@ -83,11 +83,17 @@ def make_grouping(config: SwitchConfig, batch: int, length: int, *, replicas: in
     return Grouping(batch, length, padded_batch, padded_length, num_groups, tokens // num_groups)
 
 
-def rows_of_whole_groups(config: SwitchConfig, *lengths: int) -> int:
-    """The least number of sequences, of each of these lengths, that make up whole groups; 1 where that is no matter of rows."""
+def rows_of_whole_groups(config: SwitchConfig, batch: int, parts: int, *lengths: int) -> int:
+    """How many neighbouring sequences to keep together when a batch is dealt out to `parts`, so that groups stay whole.
+
+    lengths: of the sequences of each stack. Where no number suits them all and the batch, it is the first stack's that counts,
+    then the next one's; 1 where groups are no matter of rows, or cannot stay whole.
+    """
     if config.routing_group != "tokens":
         return 1
-    return math.lcm(*(config.group_size // math.gcd(config.group_size, length) for length in lengths if length))
+    sizes = [make_grouping(config, batch, length).group_size for length in lengths]
+    rows = [size // math.gcd(size, length) for size, length in zip(sizes, lengths, strict=True)]
+    return next((block for block in (math.lcm(*rows), *rows) if batch % (parts * block) == 0), 1)
 
 
 def flaxformer_padding(batch: int, length: int, num_experts: int, replicas: int) -> tuple[int, int]:

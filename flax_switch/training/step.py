@@ -83,9 +83,7 @@ def loss_and_grads(run: Run, params: Any, batch: Batch, rng: jax.Array, loss_of:
         return jax.tree.map(jnp.add, total, grads), aux
 
     # Piece m takes blocks m, m + pieces, ... of rows, so that devices cut their own rows; a block holds whole routing groups.
-    block = rows_of_whole_groups(config, batch["input_ids"].shape[1], labels.shape[1])
-    if labels.shape[0] % (pieces * block):
-        block = 1
+    block = rows_of_whole_groups(config, labels.shape[0], pieces, batch["input_ids"].shape[1], labels.shape[1])
     split = {k: x.reshape(-1, pieces, block, *x.shape[1:]).swapaxes(0, 1) for k, x in batch.items()}
     split = {k: x.reshape(pieces, -1, *x.shape[3:]) for k, x in split.items()}
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), trained)

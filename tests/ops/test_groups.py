@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flax_switch.config import ConfigError, SwitchConfig
-from flax_switch.ops.groups import flaxformer_num_groups, flaxformer_padding, make_grouping
+from flax_switch.ops.groups import flaxformer_num_groups, flaxformer_padding, make_grouping, rows_of_whole_groups
 
 TABLES = json.loads((Path(__file__).parents[1] / "goldens" / "tables.json").read_text())
 
@@ -60,3 +60,24 @@ def test_ungroup_undoes_group_and_every_token_is_counted_once(rule, batch, lengt
 def test_token_groups_are_the_fewest_of_equal_size(tokens, group_size, shape):
     grouping = make_grouping(SwitchConfig(routing_group="tokens", group_size=group_size), 1, tokens)
     assert (grouping.num_groups, grouping.group_size) == shape
+
+
+@pytest.mark.parametrize(
+    ("batch", "lengths", "whole"),
+    [
+        (32, (512, 128), (True, True)),
+        (32, (512, 114), (True, True)),
+        (32, (512, 130), (True, False)),
+        (32, (130, 512), (False, True)),
+        (4, (128, 128), (False, False)),
+    ],
+)
+def test_a_batch_is_dealt_out_in_whole_groups_where_they_fit(batch, lengths, whole):
+    config, pieces = SwitchConfig(routing_group="tokens", group_size=1024), 2
+    block = rows_of_whole_groups(config, batch, pieces, *lengths)
+    for length, fits in zip(lengths, whole, strict=True):
+        tokens = np.arange(batch * length).reshape(batch, length)
+        groups = {tuple(group) for group in make_grouping(config, batch, length).group(jnp.asarray(tokens)).tolist()}
+        dealt = tokens.reshape(-1, pieces, block, length).swapaxes(0, 1).reshape(pieces, -1, length)
+        grouped = [make_grouping(config, batch // pieces, length).group(jnp.asarray(piece)).tolist() for piece in dealt]
+        assert ({tuple(group) for piece in grouped for group in piece} == groups) == fits

@@ -4,8 +4,8 @@ The one place that knows which backend runs which kernel:
 
     equal buffers   a batched product
     sorted rows     TPU: `lax.ragged_dot`, which XLA compiles to a grouped kernel there; for the kernels' gradients, where it does
-                    not, the Pallas kernel that comes with JAX. Elsewhere: loops over blocks of rows, because `lax.ragged_dot`
-                    computes every expert for every row on CPU and may do so on a GPU
+                    not, the Pallas kernel that comes with JAX. NVIDIA GPU: our Pallas kernels, in ops/grouped_gpu.py. Elsewhere:
+                    loops over blocks of rows. XLA's `lax.ragged_dot` computes every expert for every row on CPU and on GPUs
 
 What was counted and what was measured, and on which hardware, is in docs/moe.md.
 """
@@ -24,8 +24,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-# Without this package nothing can be compiled for a TPU, and its branches need not be traced.
-TPU_COMPILER = importlib.util.find_spec("libtpu") is not None
+# Without these packages nothing can be compiled for such a device, and its branches need not be traced.
+COMPILERS = {"tpu": ("libtpu",), "cuda": ("jax_cuda12_plugin", "jax_cuda13_plugin")}
+COMPILED_FOR = {
+    platform for platform, packages in COMPILERS.items() if any(importlib.util.find_spec(package) for package in packages)
+}
 # Row counts of the blocks that loops take, relative to the mean group, and the least: reading an expert's kernel costs as much as
 # some 32 rows. Each size is a loop of its own to compile. A product of rows cuts a group into blocks of the largest size and one of
 # the smallest that holds what is left. For a kernel's gradient, which adds up over its blocks, a group takes one block of the
@@ -85,7 +88,7 @@ def _grouped_backward(residuals, gradient):
     x, kernel, group_sizes = residuals
     return (
         _grouped_rows(gradient, kernel, group_sizes, transpose=True),
-        _on_tpu_or_elsewhere(_pallas_kernels, _block_kernels, x, gradient, group_sizes),
+        _by_platform(x, gradient, group_sizes, tpu=_tpu_kernels, cuda=_gpu("grouped_kernels"), elsewhere=_block_kernels),
         None,
     )
 
@@ -95,16 +98,21 @@ grouped_matmul.defvjp(_grouped_forward, _grouped_backward)
 
 def _grouped_rows(x: Array, kernel: Array, group_sizes: Array, *, transpose: bool) -> Array:
     """Rows times their experts' kernels, or the kernels' transposes."""
-    ragged = functools.partial(_ragged_rows, transpose=transpose)
-    blocks = functools.partial(_block_rows, transpose=transpose)
-    return _on_tpu_or_elsewhere(ragged, blocks, x, kernel, group_sizes)
+    tpu, cuda, elsewhere = (
+        functools.partial(product, transpose=transpose) for product in (_ragged_rows, _gpu("grouped_rows"), _block_rows)
+    )
+    return _by_platform(x, kernel, group_sizes, tpu=tpu, cuda=cuda, elsewhere=elsewhere)
 
 
-def _on_tpu_or_elsewhere(on_tpu: Callable[..., Array], elsewhere: Callable[..., Array], *args: Array) -> Array:
-    """Calls one of two functions, by the platform that the program is compiled for."""
-    if not TPU_COMPILER:
-        return elsewhere(*args)
-    return lax.platform_dependent(*args, tpu=on_tpu, default=elsewhere)
+def _by_platform(*args: Array, elsewhere: Callable[..., Array], **on_platform: Callable[..., Array]) -> Array:
+    """Calls the function for the platform that the program is compiled for."""
+    possible = {platform: function for platform, function in on_platform.items() if platform in COMPILED_FOR}
+    return lax.platform_dependent(*args, **possible, default=elsewhere) if possible else elsewhere(*args)
+
+
+def _gpu(name: str) -> Callable[..., Array]:
+    """A function of the module with the kernels for GPUs, which is imported, and Pallas with it, where one is to be traced."""
+    return lambda *args, **options: getattr(importlib.import_module("flax_switch.ops.grouped_gpu"), name)(*args, **options)
 
 
 def _ragged_rows(x: Array, kernel: Array, group_sizes: Array, *, transpose: bool) -> Array:
@@ -115,7 +123,7 @@ def _ragged_rows(x: Array, kernel: Array, group_sizes: Array, *, transpose: bool
     return lax.ragged_dot_general(x, kernel, group_sizes, contract)
 
 
-def _pallas_kernels(x: Array, gradient: Array, group_sizes: Array, *, interpret: bool = False) -> Array:
+def _tpu_kernels(x: Array, gradient: Array, group_sizes: Array, *, interpret: bool = False) -> Array:
     """Each group's `x^T gradient` by a Pallas kernel for TPUs (`lax.ragged_dot_general` costs E times the FLOPs here)."""
     megablox = importlib.import_module("jax.experimental.pallas.ops.tpu.megablox.gmm")
     tile = 512 if x.shape[0] > 128 * group_sizes.shape[0] else 128

@@ -79,7 +79,7 @@ def test_the_tpus_products_state_the_same_mathematics():
         products = [f(rows, kernel, group_sizes, transpose=transpose) for f in (grouped._ragged_rows, grouped._block_rows)]
         np.testing.assert_allclose(*products, atol=1e-5)
     want = jax.jit(grouped._block_kernels)(x, gradient, group_sizes)
-    got = grouped._pallas_kernels(x, gradient, group_sizes, interpret=True)
+    got = grouped._tpu_kernels(x, gradient, group_sizes, interpret=True)
     for e in range(len(sizes)):
         assert relative_error(got[e], np.float64(want[e])) < 1e-5, e
 

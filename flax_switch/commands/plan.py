@@ -25,6 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the plan; exit status 0, or 1 where it does not fit."""
+    import jax
+
+    if jax.config.jax_platforms is None:
+        jax.config.update("jax_platforms", "cpu")  # compilers for other devices run without starting them
     config = load_config(args)
     mesh = config.mesh if args.mesh is None else read_mesh(args.mesh, config.mesh)
     from flax_switch.plan import plan

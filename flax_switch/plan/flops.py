@@ -11,6 +11,7 @@ import numpy as np
 from flax_switch.config import SwitchConfig
 from flax_switch.plan.hlo import Instruction, executions, read_computations, shape_of
 
+_GROUPED = re.compile(r'op_name="[^"]*/grouped_(?:rows|kernels)/pallas_call"')
 BACKWARD = 2  # gradients take two products for each one of the forward pass
 
 
@@ -58,7 +59,7 @@ def program_flops(hlo_text: str) -> tuple[float, bool]:
     runs = executions(computations, entry)
     total, complete = 0.0, True
     for name, instructions in computations.items():
-        products = [i for i in instructions if i.opcode in ("dot", "convolution")]
+        products = [i for i in instructions if _is_product(i)]
         if not products:
             continue
         shapes = {i.name: shape_of(i.type) for i in instructions}
@@ -68,9 +69,17 @@ def program_flops(hlo_text: str) -> tuple[float, bool]:
     return total, complete
 
 
+def _is_product(instruction: Instruction) -> bool:
+    grouped = instruction.opcode == "custom-call" and _GROUPED.search(instruction.attributes)
+    return bool(grouped) or instruction.opcode in ("dot", "convolution")
+
+
 def _product_flops(product: Instruction, shapes: dict[str, tuple[int, ...]]) -> float:
     left, right = (shapes[name] for name in product.operand_names[:2])
     out = shape_of(product.type)
+    if product.opcode == "custom-call":  # its first operand is of index arrays
+        rows, contracted = shapes[product.operand_names[1]]
+        return 2.0 * rows * contracted * out[-1]
     if product.opcode == "dot":
         contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", product.attributes)
         axes = [int(a) for a in contracted.group(1).split(",") if a] if contracted else []

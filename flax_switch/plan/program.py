@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import re
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -119,7 +120,9 @@ def compile_decode(config: ExperimentConfig, mesh: Mesh) -> Program:
 def _compiled(name: str, mesh: Mesh, lower: Callable[[], Any]) -> Program:
     start, cpu = time.perf_counter(), time.process_time()
     try:
-        with partitioning.use_mesh(mesh):
+        with partitioning.use_mesh(mesh), warnings.catch_warnings():
+            # A program for a GPU that is not here enters JAX's cache, if one is kept, and cannot be read from it.
+            warnings.filterwarnings("ignore", "Error reading persistent compilation cache entry")
             compiled = lower().compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):

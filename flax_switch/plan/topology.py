@@ -10,8 +10,24 @@ import re
 from typing import Any
 
 from flax_switch.config import ConfigError, check
+from flax_switch.ops.grouped import COMPILERS
 
-GIB = 2**30
+GIB, KIB = 2**30, 2**10
+GPUS_OF_A_HOST = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """What XLA wants to know of a GPU to compile for it."""
+
+    capability: tuple[int, int]
+    multiprocessors: int
+    fpus: int  # float32 units of a multiprocessor
+    shared_memory: int  # bytes of a multiprocessor; a block may have 1 KiB less
+    cache: int  # level 2, in bytes
+    bandwidth: int  # of the memory, bytes per second
+    clock_ghz: float
+    device_kind: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +39,13 @@ class Chip:
     memory: int | None
     peak_flops: float | None  # bfloat16, per second
     dimensions: int = 1  # of a slice's shape
+    gpu: Gpu | None = None
 
+
+# Of the SXM modules, by their data sheets.
+AMPERE = Gpu((8, 0), 108, 64, 164 * KIB, 40 * KIB**2, 2_039 * 10**9, 1.41, "NVIDIA A100-SXM4-80GB")
+HOPPER = Gpu((9, 0), 132, 128, 228 * KIB, 50 * KIB**2, 3_352 * 10**9, 1.98, "NVIDIA H100 80GB HBM3")
+HOPPER_HBM3E = dataclasses.replace(HOPPER, bandwidth=4_800 * 10**9, device_kind="NVIDIA H200")
 
 # Of TPUs the memory that XLA says is available; of GPUs the data sheet's. Peaks are of the data sheets, without sparsity.
 CHIPS = {
@@ -32,9 +54,9 @@ CHIPS = {
         Chip("v5e", "tpu", int(15.75 * GIB), 197e12, 2),
         Chip("v6e", "tpu", int(31.25 * GIB), 918e12, 2),
         Chip("v5p", "tpu", int(95.74 * GIB), 459e12, 3),
-        Chip("a100", "gpu", 80 * 10**9, 312e12),
-        Chip("h100", "gpu", 80 * 10**9, 989e12),
-        Chip("h200", "gpu", 141 * 10**9, 989e12),
+        Chip("a100", "gpu", 80 * 10**9, 312e12, 1, AMPERE),
+        Chip("h100", "gpu", 80 * 10**9, 989e12, 1, HOPPER),
+        Chip("h200", "gpu", 141 * 10**9, 989e12, 1, HOPPER_HBM3E),
         Chip("cpu", "cpu", None, None),
     )
 }
@@ -77,12 +99,12 @@ def _example(chip: Chip) -> str:
 
 
 def compile_devices(topology: Topology) -> list[Any]:
-    """Devices that programs can be compiled for: described ones of a TPU, the machine's own of a GPU or processor.
+    """Devices that programs can be compiled for: described ones of a TPU or GPU, this process's own of a processor.
 
-    Raises `CannotCompile` where there are none, and `ConfigError` where libtpu knows no such slice.
+    Raises `CannotCompile` where there are none, and `ConfigError` where there is no such machine.
     """
-    chip = topology.chip
-    return _described_tpus(topology) if chip.platform == "tpu" else _local_devices(topology)
+    describe = {"tpu": _described_tpus, "gpu": _described_gpus, "cpu": _local_processors}
+    return describe[topology.chip.platform](topology)
 
 
 def _described_tpus(topology: Topology) -> list[Any]:
@@ -108,22 +130,59 @@ def _described_tpus(topology: Topology) -> list[Any]:
     return list(description.devices)
 
 
-def _local_devices(topology: Topology) -> list[Any]:
+def _described_gpus(topology: Topology) -> list[Any]:
+    if not any(importlib.util.find_spec(plugin) for plugin in COMPILERS["cuda"]):
+        raise CannotCompile(
+            "JAX's compiler for NVIDIA GPUs is not installed; it needs no GPU: pip install 'flax_switch[cuda]' (on Linux)."
+        )
+    from jax.experimental import topologies
+
+    hosts, rest = divmod(topology.num_devices, GPUS_OF_A_HOST)
+    check(
+        hosts == 0 or rest == 0,
+        f"Hosts have {GPUS_OF_A_HOST} GPUs: {topology.name!r} must have up to {GPUS_OF_A_HOST} of them or a multiple of that.",
+    )
+    shape = f"1x{hosts}x{GPUS_OF_A_HOST}" if hosts else f"1x1x{rest}"
+    try:
+        description = topologies.get_topology_desc(
+            platform="cuda", topology_name=topology.name, topology=shape, target_config=_target_config(topology.chip)
+        )
+    except NotImplementedError as error:  # the plug-in is installed and did not start
+        raise CannotCompile(
+            f"JAX's compiler for NVIDIA GPUs does not start ({error}): see what it says above, and whether "
+            "pip install 'flax_switch[cuda]' mends it."
+        ) from error
+    return list(description.devices)
+
+
+def _target_config(chip: Chip) -> str:
+    """The chip as XLA's `GpuTargetConfigProto`, in protocol buffers' text format."""
+    gpu = chip.gpu
+    limits = {  # the same for all these generations
+        "threads_per_block_limit": 1024, "threads_per_warp": 32, "threads_per_core_limit": 2048,
+        "block_dim_limit_x": 2**31 - 1, "block_dim_limit_y": 2**16 - 1, "block_dim_limit_z": 2**16 - 1,
+        "registers_per_core_limit": 2**16, "registers_per_block_limit": 2**16, "shared_memory_per_block": 48 * KIB,
+    }  # fmt: skip
+    own = {
+        "core_count": gpu.multiprocessors, "fpus_per_core": gpu.fpus, "shared_memory_per_core": gpu.shared_memory,
+        "shared_memory_per_block_optin": gpu.shared_memory - KIB, "l2_cache_size": gpu.cache, "memory_bandwidth": gpu.bandwidth,
+        "clock_rate_ghz": gpu.clock_ghz, "device_memory_size": chip.memory,
+    }  # fmt: skip
+    fields = " ".join(f"{name}: {value}" for name, value in {**limits, **own}.items())
+    major, minor = gpu.capability
+    return (
+        f"gpu_device_info {{ {fields} cuda_compute_capability {{ major: {major} minor: {minor} }} }} "
+        f'platform_name: "CUDA" dnn_version_info {{ major: 9 }} device_description_str: "{gpu.device_kind}"'
+    )
+
+
+def _local_processors(topology: Topology) -> list[Any]:
     import jax
 
-    chip, count = topology.chip, topology.num_devices
-    try:
-        devices = [d for d in jax.devices(chip.platform) if chip.platform == "cpu" or chip.name in d.device_kind.lower()]
-    except RuntimeError:  # no such backend
-        devices = []
+    devices, count = jax.devices("cpu"), topology.num_devices
     if len(devices) >= count:
         return devices[:count]
-    if chip.platform == "cpu":
-        raise CannotCompile(
-            f"this process sees {len(devices)} processor device(s); start it with "
-            f"XLA_FLAGS=--xla_force_host_platform_device_count={count} NPROC=32 to see {count}."
-        )
     raise CannotCompile(
-        f"GPU programs are compiled for GPUs at hand, and this machine shows {len(devices)} {chip.name} to JAX; run the same "
-        f"command where there are {count} (pip install 'flax_switch[cuda]')."
+        f"this process sees {len(devices)} processor device(s); start it with "
+        f"XLA_FLAGS=--xla_force_host_platform_device_count={count} NPROC=32 to see {count}."
     )

@@ -12,6 +12,7 @@ import pytest
 from flax_switch import cli
 from flax_switch.config import ConfigError, DataConfig, ExperimentConfig, MeshConfig, OptimizerConfig, SwitchConfig, TrainConfig
 from flax_switch.nn.transformer import SwitchTransformer, init_params
+from flax_switch.ops.grouped import COMPILERS
 from flax_switch.plan import plan, planner, program, topology
 from flax_switch.plan.flops import forward_flops, program_flops
 from flax_switch.plan.text import render
@@ -184,9 +185,41 @@ def test_without_libtpu_the_plan_says_what_to_install_and_the_rest(monkeypatch):
     assert "pip install" in render(found)
 
 
-def test_gpus_that_are_not_at_hand_are_planned_from_shapes():
+def test_without_the_gpus_compiler_the_plan_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
     found = plan(CONFIG, "h100:8")
-    assert "this machine shows 0 h100" in found.not_compiled and found.fits
+    assert "pip install 'flax_switch[cuda]'" in found.not_compiled and found.fits
+
+
+@pytest.mark.skipif(not any(map(importlib.util.find_spec, COMPILERS["cuda"])), reason="no compiler for NVIDIA GPUs")
+@pytest.mark.parametrize("mode", ["factor", "dropless"])
+def test_a_step_compiles_for_gpus_without_them(mode):
+    model = MODEL.replace(capacity_mode=mode, moe_executor="auto", dtype="bfloat16")
+    found = plan(CONFIG.replace(model=model), "h100:8")
+    assert found.fits and found.train.flops_complete
+    (exchange,) = (t for t in found.train.traffic if t.kind.endswith("all-to-all"))
+    assert exchange.kind == ("ragged-all-to-all" if mode == "dropless" else "all-to-all")
+
+
+def test_hosts_have_eight_gpus(monkeypatch):
+    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: True)
+    with pytest.raises(ConfigError, match="'h100:12' must have up to 8 of them or a multiple"):
+        topology.compile_devices(topology.parse_topology("h100:12"))
+
+
+HLO_OF_A_GPU = """HloModule jit_step
+
+ENTRY %main (t: s32[20,3], x: bf16[1024,256], w: bf16[8,256,512]) -> bf16[1024,512] {
+  %t = s32[20,3]{1,0} parameter(0)
+  %x = bf16[1024,256]{1,0} parameter(1)
+  %w = bf16[8,256,512]{2,1,0} parameter(2)
+  ROOT %p = bf16[1024,512]{1,0} custom-call(%t, %x, %w), metadata={op_name="jit(step)/mlp/grouped_rows/pallas_call"}
+}
+"""
+
+
+def test_products_in_our_own_kernels_count():
+    assert program_flops(HLO_OF_A_GPU) == (2 * 1024 * 256 * 512, True)
 
 
 def test_the_decode_steps_arrangement_may_be_refused_too(monkeypatch):

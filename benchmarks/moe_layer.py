@@ -2,7 +2,7 @@
 
     python benchmarks/moe_layer.py                      # the table below, on the backend at hand
     python benchmarks/moe_layer.py --experts 8 64 --tokens 4096 --sizes 768x3072 --write
-    python benchmarks/moe_layer.py --topology v5e:2x2   # nothing runs: FLOPs and bytes of programs compiled for one TPU chip
+    python benchmarks/moe_layer.py --topology v5e:2x2   # or h100:1; nothing runs: FLOPs and bytes of programs for one chip
 
 Rows are compared with the dense MLP of the tokens that a row processes: capacity_factor times the tokens for einsum, gather and
 flaxformer, as many as there are for ragged and loop. Times and ratios are medians of several interleaved runs. `flaxformer` appears
@@ -35,6 +35,8 @@ import jax.numpy as jnp  # noqa: E402
 
 from flax_switch.config import SwitchConfig  # noqa: E402
 from flax_switch.nn.moe import SparseMLP  # noqa: E402
+from flax_switch.plan.flops import program_flops  # noqa: E402
+from flax_switch.plan.topology import compile_devices, parse_topology  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 CAPACITY_FACTOR = 1.25
@@ -140,11 +142,14 @@ def x_shape(name, rows, T, D, dtype):
 
 
 def count(function, *shapes, device=None):
-    """XLA's FLOPs and bytes of the compiled function."""
+    """XLA's FLOPs and bytes of the compiled function; for a GPU, where it counts neither, the FLOPs of the products alone."""
     if device is not None:
         put = lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=jax.sharding.SingleDeviceSharding(device))  # noqa: E731
         shapes = jax.tree.map(put, shapes)
-    cost = jax.jit(function).lower(*shapes).compile().cost_analysis()
+    compiled = jax.jit(function).lower(*shapes).compile()
+    cost = compiled.cost_analysis()
+    if cost is None:
+        return program_flops(compiled.as_text())[0], None
     return cost.get("flops", 0.0), cost.get("bytes accessed", 0.0)
 
 
@@ -183,7 +188,10 @@ def measure(E, T, D, F, args, device):
 
 def table(records):
     """The records as lines of Markdown."""
-    number = lambda record, key, scale=1.0, digits=1: f"{record[key] / scale:.{digits}f}" if key in record else "-"  # noqa: E731
+
+    def number(record, key, scale=1.0, digits=1):
+        return "-" if record.get(key) is None else f"{record[key] / scale:.{digits}f}"
+
     yield "| row | E | tokens | D/F | forward ms | x dense | fwd+bwd ms | x dense | fwd+bwd GFLOP | fwd+bwd GB |"
     yield "|---|---|---|---|---|---|---|---|---|---|"
     for r in records:
@@ -203,14 +211,12 @@ def main():
     parser.add_argument("--executors", nargs="+", default=["gather", "ragged", "einsum"])
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--topology", help="compile for one chip of this TPU topology and count, without running")
+    parser.add_argument("--topology", help="compile for one chip of this topology and count, without running")
     parser.add_argument("--write", action="store_true", help=f"write a JSON file under {RESULTS.name}/")
     args = parser.parse_args()
     device, kind = None, jax.devices()[0].device_kind
     if args.topology:
-        from jax.experimental import topologies
-
-        device = topologies.get_topology_desc(platform="tpu", topology_name=args.topology).devices[0]
+        device = compile_devices(parse_topology(args.topology))[0]
         kind = f"{device.device_kind} (compiled, not run)"
     sizes = [tuple(map(int, size.split("x"))) for size in args.sizes]
     records = []

@@ -1,0 +1,113 @@
+"""Grouped products beside one dense product of the same FLOPs: the share of its rate that they keep.
+
+    python benchmarks/grouped_products.py --dtype bfloat16            # on whatever device JAX has
+    python benchmarks/grouped_products.py --experts 8 --sizes 768x3072 --tokens 4096 --repeats 5
+
+For each table: rows times kernels, rows times transposed kernels, and kernel gradients, of `flax_switch.ops.grouped`, for groups of
+equal size and for groups as uneven as a Dirichlet draw makes them (the largest is some four times the mean). `lax.ragged_dot` is a
+peer where it does not take minutes, which is not on a CPU. Runs of the rows alternate and medians are reported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from flax_switch.ops.grouped import grouped_matmul
+
+RESULTS = Path(__file__).parent / "results"
+ACCELERATOR = jax.default_backend() != "cpu"
+CALLS = 10 if ACCELERATOR else 1  # of a product in one timing, so that starting it does not count
+
+
+def groups(kind: str, E: int, T: int) -> jax.Array:
+    """Sizes of E groups of T rows in all."""
+    rng = np.random.default_rng(0)
+    sizes = np.full(E, T // E) if kind == "equal" else rng.multinomial(T, rng.dirichlet(np.ones(E)))
+    sizes[0] += T - sizes.sum()
+    return jnp.asarray(sizes, jnp.int32)
+
+
+def products(E: int, T: int, D: int, F: int, dtype: str) -> dict[str, tuple]:
+    """{name: (function, arguments)}; all take 2 T D F FLOPs."""
+    draw = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape, dtype)  # noqa: E731
+    x, gradient, kernel, dense = draw(0, T, D), draw(1, T, F), draw(2, E, D, F), draw(3, D, F)
+    back = lambda which: lambda x, kernel, sizes, g: jax.vjp(grouped_matmul, x, kernel, sizes)[1](g)[which]  # noqa: E731
+    rows = {
+        "dense": (jnp.matmul, (x, dense)),
+        "dense, transposed": (lambda g, w: g @ w.T, (gradient, dense)),
+        "dense, gradient": (lambda x, g: x.T @ g, (x, gradient)),
+    }
+    for kind in ("equal", "uneven"):
+        sizes = groups(kind, E, T)
+        rows |= {
+            f"dense: {kind} groups": (grouped_matmul, (x, kernel, sizes)),
+            f"dense, transposed: {kind} groups": (back(0), (x, kernel, sizes, gradient)),
+            f"dense, gradient: {kind} groups": (back(1), (x, kernel, sizes, gradient)),
+        }
+        if ACCELERATOR:
+            rows[f"dense: {kind} groups, lax.ragged_dot"] = lax.ragged_dot, (x, kernel, sizes)
+    return rows
+
+
+def measure(rows: dict[str, tuple], repeats: int) -> dict[str, float]:
+    """Median seconds of one call."""
+    compiled = {name: jax.jit(function) for name, (function, _) in rows.items()}
+    times = {name: [] for name in rows}
+    for repeat in range(-1, repeats):  # the first run compiles
+        for name, (_, args) in rows.items():
+            start = time.perf_counter()
+            for _ in range(CALLS if repeat >= 0 else 1):
+                result = compiled[name](*args)
+            jax.block_until_ready(result)
+            if repeat >= 0:
+                times[name].append((time.perf_counter() - start) / CALLS)
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
+
+
+def main() -> None:
+    """Prints the tables and with --write keeps the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--experts", type=int, nargs="+", default=[8, 64, 128])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 32768])
+    parser.add_argument("--sizes", nargs="+", default=["512x2048", "768x3072"])
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--write", action="store_true", help=f"write a JSON file under {RESULTS.name}/")
+    args = parser.parse_args()
+    records = []
+    print("| product | groups | E | tokens | D/F | ms | TFLOP/s | share of dense |", "|---|---|---|---|---|---|---|---|", sep="\n")
+    for size in args.sizes:
+        D, F = map(int, size.split("x"))
+        for T in args.tokens:
+            for E in args.experts:
+                seconds = measure(products(E, T, D, F, args.dtype), args.repeats)
+                for name, taken in seconds.items():
+                    product, _, kind = name.partition(": ")
+                    share = seconds[product] / taken
+                    records.append(dict(product=product, groups=kind, E=E, tokens=T, D=D, F=F, ms=1e3 * taken, share=share))
+                    cells = product, kind or "one", E, T, f"{D}/{F}", f"{1e3 * taken:.2f}", f"{2e-12 * T * D * F / taken:.2f}"
+                    print("|", " | ".join(map(str, (*cells, f"{share:.2f}"))), "|", flush=True)
+    if args.write:
+        about = dict(
+            date=datetime.date.today().isoformat(), device=jax.devices()[0].device_kind, dtype=args.dtype, jax=jax.__version__,
+            machine=platform.machine(), cpus=os.cpu_count(), load=os.getloadavg(),
+        )  # fmt: skip
+        place = RESULTS / f"grouped_products_{jax.default_backend()}_{args.dtype}.json"
+        place.write_text(json.dumps({**about, "records": records}, indent=1) + "\n", encoding="utf-8")
+        print(f"Wrote {place}.")
+
+
+if __name__ == "__main__":
+    main()

@@ -4,7 +4,7 @@
     python benchmarks/grouped_products.py --experts 8 --sizes 768x3072 --tokens 4096 --repeats 5
 
 For each table: rows times kernels, rows times transposed kernels, and kernel gradients, of `flax_switch.ops.grouped`, for groups of
-equal size and for groups as uneven as a Dirichlet draw makes them (the largest is some four times the mean). `lax.ragged_dot` is a
+equal size and for groups as uneven as a Dirichlet draw makes them (the largest has a few times the mean). `lax.ragged_dot` is a
 peer where it does not take minutes, which is not on a CPU. Runs of the rows alternate and medians are reported.
 """
 
@@ -40,24 +40,27 @@ def groups(kind: str, E: int, T: int) -> jax.Array:
 
 
 def products(E: int, T: int, D: int, F: int, dtype: str) -> dict[str, tuple]:
-    """{name: (function, arguments)}; all take 2 T D F FLOPs."""
+    """{name: (function, arguments)}; a name is a product's, a colon and its groups, or alone that of the one dense product.
+
+    All take 2 T D F FLOPs.
+    """
     draw = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape, dtype)  # noqa: E731
     x, gradient, kernel, dense = draw(0, T, D), draw(1, T, F), draw(2, E, D, F), draw(3, D, F)
     back = lambda which: lambda x, kernel, sizes, g: jax.vjp(grouped_matmul, x, kernel, sizes)[1](g)[which]  # noqa: E731
     rows = {
-        "dense": (jnp.matmul, (x, dense)),
-        "dense, transposed": (lambda g, w: g @ w.T, (gradient, dense)),
-        "dense, gradient": (lambda x, g: x.T @ g, (x, gradient)),
+        "rows": (jnp.matmul, (x, dense)),
+        "rows, transposed kernels": (lambda g, w: g @ w.T, (gradient, dense)),
+        "kernel gradients": (lambda x, g: x.T @ g, (x, gradient)),
     }
     for kind in ("equal", "uneven"):
         sizes = groups(kind, E, T)
         rows |= {
-            f"dense: {kind} groups": (grouped_matmul, (x, kernel, sizes)),
-            f"dense, transposed: {kind} groups": (back(0), (x, kernel, sizes, gradient)),
-            f"dense, gradient: {kind} groups": (back(1), (x, kernel, sizes, gradient)),
+            f"rows: {kind} groups": (grouped_matmul, (x, kernel, sizes)),
+            f"rows, transposed kernels: {kind} groups": (back(0), (x, kernel, sizes, gradient)),
+            f"kernel gradients: {kind} groups": (back(1), (x, kernel, sizes, gradient)),
         }
         if ACCELERATOR:
-            rows[f"dense: {kind} groups, lax.ragged_dot"] = lax.ragged_dot, (x, kernel, sizes)
+            rows[f"rows: {kind} groups, lax.ragged_dot"] = lax.ragged_dot, (x, kernel, sizes)
     return rows
 
 
@@ -97,7 +100,15 @@ def main() -> None:
                     product, _, kind = name.partition(": ")
                     share = seconds[product] / taken
                     records.append(dict(product=product, groups=kind, E=E, tokens=T, D=D, F=F, ms=1e3 * taken, share=share))
-                    cells = product, kind or "one", E, T, f"{D}/{F}", f"{1e3 * taken:.2f}", f"{2e-12 * T * D * F / taken:.2f}"
+                    cells = (
+                        product,
+                        kind or "one, dense",
+                        E,
+                        T,
+                        f"{D}/{F}",
+                        f"{1e3 * taken:.2f}",
+                        f"{2e-12 * T * D * F / taken:.2f}",
+                    )
                     print("|", " | ".join(map(str, (*cells, f"{share:.2f}"))), "|", flush=True)
     if args.write:
         about = dict(

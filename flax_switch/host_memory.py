@@ -8,14 +8,14 @@ than some of its products. Kept memory costs nothing the second time.
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import os
 import platform
+
+from flax_switch.compilers import PACKAGES, can_compile_for
 
 # Parameters of mallopt(3) in glibc's malloc.h, and their values: one arena, no block straight from the system, nothing given back
 # before the process ends, and the heap grown by 64 MiB at a time.
 _SETTINGS = {"M_ARENA_MAX": (-8, 1), "M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, -1), "M_TOP_PAD": (-2, 64 << 20)}
-_ACCELERATOR_PACKAGES = ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin")
 
 
 def keep_freed_memory() -> bool:
@@ -36,4 +36,4 @@ def on_processor() -> bool:
     platforms = os.environ.get("JAX_PLATFORMS", "")
     if platforms:
         return platforms.split(",")[0] == "cpu"
-    return not any(importlib.util.find_spec(name) for name in _ACCELERATOR_PACKAGES)
+    return not any(map(can_compile_for, PACKAGES))

@@ -19,9 +19,10 @@ ALLOWED = {
     "recipes": {"config", "config_distillation", "config_finetuning"},
     "partitioning": {"config"},
     "distributed": {"config"},
-    "host_memory": set(),
+    "compilers": set(),
+    "host_memory": {"compilers"},
     "data": {"config", "config_finetuning"},
-    "ops": {"config", "partitioning"},
+    "ops": {"compilers", "config", "partitioning"},
     "nn": {"config", "ops", "partitioning"},
     "convert": {"config", "config_huggingface", "data", "nn"},
     "generation": {"config", "ops", "nn", "data", "partitioning", "convert"},
@@ -31,7 +32,7 @@ ALLOWED = {
     | {"generation", "convert", "pretrained"},
     "finetuning": {"config", "config_finetuning", "presets", "data", "partitioning", "generation", "convert"}
     | {"pretrained", "training"},
-    "plan": {"config", "data", "ops", "nn", "partitioning", "generation", "training"},
+    "plan": {"compilers", "config", "data", "ops", "nn", "partitioning", "generation", "training"},
     "explore": {"config", "data", "ops", "nn", "pretrained"},
 }
 LAZY = {"config": {"config_huggingface"}}  # inside a function, to keep the module light

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 import math
 from collections.abc import Callable, Iterator
 
@@ -24,11 +23,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-# Without these packages nothing can be compiled for such a device, and its branches need not be traced.
-COMPILERS = {"tpu": ("libtpu",), "cuda": ("jax_cuda12_plugin", "jax_cuda13_plugin")}
-COMPILED_FOR = {
-    platform for platform, packages in COMPILERS.items() if any(importlib.util.find_spec(package) for package in packages)
-}
+from flax_switch.compilers import can_compile_for
+
+# Branches for other devices need not be traced.
+POSSIBLE = tuple(platform for platform in ("tpu", "cuda") if can_compile_for(platform))
 # Row counts of the blocks that loops take, relative to the mean group, and the least: reading an expert's kernel costs as much as
 # some 32 rows. Each size is a loop of its own to compile. A product of rows cuts a group into blocks of the largest size and one of
 # the smallest that holds what is left. For a kernel's gradient, which adds up over its blocks, a group takes one block of the
@@ -106,7 +104,7 @@ def _grouped_rows(x: Array, kernel: Array, group_sizes: Array, *, transpose: boo
 
 def _by_platform(*args: Array, elsewhere: Callable[..., Array], **on_platform: Callable[..., Array]) -> Array:
     """Calls the function for the platform that the program is compiled for."""
-    possible = {platform: function for platform, function in on_platform.items() if platform in COMPILED_FOR}
+    possible = {platform: function for platform, function in on_platform.items() if platform in POSSIBLE}
     return lax.platform_dependent(*args, **possible, default=elsewhere) if possible else elsewhere(*args)
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import math
 import os
 import re
 from typing import Any
 
+from flax_switch.compilers import can_compile_for
 from flax_switch.config import ConfigError, check
-from flax_switch.ops.grouped import COMPILERS
 
 GIB, KIB = 2**30, 2**10
 GPUS_OF_A_HOST = 8
@@ -91,7 +90,12 @@ def parse_topology(name: str) -> Topology:
         len(sizes) == chip.dimensions and min(sizes) >= 1,
         f"{form}, with {chip.dimensions} size(s) of at least 1; {name!r} has {len(sizes)}.",
     )
-    return Topology(f"{chip.name}:{shape}", chip, math.prod(sizes))
+    count = math.prod(sizes)
+    check(
+        chip.platform != "gpu" or count <= GPUS_OF_A_HOST or count % GPUS_OF_A_HOST == 0,
+        f"Hosts have {GPUS_OF_A_HOST} GPUs: {name!r} must have up to {GPUS_OF_A_HOST} of them or a multiple of that.",
+    )
+    return Topology(f"{chip.name}:{shape}", chip, count)
 
 
 def _example(chip: Chip) -> str:
@@ -108,7 +112,7 @@ def compile_devices(topology: Topology) -> list[Any]:
 
 
 def _described_tpus(topology: Topology) -> list[Any]:
-    if importlib.util.find_spec("libtpu") is None:
+    if not can_compile_for("tpu"):
         raise CannotCompile(
             "libtpu, the compiler for TPUs, is not installed; it needs no TPU: pip install 'flax_switch[tpu]' (on Linux)."
         )
@@ -131,18 +135,14 @@ def _described_tpus(topology: Topology) -> list[Any]:
 
 
 def _described_gpus(topology: Topology) -> list[Any]:
-    if not any(importlib.util.find_spec(plugin) for plugin in COMPILERS["cuda"]):
+    if not can_compile_for("cuda"):
         raise CannotCompile(
             "JAX's compiler for NVIDIA GPUs is not installed; it needs no GPU: pip install 'flax_switch[cuda]' (on Linux)."
         )
     from jax.experimental import topologies
 
-    hosts, rest = divmod(topology.num_devices, GPUS_OF_A_HOST)
-    check(
-        hosts == 0 or rest == 0,
-        f"Hosts have {GPUS_OF_A_HOST} GPUs: {topology.name!r} must have up to {GPUS_OF_A_HOST} of them or a multiple of that.",
-    )
-    shape = f"1x{hosts}x{GPUS_OF_A_HOST}" if hosts else f"1x1x{rest}"
+    of_a_host = min(topology.num_devices, GPUS_OF_A_HOST)
+    shape = f"1x{topology.num_devices // of_a_host}x{of_a_host}"  # slices, hosts, GPUs
     try:
         description = topologies.get_topology_desc(
             platform="cuda", topology_name=topology.name, topology=shape, target_config=_target_config(topology.chip)

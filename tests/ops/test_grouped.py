@@ -6,54 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from grouped_oracle import GROUPS, assert_products, operands, relative_error
 
 from flax_switch.ops import grouped
-
-GROUPS = {
-    "around block sizes": [0, 1, 63, 64, 65, 255],
-    "all to one": [0, 0, 300, 0],
-    "none": [0, 0, 0],
-    "one expert": [17],
-    "one row": [0, 1, 0, 0],
-}
-
-
-def loop(x, kernel, sizes):
-    """Rows times kernels, in float64."""
-    out, start = np.zeros((x.shape[0], kernel.shape[2])), 0
-    for e, size in enumerate(sizes):
-        out[start : start + size] = np.float64(x[start : start + size]) @ np.float64(kernel[e])
-        start += size
-    return out
-
-
-def relative_error(got, want):
-    return np.linalg.norm(np.float64(got) - want) / max(np.linalg.norm(want), 1e-30)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("sizes", GROUPS.values(), ids=GROUPS.keys())
 def test_values_and_gradients_equal_a_loop_expert_by_expert(sizes, dtype):
-    D, F, spare = 24, 40, 5  # a few rows belong to no group
-    tolerance = 1e-5 if dtype == jnp.float32 else 1e-2
-    rng = np.random.default_rng(0)
-    num_rows = sum(sizes) + spare
-    x = jnp.asarray(rng.normal(size=(num_rows, D)), dtype)
-    kernel = jnp.asarray(rng.normal(size=(len(sizes), D, F)), dtype)
-    cotangent = jnp.asarray(rng.normal(size=(num_rows, F)), dtype)
+    x, kernel, cotangent = operands(sizes, 24, 40, dtype)
     product, transpose = jax.jit(lambda *args: jax.vjp(grouped.grouped_matmul, *args))(x, kernel, jnp.asarray(sizes, jnp.int32))
     dx, dkernel, _ = transpose(cotangent)
-    assert product.dtype == dx.dtype == dkernel.dtype == dtype
-    want = loop(x, kernel, sizes)
-    want_dx = loop(cotangent, np.asarray(kernel).swapaxes(1, 2), sizes)
-    ends = np.cumsum(sizes)
-    for e, (start, end) in enumerate(zip(ends - sizes, ends, strict=True)):
-        want_kernel = np.float64(x[start:end]).T @ np.float64(cotangent[start:end])
-        assert relative_error(product[start:end], want[start:end]) < tolerance, e
-        assert relative_error(dx[start:end], want_dx[start:end]) < tolerance, e
-        assert relative_error(dkernel[e], want_kernel) < tolerance, e
-    np.testing.assert_array_equal(product[ends[-1] :], 0)
-    np.testing.assert_array_equal(dx[ends[-1] :], 0)
+    assert_products(sizes, x, kernel, cotangent, product, dx, dkernel)
 
 
 def test_a_kernel_gradient_of_many_blocks_is_added_up_in_float32():

@@ -222,7 +222,8 @@ def plot(exploration: Exploration, path: str | Path) -> Path:
             axis.scatter(*zip(*places, strict=True), marker="x", color="white", s=25)
         for i, layer in enumerate(stack.layers):
             for t, experts in enumerate(layer.chosen):
-                axis.text(t, i, str(experts[0]) if experts else "-", ha="center", va="bottom", fontsize=6, color="white")
+                above = dict(xytext=(0, 4), textcoords="offset points", ha="center", va="bottom")
+                axis.annotate(str(experts[0]) if experts else "-", (t, i), fontsize=6, color="white", **above)
         axis.set_xticks(range(len(stack.tokens)), stack.tokens, rotation=90, fontsize=7)
         axis.set_yticks(range(len(stack.layers)), [f"layer {layer.layer}" for layer in stack.layers], fontsize=7)
         axis.set_title(f"{stack.stack}: expert of each token (x: dropped)", fontsize=9)

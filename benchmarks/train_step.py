@@ -34,7 +34,7 @@ import transformers
 from flax_switch.config import ExperimentConfig, MeshConfig, OptimizerConfig, TrainConfig
 from flax_switch.partitioning import create_mesh, shard_batch, use_mesh
 from flax_switch.pretrained import load_pretrained
-from flax_switch.training.state import TrainState, build_run, init_state
+from flax_switch.training.state import TrainState, build_run, init_state, state_shardings
 from flax_switch.training.step import compile_train_step
 
 SETTLE = 0.3  # seconds
@@ -96,7 +96,7 @@ def our_step(dropout: float, folder: str, batch: dict[str, np.ndarray], learning
     run = build_run(experiment, create_mesh(experiment.mesh, jax.devices()[:1]))
     with use_mesh(run.mesh):
         fresh = init_state(run)
-        state = [TrainState(fresh.step, jax.device_put(pretrained.params), fresh.opt_state, fresh.rng)]
+        state = [TrainState(fresh.step, jax.device_put(pretrained.params, state_shardings(run).params), fresh.opt_state, fresh.rng)]
         batch = shard_batch(batch, run.mesh)
         compiled = compile_train_step(run)
 
@@ -123,7 +123,7 @@ def measure(shape: str, dropout: float, args) -> dict:
 
     compile_seconds, our_loss = timed(ours)
     _, their_loss = timed(theirs)
-    pairs = [(timed(theirs)[0], timed(ours)[0]) for _ in range(args.repeats)]
+    pairs = [(timed(theirs)[0], timed(ours)[0]) for _ in range(args.warm_up + args.repeats)][args.warm_up :]
     tokens = args.batch * (args.source + args.target)
     their_seconds, our_seconds = (statistics.median(side) for side in zip(*pairs, strict=True))
     return dict(
@@ -149,6 +149,7 @@ def main() -> None:
     parser.add_argument("--source", type=int, default=256)
     parser.add_argument("--target", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--warm-up", type=int, default=2, help="pairs before those that count")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/train_step.json"))
     args = parser.parse_args()

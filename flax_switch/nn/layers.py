@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from flax_switch.config import SwitchConfig
 from flax_switch.ops.dropout import dropout
+from flax_switch.ops.projection import project
 
 ACTIVATION_FUNCTIONS: dict[str, Callable] = {
     "relu": jax.nn.relu,
@@ -45,7 +46,7 @@ class Linear(nn.Module):
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B F"]:
         init = nn.with_logical_partitioning(self.kernel_init, self.axes)
         kernel = self.param("kernel", init, (x.shape[-1], self.features), jnp.dtype(self.param_dtype))
-        return x.astype(self.dtype) @ kernel.astype(self.dtype)
+        return project(x.astype(self.dtype), kernel.astype(self.dtype))
 
 
 class RMSNorm(nn.Module):

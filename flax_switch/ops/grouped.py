@@ -24,6 +24,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from flax_switch.compilers import can_compile_for
+from flax_switch.ops.projection import kernel_gradient
 
 # Branches for other devices need not be traced.
 POSSIBLE = tuple(platform for platform in ("tpu", "cuda") if can_compile_for(platform))
@@ -179,10 +180,15 @@ def _blocks(group_sizes: Int[Array, " E"], num_rows: int, relative_sizes: tuple[
         yield Blocks(size, last_block[-1], last_block, first, ends)
 
 
+def _zeros(shape: tuple[int, ...], dtype: jnp.dtype, group_sizes: Int[Array, " E"]) -> Array:
+    """Zeros for a loop to write into; were XLA to know them as zeros, it would keep one array and copy it for each loop."""
+    return jnp.full(shape, jnp.minimum(group_sizes[0], 0).astype(dtype))
+
+
 def _block_rows(x: Array, kernel: Array, group_sizes: Array, *, transpose: bool) -> Array:
     """Sorted rows times kernels by loops over blocks."""
     num_rows = x.shape[0]
-    out = jnp.zeros((num_rows, kernel.shape[1 if transpose else 2]), x.dtype)
+    out = _zeros((num_rows, kernel.shape[1 if transpose else 2]), x.dtype, group_sizes)
     for blocks in _blocks(group_sizes, num_rows, ROW_BLOCKS, cut=True):
 
         def step(index, out, blocks=blocks):
@@ -200,7 +206,7 @@ def _block_rows(x: Array, kernel: Array, group_sizes: Array, *, transpose: bool)
 def _block_kernels(x: Array, gradient: Array, group_sizes: Array) -> Array:
     """Each group's `x^T gradient` by loops over blocks, added up in float32."""
     num_rows = x.shape[0]
-    out = jnp.zeros((group_sizes.shape[0], x.shape[1], gradient.shape[1]), x.dtype)
+    out = _zeros((group_sizes.shape[0], x.shape[1], gradient.shape[1]), x.dtype, group_sizes)
     *single, several = _blocks(group_sizes, num_rows, KERNEL_BLOCKS, cut=False)
     for blocks in (*single, several):
 
@@ -208,7 +214,7 @@ def _block_kernels(x: Array, gradient: Array, group_sizes: Array) -> Array:
             expert, first, own = blocks.block(index, num_rows)
             rows = jnp.where(own, lax.dynamic_slice_in_dim(x, first, blocks.size), 0)
             others = lax.dynamic_slice_in_dim(gradient, first, blocks.size)
-            return expert, jnp.einsum("RD,RF->DF", rows, others, preferred_element_type=jnp.float32)
+            return expert, kernel_gradient(rows, others, jnp.float32)
 
         def one_expert(carry, blocks=blocks, one_block=one_block):
             index, out = carry

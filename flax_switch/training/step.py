@@ -119,12 +119,25 @@ def train_step(run: Run, state: TrainState, batch: Batch, loss_of: Loss | None =
         rng = jax.random.fold_in(rng, jax.lax.axis_index(devices.axis))
     grads, metrics = loss_and_grads(run, state.params, batch, rng, loss_of)
     trained = trainable_part(state.params, run.config.optimizer.trainable)
+    norm = global_norm(grads, jax.tree.map(is_split, trained_leaves(run)))
     updates, opt_state = run.optimizer.update(grads, state.opt_state, trained)
-    params = merged(state.params, optax.apply_updates(trained, updates))
+    params = merged(state.params, optax.apply_updates(trained, _after(norm, updates)))
     schedule = learning_rate_schedule(run.config.optimizer, run.config.train.steps)
-    metrics["grad_norm"] = global_norm(grads, jax.tree.map(is_split, trained_leaves(run)))
+    metrics["grad_norm"] = norm
     metrics["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
     return TrainState(state.step + 1, params, opt_state, state.rng), metrics
+
+
+def _after(norm: jax.Array, updates: Any) -> Any:
+    """The updates, on a processor not before all gradients are there, whose norm this is (NaN if it is).
+
+    A parameter can be updated where it lies once the backward pass has read it. XLA for processors sees that only if the update
+    cannot come earlier, and else copies the parameters in every step.
+    """
+    one = jax.lax.platform_dependent(
+        norm, cpu=lambda norm: jnp.where(norm >= 0, jnp.ones_like(norm), norm), default=lambda norm: jnp.ones_like(norm)
+    )
+    return jax.tree.map(lambda update: update * one.astype(update.dtype), updates)
 
 
 def eval_step(run: Run, params: Any, batch: Batch) -> dict[str, Any]:

@@ -156,7 +156,7 @@ def _attend_backward(residuals, gradients):
     total = None if isinstance(d_probs, zero) else d_probs
     if not isinstance(d_output, zero):
         d_weights = jnp.einsum("BHQK,BHTK->BHQT", d_output, value, preferred_element_type=jnp.float32)
-        d_value = jnp.einsum("BHQT,BHQK->BHTK", _dropped(probs, keep, value.dtype), d_output)
+        d_value = _sum_over_queries(_dropped(probs, keep, value.dtype), d_output)
         if keep is not None:
             d_weights *= keep
         total = d_weights if total is None else total + d_weights
@@ -164,12 +164,24 @@ def _attend_backward(residuals, gradients):
         d_logits = probs * (total - (probs * total).sum(-1, keepdims=True))
     products = d_logits.astype(query.dtype)
     d_query = jnp.einsum("BHQT,BHTK->BHQK", products, key)
-    d_key = jnp.einsum("BHQT,BHQK->BHTK", products, query)
+    d_key = _sum_over_queries(products, query)
     d_bias = None if bias is None else _sum_to(d_logits, bias.shape).astype(bias.dtype)
     return d_query, d_key, d_value, d_bias, None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward, symbolic_zeros=True)
+
+
+def _sum_over_queries(weights: Float[Array, "B H Q T"], rows: Float[Array, "B H Q K"]) -> Float[Array, "B H T K"]:
+    """For each key the sum of the queries' rows, by weight."""
+
+    def small_factor_first(weights, rows):
+        # A processor's fast products take no transposed left factor (ops/projection), and the rows are the smaller to transpose.
+        rows = jax.lax.optimization_barrier(rows.swapaxes(2, 3))
+        return jnp.einsum("BHKQ,BHQT->BHKT", rows, weights).swapaxes(2, 3)
+
+    product = lambda weights, rows: jnp.einsum("BHQT,BHQK->BHTK", weights, rows)  # noqa: E731
+    return jax.lax.platform_dependent(weights, rows, cpu=small_factor_first, default=product)
 
 
 def _sum_to(x: Float[Array, "B H Q T"], shape: tuple[int, ...]) -> Float[Array, "#B #H Q T"]:

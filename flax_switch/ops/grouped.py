@@ -28,13 +28,12 @@ from flax_switch.ops.projection import kernel_gradient
 
 # Branches for other devices need not be traced.
 POSSIBLE = tuple(platform for platform in ("tpu", "cuda") if can_compile_for(platform))
-# Row counts of the blocks that loops take, relative to the mean group, and the least: reading an expert's kernel costs as much as
-# some 32 rows. Each size is a loop of its own to compile. A product of rows cuts a group into blocks of the largest size and one of
-# the smallest that holds what is left. For a kernel's gradient, which adds up over its blocks, a group takes one block of the
-# smallest size that holds it, or several of the largest.
-ROW_BLOCKS = (0.25, 0.75, 1.25)
-KERNEL_BLOCKS = (0.75, 1.25, 3.0)
-MIN_BLOCK = 32
+# Row counts of the blocks that loops take: these times a unit, a quarter of the mean group and no fewer than MIN_UNIT rows.
+# Reading an expert's kernel costs as much as some 64 rows, so that a group takes one block of the smallest size that holds it. A
+# product of rows first cuts blocks of the largest size from a group that none holds; a kernel's gradient, which adds up over its
+# blocks, takes several of the largest. Each size is a loop of its own to compile.
+BLOCKS = (1, 2, 4, 6, 8)
+MIN_UNIT = 32
 
 
 @jax.custom_vjp
@@ -158,13 +157,13 @@ def _running_total(counts: Int[Array, " E"]) -> Int[Array, " E"]:
     return jnp.where(experts[:, None] >= experts, counts, 0).sum(1, dtype=jnp.int32)
 
 
-def _blocks(group_sizes: Int[Array, " E"], num_rows: int, relative_sizes: tuple[float, ...], *, cut: bool) -> Iterator[Blocks]:
+def _blocks(group_sizes: Int[Array, " E"], num_rows: int, *, cut: bool) -> Iterator[Blocks]:
     """The blocks, size by size. Groups without rows get none: their kernels are never read.
 
     cut: whether what full blocks of the largest size leave of a group goes into a smaller one.
     """
-    mean = num_rows / group_sizes.shape[0]
-    sizes = sorted({min(num_rows, max(MIN_BLOCK, 8 * math.ceil(mean * size / 8))) for size in relative_sizes})
+    unit = max(MIN_UNIT, 8 * math.ceil(num_rows / group_sizes.shape[0] / 4 / 8))
+    sizes = sorted({min(num_rows, unit * multiple) for multiple in BLOCKS})
     ends = _running_total(group_sizes)
     starts = ends - group_sizes
     full = group_sizes // sizes[-1] if cut else jnp.zeros_like(group_sizes)
@@ -189,7 +188,7 @@ def _block_rows(x: Array, kernel: Array, group_sizes: Array, *, transpose: bool)
     """Sorted rows times kernels by loops over blocks."""
     num_rows = x.shape[0]
     out = _zeros((num_rows, kernel.shape[1 if transpose else 2]), x.dtype, group_sizes)
-    for blocks in _blocks(group_sizes, num_rows, ROW_BLOCKS, cut=True):
+    for blocks in _blocks(group_sizes, num_rows, cut=True):
 
         def step(index, out, blocks=blocks):
             expert, first, own = blocks.block(index, num_rows)
@@ -207,7 +206,7 @@ def _block_kernels(x: Array, gradient: Array, group_sizes: Array) -> Array:
     """Each group's `x^T gradient` by loops over blocks, added up in float32."""
     num_rows = x.shape[0]
     out = _zeros((group_sizes.shape[0], x.shape[1], gradient.shape[1]), x.dtype, group_sizes)
-    *single, several = _blocks(group_sizes, num_rows, KERNEL_BLOCKS, cut=False)
+    *single, several = _blocks(group_sizes, num_rows, cut=False)
     for blocks in (*single, several):
 
         def one_block(index, blocks=blocks):

@@ -27,6 +27,23 @@ def test_a_kernel_gradient_of_many_blocks_is_added_up_in_float32():
     np.testing.assert_array_equal(gradient[3], 4096)  # bfloat16 sums of ones would stop growing at 256
 
 
+@pytest.mark.parametrize(
+    "sizes",  # of a router that has learned nothing yet: a model with 8 experts on 1,024 and on 256 tokens
+    [
+        [0, 3, 6, 9, 38, 179, 252, 256],
+        [16, 17, 56, 108, 147, 170, 172, 256],
+        [0, 0, 0, 0, 0, 0, 6, 250],
+        [0, 0, 0, 0, 1, 41, 61, 153],
+    ],
+)
+@pytest.mark.parametrize("cut", [True, False])
+def test_uneven_groups_take_one_block_each_and_little_padding(sizes, cut):
+    num_rows = 1024 if sum(sizes) > 256 else 256
+    blocks = list(grouped._blocks(jnp.asarray(sizes), num_rows, cut=cut))
+    assert sum(int(b.num_blocks) for b in blocks) == np.count_nonzero(sizes)
+    assert sum(b.size * int(b.num_blocks) for b in blocks) <= 1.25 * sum(sizes) + 32
+
+
 def test_kernels_of_experts_without_rows_are_never_read():
     kernel = jnp.full((6, 8, 8), jnp.nan).at[2].set(1.0)
     sizes = jnp.zeros(6, jnp.int32).at[2].set(3)

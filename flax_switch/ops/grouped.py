@@ -31,8 +31,8 @@ POSSIBLE = tuple(platform for platform in ("tpu", "cuda") if can_compile_for(pla
 # Row counts of the blocks that loops take: these times a unit, a quarter of the mean group and no fewer than MIN_UNIT rows.
 # Reading an expert's kernel costs as much as some 64 rows, so that a group takes one block of the smallest size that holds it. A
 # product of rows first cuts blocks of the largest size from a group that none holds; a kernel's gradient, which adds up over its
-# blocks, takes several of the largest. Each size is a loop of its own to compile.
-BLOCKS = (1, 2, 4, 6, 8)
+# blocks, takes several of the largest. 5 units hold the groups of balanced experts. Each size is a loop of its own to compile.
+BLOCKS = (1, 2, 4, 5, 6, 8)
 MIN_UNIT = 32
 
 

@@ -31,8 +31,9 @@ POSSIBLE = tuple(platform for platform in ("tpu", "cuda") if can_compile_for(pla
 # Row counts of the blocks that loops take: these times a unit, a quarter of the mean group and no fewer than MIN_UNIT rows.
 # Reading an expert's kernel costs as much as some 64 rows, so that a group takes one block of the smallest size that holds it. A
 # product of rows first cuts blocks of the largest size from a group that none holds; a kernel's gradient, which adds up over its
-# blocks, takes several of the largest. 5 units hold the groups of balanced experts. Each size is a loop of its own to compile.
-BLOCKS = (1, 2, 4, 5, 6, 8)
+# blocks, takes several of the largest. One size more, BALANCED times the mean, holds balanced groups. Each is a loop to compile.
+BLOCKS = (1, 2, 4, 6, 8)
+BALANCED = 1.25
 MIN_UNIT = 32
 
 
@@ -162,8 +163,9 @@ def _blocks(group_sizes: Int[Array, " E"], num_rows: int, *, cut: bool) -> Itera
 
     cut: whether what full blocks of the largest size leave of a group goes into a smaller one.
     """
-    unit = max(MIN_UNIT, 8 * math.ceil(num_rows / group_sizes.shape[0] / 4 / 8))
-    sizes = sorted({min(num_rows, unit * multiple) for multiple in BLOCKS})
+    mean = num_rows / group_sizes.shape[0]
+    unit, balanced = (max(MIN_UNIT, 8 * math.ceil(rows / 8)) for rows in (mean / 4, BALANCED * mean))
+    sizes = sorted({min(num_rows, size) for size in (balanced, *(unit * multiple for multiple in BLOCKS))})
     ends = _running_total(group_sizes)
     starts = ends - group_sizes
     full = group_sizes // sizes[-1] if cut else jnp.zeros_like(group_sizes)

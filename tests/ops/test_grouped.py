@@ -44,6 +44,14 @@ def test_uneven_groups_take_one_block_each_and_little_padding(sizes, cut):
     assert sum(b.size * int(b.num_blocks) for b in blocks) <= 1.25 * sum(sizes) + 32
 
 
+@pytest.mark.parametrize(("num_rows", "experts"), [(4096, 64), (4096, 8), (1024, 8)])
+@pytest.mark.parametrize("cut", [True, False])
+def test_balanced_groups_take_little_padding(num_rows, experts, cut):
+    sizes = np.random.default_rng(0).multinomial(num_rows, np.full(experts, 1 / experts))
+    blocks = grouped._blocks(jnp.asarray(sizes), num_rows, cut=cut)
+    assert sum(b.size * int(b.num_blocks) for b in blocks) <= 1.25 * num_rows
+
+
 def test_kernels_of_experts_without_rows_are_never_read():
     kernel = jnp.full((6, 8, 8), jnp.nan).at[2].set(1.0)
     sizes = jnp.zeros(6, jnp.int32).at[2].set(3)

@@ -19,8 +19,18 @@ for flag in (
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
-from hypothesis import settings  # noqa: E402 - after the environment
+import pytest  # noqa: E402 - after the environment
+from hypothesis import settings  # noqa: E402
 
 # The same examples in every run: a check that fails must fail for whoever runs it next.
 settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.load_profile("fixed")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_programs_end_with_their_module():
+    """Every compiled program holds hundreds of memory mappings, and Linux ends a process that asks for more than 65,530."""
+    yield
+    import jax
+
+    jax.clear_caches()

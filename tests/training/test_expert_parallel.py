@@ -1,6 +1,5 @@
 """What a compiled expert-parallel train step sends: two all-to-alls there and two back, and no expert's weights."""
 
-import importlib.util
 import math
 
 import flax.linen as nn
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 
 from flax_switch import partitioning
+from flax_switch.compilers import can_compile_for
 from flax_switch.config import DataConfig, ExperimentConfig, MeshConfig, SwitchConfig
 from flax_switch.nn.moe import SparseMLP
 from flax_switch.plan.collectives import collectives
@@ -17,6 +17,7 @@ from flax_switch.training.state import build_run
 from flax_switch.training.step import compile_train_step
 
 ROWS, LENGTH = 16, 32  # of source and target alike
+needs_tpu_compiler = pytest.mark.skipif(not can_compile_for("tpu"), reason="no compiler for TPUs: pip install 'flax_switch[tpu]'")
 MODEL = SwitchConfig(
     vocab_size=64, d_model=16, num_heads=2, d_kv=8, d_ff=32, num_encoder_layers=2, num_decoder_layers=1,
     num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, num_experts=8, capacity_factor=1.25, min_expert_capacity=1,
@@ -91,6 +92,7 @@ def test_scanned_layers_exchange_as_often():
 
 
 @pytest.mark.slow
+@needs_tpu_compiler
 @pytest.mark.parametrize("mesh", [MeshConfig(data=2, expert=8), MeshConfig(data=1, expert=8, model=2)], ids=["2x8x1", "1x8x2"])
 def test_on_a_tpu_topology_what_is_exchanged_is_bfloat16(mesh):
     topology = tpu_topology("v5e:4x4")
@@ -100,6 +102,7 @@ def test_on_a_tpu_topology_what_is_exchanged_is_bfloat16(mesh):
 
 
 @pytest.mark.slow
+@needs_tpu_compiler
 def test_on_a_tpu_topology_dropless_layers_exchange_ragged_rows():
     topology = tpu_topology("v5e:4x4")
     model = MODEL.replace(
@@ -114,7 +117,6 @@ def test_on_a_tpu_topology_dropless_layers_exchange_ragged_rows():
 
 def tpu_topology(name):
     """A TPU topology without the hardware."""
-    assert importlib.util.find_spec("libtpu"), "this test compiles for a TPU: pip install 'flax_switch[tpu]'"
     from jax.experimental import topologies
 
     return topologies.get_topology_desc(platform="tpu", topology_name=name)

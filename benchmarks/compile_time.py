@@ -8,15 +8,13 @@ Prints a table of seconds to trace, lower and compile (medians of three), scanne
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import time
-from datetime import date
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import run_record
 
 from flax_switch import partitioning
 from flax_switch.config import DataConfig, ExperimentConfig, TrainConfig
@@ -63,9 +61,7 @@ def main() -> None:
         form = "scanned" if scan else "unrolled"
         print(f"| {depth}+{depth} | {form} | {median:.1f} ({low:.1f} to {high:.1f}) | {ratio:.2f} |")
     if args.output:
-        hardware = f"{platform.processor() or platform.machine()}, {jax.devices()[0].device_kind}"
-        result = {"date": str(date.today()), "jax": jax.__version__, "hardware": hardware, "rows": rows}
-        args.output.write_text(json.dumps(result, indent=2) + "\n")
+        run_record.write(args.output, {"rows": rows}, device=jax.devices()[0].device_kind)
 
 
 if __name__ == "__main__":

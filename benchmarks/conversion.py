@@ -12,11 +12,8 @@ the largest output file plus the largest tensor.
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -25,6 +22,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import run_record
 
 from flax_switch import PRESETS, SwitchConfig
 from flax_switch.config_huggingface import with_huggingface_semantics
@@ -128,15 +126,7 @@ def main() -> None:
                 count = assert_same_bits(theirs, back)
             print(f"    {count} tensors of files up to {parse_size(shard) / 1e6:.0f} MB came back with the same bits")
     if arguments.json:
-        about = {
-            "date": datetime.date.today().isoformat(),
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-            "python": platform.python_version(),
-            "versions": {name: importlib.metadata.version(name) for name in ("numpy", "ml_dtypes")},
-            "load_average": os.getloadavg()[0],
-            "preset": arguments.preset,
-        }
-        Path(arguments.json).write_text(json.dumps({**about, "results": results}, indent=2) + "\n")
+        run_record.write(arguments.json, {"preset": arguments.preset, "results": results})
 
 
 if __name__ == "__main__":

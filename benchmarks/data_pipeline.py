@@ -10,12 +10,9 @@ pipeline's cost even on a busy machine (with workers it counts only what is left
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
-import json
-import os
-import platform
 import time
+
+import run_record
 
 from flax_switch.config import DataConfig
 from flax_switch.data import prepare
@@ -69,15 +66,7 @@ def main() -> None:
                 flush=True,
             )
     if arguments.json:
-        about = {
-            "date": datetime.date.today().isoformat(),
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-            "python": platform.python_version(),
-            "versions": {name: importlib.metadata.version(name) for name in ("numpy", "grain", "sentencepiece")},
-            "load_average": os.getloadavg()[0],
-        }
-        with open(arguments.json, "w", encoding="utf-8") as file:
-            json.dump({**about, "results": results}, file, indent=2)
+        run_record.write(arguments.json, {"results": results})
 
 
 if __name__ == "__main__":  # worker processes import this file again

@@ -11,14 +11,13 @@ held-out cross-entropy of each, and writes JSON.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
-import platform
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+import run_record
 
 ROOT = Path(__file__).parents[1]
 
@@ -71,11 +70,7 @@ def main() -> None:
         print(
             f"{name:26}{row['step']:7}{row['cross_entropy']:14.3f}{row['text_cross_entropy']:7.3f}{seconds.get(name, 0.0):9.0f} s"
         )
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    hardware = f"{platform.machine()}, {cores} CPU cores"
-    report = dict(date=datetime.date.today().isoformat(), hardware=hardware, steps=args.steps, rows=rows, seconds=seconds)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(report, indent=1) + "\n")
+    run_record.write(args.output, dict(steps=args.steps, rows=rows, seconds=seconds))
 
 
 if __name__ == "__main__":

@@ -11,10 +11,6 @@ Quiet machines only.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import os
-import platform
 import statistics
 import tempfile
 import time
@@ -22,6 +18,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import run_record
 import torch
 import transformers
 
@@ -120,18 +117,8 @@ def main() -> None:
                     flush=True,
                 )
         del theirs, ours
-    device = jax.devices()[0]
-    report = dict(
-        date=datetime.date.today().isoformat(),
-        hardware=f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, jax on {device.device_kind}",
-        versions=dict(jax=jax.__version__, torch=torch.__version__, transformers=transformers.__version__),
-        torch_threads=torch.get_num_threads(),
-        source=args.source,
-        new_tokens=args.new_tokens,
-        rows=rows,
-    )
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(report, indent=1) + "\n")
+    settings = dict(torch_threads=torch.get_num_threads(), source=args.source, new_tokens=args.new_tokens)
+    run_record.write(args.output, dict(**settings, rows=rows), device=jax.devices()[0].device_kind)
 
 
 if __name__ == "__main__":

@@ -11,22 +11,17 @@ peer where it does not take minutes, which is not on a CPU. Runs of the rows alt
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import os
-import platform
 import statistics
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import run_record
 from jax import lax
 
 from flax_switch.ops.grouped import grouped_matmul
 
-RESULTS = Path(__file__).parent / "results"
 ACCELERATOR = jax.default_backend() != "cpu"
 CALLS = 10 if ACCELERATOR else 1  # of a product in one timing, so that starting it does not count
 
@@ -87,7 +82,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=["512x2048", "768x3072"])
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--write", action="store_true", help=f"write a JSON file under {RESULTS.name}/")
+    parser.add_argument("--write", action="store_true", help=f"write a JSON file under {run_record.RESULTS.name}/")
     args = parser.parse_args()
     records = []
     print("| product | groups | E | tokens | D/F | ms | TFLOP/s | share of dense |", "|---|---|---|---|---|---|---|---|", sep="\n")
@@ -111,13 +106,8 @@ def main() -> None:
                     )
                     print("|", " | ".join(map(str, (*cells, f"{share:.2f}"))), "|", flush=True)
     if args.write:
-        about = dict(
-            date=datetime.date.today().isoformat(), device=jax.devices()[0].device_kind, dtype=args.dtype, jax=jax.__version__,
-            machine=platform.machine(), cpus=os.cpu_count(), load=os.getloadavg(),
-        )  # fmt: skip
-        place = RESULTS / f"grouped_products_{jax.default_backend()}_{args.dtype}.json"
-        place.write_text(json.dumps({**about, "records": records}, indent=1) + "\n", encoding="utf-8")
-        print(f"Wrote {place}.")
+        place = run_record.RESULTS / f"grouped_products_{jax.default_backend()}_{args.dtype}.json"
+        run_record.write(place, dict(dtype=args.dtype, records=records), device=jax.devices()[0].device_kind)
 
 
 if __name__ == "__main__":

@@ -15,14 +15,11 @@ products: malloc is told to keep its memory (`flax_switch.host_memory`), as in t
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import math
-import os
-import platform
 import statistics
 import time
-from pathlib import Path
+
+import run_record
 
 from flax_switch.host_memory import keep_freed_memory
 
@@ -38,7 +35,6 @@ from flax_switch.nn.moe import SparseMLP  # noqa: E402
 from flax_switch.plan.flops import program_flops  # noqa: E402
 from flax_switch.plan.topology import compile_devices, parse_topology  # noqa: E402
 
-RESULTS = Path(__file__).parent / "results"
 CAPACITY_FACTOR = 1.25
 
 
@@ -212,7 +208,7 @@ def main():
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--topology", help="compile for one chip of this topology and count, without running")
-    parser.add_argument("--write", action="store_true", help=f"write a JSON file under {RESULTS.name}/")
+    parser.add_argument("--write", action="store_true", help=f"write a JSON file under {run_record.RESULTS.name}/")
     args = parser.parse_args()
     device, kind = None, jax.devices()[0].device_kind
     if args.topology:
@@ -226,22 +222,9 @@ def main():
                 measured = measure(E, T, D, F, args, device)
                 print(*table(measured), sep="\n", flush=True)
                 records += measured
-    about = dict(
-        date=datetime.date.today().isoformat(), device=kind, machine=platform.machine(), cpus=os.cpu_count(), jax=jax.__version__,
-        python=platform.python_version(), load=os.getloadavg(),
-    )  # fmt: skip
     if args.write:
-        write(RESULTS / f"moe_layer_{(args.topology or jax.default_backend()).replace(':', '_')}_{args.dtype}.json", about, records)
-
-
-def write(place, about, records):
-    """Puts the records into the file, in place of older ones of the same rows; the others stay."""
-    key = lambda record: [record[name] for name in ("D", "F", "tokens", "E", "name")]  # noqa: E731
-    new = [key(record) for record in records]
-    old = json.loads(place.read_text())["records"] if place.exists() else []
-    records = sorted([record for record in old if key(record) not in new] + records, key=lambda record: key(record)[:4])
-    place.write_text(json.dumps(dict(about=about, records=records), indent=1) + "\n")
-    print(f"Wrote {place}.")
+        place = f"moe_layer_{(args.topology or jax.default_backend()).replace(':', '_')}_{args.dtype}.json"
+        run_record.write(run_record.RESULTS / place, dict(repeats=args.repeats, records=records), device=kind)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,10 @@ matrix products, loops multiplied by their trip counts; `all` is XLA's own analy
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
-from datetime import date
 from pathlib import Path
+
+import run_record
 
 os.environ.setdefault("NPROC", "32")  # collectives of virtual devices need their threads
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -69,8 +68,7 @@ def main() -> None:
             flush=True,
         )
     if args.output:
-        about = {"date": str(date.today()), "jax": jax.__version__, "machine": platform.machine(), "devices": "virtual CPU"}
-        args.output.write_text(json.dumps({**about, "config": CONFIG.to_dict(), "rows": rows}, indent=1) + "\n")
+        run_record.write(args.output, {"config": CONFIG.to_dict(), "rows": rows}, device="virtual CPU (compiled, not timed)")
 
 
 if __name__ == "__main__":

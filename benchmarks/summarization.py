@@ -12,10 +12,7 @@ sentences cut to the mean length of a synopsis. Every stage is a command of the 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
-import platform
 import re
 import resource
 import shlex
@@ -24,6 +21,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+import run_record
 
 from flax_switch.finetuning.metrics import score
 
@@ -160,10 +159,7 @@ def report(predictions: dict[str, list[dict]], data: Path, workdir: Path, args: 
     shown = zip(descriptions, texts["pre-trained"], texts["random weights"], references, strict=True)
     for description, pretrained, random, reference in list(shown)[:5]:
         print(f"\n  {description[:160]}\n    pre-trained: {pretrained}\n    random:      {random}\n    written:     {reference[0]}")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     result = dict(
-        date=datetime.date.today().isoformat(),
-        hardware=f"{platform.machine()}, {cores} CPU cores",
         examples=len(examples),
         steps=args.steps,
         sentence_steps=args.sentence_steps,
@@ -171,8 +167,7 @@ def report(predictions: dict[str, list[dict]], data: Path, workdir: Path, args: 
         scores={name: {column: round(scores[column], 2) for column in SCORES} for name, scores in rows.items()},
         seconds=seconds,
     )
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=1) + "\n")
+    run_record.write(args.output, result)
 
 
 if __name__ == "__main__":

@@ -12,14 +12,12 @@ Malloc keeps its memory (`flax_switch.host_memory`), as it does in our training;
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import os
-import platform
 import statistics
 import tempfile
 import time
 from pathlib import Path
+
+import run_record
 
 from flax_switch.host_memory import keep_freed_memory
 
@@ -165,16 +163,9 @@ def main() -> None:
                 f"{row['ratio']:7.2f} {row['compile_seconds']:10.1f}  {row['our_first_loss']:.4f} {row['their_first_loss']:.4f}",
                 flush=True,
             )
-    report = dict(
-        date=datetime.date.today().isoformat(),
-        hardware=f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, jax on {jax.devices()[0].device_kind}",
-        versions=dict(jax=jax.__version__, torch=torch.__version__, transformers=transformers.__version__),
-        torch_threads=torch.get_num_threads(),
-        settings=dict(batch=args.batch, source=args.source, target=args.target, optimizer="AdamW, float32"),
-        rows=rows,
-    )
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(report, indent=1) + "\n")
+    settings = dict(batch=args.batch, source=args.source, target=args.target, optimizer="AdamW, float32")
+    results = dict(torch_threads=torch.get_num_threads(), settings=settings, rows=rows)
+    run_record.write(args.output, results, device=jax.devices()[0].device_kind)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ class Site:
     start: int  # of the piece, in characters of the file
     end: int
     replacements: tuple[str, ...]
-    occurrence: int  # among sites of the file with the same scope, text, operator and piece
+    occurrence: int  # among sites of the file with the same scope, text, operator and replacements
     lookups: tuple[range, ...]  # lines whose tests are its tests: the first range that any test runs counts
 
     def rank(self, seed: int) -> str:
@@ -108,7 +108,7 @@ def sites_of(file: str, source: str) -> list[Site]:
             replacements = tuple(dict.fromkeys(changes.replacements(source, offsets)))
             start, end = offsets.span(node)
             text = offsets.lines[node.lineno - 1].strip()
-            key = (place.scope, text, changes.operator, source[start:end])
+            key = (place.scope, text, changes.operator, replacements)
             lookups = (range(node.lineno, node.end_lineno + 1), place.statement, *place.owners)
             sites.append(Site(file, *key[:1], changes.operator, node.lineno, text, start, end, replacements, seen[key], lookups))
             seen[key] += 1

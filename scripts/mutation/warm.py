@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import json
 import os
-import runpy
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -15,7 +16,7 @@ from pathlib import Path
 
 HEAVY = (
     "jax", "jax.experimental.pallas", "flax.linen", "optax", "orbax.checkpoint", "grain", "sentencepiece", "tensorstore",
-    "safetensors", "ml_collections", "absl.flags", "rich", "torch", "transformers", "matplotlib", "pyarrow", "scipy.stats",
+    "safetensors", "ml_collections", "absl.flags", "rich", "torch", "transformers", "matplotlib", "pyarrow", "scipy.stats", "beartype",
 )  # fmt: skip
 
 
@@ -24,12 +25,20 @@ def warm_up(root: Path, xla_cache: Path) -> None:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(xla_cache)
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"  # a mutant may have the size and the second of the file before it
     sys.dont_write_bytecode = True
-    runpy.run_path(str(root / "tests" / "conftest.py"))
+    os.environ.update(environment_of_the_tests(root / "tests"))
     for name in HEAVY:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
     loaded = [name for name in sys.modules if name.split(".")[0] == "flax_switch"]
     assert not loaded, f"the warm process must not hold flax_switch, or mutants would not be read: {loaded}"
+
+
+def environment_of_the_tests(tests: Path) -> dict[str, str]:
+    """The environment as the suite's conftest leaves it, which another process tells: here nothing of the tests is imported."""
+    program = "import conftest, json, os; print(json.dumps(dict(os.environ)))"
+    path = os.pathsep.join([str(tests), str(tests.parent)])
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, env={**os.environ, "PYTHONPATH": path}).stdout)
 
 
 def start(task: Callable[[], int], tree: Path, log: Path) -> int:

@@ -16,7 +16,8 @@ from pathlib import Path
 
 HEAVY = (
     "jax", "jax.experimental.pallas", "flax.linen", "optax", "orbax.checkpoint", "grain", "sentencepiece", "tensorstore",
-    "safetensors", "ml_collections", "absl.flags", "rich", "torch", "transformers", "matplotlib", "pyarrow", "scipy.stats", "beartype",
+    "safetensors", "ml_collections", "absl.flags", "rich", "torch", "transformers", "matplotlib", "pyarrow", "scipy.stats",
+    "beartype",
 )  # fmt: skip
 
 

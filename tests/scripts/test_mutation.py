@@ -1,6 +1,7 @@
 """The mutation run's own laws: what is a site, what it becomes, that draws are fair and repeatable, and who must notice."""
 
 import ast
+import functools
 import json
 import sys
 from pathlib import Path
@@ -16,7 +17,12 @@ from mutation.operators import OPERATORS  # noqa: E402
 from mutation.plan import batches, covering_tests  # noqa: E402
 
 FILE = "flax_switch/ops/example.py"
-DRAWN = sites.all_sites(ROOT)
+
+
+@functools.cache
+def every_site() -> list[sites.Site]:
+    """The sites of the package as it is."""
+    return sites.all_sites(ROOT)
 
 
 def becomes(source: str, operator: str) -> set[str]:
@@ -92,7 +98,7 @@ def test_characters_of_several_bytes_do_not_move_what_is_changed():
 
 
 def test_a_draw_repeats_is_another_for_another_seed_and_hardly_moves_where_other_code_changes():
-    drawn = DRAWN
+    drawn = every_site()
     first, second = sites.draw(drawn, 1, 40, ROOT), sites.draw(drawn[::-1], 1, 40, ROOT)
     assert [m.name for m in first] == [m.name for m in second]
     other = sites.draw(drawn, 2, 40, ROOT)
@@ -103,7 +109,7 @@ def test_a_draw_repeats_is_another_for_another_seed_and_hardly_moves_where_other
 
 
 def test_every_mutant_compiles_and_differs_from_the_code():
-    for mutant in sites.draw(DRAWN, 3, 50, ROOT):
+    for mutant in sites.draw(every_site(), 3, 50, ROOT):
         assert ast.dump(ast.parse(mutant.after)) != ast.dump(ast.parse(mutant.before))
         assert mutant.was != mutant.becomes
 

@@ -22,8 +22,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 import pytest  # noqa: E402 - after the environment
 from hypothesis import settings  # noqa: E402
 
-# The same examples in every run: a check that fails must fail for whoever runs it next.
-settings.register_profile("fixed", derandomize=True, deadline=None)
+# The same examples in every run: a check that fails must fail for whoever runs it next. A soak draws others in every round.
+settings.register_profile("fixed", derandomize="SOAK_ROUND" not in os.environ, deadline=None)
 settings.load_profile("fixed")
 
 
@@ -34,3 +34,14 @@ def compiled_programs_end_with_their_module():
     import jax
 
     jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def compiler_of_the_hardware(request):
+    """A test marked `hardware` fails where there is no compiler for it: who asks for that part means to run it."""
+    marker = request.node.get_closest_marker("hardware")
+    if marker is not None:
+        from flax_switch.compilers import can_compile_for
+
+        if not can_compile_for(marker.args[0]):
+            pytest.fail(f"no compiler for {marker.args[0]} is installed: pip install 'flax_switch[test-hardware]' (on Linux)")

@@ -13,6 +13,8 @@ import transformers
 from flax_switch import CheckpointError, ConfigError, SwitchConfig, load_pretrained, save_pretrained
 from flax_switch.convert import convert, open_checkpoint, stack_layers
 from flax_switch.convert.canonical import canonical_shapes, flatten, unflatten
+from flax_switch.convert.huggingface import huggingface_tensors
+from flax_switch.convert.tensors import from_array
 from flax_switch.nn.transformer import SwitchTransformer
 from tests.convert import oracle
 
@@ -145,6 +147,14 @@ def test_an_untied_model_keeps_its_four_tables(tmp_path):
         "token_embedder/embedding", "encoder/token_embedder/embedding", "decoder/token_embedder/embedding",
         "decoder/logits_dense/kernel",
     }  # fmt: skip
+
+
+def test_what_is_exported_stays_as_it_was():
+    config = SwitchConfig(vocab_size=9, d_model=4, num_heads=1, d_kv=4, d_ff=4, tie_word_embeddings=False)
+    tensors = {path: from_array(np.zeros(shape, np.float32)) for path, shape in canonical_shapes(config).items()}
+    before = dict(tensors)
+    written = huggingface_tensors(config, "full", "switch_transformers", tensors)
+    assert "decoder.embed_tokens.weight" in written and tensors == before
 
 
 @pytest.mark.parametrize("tied", [True, False])

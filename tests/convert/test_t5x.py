@@ -57,6 +57,12 @@ def test_the_config_is_told_by_the_shapes_and_every_bit_is_kept(tmp_path, name):
     assert_same(opened.tensors, params)
 
 
+def test_sparse_layers_are_told_in_their_order_however_many_layers_there_are(tmp_path):
+    """1 and 8 lie the other way round in a set."""
+    config = SWITCH.replace(num_encoder_layers=9, encoder_sparse_layers=(1, 8), num_sparse_encoder_layers=2)
+    assert open_checkpoint(t5x_files.write(tmp_path, random_params(config))).config == config
+
+
 @pytest.mark.parametrize("scanned", [False, True])
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 @pytest.mark.parametrize(("spec_form", "driver"), [("new", "file"), ("old", "gcs"), ("new", "gfile"), ("old", "file")])

@@ -26,6 +26,10 @@ VIEWS = {
 }
 
 
+def test_all_of_an_array_is_the_array_itself_and_no_copy():
+    assert from_array(ARRAY).numpy() is ARRAY
+
+
 @pytest.mark.parametrize("name", VIEWS)
 @given(data=st.data())
 @settings(max_examples=30, deadline=None)

@@ -159,6 +159,14 @@ def test_nothing_is_imported_to_read_documentation(tmp_path, monkeypatch):
     assert "explosive" not in sys.modules
 
 
+def test_documentation_is_looked_for_in_packages_only_and_those_that_are_missing_are_passed_over(monkeypatch):
+    monkeypatch.setattr(corpus, "DEPENDENCIES", ("json", "bisect", "a_package_that_nobody_has"))
+    monkeypatch.setattr(corpus, "_topics", lambda path: [])
+    monkeypatch.setattr(corpus, "_docstrings", lambda root: [root.name])
+    library, *packages = corpus._texts()
+    assert library.startswith("python3") and packages == ["json"]
+
+
 def test_an_installation_without_documentation_is_an_error_that_points_to_own_files(monkeypatch, tmp_path):
     monkeypatch.setattr(corpus, "_texts", lambda: iter(["A sentence of some few words only."]))
     with pytest.raises(ConfigError, match="almost no documentation .* set data.source"):

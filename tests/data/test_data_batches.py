@@ -120,4 +120,5 @@ def test_unigram_entropy_is_that_of_the_counted_tokens():
     assert (counts[5], counts[6], counts.sum()) == (8, 4, 16)
     assert np.isclose(unigram_entropy(counts), 1.5 * np.log(2))
     assert np.isclose(unigram_entropy(np.full(64, 3)), np.log(64))
+    assert np.isclose(unigram_entropy(np.array([1, 0, 1, 2])), 1.5 * np.log(2))
     assert unigram_entropy(np.zeros(4, int)) == 0.0

@@ -45,6 +45,7 @@ def test_the_original_tokens_are_restored_exactly(lengths, seed, density, mean_l
         inputs, targets = row(made.inputs, made.input_lengths, m), row(made.targets, made.target_lengths, m)
         assert inputs[-1] == targets[-1] == 1
         restored = restore(inputs, targets, top_sentinel=TOP)
+        np.testing.assert_array_equal(restored, restore(inputs.tolist(), targets.tolist(), top_sentinel=TOP))
         np.testing.assert_array_equal(restored, tokens[m, : lengths[m]])
         assert not made.inputs[m, made.input_lengths[m] :].any() and not made.targets[m, made.target_lengths[m] :].any()
 

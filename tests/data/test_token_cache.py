@@ -27,6 +27,23 @@ def test_documents_come_back_in_order_each_in_the_split_of_its_hash(documents, v
     assert stores["train"].tokens.dtype == np.uint16
 
 
+class NumberedWords:
+    """A vocabulary of any size in which a text is the numbers that it spells out."""
+
+    def __init__(self, size):
+        self.size, self.fingerprint = size, f"numbers below {size}"
+
+    def encode_documents(self, documents):
+        return [[int(word) for word in document.split()] for document in documents]
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(2**15 + 1, np.uint16), (2**16, np.uint16), (2**16 + 1, np.uint32)])
+def test_ids_take_two_bytes_as_long_as_they_fit(size, dtype, tmp_path):
+    ids = [0, 7, size - 1]
+    store = tokenize([" ".join(map(str, ids))], NumberedWords(size), tmp_path, fraction=0.0)["train"]
+    assert store.tokens.dtype == dtype and store.document(0).tolist() == ids
+
+
 def test_a_finished_cache_is_used_again_without_reading_the_corpus(documents, vocabulary, tmp_path):
     first = tokenize(documents, vocabulary, tmp_path)
 

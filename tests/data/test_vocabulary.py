@@ -115,5 +115,5 @@ def test_an_error_in_reading_the_corpus_is_not_taken_for_one_of_training():
         yield "ba ke lo"
         raise ConfigError("corpus.txt, line 2: not UTF-8")
 
-    with pytest.raises(ConfigError, match="line 2"):
+    with pytest.raises(ConfigError, match="^corpus.txt, line 2: not UTF-8$"):
         Vocabulary.train(documents(), 100)

@@ -78,6 +78,7 @@ def test_flaxformers_layers_are_reproduced_with_their_gradients(name, mode):
         np.testing.assert_allclose(metrics[key.rsplit("/", 1)[1]], golden[key], atol=1e-6)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_hugging_faces_layer_is_reproduced_with_its_capacity_by_sequence_and_its_losses(dtype):
     with warnings.catch_warnings():

@@ -205,6 +205,14 @@ def test_probabilities_cast_to_bfloat16_choose_as_hugging_face_does_but_the_loss
     np.testing.assert_array_equal(routed.chose[0, 0], [0.0, 1.0])
 
 
+@pytest.mark.parametrize(
+    "choose", [lambda p: routing.tokens_choose(p, num_selected=2, capacity=3), lambda p: routing.experts_choose(p, capacity=3)]
+)
+def test_weights_are_float32_whatever_type_the_probabilities_have(choose):
+    probs = jnp.asarray(probabilities(np.random.default_rng(0), 1, 6, 4), jnp.bfloat16)
+    assert choose(probs).weight.dtype == jnp.float32
+
+
 def test_indices_stay_integers_beyond_256_experts_in_bfloat16():
     E = 700
     logits = 20.0 * jax.nn.one_hot(jnp.arange(E), E)[None]

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from flax_switch import cli
-from flax_switch.compilers import can_compile_for
 from flax_switch.config import ConfigError, DataConfig, ExperimentConfig, MeshConfig, OptimizerConfig, SwitchConfig, TrainConfig
 from flax_switch.nn.transformer import SwitchTransformer, init_params
 from flax_switch.plan import plan, planner, program, topology
@@ -190,7 +189,7 @@ def test_without_the_gpus_compiler_the_plan_says_what_to_install(monkeypatch):
     assert "pip install 'flax_switch[cuda]'" in found.not_compiled and found.fits
 
 
-@pytest.mark.skipif(not can_compile_for("cuda"), reason="no compiler for NVIDIA GPUs")
+@pytest.mark.hardware("cuda")
 @pytest.mark.parametrize("mode", ["factor", "dropless"])
 def test_a_step_compiles_for_gpus_without_them(mode):
     model = MODEL.replace(capacity_mode=mode, moe_executor="auto", dtype="bfloat16")
@@ -281,8 +280,7 @@ def test_mistakes_on_the_command_line_are_one_message(argv, message, capsys):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not can_compile_for("tpu"), reason="no compiler for TPUs: pip install 'flax_switch[tpu]'")
+@pytest.mark.hardware("tpu")
 def test_a_small_model_is_compiled_for_a_tpu():
     config = CONFIG.replace(model=MODEL.replace(dtype="bfloat16", scan_layers=True))
     found = plan(config, "v5e:2x2", MeshConfig(expert=4))

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from flax_switch import partitioning
-from flax_switch.compilers import can_compile_for
 from flax_switch.config import DataConfig, ExperimentConfig, MeshConfig, SwitchConfig
 from flax_switch.nn.moe import SparseMLP
 from flax_switch.plan.collectives import collectives
@@ -17,7 +16,6 @@ from flax_switch.training.state import build_run
 from flax_switch.training.step import compile_train_step
 
 ROWS, LENGTH = 16, 32  # of source and target alike
-needs_tpu_compiler = pytest.mark.skipif(not can_compile_for("tpu"), reason="no compiler for TPUs: pip install 'flax_switch[tpu]'")
 MODEL = SwitchConfig(
     vocab_size=64, d_model=16, num_heads=2, d_kv=8, d_ff=32, num_encoder_layers=2, num_decoder_layers=1,
     num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, num_experts=8, capacity_factor=1.25, min_expert_capacity=1,
@@ -91,8 +89,7 @@ def test_scanned_layers_exchange_as_often():
     check_exchanges(found, run, bytes_each=4)
 
 
-@pytest.mark.slow
-@needs_tpu_compiler
+@pytest.mark.hardware("tpu")
 @pytest.mark.parametrize("mesh", [MeshConfig(data=2, expert=8), MeshConfig(data=1, expert=8, model=2)], ids=["2x8x1", "1x8x2"])
 def test_on_a_tpu_topology_what_is_exchanged_is_bfloat16(mesh):
     topology = tpu_topology("v5e:4x4")
@@ -101,8 +98,7 @@ def test_on_a_tpu_topology_what_is_exchanged_is_bfloat16(mesh):
     check_exchanges(found, run, bytes_each=2)
 
 
-@pytest.mark.slow
-@needs_tpu_compiler
+@pytest.mark.hardware("tpu")
 def test_on_a_tpu_topology_dropless_layers_exchange_ragged_rows():
     topology = tpu_topology("v5e:4x4")
     model = MODEL.replace(

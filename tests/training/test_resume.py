@@ -18,6 +18,7 @@ from flax_switch.training.metrics import MetricsWriter, read_metrics
 
 ROOT = Path(__file__).parents[2]
 STEPS = 14
+ROUND = int(os.environ.get("SOAK_ROUND", "0"))  # a soak kills at other moments in every round
 SETTINGS = [
     "data.batch_size=4", "data.inputs_length=16", "data.targets_length=8", "model.d_model=16", "model.d_ff=16",
     "model.num_heads=2", "model.d_kv=8", "model.num_encoder_layers=1", "model.num_decoder_layers=1", "model.dropout_rate=0.1",
@@ -93,7 +94,7 @@ def test_a_killed_run_ends_with_the_losses_of_an_undisturbed_one(tmp_path, envir
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(10))
 def test_ten_killed_runs_end_with_the_losses_of_an_undisturbed_one(tmp_path, environment, undisturbed, seed):
-    assert killed_and_resumed(tmp_path / "run", environment, seed=100 + seed, kills=1 + seed % 3) == undisturbed
+    assert killed_and_resumed(tmp_path / "run", environment, seed=100 + seed + 1000 * ROUND, kills=1 + seed % 3) == undisturbed
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

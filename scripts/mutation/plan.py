@@ -1,0 +1,91 @@
+"""Which tests a mutant meets, and in which order: first those that run its line, the nearest and fastest before the others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import PurePath
+
+from mutation.coverage_map import CoverageMap
+from mutation.sites import Site
+
+FIRST_BATCH, GROWTH = 8.0, 3.0  # seconds of tests that one process runs, and how much more the next one does
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tests that one process runs, up to the first failure."""
+
+    tests: dict[str, list[str]]  # of every module, in order
+    seconds: float  # that they took when nothing was changed
+
+    @property
+    def limit(self) -> float:
+        """Seconds after which the code is taken to hang."""
+        return 3 * self.seconds + 60
+
+
+def covering_tests(site: Site, coverage: CoverageMap) -> dict[str, list[str]]:
+    """For every test module, the tests that run the site; where it runs at import only, those that run the body it belongs to."""
+    for lines in site.lookups:
+        found = coverage.covering(site.file, lines)
+        if found:
+            return found
+    if any(coverage.covering(site.file, body) for body in site.lookups[2:]):
+        return {}
+    importing = coverage.importing(site.file) if len(site.lookups) == 2 else []  # a file without functions
+    return {module: coverage.tests_of_module(module) for module in importing}
+
+
+def batches(site: Site, coverage: CoverageMap, hint: str | None, most_seconds: float) -> list[Batch]:
+    """What to run for the site, one batch after the other; `hint` is a test that once failed, and comes alone and first.
+
+    A function that is compiled once for a module runs in the module's first test and is judged by the others too, so the rest
+    of a module follows after the tests that run the line themselves. No more than `most_seconds` are spent.
+    """
+    direct = covering_tests(site, coverage)
+    units = [(module, tests) for module, tests in direct.items()]
+    rest = [(module, [t for t in coverage.tests_of_module(module) if t not in tests]) for module, tests in direct.items()]
+    order = [*_in_order(units, site, coverage), *_in_order([unit for unit in rest if unit[1]], site, coverage)]
+    made = [_batch([(hint.split("::")[0], [hint])], coverage)] if hint in coverage.seconds else []
+    return made + _cut(order, coverage, most_seconds)
+
+
+def _in_order(units: list, site: Site, coverage: CoverageMap) -> list:
+    folder = PurePath(site.file).parts[1]
+    name = PurePath(site.file).stem
+
+    def cost(unit):
+        module, tests = unit
+        near = 0.05 if name in module else 0.3 if f"/{folder}/" in module else 1.0
+        return near * (1.0 + sum(coverage.seconds[t] for t in tests))
+
+    ordered = sorted(units, key=cost)
+    return [(module, sorted(tests, key=lambda t: coverage.seconds[t])) for module, tests in ordered]
+
+
+def _cut(order: list, coverage: CoverageMap, most_seconds: float) -> list[Batch]:
+    made, size, left, current = [], FIRST_BATCH, most_seconds, []
+    for module, tests in order:
+        taken = []
+        for test in tests:
+            if left <= 0:
+                break
+            left -= coverage.seconds[test]
+            taken.append(test)
+        if taken:
+            current.append((module, taken))
+        if current and _seconds(current, coverage) >= size:
+            made.append(_batch(current, coverage))
+            current, size = [], size * GROWTH
+    return [*made, _batch(current, coverage)] if current else made
+
+
+def _seconds(units: list, coverage: CoverageMap) -> float:
+    return sum(coverage.seconds[test] for _, tests in units for test in tests)
+
+
+def _batch(units: list, coverage: CoverageMap) -> Batch:
+    tests: dict[str, list[str]] = {}
+    for module, of_module in units:
+        tests.setdefault(module, []).extend(of_module)
+    return Batch(tests, _seconds(units, coverage))

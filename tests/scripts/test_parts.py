@@ -1,0 +1,78 @@
+"""The parts of the suite: quarters are fair and fixed, tables count, and what is asked for by mistake is an error."""
+
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from parts import newest  # noqa: E402 - scripts are no package
+from parts.plugin import QUARTERS, quarter_of, quarters_on_record  # noqa: E402
+from parts.table import Part, render, summary  # noqa: E402
+
+
+def test_quarters_take_equally_long_and_a_new_test_moves_no_other():
+    durations = {f"tests/a.py::test_{i}": 1.0 + 37 * i % 50 for i in range(60)}
+    quarters = quarters_on_record(durations)
+    load = Counter()
+    for name, seconds in durations.items():
+        load[quarters[name]] += seconds
+    assert max(load.values()) - min(load.values()) <= max(durations.values())
+    before = {name: quarter_of(name, quarters) for name in durations}
+    new = quarter_of("tests/b.py::test_new", quarters)
+    assert 0 <= new < QUARTERS and before == {name: quarter_of(name, quarters) for name in durations}
+
+
+def test_every_test_is_in_one_quarter():
+    """By pytest itself, in a suite of its own."""
+    names = [f"test_{i}" for i in range(12)]
+    seen = Counter()
+    for quarter in range(QUARTERS):
+        seen.update(collected([f"--quarter={quarter}"], names))
+    assert seen == Counter(names)
+
+
+def collected(options, names):
+    """The tests of a small suite that are left with these options."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "test_small.py").write_text("\n".join(f"def {name}(): pass" for name in names))
+        command = [sys.executable, "-m", "pytest", "-p", "parts.plugin", "-p", "no:cacheprovider", "--collect-only", "-q", *options]
+        done = subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT / "scripts"), "PATH": ""}
+        )
+    return [line.split("::")[1] for line in done.stdout.splitlines() if "::" in line]
+
+
+def test_the_last_line_counts_tests_and_parts_and_a_flaky_test_is_none_that_failed():
+    quick = Part("quick", 2.0, False, Counter(passed=5, failed=1, skipped=2), Counter({"no glibc": 2}), ["tests/a.py::test_x"])
+    slow = Part("slow", 1.0, True, Counter(passed=3), flaky=["tests/b.py::test_y"])
+    assert summary([quick, slow]) == "==== 8 passed, 1 failed, 1 flaky, 2 skipped in 3.0 min ===="
+    assert summary([Part("lint", 0.1, False), slow]) == "==== 3 passed, 1 failed, 1 flaky in 1.1 min ===="
+    text = render([quick, slow])
+    for told in ("FAILED tests/a.py::test_x", "FLAKY (failed, then passed alone): tests/b.py::test_y", "2 skipped: no glibc"):
+        assert told in text
+    assert text.endswith(summary([quick, slow]))
+
+
+def test_without_a_new_python_the_part_says_that_it_did_not_run(monkeypatch):
+    monkeypatch.setattr(newest, "newest_python", lambda: None)
+    part = newest.newest_part([])
+    assert part.ok and part.note.startswith("NOT RUN")
+
+
+@pytest.mark.parametrize("wrong", [["--quik"], ["tests/ops"], ["-m", "slow"]])
+def test_an_unknown_part_is_an_error_that_lists_them(wrong):
+    done = subprocess.run(["bash", str(ROOT / "scripts" / "test.sh"), *wrong], capture_output=True, text=True)
+    assert done.returncode == 1 and f"does not know {wrong[0]}" in done.stderr and "--slow-part N" in done.stderr
+
+
+@pytest.mark.parametrize("wrong", [["--slow-part", "4"], ["--ci", "--all"], ["--slow", "--quik"]])
+def test_parts_that_do_not_go_together_are_an_error_that_lists_them(wrong):
+    done = subprocess.run([sys.executable, str(ROOT / "scripts" / "run_tests.py"), *wrong], capture_output=True, text=True)
+    assert done.returncode == 2 and "quarter N of the slow tests" in done.stderr

@@ -8,12 +8,23 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Iterator
 
-from flax_switch.plan.hlo import Instruction, executions, read_computations, shape_bytes
+from flax_switch.plan.device_groups import device_groups
+from flax_switch.plan.hlo import Instruction, UnknownText, executions, read_computations, shape_bytes
 
 KINDS = (
     "all-to-all", "ragged-all-to-all", "all-gather", "all-reduce", "reduce-scatter", "collective-permute", "collective-broadcast",
 )  # fmt: skip
+_NAMES_DEVICES = re.compile(r"(?<!\w)(?:replica_groups|source_target_pairs)=")
+
+
+@dataclasses.dataclass(frozen=True)
+class Unreadable:
+    """A collective of this kind whose text is not known."""
+
+    kind: str
+    reason: UnknownText
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,52 +51,58 @@ class Collective:
 def collectives(hlo_text: str, num_devices: int | None = None) -> list[Collective]:
     """The collectives of a compiled program, in the order of its text.
 
-    hlo_text: of an optimised module. num_devices: what a collective without groups spans; by default what the module's header
+    hlo_text: of an optimised module. num_devices: what a collective of all devices spans; by default what the module's header
     says. An asynchronous pair counts once, at its start. A ragged all-to-all's bytes are those of its whole operand, though the
     rows sent may be fewer.
+
+    Raises `UnknownText` where the text, the groups of a collective, or an operation that has groups is in no known form.
     """
+    found = list(readable_collectives(hlo_text, num_devices))
+    for item in found:
+        if isinstance(item, Unreadable):
+            raise item.reason
+    return found
+
+
+def readable_collectives(hlo_text: str, num_devices: int | None = None) -> Iterator[Collective | Unreadable]:
+    """`collectives`, but those that cannot be read come with their kind and the reason, so that the others count."""
     if num_devices is None:
         header = hlo_text.split("\n", 1)[0]
         sizes = [int(n) for n in re.findall(r"(?:num_partitions|replica_count)=(\d+)", header)]
         num_devices = math.prod(sizes)
     computations, entry = read_computations(hlo_text)
     runs = executions(computations, entry)
-    found = []
     for computation, instructions in computations.items():
-        bytes_of = {i.name: shape_bytes(i.type) for i in instructions}
+        types = {i.name: i.type for i in instructions}
         for instruction in instructions:
-            kind = instruction.opcode.removesuffix("-start")
-            if kind in KINDS:
-                found.append(_collective(kind, instruction, bytes_of, num_devices, runs.get(computation, 0)))
-    return found
+            if kind := _kind(instruction):
+                try:
+                    yield _collective(kind, instruction, types, num_devices, runs[computation])
+                except UnknownText as reason:
+                    yield Unreadable(kind, reason)
 
 
-def _collective(kind: str, instruction: Instruction, bytes_of: dict[str, int], num_devices: int, count: int | None) -> Collective:
-    groups = _groups(instruction.attributes)
-    group_size = len(groups[0]) if groups and kind != "collective-permute" else num_devices
-    operands = re.findall(r"%([\w.-]+)", instruction.operands) or re.findall(r"[\w.-]+", instruction.operands)
+def _kind(instruction: Instruction) -> str | None:
+    """The kind of a collective, None for what sends nothing; whatever names devices is a collective, known or not."""
+    kind = instruction.opcode.removesuffix("-start")
+    if kind in KINDS:
+        return kind
+    sends = instruction.opcode == "send" and "is_host_transfer=true" not in instruction.attributes
+    return instruction.opcode if sends or _NAMES_DEVICES.search(instruction.attributes) else None
+
+
+def _collective(kind: str, instruction: Instruction, types: dict[str, str], num_devices: int, count: int | None) -> Collective:
+    if kind not in KINDS:
+        raise UnknownText("an operation among devices", f"{instruction.opcode}({instruction.operands}){instruction.attributes}")
+    groups = device_groups(instruction.attributes)
+    group_size = max(map(len, groups)) if groups and kind != "collective-permute" else num_devices
+    operands = instruction.operand_names
     if kind == "ragged-all-to-all":
         operands = operands[:1]  # the others are the result's buffer, offsets and sizes
-    size = sum(bytes_of.get(name, 0) for name in operands)
+    if not operands or any(name not in types for name in operands):
+        raise UnknownText(f"what an {kind} sends", f"{instruction.opcode}({instruction.operands})")
+    size = sum(shape_bytes(types[name]) for name in operands)
     if kind == "all-gather":
         size *= group_size
     op_name = re.search(r'op_name="([^"]*)"', instruction.attributes)
     return Collective(kind, instruction.name, size, groups, group_size, count, op_name.group(1) if op_name else "")
-
-
-def _groups(attributes: str) -> tuple[tuple[int, ...], ...]:
-    """Groups written out, `{{0,1},{2,3}}`, or as a transposed range, `[2,4]<=[4,2]T(1,0)`."""
-    match = re.search(r"(?:replica_groups|source_target_pairs)=\{((?:\{[\d,]*\},?\s*)*)\}", attributes)
-    if match:
-        return tuple(tuple(int(i) for i in g.split(",") if i) for g in re.findall(r"\{([\d,]*)\}", match.group(1)))
-    match = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
-    if not match:
-        return ()
-    rows, columns = int(match.group(1)), int(match.group(2))
-    shape = [int(d) for d in match.group(3).split(",")]
-    order = [int(a) for a in match.group(4).split(",")] if match.group(4) else list(range(len(shape)))
-    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-    devices = [0]
-    for axis in order:
-        devices = [device + i * strides[axis] for device in devices for i in range(shape[axis])]
-    return tuple(tuple(devices[r * columns : (r + 1) * columns]) for r in range(rows))

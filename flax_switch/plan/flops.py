@@ -9,7 +9,7 @@ import re
 import numpy as np
 
 from flax_switch.config import SwitchConfig
-from flax_switch.plan.hlo import Instruction, executions, read_computations, shape_of
+from flax_switch.plan.hlo import Instruction, UnknownText, executions, read_computations, shape_of
 
 _GROUPED = re.compile(r'op_name="[^"]*/grouped_(?:rows|kernels)/pallas_call"')
 BACKWARD = 2  # gradients take two products for each one of the forward pass
@@ -53,7 +53,7 @@ def program_flops(hlo_text: str) -> tuple[float, bool]:
 
     Returns the count and whether it is complete: a loop whose length is not known counts once. XLA's own analysis counts every
     loop's body once, and elementwise operations beside the products. Products inside custom calls (Pallas kernels, libraries)
-    are invisible here as there.
+    are invisible here as there. Raises `UnknownText` for a product in a form that is not known here.
     """
     computations, entry = read_computations(hlo_text)
     runs = executions(computations, entry)
@@ -71,25 +71,39 @@ def program_flops(hlo_text: str) -> tuple[float, bool]:
 
 def _is_product(instruction: Instruction) -> bool:
     grouped = instruction.opcode == "custom-call" and _GROUPED.search(instruction.attributes)
-    return bool(grouped) or instruction.opcode in ("dot", "convolution")
+    return bool(grouped) or instruction.opcode == "convolution" or instruction.opcode.rpartition("-")[2] == "dot"
 
 
 def _product_flops(product: Instruction, shapes: dict[str, tuple[int, ...]]) -> float:
-    left, right = (shapes[name] for name in product.operand_names[:2])
+    operands = [shapes.get(name) for name in product.operand_names]
     out = shape_of(product.type)
+    if len(operands) < 2 or None in operands[:2]:
+        raise UnknownText("the factors of a product", f"{product.opcode}({product.operands})")
     if product.opcode == "custom-call":  # its first operand is of index arrays
-        rows, contracted = shapes[product.operand_names[1]]
+        rows, contracted = operands[1]
         return 2.0 * rows * contracted * out[-1]
     if product.opcode == "dot":
-        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", product.attributes)
-        axes = [int(a) for a in contracted.group(1).split(",") if a] if contracted else []
-        return 2.0 * math.prod(out) * math.prod(left[a] for a in axes)
-    return _convolution_flops(product.attributes, left, right, out)
+        contracted, batch = (_axes(product.attributes, name) for name in ("lhs_contracting_dims", "lhs_batch_dims"))
+        if len(out) != len(operands[0]) + len(operands[1]) - 2 * len(contracted) - len(batch):
+            raise UnknownText("a product's axes", f"dot({product.operands}){product.attributes}")
+        return 2.0 * math.prod(out) * math.prod(operands[0][a] for a in contracted)
+    if product.opcode != "convolution":
+        raise UnknownText("a product", f"{product.opcode}({product.operands}){product.attributes}")
+    return _convolution_flops(product.attributes, *operands[:2], out)
+
+
+def _axes(attributes: str, name: str) -> list[int]:
+    """The axes that an attribute lists; XLA leaves out attributes that list none."""
+    match = re.search(rf"{name}=\{{([\d,]*)\}}", attributes)
+    return [int(axis) for axis in match.group(1).split(",") if axis] if match else []
 
 
 def _convolution_flops(attributes: str, left: tuple[int, ...], right: tuple[int, ...], out: tuple[int, ...]) -> float:
     """TPU programs write products as convolutions, batch dimensions as dilated windows that meet one input each."""
-    inputs, kernel, outputs = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes).groups()
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes)
+    if labels is None:
+        raise UnknownText("a convolution's axes", attributes)
+    inputs, kernel, outputs = labels.groups()
     batch_groups = re.search(r"batch_group_count=(\d+)", attributes)
     fma = right[kernel.index("i")] * out[outputs.index("f")] * left[inputs.index("b")]
     if batch_groups:

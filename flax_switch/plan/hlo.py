@@ -1,6 +1,7 @@
 """Reading HLO text: computations, their instructions, and how often a run of the program executes each.
 
-The text is that of `jax.jit(f).lower(...).compile().as_text()`, for any backend: shapes in it are those of one device.
+The text is that of `jax.jit(f).lower(...).compile().as_text()`, for any backend: shapes in it are those of one device. XLA promises
+nothing about it, so whatever is not known here is an `UnknownText` that quotes it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,17 @@ _OPCODE = re.compile(r"([a-z][\w-]*)\(")
 _CALLED = re.compile(r"\b(calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.-]+)")
 _CALLED_LISTS = re.compile(r"\b(?:branch_computations|called_computations)=\{([^}]*)\}")
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+
+
+class UnknownText(ValueError):
+    """Text of another program in a form that is not known here; the message quotes it."""
+
+    def __init__(self, what: str, text: str, source: str = "XLA"):
+        shown = text if len(text) <= 300 else f"{text[:300]}..."
+        super().__init__(
+            f"{source} writes {what} in a form that is not known here: {shown!r}. It may be newer than this flax_switch: take a newer "
+            "one, or the versions that docs/versions.md lists; please report the text."
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +61,14 @@ def read_computations(text: str) -> tuple[Computations, str]:
             entry = start.group(2) if start.group(1) else entry
         elif line.startswith("}"):
             current = None
-        elif current is not None and (match := _INSTRUCTION.match(line)):
+        elif match := _INSTRUCTION.match(line):
+            if current is None:
+                raise UnknownText("the head of a computation", line.strip())
             current.append(_instruction(*match.groups()))
+        elif current is not None and line.strip():
+            raise UnknownText("an instruction", line.strip())
+    if not entry:
+        raise UnknownText("a program's entry", text[:100])
     return computations, entry
 
 
@@ -59,7 +77,7 @@ def _instruction(name: str, rest: str) -> Instruction:
     end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.find(" ")
     match = _OPCODE.search(rest, end)
     if match is None:
-        return Instruction(name, rest, "", "", "")
+        raise UnknownText("an instruction", f"{name} = {rest}")
     close = _closing(rest, match.end() - 1)
     return Instruction(name, rest[:end], match.group(1), rest[match.end() : close], rest[close + 1 :])
 
@@ -76,10 +94,14 @@ def _closing(text: str, opening: int) -> int:
 
 def shape_bytes(type_text: str) -> int:
     """Bytes of a type, of all its parts where it is a tuple."""
-    total = 0
-    for dtype, dims in _SHAPE.findall(type_text):
+    total, shapes = 0, _SHAPE.findall(type_text)
+    if not shapes and type_text.strip() != "()":
+        raise UnknownText("a type", type_text)
+    for dtype, dims in shapes:
         bits = re.match(r"[a-z]+(\d+)", dtype)
-        width = _BITS[dtype] if dtype in _BITS else int(bits.group(1)) if bits else 0
+        if bits is None and dtype not in _BITS:
+            raise UnknownText("an element type", type_text)
+        width = _BITS[dtype] if dtype in _BITS else int(bits.group(1))
         total += math.prod(_sizes(dims)) * width // 8
     return total
 
@@ -87,7 +109,9 @@ def shape_bytes(type_text: str) -> int:
 def shape_of(type_text: str) -> tuple[int, ...]:
     """The dimensions of an array's type."""
     match = _SHAPE.search(type_text)
-    return tuple(_sizes(match.group(2))) if match else ()
+    if match is None:
+        raise UnknownText("an array's type", type_text)
+    return tuple(_sizes(match.group(2)))
 
 
 def _sizes(dims: str) -> list[int]:
@@ -106,6 +130,8 @@ def executions(computations: Computations, entry: str) -> dict[str, int | None]:
             for name in called:
                 if name in callers:
                     callers[name].append((caller, trips))
+    if lost := [name for name, found in callers.items() if not found and name != entry]:
+        raise UnknownText("the call of a computation", lost[0])
 
     counted: dict[str, int | None] = {entry: 1}
 

@@ -19,8 +19,9 @@ from flax_switch.config import ExperimentConfig
 from flax_switch.generation.decode_step import decode_step, empty_cache, prepare
 from flax_switch.generation.device import Device
 from flax_switch.generation.program import decoder_config
-from flax_switch.plan.collectives import collectives
+from flax_switch.plan.collectives import Collective, Unreadable, readable_collectives
 from flax_switch.plan.flops import program_flops
+from flax_switch.plan.hlo import UnknownText
 from flax_switch.plan.memory import batch_structs
 from flax_switch.training.state import build_run
 from flax_switch.training.step import compile_train_step
@@ -43,8 +44,8 @@ class Traffic:
     kind: str
     instructions: int
     executions: int  # loops multiplied by their trip counts
-    bytes: int  # of the arrays
-    wire_bytes: int  # that a device must send at the least
+    bytes: int | None  # of the arrays; None where XLA's text of one of them is not known
+    wire_bytes: int | None  # that a device must send at the least; None where that is not known
     complete: bool  # False where a loop of unknown length counts once
 
 
@@ -59,11 +60,12 @@ class Program:
     arguments: int = 0
     temporaries: int = 0
     code: int = 0
-    flops: float = 0.0  # of matrix products, loops multiplied by their trip counts
+    flops: float | None = 0.0  # of matrix products, loops multiplied by their trip counts; None where XLA's text is not known
     flops_complete: bool = True
     xla_flops: float = 0.0  # XLA's own count, every loop's body once
     traffic: tuple[Traffic, ...] = ()
     refusal: str | None = None  # what the compiler said instead of compiling
+    unknown: tuple[str, ...] = ()  # figures that are not known, each with the text of XLA that was not understood
 
 
 @contextlib.contextmanager
@@ -133,7 +135,6 @@ def _compiled(name: str, mesh: Mesh, lower: Callable[[], Any]) -> Program:
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     memory, text = compiled.memory_analysis(), compiled.as_text()
     cost = compiled.cost_analysis() or {}
-    flops, complete = program_flops(text)
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
     # Only a TPU's compiler lays out the whole memory; elsewhere its parts add up.
     peak = memory.peak_memory_in_bytes if mesh.devices.flat[0].platform == "tpu" else held
@@ -145,29 +146,47 @@ def _compiled(name: str, mesh: Mesh, lower: Callable[[], Any]) -> Program:
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         code=memory.generated_code_size_in_bytes,
-        flops=flops,
-        flops_complete=complete,
         xla_flops=cost.get("flops", 0.0),
-        traffic=traffic(text, mesh.size),
+        **read_program(text, mesh.size),
     )
 
 
-def traffic(hlo_text: str, num_devices: int) -> tuple[Traffic, ...]:
-    """The collectives of a program by kind."""
-    by_kind: dict[str, list] = {}
-    for collective in collectives(hlo_text, num_devices):
-        if collective.count != 0 and collective.group_size > 1:
-            by_kind.setdefault(collective.kind, []).append((collective, collective.count or 1))
-    return tuple(
-        Traffic(
-            kind=kind,
-            instructions=len(found),
-            executions=sum(count for _, count in found),
-            bytes=sum(c.bytes * count for c, count in found),
-            wire_bytes=round(sum(c.wire_bytes * count for c, count in found)),
-            complete=all(c.count is not None for c, _ in found),
-        )
-        for kind, found in sorted(by_kind.items())
+def read_program(hlo_text: str, num_devices: int) -> dict[str, Any]:
+    """What a program's text tells: `flops`, `flops_complete`, `traffic`, and in `unknown` the figures that it does not."""
+    flops, complete, sent, unknown = None, True, (), []
+    try:
+        flops, complete = program_flops(hlo_text)
+    except UnknownText as reason:
+        unknown.append(f"FLOPs: {reason}")
+    try:
+        sent, reasons = traffic(hlo_text, num_devices)
+        unknown += [f"bytes of {kind}: {reason}" for kind, reason in reasons.items()]
+    except UnknownText as reason:
+        unknown.append(f"collectives: {reason}")
+    return {"flops": flops, "flops_complete": complete, "traffic": sent, "unknown": tuple(unknown)}
+
+
+def traffic(hlo_text: str, num_devices: int) -> tuple[tuple[Traffic, ...], dict[str, UnknownText]]:
+    """The collectives of a program by kind, and why the bytes of a kind are not known."""
+    by_kind: dict[str, list[tuple[Collective, int]]] = {}
+    unknown: dict[str, UnknownText] = {}
+    for item in readable_collectives(hlo_text, num_devices):
+        if isinstance(item, Unreadable):
+            unknown.setdefault(item.kind, item.reason)
+        elif item.count != 0 and item.group_size > 1:
+            by_kind.setdefault(item.kind, []).append((item, item.count or 1))
+    kinds = sorted({*by_kind, *unknown})
+    return tuple(_traffic_of(kind, by_kind.get(kind, []), kind not in unknown) for kind in kinds), unknown
+
+
+def _traffic_of(kind: str, found: list[tuple[Collective, int]], known: bool) -> Traffic:
+    return Traffic(
+        kind=kind,
+        instructions=len(found),
+        executions=sum(count for _, count in found),
+        bytes=sum(c.bytes * count for c, count in found) if known else None,
+        wire_bytes=round(sum(c.wire_bytes * count for c, count in found)) if known else None,
+        complete=all(c.count is not None for c, _ in found),
     )
 
 

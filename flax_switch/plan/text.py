@@ -64,8 +64,7 @@ def _program_lines(plan: Plan, program: Program) -> list[str]:
         f"    memory        {program.required / GIB:.3f} GiB at the peak{share}",
         f"                  (arguments {program.arguments / GIB:.3f}, temporaries {program.temporaries / GIB:.3f}, program "
         f"{program.code / GIB:.3f} GiB; not all at once)",
-        f"    FLOPs         {program.flops:.4g} in matrix products, loops multiplied by their trip counts"
-        + ("" if program.flops_complete else " (one of unknown length counts once)"),
+        _flops_line(program),
     ]
     training = program is plan.train
     if training and plan.useful_share is not None:
@@ -75,20 +74,34 @@ def _program_lines(plan: Plan, program: Program) -> list[str]:
             lines.append(
                 f"    at full speed {seconds:.3g} s a step at the chip's peak, {plan.topology.chip.peak_flops / 1e12:.0f} TFLOP/s"
             )
-    lines.append("    collectives   instructions  executions  GB of arrays    GB sent")
+    return lines + _traffic_lines(plan, program) + [f"    NOT KNOWN     {reason}" for reason in program.unknown]
+
+
+def _flops_line(program: Program) -> str:
+    if program.flops is None:
+        return "    FLOPs         not known, see below"
+    loops = "" if program.flops_complete else " (one of unknown length counts once)"
+    return f"    FLOPs         {program.flops:.4g} in matrix products, loops multiplied by their trip counts{loops}"
+
+
+def _traffic_lines(plan: Plan, program: Program) -> list[str]:
+    if any(reason.startswith("collectives:") for reason in program.unknown):
+        return ["    collectives   not known, see below"]
+    lines = ["    collectives   instructions  executions  GB of arrays    GB sent"]
     for t in program.traffic:
+        if t.wire_bytes is None:
+            lines.append(f"      {t.kind:<20}not known, see below")
+            continue
         lines.append(
             f"      {t.kind:<20}{t.instructions:>4}  {t.executions:>10}  {t.bytes / 1e9:>12.4f}  {t.wire_bytes / 1e9:>9.4f}"
             + ("" if t.complete else "  (a loop of unknown length counts once)")
         )
     if not program.traffic:
         lines.append("      none")
-    if training and plan.exchange_bound:
-        sent = sum(t.wire_bytes for t in program.traffic if t.kind in ("all-to-all", "ragged-all-to-all"))
-        lines.append(
-            f"      the experts' exchange needs at least {plan.exchange_bound / 1e9:.4f} GB; all-to-alls send {sent / 1e9:.4f} GB "
-            f"({sent / plan.exchange_bound:.3f} of it)"
-        )
+    if program is plan.train and plan.exchange_bound:
+        sent = [t.wire_bytes for t in program.traffic if t.kind in ("all-to-all", "ragged-all-to-all")]
+        known = f"{sum(sent) / 1e9:.4f} GB ({sum(sent) / plan.exchange_bound:.3f} of it)" if None not in sent else "an unknown amount"
+        lines.append(f"      the experts' exchange needs at least {plan.exchange_bound / 1e9:.4f} GB; all-to-alls send {known}")
     return lines
 
 

@@ -128,7 +128,7 @@ def environment(folder: Path, package: str, full: bool, *options: str) -> Path:
     else:
         (site / "beside.pth").write_text("".join(f"{path}\n" for path in sys.path if path.endswith("site-packages")))
         pip = [sys.executable, "-m", "pip", "--python", str(scripts / "python")]
-        options = [*options, "--ignore-installed", "--no-deps", "--no-index", "--no-build-isolation"]
+        options = ["--ignore-installed", "--no-deps", "--no-index", "--no-build-isolation", *options]
     run([*pip, "--disable-pip-version-check", "install", "--quiet", *options, package])
     (site / "no_network.py").write_text(NO_NETWORK)
     (site / "no_network.pth").write_text("import no_network\n")

@@ -5,6 +5,8 @@ Public names are imported when they are first used (PEP 562), so that reading a 
 
 import importlib
 
+__version__ = "0.1.0"  # setup.cfg reads it here, without importing the package
+
 _HOME = {
     "ConfigError": "flax_switch.config",
     "SwitchConfig": "flax_switch.config",
@@ -22,7 +24,7 @@ _HOME = {
     "save_pretrained": "flax_switch.pretrained",
 }  # public name -> the module that defines it
 
-__all__ = sorted(_HOME)
+__all__ = sorted([*_HOME, "__version__"])
 
 
 def __getattr__(name: str):

@@ -1,4 +1,5 @@
-"""The command line: flax-switch pretrain, finetune, distill, evaluate, generate, convert, upcycle, inspect, plan, report."""
+"""The command line: flax-switch pretrain, finetune, distill, evaluate, generate, convert, upcycle, inspect, plan, report, recipes,
+presets."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+import flax_switch
 from flax_switch.config import ConfigError
 from flax_switch.host_memory import keep_freed_memory
 
@@ -23,6 +25,8 @@ COMMANDS = {
     "inspect": "say what is in a checkpoint, without loading it",
     "plan": "say what a run would need and do on a machine, without the machine",
     "report": "write the HTML report of a run",
+    "recipes": "list the recipes that come with the package",
+    "presets": "list the models of the papers, with their sizes",
 }
 TRAINING = ("pretrain", "finetune", "distill")
 
@@ -30,6 +34,7 @@ TRAINING = ("pretrain", "finetune", "distill")
 def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     """The parser; only the named command's module is imported, so that help and light commands start quickly."""
     parser = argparse.ArgumentParser(prog="flax-switch", description="Switch Transformers in JAX and Flax.")
+    parser.add_argument("--version", action="version", version=f"flax_switch {flax_switch.__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, description in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=description, description=description, allow_abbrev=False)

@@ -1,7 +1,8 @@
 """Recipes from Python files (ml_collections) or gin files, with overrides from the command line: an `ExperimentConfig` for
 pre-training, or a `FinetuneRecipe`, which a section `evaluation` tells apart.
 
-configs/tiny.py                 def get_config() returns to_config_dict(ExperimentConfig(...))
+tiny                            one that comes with the package (flax_switch.shipped)
+configs/tiny.py                 a file: def get_config() returns to_config_dict(ExperimentConfig(...))
 --config.train.steps=500        changes one field
 configs/gin/tiny.gin            recipe.base = 'configs/tiny.py' and bindings such as train.steps = 500
 --gin.train.steps=500           changes one binding
@@ -19,6 +20,7 @@ from typing import Any
 
 import ml_collections
 
+from flax_switch import shipped
 from flax_switch.config import ConfigError, ExperimentConfig
 from flax_switch.config_distillation import DistillConfig
 from flax_switch.config_finetuning import FinetuneRecipe
@@ -45,22 +47,23 @@ def _kind(values: ml_collections.ConfigDict) -> type[Recipe]:
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-    """The config of a recipe file with overrides like 'train.steps=500' applied in order."""
+    """The config of a recipe, a file or a name such as 'tiny', with overrides like 'train.steps=500' applied in order."""
     return from_config_dict(override(_config_dict(path), overrides))
 
 
 def load_gin(paths: Sequence[str | Path], bindings: Iterable[str] = ()) -> Recipe:
-    """The config of gin files: `recipe.base` names a recipe file, bindings of the sections change its fields.
+    """The config of gin files, by path or name: `recipe.base` names a recipe, bindings of the sections change its fields.
 
-    A relative base is looked for from the working directory, then from the gin file's folder upwards. Needs the extra `gin`.
+    A relative base is looked for from the working directory, then from the gin file's folder upwards; one of a gin file that comes
+    with the package is the package's. Needs the extra `gin`.
     """
     if importlib.util.find_spec("gin") is None:
-        raise ConfigError("gin files need gin-config: pip install 'flax_switch[gin]'. The same recipes exist as configs/*.py.")
+        raise ConfigError(
+            "gin files need gin-config: pip install 'flax_switch[gin]'. The same recipes exist in Python: use --config."
+        )
     import gin
 
-    for path in paths:
-        if not Path(path).is_file():
-            raise ConfigError(f"There is no gin file {path}.")
+    paths = [shipped.find(path, ".gin") for path in paths]
     with gin.unlock_config():
         gin.clear_config()
         sections = _gin_sections()
@@ -70,7 +73,7 @@ def load_gin(paths: Sequence[str | Path], bindings: Iterable[str] = ()) -> Recip
             raise ConfigError(f"The gin configuration cannot be read: {error}") from error
         base = sections["recipe"]().get("base")
         if base is None:
-            raise ConfigError("A gin file names the recipe it changes: recipe.base = 'configs/tiny.py'.")
+            raise ConfigError("A gin file names the recipe it changes: recipe.base = 'tiny'.")
         values = _config_dict(_find_base(base, paths))
         for name in SECTIONS:
             for key, value in sections[name]().items():
@@ -93,20 +96,21 @@ def _gin_sections() -> dict[str, Any]:
     return {name: returning_bindings(name) for name in (*SECTIONS, "recipe")}
 
 
-def _find_base(base: str, gin_paths: Sequence[str | Path]) -> Path:
-    places = [Path.cwd(), *(parent for path in gin_paths for parent in Path(path).resolve().parents)]
+def _find_base(base: str, gin_paths: Sequence[Path]) -> Path:
+    places = [parent for path in gin_paths for parent in path.resolve().parents]
+    if not all(shipped.holds(path) for path in gin_paths):
+        places = [Path.cwd(), *places]
     for place in places:
         if (place / base).is_file():
             return place / base
-    raise ConfigError(f"recipe.base = {base!r}: there is no such file, neither from here nor from the gin file's folder upwards.")
+    try:
+        return shipped.find(base)
+    except ConfigError as error:
+        raise ConfigError(f"recipe.base = {base!r} is no file from here, nor from the gin file's folder upwards. {error}") from None
 
 
-def _config_dict(path: str | Path) -> ml_collections.ConfigDict:
-    path = Path(path)
-    if not path.is_file():
-        names = sorted(p.stem for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
-        hint = f" There are: {', '.join(names)}." if names else ""
-        raise ConfigError(f"There is no recipe {path}.{hint}")
+def _config_dict(given: str | Path) -> ml_collections.ConfigDict:
+    path = shipped.find(given)
     module = runpy.run_path(str(path))
     if "get_config" not in module:
         raise ConfigError(f"{path} is no recipe: it defines no get_config().")

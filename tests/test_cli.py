@@ -19,7 +19,7 @@ def test_every_command_has_help(capsys):
     ("argv", "message"),
     [
         (["pretrain", "--config", "configs/tiny.py", "--workdir", "{tmp}", "--config.train.stepss=3"], "Did you mean 'steps'"),
-        (["pretrain", "--config", "configs/tinny.py", "--workdir", "{tmp}"], "There are: "),
+        (["pretrain", "--config", "configs/tinny.py", "--workdir", "{tmp}"], "Did you mean configs/tiny.py?"),
         (["pretrain", "--workdir", "{tmp}"], "Name a recipe"),
         (["pretrain", "--config", "configs/tiny.py", "--workdir", "{tmp}", "--steps=3"], "Unknown argument '--steps=3'"),
         (["pretrain", "--config", "configs/tiny.py", "--workdir", "{tmp}", "--gin.train.steps=3"], "with --config use"),

@@ -61,6 +61,5 @@ def _recipe(args: argparse.Namespace) -> FinetuneRecipe:
                 values = recipes.override(recipes.to_config_dict(recipe_of(config)), args.overrides)
                 return recipes.from_config_dict(values)
     raise ConfigError(
-        f"{args.checkpoint} is no fine-tuned run that could say how to evaluate; name a recipe: --config "
-        "configs/finetune_summarization.py."
+        f"{args.checkpoint} is no fine-tuned run that could say how to evaluate; name a recipe: --config finetune_summarization."
     )

@@ -15,8 +15,16 @@ if TYPE_CHECKING:
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     """--config or --gin_file, and overrides of either."""
-    parser.add_argument("--config", metavar="FILE", help="a recipe, such as configs/tiny.py")
-    parser.add_argument("--gin_file", metavar="FILE", action="append", default=[], help="a gin file that names and changes one")
+    parser.add_argument(
+        "--config", metavar="RECIPE", help="one by name, such as tiny (flax-switch recipes lists them), or a file of your own"
+    )
+    parser.add_argument(
+        "--gin_file",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="a gin file that names a recipe and changes it; or such a name",
+    )
     parser.epilog = (
         "Any field can be set: --config.SECTION.FIELD=VALUE with --config, --gin.SECTION.FIELD=VALUE with --gin_file; "
         "sections are model, data, optimizer, mesh, train."
@@ -57,21 +65,25 @@ def load_finetuning(args: argparse.Namespace) -> FinetuneRecipe:
 
 # What a recipe is -> the command that runs it, and a recipe of the kind.
 _KINDS = {
-    ExperimentConfig: ("pretrain", "configs/tiny.py"),
-    DistillConfig: ("distill", "configs/distill_tiny.py"),
-    FinetuneRecipe: ("finetune", "configs/finetune_summarization.py"),
+    ExperimentConfig: ("pretrain", "tiny"),
+    DistillConfig: ("distill", "distill_tiny"),
+    FinetuneRecipe: ("finetune", "finetune_summarization"),
 }
 
 
 def _of_kind(args: argparse.Namespace, kind: type) -> Any:
     config = load_any(args)
-    command, _ = _KINDS[type(config)]
     if type(config) is not kind:
         raise ConfigError(
-            f"{args.config or args.gin_file[0]} is a recipe for flax-switch {command}; this command takes one such as "
+            f"{args.config or args.gin_file[0]} is a recipe for flax-switch {command_of(config)}; this command takes one such as "
             f"{_KINDS[kind][1]}."
         )
     return config
+
+
+def command_of(config: ExperimentConfig | DistillConfig | FinetuneRecipe) -> str:
+    """The command that runs a recipe."""
+    return _KINDS[type(config)][0]
 
 
 def load_any(args: argparse.Namespace) -> ExperimentConfig | DistillConfig | FinetuneRecipe:
@@ -79,7 +91,9 @@ def load_any(args: argparse.Namespace) -> ExperimentConfig | DistillConfig | Fin
     from flax_switch import recipes
 
     if bool(args.config) == bool(args.gin_file):
-        raise ConfigError("Name a recipe: either --config configs/tiny.py or --gin_file configs/gin/tiny.gin.")
+        raise ConfigError(
+            "Name a recipe: either --config tiny or --gin_file tiny, or files of your own; `flax-switch recipes` lists them."
+        )
     if args.config:
         if args.bindings:
             raise ConfigError("--gin.… binds fields of a --gin_file; with --config use --config.SECTION.FIELD=VALUE.")

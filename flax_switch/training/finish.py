@@ -44,7 +44,7 @@ def finish(result: RunResult, workdir: epath.PathLike) -> None:
         f"Checkpoints:         {workdir / 'checkpoints'}\n"
         f"Vocabulary:          {workdir / 'vocabulary'}\n\n"
         f"Next: train on with --config.train.steps=..., on your own text with --config.data.source=TEXT.txt and a new --workdir,\n"
-        f"compare with a dense model of equal FLOPs with --config configs/t5_tiny.py, or generate:\n"
+        f"compare with a dense model of equal FLOPs with --config t5_tiny, or generate:\n"
         f"  echo 'Return the <extra_id_0> of the list.' | flax-switch generate --checkpoint {workdir}"
     )
     sys.stdout.flush()

@@ -1,0 +1,47 @@
+"""flax-switch presets [--json]"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from flax_switch.config import SwitchConfig
+from flax_switch.presets import PRESETS
+from flax_switch.sizes import count_parameters, shorten
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """How to print."""
+    parser.add_argument("--json", action="store_true", help="print JSON, with every field of every config")
+    parser.epilog = "In Python: fs.PRESETS[NAME]. Fine-tuning starts from fresh weights of one with --init random:NAME."
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the published shapes with their sizes."""
+    sizes = {name: count_parameters(config) for name, config in PRESETS.items()}
+    if args.json:
+        counts = {name: {"parameters": size.total, "active_parameters": size.active} for name, size in sizes.items()}
+        print(json.dumps({name: counts[name] | {"config": config.to_dict()} for name, config in PRESETS.items()}, indent=1))
+        return 0
+    print(f"{'preset':22} {'parameters':>10} {'active':>8}  {'layers (sparse)':17} {'D':>5} {'F':>6}  experts")
+    for name, config in PRESETS.items():
+        total, active = shorten(sizes[name].total), shorten(sizes[name].active)
+        print(f"{name:22} {total:>10} {active:>8}  {_layers(config):17} {config.d_model:5} {config.d_ff:6}  {_experts(config)}")
+    return 0
+
+
+def _layers(config: SwitchConfig) -> str:
+    """'12+12 (6+6)': encoder and decoder, and how many of each are sparse."""
+    stacks = ("encoder", "decoder")
+    layers, sparse = (
+        "+".join(str(count(s)) for s in stacks) for count in (config.num_layers, lambda s: len(config.sparse_indices(s)))
+    )
+    return f"{layers} ({sparse})"
+
+
+def _experts(config: SwitchConfig) -> str:
+    if not config.is_sparse:
+        return "dense"
+    if config.router_type == "experts_choose":
+        return f"{config.num_experts}, experts choose"
+    return f"{config.num_experts}, top {config.num_selected_experts}"

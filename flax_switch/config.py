@@ -371,7 +371,7 @@ class DataConfig(_Section):
     """What text is read and how examples are made of it."""
 
     source: str | tuple[str, ...] = "default"  # "default": the embedded corpus; else files, folders or globs
-    text_field: str = "text"  # of JSON lines, parquet and ArrayRecord
+    text_field: str = "text"  # the field or column of JSON, tables, parquet and ArrayRecord
     document_separator: str = "line"  # of .txt: "line" (one document a line) or "blank_line"
     heldout_fraction: float = 0.02  # of documents, chosen by a hash of their text
     vocabulary: str | None = None  # a SentencePiece .model; None: train one of vocabulary_size pieces on the corpus

@@ -37,9 +37,9 @@ LOSS = "cross_entropy"  # of the validation targets; the one score that is bette
 class TaskConfig(_Section):
     """One text-to-text task: where its examples are, and how inputs and targets read.
 
-    `train` and `validation` name files, folders or globs of records (.jsonl, .tsv, .csv, .parquet, .arrayrecord), a folder that
-    `datasets` saved, or the common stem of two plain text files whose endings are `inputs` and `targets`: corpus/train with "en"
-    and "de" means corpus/train.en and corpus/train.de.
+    `train` and `validation` name files, folders or globs of records (.jsonl, .json, .tsv, .csv, .parquet, .arrayrecord), a folder
+    that `datasets` saved, or the common stem of two plain text files whose endings are `inputs` and `targets`: corpus/train with
+    "en" and "de" means corpus/train.en and corpus/train.de.
     """
 
     name: str = "task"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import glob
 import json
 import os
@@ -13,13 +12,11 @@ from typing import Any
 
 from flax_switch.config import ConfigError, check
 from flax_switch.config_finetuning import TaskConfig
-from flax_switch.data import sources
-
-KINDS = (*sources.JSONL, *sources.TABLES, *sources.PARQUET, *sources.ARRAYRECORD)
-Record = dict[Any, Any]
+from flax_switch.data import formats, packed, sources
+from flax_switch.data.formats import Records
 
 
-def task_records(source: str | tuple[str, ...], task: TaskConfig, split: str, setting: str) -> Iterator[tuple[Record, str]]:
+def task_records(source: str | tuple[str, ...], task: TaskConfig, split: str, setting: str) -> Records:
     """(record, where it stands) of everything that `source` names, in order.
 
     Args:
@@ -36,9 +33,9 @@ def task_records(source: str | tuple[str, ...], task: TaskConfig, split: str, se
         elif beside := _endings_beside(path):
             yield from _parallel(path, task, beside, setting)
         else:
-            for file in sources.find_files(pattern, KINDS, setting):
-                if sources.kind_of(file) in sources.TABLES:
-                    yield from _table(file, header=isinstance(task.inputs, str) and isinstance(task.targets, str))
+            for file in sources.find_files(pattern, formats.WITH_FIELDS, setting):
+                if formats.kind_of(file) in formats.TABLES:
+                    yield from formats.table_rows(file, header=isinstance(task.inputs, str) and isinstance(task.targets, str))
                 else:
                     yield from sources.records([file])
 
@@ -49,21 +46,22 @@ def _endings_beside(stem: Path) -> list[str]:
     if stem.exists():
         return []
     files = Path(stem.parent).glob(f"{glob.escape(stem.name)}.*") if stem.parent.is_dir() else []
-    return sorted({file.name.removeprefix(f"{stem.name}.").removesuffix(".gz") for file in files if file.is_file()})
+    names = {file.name.removesuffix(packed.ending_of(file)) for file in files if file.is_file()}
+    return sorted(name.removeprefix(f"{stem.name}.") for name in names)
 
 
-def _parallel(stem: Path, task: TaskConfig, beside: list[str], setting: str) -> Iterator[tuple[Record, str]]:
+def _parallel(stem: Path, task: TaskConfig, beside: list[str], setting: str) -> Records:
     paths = []
     for ending in (task.inputs, task.targets):
-        plain, packed = Path(f"{stem}.{ending}"), Path(f"{stem}.{ending}.gz")
+        found = [path for end in ("", *packed.COMPRESSIONS) if (path := Path(f"{stem}.{ending}{end}")).is_file()]
         check(
-            plain.is_file() or packed.is_file(),
-            f"{setting}: there is no {plain}. Beside it there are: {', '.join(f'{stem.name}.{e}' for e in beside)}. Of parallel "
-            f"text, data.inputs and data.targets (now {task.inputs!r} and {task.targets!r}) are the endings; else name a file of "
-            "records.",
+            bool(found),
+            f"{setting}: there is no {stem}.{ending}. Beside it there are: {', '.join(f'{stem.name}.{e}' for e in beside)}. Of "
+            f"parallel text, data.inputs and data.targets (now {task.inputs!r} and {task.targets!r}) are the endings; else name a "
+            "file of records.",
         )
-        paths.append(plain if plain.is_file() else packed)
-    inputs, targets = (list(sources.lines(path)) for path in paths)
+        paths.append(found[0])
+    inputs, targets = (list(packed.lines(path)) for path in paths)
     check(
         len(inputs) == len(targets),
         f"{setting}: parallel files need a line of one for every line of the other, but {paths[0]} has {len(inputs):,} lines and "
@@ -73,45 +71,13 @@ def _parallel(stem: Path, task: TaskConfig, beside: list[str], setting: str) -> 
         yield dict(zip((task.inputs, task.targets), texts, strict=True)), f"{paths[0]} and {paths[1].name}, line {number}"
 
 
-# --- tables
-def _table(path: Path, *, header: bool) -> Iterator[tuple[Record, str]]:
-    """Rows of a .csv or .tsv file by the names in its first row, or by number where it has no header.
-
-    In .tsv files quotes are characters like others, as the tools that write them have it.
-    """
-    tabs = sources.kind_of(path) == ".tsv"
-    options: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {"strict": True}
-    reader = csv.reader((line + "\n" for line in sources.lines(path)), **options)
-    names: list[Any] | None = None
-    while True:
-        where = f"{path}, line {reader.line_num + 1}"
-        try:
-            row = next(reader, None)
-        except csv.Error as error:
-            raise ConfigError(f"{where}: this is no row of a {'.tsv' if tabs else '.csv'} file ({error}).") from error
-        if row is None:
-            return
-        if not row:
-            continue
-        if names is None:
-            names = row if header else list(range(len(row)))
-            if header:
-                continue
-        check(
-            len(row) == len(names),
-            f"{where}: the row has {len(row)} columns, but the first one has {len(names)}."
-            + ("" if tabs else " A field with a comma needs quotes around it."),
-        )
-        yield dict(zip(names, row, strict=True)), where
-
-
 # --- what datasets' save_to_disk writes
 def is_saved_dataset(folder: Path) -> bool:
     """Whether `datasets` saved a data set, or several splits of one, in a folder."""
     return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
 
 
-def _saved_dataset(folder: Path, split: str, setting: str) -> Iterator[tuple[Record, str]]:
+def _saved_dataset(folder: Path, split: str, setting: str) -> Records:
     """Rows of the Arrow files that the folder's own list names, in order."""
     try:
         from pyarrow import ArrowException, ipc

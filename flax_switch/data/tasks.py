@@ -20,8 +20,9 @@ from flax_switch.config import check
 from flax_switch.config_finetuning import FinetuneDataConfig, TaskConfig
 from flax_switch.data.batches import Batch
 from flax_switch.data.cache import is_heldout
+from flax_switch.data.formats import Record
 from flax_switch.data.pairs import Pairs
-from flax_switch.data.task_files import Record, task_records
+from flax_switch.data.task_files import task_records
 from flax_switch.data.vocabulary import Vocabulary
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ def folder(tmp_path):
     (tmp_path / "deep" / "c.jsonl").write_text('{"text": "From\\nJSON.", "n": 1}\n\n{"text": "More."}\n', encoding="utf-8")
     with gzip.open(tmp_path / "deep" / "d.jsonl.gz", "wt", encoding="utf-8") as file:
         file.write('{"text": "Zipped JSON."}\n')
-    (tmp_path / "deep" / "readme.md").write_text("Not read.")
+    (tmp_path / "deep" / "readme.rst").write_text("Not read.")
     return tmp_path
 
 
@@ -73,8 +73,8 @@ def test_a_path_that_names_nothing_is_an_error(tmp_path):
 
 
 def test_a_file_of_an_unknown_kind_is_an_error(folder):
-    with pytest.raises(ConfigError, match=r"readme.md is of no kind that can be read; names must end in .txt, .jsonl"):
-        read(folder / "deep" / "readme.md")
+    with pytest.raises(ConfigError, match=r"readme.rst is of no kind that can be read; names must end in .txt, .md, .json"):
+        read(folder / "deep" / "readme.rst")
 
 
 def test_bad_utf_8_names_the_file_the_line_and_the_byte(tmp_path):

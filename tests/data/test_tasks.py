@@ -137,7 +137,7 @@ def test_a_mixture_prepares_each_task_and_says_their_rates(tmp_path, vocabulary)
     [
         ({}, {}, r"Say where the examples are: data.train=FILE"),
         ({}, {"train": "{tmp}/no.jsonl"}, r"data.train: .*no.jsonl' is no file or folder"),
-        ({"a.md": "x"}, {"train": "{tmp}/a.md"}, r"a.md is of no kind that can be read; names must end in .jsonl.*.csv.gz"),
+        ({"a.md": "x"}, {"train": "{tmp}/a.md"}, r"a.md is of no kind that can be read; .* in .json, .jsonl.*.csv.*.gz or .zst"),
         ({"a.jsonl": '{"text": "x"}\n'}, {"train": "{tmp}/a.jsonl"},
          r"a.jsonl, line 1: there is no field 'short'; the fields are: text. Set data.targets to one of them"),
         ({"a.jsonl": '{"text": "x", "short": "y"}\n{"text": "x", "short": " "}\n'}, {"train": "{tmp}/a.jsonl"},

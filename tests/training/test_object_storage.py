@@ -48,7 +48,7 @@ def put_text():
     (folder / "a.txt").write_text("\n".join(lines[:150]))
     records = "\n".join(json.dumps({"text": line}) for line in lines[150:])
     (folder.parent / "b.jsonl.gz").write_bytes(gzip.compress(records.encode()))
-    (folder / "readme.md").write_text("not text of ours")
+    (folder / "readme.rst").write_text("not text of ours")
     return lines
 
 

@@ -1,0 +1,85 @@
+"""Commands that are not run as they stand: what is done with each instead, and why. Nothing else may be left out."""
+
+from __future__ import annotations
+
+import configparser
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+from documented.finding import ROOT
+from documented.running import commands_of, filled_in, load
+
+from flax_switch import cli
+
+
+class Otherwise(NamedTuple):
+    """Commands whose text begins so (a regular expression), what is done instead, and why."""
+
+    beginning: str
+    do: Callable[[str], None]
+    why: str
+
+
+def parsed(text: str) -> None:
+    """Every flax-switch command in it is understood by its own parser, and its recipe loads with the overrides."""
+    found = commands_of(filled_in(text))
+    assert found, f"there is no flax-switch command in {text!r}"
+    for argv in found:
+        assert load(argv) is not None
+
+
+def names_a_command(text: str) -> None:
+    """A command by its name alone, or with an ellipsis for all else."""
+    assert re.search(r"flax-switch (\S+)", text)[1] in cli.COMMANDS
+
+
+def names_extras(text: str) -> None:
+    """The extras of a `pip install` are those that setup.cfg has."""
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "setup.cfg")
+    named = re.search(r"(?:flax_switch|-e '\.)\[([\w,]+)\]", text)
+    assert named, text
+    assert set(named[1].split(",")) <= set(settings["options.extras_require"])
+
+
+def says_how_to_use_it(text: str) -> None:
+    """The script is there and knows the options that are used."""
+    script, *rest = text.removeprefix("python ").split()
+    printed = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert printed.returncode == 0, printed.stderr
+    for option in (word.split("=")[0] for word in rest if word.startswith("--")):
+        assert option in printed.stdout, f"{script} has no option {option}"
+
+
+def is_shell(text: str) -> None:
+    """The script is there, and the shell can read it."""
+    subprocess.run(["bash", "-n", *text.split()[1:]], check=True, cwd=ROOT)
+
+
+def is_known_to_pip(text: str) -> None:
+    """Another project's package by name."""
+    assert text.startswith("pip install '")
+
+
+LIST = [
+    Otherwise(r"bash scripts/(quickstart|test)\.sh", is_shell, "installs packages, and is what runs this test"),
+    Otherwise(r"pip install 'jax\[k8s\]'", is_known_to_pip, "needs a package index, and is another project's extra"),
+    Otherwise(r"pip install ", names_extras, "needs a package index"),
+    Otherwise(r"python scripts/data/debian_descriptions\.py", says_how_to_use_it, "asks apt; tests/scripts runs it on small files"),
+    Otherwise(r"python benchmarks/", says_how_to_use_it, "takes minutes; those with a cheap mode are run by it in another test"),
+    Otherwise(r"flax-switch (pretrain|distill|evaluate|plan)$", names_a_command, "a mention of the command, no call of it"),
+    Otherwise(r"mpirun .* flax-switch pretrain \.\.\. ", names_a_command, "needs a cluster, and leaves out what others say"),
+    Otherwise(r"flax-switch \w+ --gin_file configs/gin/\w+\.gin .*\[--gin", parsed, "tests/test_recipes: it is the recipe's run"),
+    Otherwise(r"flax-switch pretrain .* --workdir gs://bucket/.* --distributed", parsed, "needs a cluster and a cloud"),
+    Otherwise(r"gcloud ", parsed, "needs a cloud"),
+    Otherwise(r"for i in 0 1 2 3; do\n  ssh ", parsed, "needs four hosts"),
+    Otherwise(r"#!/bin/bash\n#SBATCH ", parsed, "needs a SLURM cluster"),
+]
+
+
+def otherwise(text: str) -> Otherwise | None:
+    """The list's first entry for a command, if there is one."""
+    return next((entry for entry in LIST if re.match(entry.beginning, text)), None)

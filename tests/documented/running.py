@@ -1,0 +1,196 @@
+"""Runs documented commands for two steps on stand-ins, each in a folder of its own."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from documented.finding import ROOT, Command
+from documented.stand_ins import FILES, PIECES, VOCAB_SIZE, Store, place
+
+from flax_switch import cli
+from flax_switch.commands import options
+from flax_switch.config_finetuning import FinetuneRecipe
+
+# What a reader would put in the place of a word in capitals.
+PLACEHOLDERS = {
+    "CHECKPOINT": "runs/tiny",
+    "WORKDIR": "runs/tiny",
+    "DENSE": "google-t5/t5-base",
+    "DST": "made",
+    "DIR": "runs/made",
+    "gs://BUCKET/": "runs/",
+}
+ALIASES = {"runs/mine": "runs/tiny"}  # a run of the reader's own -> one that a documented command makes
+_LINKED = ("configs", "scripts", "benchmarks", "flax_switch")
+_OUTPUT_OPTIONS = ("workdir", "output", "json", "plot", "destination")
+LARGE = 256  # d_model from which a recipe is one of more than 100 M parameters
+_MAKES_A_SMALL_MODEL = dict(
+    d_model=16, d_ff=32, d_kv=8, num_heads=2, num_encoder_layers=2, num_decoder_layers=2, num_experts=8, vocab_size=VOCAB_SIZE
+)
+
+
+def filled_in(text: str) -> str:
+    """A command with brackets around optional arguments taken off and words in capitals replaced."""
+    text = re.sub(r"\[(--[^\]]*?)(?: \.\.\.)?\]", r"\1", text)
+    for name, value in PLACEHOLDERS.items():
+        text = re.sub(rf"(?<![\w/]){re.escape(name)}" + ("" if name.endswith("/") else r"(?!\w)"), value, text)
+    return text
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The arguments of a flax-switch command, by its own parser; its overrides are sorted, too."""
+    args, rest = cli.build_parser(argv[0]).parse_known_args(argv)
+    module = importlib.import_module(f"flax_switch.commands.{args.command}")
+    assert hasattr(module, "take_overrides") or not rest, f"unrecognized arguments: {rest}"
+    if hasattr(module, "take_overrides"):
+        module.take_overrides(args, rest)
+    return args
+
+
+def load(argv: list[str]):
+    """The config of a command that names a recipe, or None."""
+    args = parse(argv)
+    return options.load_any(args) if getattr(args, "config", None) or getattr(args, "gin_file", None) else None
+
+
+def outputs(argv: list[str]) -> set[str]:
+    """The paths that a command writes."""
+    args = vars(parse(argv))
+    return {str(args[name]) for name in _OUTPUT_OPTIONS if args.get(name)}
+
+
+def appended(argv: list[str]) -> list[str]:
+    """What the test adds to a command: two steps, small batches, and small sizes where the recipe is of a large model."""
+    if argv[0] == "generate":
+        return ["--max_new_tokens", "4"]
+    if argv[0] == "plan":
+        return [] if "--no-compile" in argv else ["--no-compile"]
+    if argv[0] == "evaluate":
+        return [f"--config.{name}={value}" for name, value in _EVALUATION.items()]
+    config = load(argv)
+    if config is None:
+        return []
+    small = _finetuning(config) if isinstance(config, FinetuneRecipe) else _pretraining(config)
+    prefix = "--gin." if "--gin_file" in argv else "--config."
+    return [f"{prefix}{name}={value!r}" for name, value in small.items()]
+
+
+_STEPS = {f"train.{name}": 2 for name in ("steps", "eval_every", "checkpoint_every")} | {
+    f"train.{name}": 1 for name in ("log_every", "eval_batches", "sample_spans", "microbatches")
+}
+_EVALUATION = {"evaluation.max_examples": 2, "evaluation.batch_size": 2, "data.targets_length": 8}
+
+
+def _pretraining(config) -> dict[str, object]:
+    changed: dict[str, object] = {**_STEPS, "data.batch_size": 16, "data.inputs_length": 32, "data.targets_length": 16}
+    if config.data.source == "default":
+        changed["data.source"] = "text.txt"
+    if config.data.vocabulary is None:
+        changed["data.vocabulary_size"] = PIECES
+    if config.model.d_model > LARGE:
+        changed |= {f"model.{name}": value for name, value in small_model(config).items()}
+        changed |= {f"mesh.{axis}": min(getattr(config.mesh, axis), most) for axis, most in (("expert", 4), ("model", 2))}
+    return changed
+
+
+def small_model(config) -> dict[str, int]:
+    """Sizes of a small model with the recipe's kinds of layers."""
+    model, sparse = config.model, {}
+    for stack in ("encoder", "decoder"):
+        of_all = getattr(model, f"num_{stack}_layers") == getattr(model, f"num_sparse_{stack}_layers")
+        sparse[f"num_sparse_{stack}_layers"] = 2 if of_all else min(1, getattr(model, f"num_sparse_{stack}_layers"))
+    return {**_MAKES_A_SMALL_MODEL, **sparse}
+
+
+def _finetuning(config: FinetuneRecipe) -> dict[str, object]:
+    rows = {"data.batch_tokens": 8 * 32} if config.data.batch_tokens else {"data.batch_size": 8}
+    return {**_STEPS, **rows, **_EVALUATION, "data.inputs_length": 32}
+
+
+class World:
+    """Where documented commands run: a folder for each, with the stand-ins and results of other commands that it names."""
+
+    def __init__(self, folder: Path, commands: list[Command]):
+        self.folder = folder
+        self.store = Store(folder / "stand-ins")
+        self.done: dict[str, Path] = {}  # a command's text -> where it ran
+        self.makers: dict[str, Command] = {}  # a path -> the first command that writes it
+        for command in commands:
+            argv = _only_command(filled_in(command.text))
+            if argv and argv[0] != "plan" and len(argv) > 1:
+                for path in outputs(argv):
+                    self.makers.setdefault(path, command)
+
+    def run(self, command: Command, status: int = 0) -> Path:
+        """The folder in which a command has run with the exit status; a command runs once a session."""
+        if command.text not in self.done:
+            folder = self.folder / f"run-{len(self.done)}"
+            folder.mkdir(parents=True)
+            self.done[command.text] = folder
+            text = filled_in(command.text)
+            self.provide(folder, text)
+            argv = _only_command(text)
+            with contextlib.chdir(folder):
+                found = cli.main([*argv, *appended(argv)]) if argv else run_in_a_shell(text)
+            assert found == status, f"{command.where}: {command.text} ended with status {found}"
+        return self.done[command.text]
+
+    def provide(self, folder: Path, text: str) -> None:
+        """Puts what a text names into a folder."""
+        for name in _LINKED:
+            (folder / name).symlink_to(ROOT / name)
+        written = set().union(*(outputs(argv) for argv in commands_of(text)))
+        for path in sorted({"text.txt", *re.findall(r"[\w.*/-]+", text)} - written):
+            self._provide_path(folder, path)
+
+    def _provide_path(self, folder: Path, path: str) -> None:
+        parts = path.split("/")
+        for length in range(len(parts), 0, -1):
+            name = "/".join(parts[:length])
+            if name in FILES:
+                return self.store.copy(name, folder)
+            if ALIASES.get(name, name) in self.makers:
+                made = self.run(self.makers[ALIASES.get(name, name)]) / ALIASES.get(name, name)
+                return place(made, folder / name)
+        return None
+
+
+def commands_of(text: str) -> list[list[str]]:
+    """The arguments of every flax-switch command in a line or a script, whatever is around them."""
+    text = re.sub(r"\\\n\s*", " ", text)
+    found = re.findall(r"flax-switch ([a-z][^|&\"`;\n]*)", re.sub(r"\n {2,}(?=--)", " ", text))
+    found += re.findall(r"python -m flax_switch\.cli ([a-z][^|&;\n]*)", text)
+    found += [f"{name} {rest}" for name, rest in re.findall(r"python scripts/(pretrain|finetune)\.py ([^|&;\n]*)", text)]
+    return [shlex.split(part.replace(",", " ") if text.startswith("[") else part) for part in found]
+
+
+def _only_command(text: str) -> list[str]:
+    """The arguments of a line that is one flax-switch command, which this process can run; else none."""
+    return shlex.split(text)[1:] if text.startswith("flax-switch ") and "\n" not in text else []
+
+
+def run_in_a_shell(text: str) -> int:
+    """Runs a line or a script by bash, with `flax-switch` and `python` those of this checkout, and two steps."""
+    folder = Path.cwd() / ".bin"
+    folder.mkdir()
+    for name, start in (("flax-switch", f"{sys.executable} -m flax_switch.cli"), ("python", sys.executable)):
+        (folder / name).write_text(f'#!/bin/sh\nexec {start} "$@" $APPENDED\n')
+        (folder / name).chmod(0o755)
+    added = [appended(argv) for argv in commands_of(text)]
+    environment = {
+        **os.environ,
+        "PATH": f"{folder}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "APPENDED": " ".join(added[0]) if added else "",
+    }
+    result = subprocess.run(["bash", "-c", f"set -e\n{text}\nwait"], env=environment, capture_output=True, text=True, timeout=300)
+    print(result.stdout, result.stderr, sep="\n")
+    return result.returncode

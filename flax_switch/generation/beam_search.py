@@ -1,7 +1,5 @@
 """Beam search with Hugging Face's bookkeeping: running beams, finished ones, and when to stop."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import flax.struct

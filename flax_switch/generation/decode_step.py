@@ -5,8 +5,6 @@ biases are a table, keys and values are kept as [.., H, K, T], rows that share a
 sparse layers read only the experts that are hit.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

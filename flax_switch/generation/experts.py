@@ -5,8 +5,6 @@ There experts are arrays of their own, and a `lax.switch` jumps to the one that 
 accelerator a gather of those that are hit is quick, and branches are not. Sharded experts run as in training.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any

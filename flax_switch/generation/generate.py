@@ -1,7 +1,5 @@
 """`generate`: checks inputs and controls, runs the compiled program, and cuts what it found to length."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

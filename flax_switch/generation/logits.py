@@ -4,8 +4,6 @@ R are the rows of a batch: sources, times beams or samples. Scores are logits, o
 get -inf. Rows' tokens so far are given as a buffer of static length and the number of places that are filled.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import flax.struct

@@ -1,7 +1,5 @@
 """The compiled program: the encoder once, a prefix in one pass, then a loop of single tokens until every row is finished."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Greedy search and sampling: one more token for each row."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import flax.struct

@@ -1,7 +1,5 @@
 """Multi-head attention with an explicit key/value cache, and the relative position table."""
 
-from __future__ import annotations
-
 import flax.linen as nn
 import flax.struct
 import jax

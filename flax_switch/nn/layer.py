@@ -1,7 +1,5 @@
 """One transformer layer: attention, in the decoder cross-attention, and a dense or sparse MLP, each with norm and residual."""
 
-from __future__ import annotations
-
 import flax.linen as nn
 import flax.struct
 import jax

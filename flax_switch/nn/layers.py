@@ -4,8 +4,6 @@ Every parameter is declared with the logical names of its axes beside its shape;
 mesh axes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import flax.linen as nn

@@ -1,7 +1,5 @@
 """The sparse MLP as a Flax module: it holds parameters; `flax_switch.ops.moe` computes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

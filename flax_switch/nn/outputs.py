@@ -1,7 +1,5 @@
 """What the model returns, and the caches decoding carries along."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import flax.struct

@@ -1,7 +1,5 @@
 """The encoder's and the decoder's stack of layers, unrolled or scanned."""
 
-from __future__ import annotations
-
 import operator
 
 import flax.linen as nn

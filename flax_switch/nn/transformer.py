@@ -1,7 +1,5 @@
 """The models: `SwitchTransformer`, an encoder-decoder with a language-model head, and `SwitchEncoder`, the encoder alone."""
 
-from __future__ import annotations
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp

@@ -1,7 +1,5 @@
 """T5's attention: no scaling of logits, additive relative position biases, softmax in float32."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -8,8 +8,6 @@
 exchange buffers between devices in between.
 """
 
-from __future__ import annotations
-
 import functools
 import logging
 from collections.abc import Callable

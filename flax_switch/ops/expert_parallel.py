@@ -8,8 +8,6 @@ One SPMD body, the same under `jax.shard_map` and `jax.pmap`. A device routes it
 Gradients take the same ways backwards. What was received is named, so that remat policies keep it and nothing is sent again.
 """
 
-from __future__ import annotations
-
 import math
 
 import jax.numpy as jnp

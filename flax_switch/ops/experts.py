@@ -1,7 +1,5 @@
 """What an expert computes: the MLP's mathematics, once, for every executor."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 
 import jax

@@ -10,8 +10,6 @@ The one place that knows which backend runs which kernel:
 What was counted and what was measured, and on which hardware, is in docs/moe.md.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib
 import math

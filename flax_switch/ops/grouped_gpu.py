@@ -6,8 +6,6 @@ gradients: one program for each tile of each expert's kernel walks over the rows
 factors are multiplied as `jax.default_matmul_precision` says, which is TF32 unless set, as everywhere on these GPUs.
 """
 
-from __future__ import annotations
-
 import functools
 
 import jax

@@ -4,9 +4,9 @@ A group is a sequence, or a fixed number of tokens: a matter of the config, neve
 is routed the same way on any number of devices. flaxformer's rule, which does depend on devices, is a compatibility mode.
 """
 
-from __future__ import annotations
-
+import dataclasses
 import math
+from typing import Self
 
 import flax.struct
 import jax
@@ -49,10 +49,10 @@ class Grouping:
         full = self.num_groups * self.group_size == self.padded_batch * self.padded_length
         return full and self.padded_batch == self.batch and self.batch % ways == 0 and self.num_groups % ways == 0
 
-    def part(self, ways: int) -> Grouping:
+    def part(self, ways: int) -> Self:
         """The grouping of one of `ways` equal parts of the batch; only where it `splits`."""
         batch = self.batch // ways
-        return Grouping(batch, self.length, batch, self.padded_length, self.num_groups // ways, self.group_size)
+        return dataclasses.replace(self, batch=batch, padded_batch=batch, num_groups=self.num_groups // ways)
 
     def counted(self) -> Bool[Array, "G S"] | None:
         """Which places take part in routing and losses; None if all do.

@@ -1,7 +1,5 @@
 """The training loss: cross-entropy with z-loss and label smoothing, plus the routers' losses, added up in one place."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import flax.struct

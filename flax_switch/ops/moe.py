@@ -1,7 +1,5 @@
 """A sparse MLP as one pure function: group, route, execute, and report."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Mapping
 

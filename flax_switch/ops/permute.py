@@ -4,8 +4,6 @@ Taking rows and adding rows up are each other's transpose. A caller who knows, f
 `inverse`) lets both the forward and the backward pass gather.
 """
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Shaped

@@ -1,7 +1,5 @@
 """A product of rows with one kernel, and the kernel's gradient in the form that a processor is fast at."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 from jax import lax

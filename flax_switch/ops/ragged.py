@@ -1,7 +1,5 @@
 """Dropless execution: rows sorted by expert, and one grouped product per kernel."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import jax.numpy as jnp

@@ -4,8 +4,6 @@ Device s sends `counts[s, r]` rows to device r. Its rows lie in the order of the
 order of the senders. Sending by the transposed counts brings every row back to where it was, and is the gradient too.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 

@@ -6,8 +6,6 @@ are computed here as well, because they judge the decision and not its execution
 Sources: Switch Transformers (2101.03961), ST-MoE (2202.08906), V-MoE (2106.05974), Expert Choice (2202.09368).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Laying the sparse MLP's SPMD body over a mesh or a pmap: which part of what each device sees."""
 
-from __future__ import annotations
-
 import functools
 import logging
 import math

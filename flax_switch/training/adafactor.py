@@ -5,8 +5,6 @@ that would mix the statistics of different experts, and make them depend on how 
 scanned layer) has its own factored second moments, parameter scale and update clipping, as if it were a parameter of its own.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import jax

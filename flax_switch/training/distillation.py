@@ -4,8 +4,6 @@ The student starts from the teacher's weights wherever both have them, which is 
 are a mixture of the true token and of the teacher's whole distribution, at temperature 1.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The end of a run: a few masked spans filled in as text, the report, and where everything lies."""
 
-from __future__ import annotations
-
 import importlib.util
 import itertools
 import json

@@ -1,7 +1,5 @@
 """The optimiser an `OptimizerConfig` describes, and the logical axes of its state."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax

@@ -1,7 +1,5 @@
 """The state of a run, and how to make one straight into its shardings."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import flax.struct

@@ -1,7 +1,5 @@
 """One step of training and one of evaluation: the only place where losses meet gradients."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

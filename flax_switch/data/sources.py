@@ -14,7 +14,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from etils import epath
 
@@ -38,7 +38,7 @@ def find_files(source: str | tuple[str, ...], known: tuple[str, ...] = _KNOWN, s
     for pattern in (source,) if isinstance(source, str) else source:
         expanded = os.path.expanduser(pattern)
         if in_store(pattern):
-            matches = sorted(path for path in _stored_files(pattern) if kind_of(path) in known)
+            matches: list[Any] = sorted(path for path in _stored_files(pattern) if kind_of(path) in known)
             check(bool(matches), f"{setting}: {pattern!r} names no file that ends in {endings}, no folder of them and no glob.")
         elif os.path.isdir(expanded):
             matches = sorted(p for p in Path(expanded).rglob("*") if p.is_file() and kind_of(p) in known)
@@ -69,7 +69,7 @@ def _stored_files(pattern: str) -> Iterator[epath.Path]:
         yield path
 
 
-def kind_of(path: Path) -> str:
+def kind_of(path: Path | epath.Path) -> str:
     """The ending that says how a file is read, without .gz where it may be compressed."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes[-1:] == [".gz"] and suffixes[-2:-1] and suffixes[-2] in _COMPRESSED:
@@ -81,7 +81,7 @@ def fingerprint(paths: list[Path], text_field: str, separator: str) -> str:
     """Changes with the files' names, sizes or modification times and with how they are read."""
     digest = hashlib.blake2b(f"{text_field} {separator}".encode(), digest_size=10)
     for path in paths:
-        stat = path.stat()
+        stat: Any = path.stat()  # in object storage etils' own
         size, time = (stat.length, stat.mtime) if in_store(path) else (stat.st_size, stat.st_mtime_ns)
         digest.update(f"\n{absolute(path)} {size} {time}".encode())
     return digest.hexdigest()
@@ -163,7 +163,7 @@ def _raw_lines(path: Path) -> Iterator[bytes]:
 
 
 @contextlib.contextmanager
-def _open(path: Path) -> Iterator[IO[bytes]]:
+def _open(path: Path) -> Iterator[Any]:
     with path.open("rb") as file:
         if path.suffix.lower() == ".gz":
             with gzip.open(file) as unpacked:

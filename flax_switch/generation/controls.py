@@ -136,8 +136,9 @@ class GenerationConfig:
                     isinstance(token, (int, np.integer)) and 0 <= token < V,
                     f"{name} holds {token!r}, which is no id of the vocabulary of {V}.",
                 )
-        check(len(filled.eos_token_id) > 0, "eos_token_id is empty; to ignore EOS, set min_new_tokens to max_new_tokens.")
-        check(len(filled.eos_token_id) < V, f"eos_token_id names all {V} tokens of the vocabulary; leave at least one.")
+        ends = as_ids(filled.eos_token_id)
+        check(len(ends) > 0, "eos_token_id is empty; to ignore EOS, set min_new_tokens to max_new_tokens.")
+        check(len(ends) < V, f"eos_token_id names all {V} tokens of the vocabulary; leave at least one.")
         check(
             len(set(filled.suppress_tokens or ())) < V,
             f"suppress_tokens forbids all {V} tokens of the vocabulary; leave at least one.",

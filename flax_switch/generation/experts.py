@@ -74,6 +74,7 @@ def sparse_mlp(
     dtype = expert_dtype(config)
     tokens = x.astype(dtype)
     if device is Device.PROCESSOR:
+        assert experts is not None
         answers = _switched(experts, tokens, expert, config)
     else:
         answers = _gathered({name: leaf["kernel"] for name, leaf in params["expert"].items()}, tokens, expert, config)
@@ -107,7 +108,7 @@ def _switched(
     alone = [lambda rows, answer=answer: jnp.zeros_like(rows).at[:1].set(answer(rows[:1])) for answer in run]
     flat = expert.reshape(-1)
     order = jnp.argsort(flat)
-    lengths = (flat[:, None] == jnp.arange(len(experts))).sum(0)
+    lengths = jax.nn.one_hot(flat, len(experts), dtype=jnp.int32).sum(0)
     starts = jnp.cumsum(lengths) - lengths
     blocks = -(-lengths // size)
     blocks_until = jnp.cumsum(blocks)

@@ -35,7 +35,7 @@ class LayerOutput:
 
     router: RouterOutput | None = None
     self_attention: Float[Array, "B H Q T"] | None = None
-    cross_attention: Float[Array, "B H Q T"] | None = None
+    cross_attention: Float[Array, "B H Q S"] | None = None
     cache: LayerCache | None = None
 
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Shaped
 
-from flax_switch.config import SwitchConfig, check
+from flax_switch.config import ConfigError, SwitchConfig
 
 
 @flax.struct.dataclass
@@ -121,12 +121,12 @@ def flaxformer_num_groups(num_tokens: int, max_group_size: int, num_experts: int
     first = max(num_tokens // max_group_size, copies)
     fits = (g for g in range(first, num_tokens + 1) if num_tokens % g == 0 and g % copies == 0)
     num_groups = next(fits, None)
-    check(
-        num_groups is not None,
+    if num_groups is not None:
+        return num_groups
+    raise ConfigError(
         f"routing_group='flaxformer' needs the {copies} copies of all experts to divide the {num_tokens} tokens of a batch; "
-        "enlarge the batch or the length, or use routing_group='tokens' or 'sequence'.",
+        "enlarge the batch or the length, or use routing_group='tokens' or 'sequence'."
     )
-    return num_groups
 
 
 def flaxformer_replicas(num_experts: int) -> int:

@@ -25,7 +25,8 @@ def take_rows(x: Shaped[Array, "G S D"], index: Int[Array, "G R"], inverse: Int[
 
 @jax.custom_vjp
 def _sum_rows(rows: Shaped[Array, "G R D"], index: Int[Array, "G R"], inverse: Int[Array, "G S N"]) -> Shaped[Array, "G S D"]:
-    return sum(_take(rows, inverse[..., n]) for n in range(inverse.shape[-1]))
+    first, *others = (_take(rows, inverse[..., n]) for n in range(inverse.shape[-1]))
+    return sum(others, start=first)
 
 
 def sum_rows(

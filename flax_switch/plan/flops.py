@@ -89,7 +89,9 @@ def _product_flops(product: Instruction, shapes: dict[str, tuple[int, ...]]) -> 
 
 def _convolution_flops(attributes: str, left: tuple[int, ...], right: tuple[int, ...], out: tuple[int, ...]) -> float:
     """TPU programs write products as convolutions, batch dimensions as dilated windows that meet one input each."""
-    inputs, kernel, outputs = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes).groups()
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes)
+    assert labels is not None  # every convolution has them
+    inputs, kernel, outputs = labels.groups()
     batch_groups = re.search(r"batch_group_count=(\d+)", attributes)
     fma = right[kernel.index("i")] * out[outputs.index("f")] * left[inputs.index("b")]
     if batch_groups:

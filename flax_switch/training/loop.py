@@ -28,7 +28,8 @@ Batch = dict[str, np.ndarray]
 class Examples(Protocol):
     """Where batches come from: `data.Prepared`, or of fine-tuning `data.tasks.PreparedTasks`."""
 
-    vocabulary: Vocabulary
+    @property
+    def vocabulary(self) -> Vocabulary: ...
 
     def train_iterator(self, rows: np.ndarray | None = None) -> Any: ...
 

@@ -1,9 +1,21 @@
 """Switch Transformers in JAX and Flax.
 
-Public names are imported when they are first used (PEP 562), so that reading a config or preparing data never starts JAX.
+Public names are imported when they are first used (PEP 562), so that reading a config or preparing data never starts JAX. Type
+checkers see them as imports.
 """
 
 import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flax_switch.config import ConfigError, SwitchConfig
+    from flax_switch.convert import CheckpointError
+    from flax_switch.generation.generate import GenerationOutput, generate
+    from flax_switch.nn.outputs import ModelOutput
+    from flax_switch.nn.transformer import SwitchEncoder, SwitchTransformer
+    from flax_switch.ops.losses import LossOutput, seq2seq_loss
+    from flax_switch.presets import PRESETS
+    from flax_switch.pretrained import Pretrained, load_pretrained, save_pretrained
 
 __version__ = "0.1.0"  # setup.cfg reads it here, without importing the package
 
@@ -24,15 +36,32 @@ _HOME = {
     "save_pretrained": "flax_switch.pretrained",
 }  # public name -> the module that defines it
 
-__all__ = sorted([*_HOME, "__version__"])
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "GenerationOutput",
+    "LossOutput",
+    "ModelOutput",
+    "PRESETS",
+    "Pretrained",
+    "SwitchConfig",
+    "SwitchEncoder",
+    "SwitchTransformer",
+    "__version__",
+    "generate",
+    "load_pretrained",
+    "save_pretrained",
+    "seq2seq_loss",
+]
 
+if not TYPE_CHECKING:  # to a type checker, a module with __getattr__ has every name
 
-def __getattr__(name: str):
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOME[name]), name)
-    globals()[name] = value  # found directly from now on
-    return value
+    def __getattr__(name: str) -> Any:
+        if name not in _HOME:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(_HOME[name]), name)
+        globals()[name] = value  # found directly from now on
+        return value
 
 
 def __dir__() -> list[str]:

@@ -14,7 +14,7 @@ import numbers
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 ACTIVATIONS = ("relu", "gelu", "gelu_new", "silu", "swish", "linear", "tanh")
 LAYOUTS = ("bottom", "middle", "mixed", "top", "huggingface")
@@ -26,7 +26,7 @@ class ConfigError(ValueError):
     """A setting that cannot be used: the message says what was expected, what came and what to change."""
 
 
-def check(condition: bool, message: str) -> None:
+def check(condition: Any, message: str) -> None:
     """Raises `ConfigError(message)` unless `condition` holds."""
     if not condition:
         raise ConfigError(message)
@@ -41,8 +41,16 @@ def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     raise ConfigError(f"{name} must be one of {', '.join(map(repr, allowed))}; it is {value!r}.{hint}")
 
 
+@dataclasses.dataclass(frozen=True)
 class _Section:
     """What all config dataclasses share: type checks, replace, to and from plain dicts, errors that name the nearest key."""
+
+    if not TYPE_CHECKING:  # type checkers know the fields from each class
+
+        def __new__(cls, *values: Any, **named: Any) -> Self:
+            """Refuses a keyword that is no field before the constructor does, and names the nearest one."""
+            reject_unknown_keys(cls, named)
+            return super().__new__(cls)
 
     def __post_init__(self) -> None:
         for name, hint in _type_hints(type(self)).items():
@@ -52,7 +60,7 @@ class _Section:
                 f"{type(self).__name__}.{name} must be {_describe(hint)}; it is {value!r} ({type(value).__name__}).",
             )
 
-    def replace(self, **changes: Any):
+    def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed; validated again."""
         reject_unknown_keys(type(self), changes)
         return dataclasses.replace(self, **changes)
@@ -68,7 +76,7 @@ class _Section:
         return {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]):
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """The inverse of `to_dict`. Unknown keys are errors that name the nearest field; absent keys take their defaults."""
         reject_unknown_keys(cls, values)
         sections = {f.name: f.default_factory for f in dataclasses.fields(cls) if isinstance(f.default_factory, type)}

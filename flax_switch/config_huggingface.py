@@ -46,7 +46,7 @@ _T5 = (
 )
 
 # What Hugging Face does, whatever the model: the settings of ours that say the same.
-SEMANTICS = dict(
+SEMANTICS: dict[str, Any] = dict(
     capacity_mode="fixed",
     routing_group="sequence",
     ignore_padding_tokens=False,
@@ -91,7 +91,7 @@ def from_huggingface(values: Mapping[str, Any]) -> SwitchConfig:
         f"config.json has model_type {model_type!r}; flax_switch reads 'switch_transformers' and, for dense models, 't5'.",
     )
     table = _SWITCH if model_type == "switch_transformers" else _T5
-    fields = {ours: values.get(theirs, default) for ours, theirs, default in table}
+    fields: dict[str, Any] = {ours: values.get(theirs, default) for ours, theirs, default in table}
     decoder_layers = values.get("num_decoder_layers")
     # An old file has no num_decoder_layers in T5's case, and an explicit null in Switch's: both mean a symmetric model.
     absent = 12 if model_type == "switch_transformers" and "num_decoder_layers" not in values else fields["num_encoder_layers"]
@@ -107,7 +107,7 @@ def from_huggingface(values: Mapping[str, Any]) -> SwitchConfig:
         return SwitchConfig(**fields, **_t5_fields(values), **SEMANTICS)
     tied = values.get("tie_word_embeddings", True)
     capacity = values.get("expert_capacity", 64)
-    semantics = dict(SEMANTICS, capacity_mode="dropless" if capacity >= NEVER_DROPS else "fixed")
+    semantics: dict[str, Any] = dict(SEMANTICS, capacity_mode="dropless" if capacity >= NEVER_DROPS else "fixed")
     return SwitchConfig(
         **fields,
         **semantics,

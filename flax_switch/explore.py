@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from flax_switch.config import SwitchConfig, check
-from flax_switch.nn.transformer import SwitchEncoder
+from flax_switch.config import ConfigError, SwitchConfig, check
+from flax_switch.nn.transformer import SwitchEncoder, SwitchTransformer
 from flax_switch.ops.routing import RouterOutput
 
 if TYPE_CHECKING:
@@ -82,10 +82,10 @@ def explore(pretrained: Pretrained, texts: Sequence[str], targets: Sequence[str]
     """
     config, vocabulary = pretrained.config, pretrained.vocabulary
     check(config.is_sparse, "This model has no sparse layer, so there is no routing to look at.")
-    check(
-        vocabulary is not None,
-        "This checkpoint has no vocabulary to read the text with; put its SentencePiece model, spiece.model, into its folder.",
-    )
+    if vocabulary is None:
+        raise ConfigError(
+            "This checkpoint has no vocabulary to read the text with; put its SentencePiece model, spiece.model, into its folder."
+        )
     check(len(texts) > 0, "There is no text to look at; give at least one.")
     check(targets is None or len(targets) == len(texts), "targets must be as many as texts.")
     explored = []
@@ -112,6 +112,7 @@ def _routers(
     """What the routers of both stacks, or of an encoder alone, say."""
     if answer is None:
         return {"encoder": model.apply({"params": params}, ids, output_router_logits=True).router}
+    assert isinstance(model, SwitchTransformer)
     output = model.apply({"params": params}, ids, answer, output_router_logits=True)
     return {"encoder": output.encoder_router, "decoder": output.decoder_router}
 
@@ -120,6 +121,7 @@ def _answer(pretrained: Pretrained, ids: Int[Array, "1 S"], target: str | None) 
     """The decoder's input: the start token and the target, or the model's greedy answer."""
     if target is None:
         return jnp.asarray(pretrained.generate(ids, max_new_tokens=ANSWER_LENGTH).sequences)
+    assert pretrained.vocabulary is not None  # `explore` has refused a checkpoint without one
     return jnp.asarray([[pretrained.config.decoder_start_token_id, *pretrained.vocabulary.encode(target)]])
 
 
@@ -144,6 +146,7 @@ def _stack_routing(stack: str, tokens: list[str], routers: Sequence[RouterOutput
 
 
 def _confidence(router: RouterOutput) -> list[float]:
+    assert router.logits is not None  # asked for
     logits = np.asarray(router.logits[0], np.float64)
     exponents = np.exp(logits - logits.max(-1, keepdims=True))
     return (exponents.max(-1) / exponents.sum(-1)).tolist()
@@ -187,7 +190,7 @@ def _load_tables(exploration: Exploration, width: int = 40) -> Iterator[str]:
         scale = min(1.0, width / max((kept + dropped).max(), 1))
         for expert in np.argsort(-(kept + dropped), kind="stable"):
             if kept[expert] + dropped[expert]:
-                bar = "#" * round(scale * kept[expert]) + "x" * round(scale * dropped[expert])
+                bar = "#" * round(scale * int(kept[expert])) + "x" * round(scale * int(dropped[expert]))
                 more = f" + {dropped[expert]} dropped" if dropped[expert] else ""
                 yield f"    expert {expert:4d}  {bar.ljust(width)} {kept[expert]}{more}"
 

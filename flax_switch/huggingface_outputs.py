@@ -114,4 +114,5 @@ def _states(output: ModelOutput) -> dict:
 
 
 def _router_logits(routers: tuple[RouterOutput, ...]) -> Layers:
-    return tuple(router.logits for router in routers) if routers and routers[0].logits is not None else None
+    logits = tuple(router.logits for router in routers if router.logits is not None)
+    return logits or None

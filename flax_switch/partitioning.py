@@ -23,8 +23,9 @@ from flax_switch.config import MeshConfig, check
 MESH_AXES = ("data", "expert", "model")
 
 # Logical axis -> mesh axis, None for replicated. With fsdp, "embed" of parameters goes over "data" too.
+BATCH_AXES = ("expert", "data")
 RULES: dict[str, str | tuple[str, ...] | None] = {
-    "batch": ("expert", "data"),
+    "batch": BATCH_AXES,
     "expert": "expert",
     "mlp": "model",
     "heads": "model",
@@ -54,7 +55,8 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
         f"mesh axes {dict(zip(MESH_AXES, sizes, strict=True))} need {math.prod(sizes)} devices; there are {num_devices}. "
         f"Set one axis to -1 to take what is left.",
     )
-    return tuple(sizes)
+    data, expert, model = sizes
+    return data, expert, model
 
 
 def create_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -66,7 +68,9 @@ def create_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None)
     return Mesh(array, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh, *, fsdp: bool = False) -> PartitionSpec:
+def partition_spec(
+    axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh, *, fsdp: bool = False
+) -> PartitionSpec:
     """The partition of an array with these logical axes.
 
     An axis whose size the mesh axis does not divide stays whole, except "expert", where that is an error: experts are never
@@ -87,7 +91,7 @@ def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh,
     return PartitionSpec(*entries)
 
 
-def tree_shardings(axes: Any, shapes: Any, mesh: Mesh, *, fsdp: bool = False) -> Any:
+def tree_shardings(axes: Any, shapes: Any, mesh: Mesh | AbstractMesh, *, fsdp: bool = False) -> Any:
     """The tree of `NamedSharding`s for a tree of logical axes (tuples) and one of shapes (anything with `.shape`)."""
     return jax.tree.map(
         lambda names, leaf: NamedSharding(mesh, partition_spec(names, leaf.shape, mesh, fsdp=fsdp)),
@@ -97,19 +101,19 @@ def tree_shardings(axes: Any, shapes: Any, mesh: Mesh, *, fsdp: bool = False) ->
     )
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """The sharding of what every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """The sharding of a batch over its first axis."""
-    return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def batch_ways(mesh: Mesh) -> int:
+def batch_ways(mesh: Mesh | AbstractMesh) -> int:
     """Into how many parts a batch is split."""
-    return math.prod(mesh.shape[a] for a in RULES["batch"])
+    return math.prod(mesh.shape[a] for a in BATCH_AXES)
 
 
 def check_batch_size(size: int, mesh: Mesh) -> None:
@@ -127,7 +131,7 @@ def batch_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
     They need not lie together, and processes that only the model axis divides hold the same ones.
     """
     held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
-    return np.unique(np.concatenate([np.arange(batch_size)[rows] for (rows,) in held]))
+    return np.unique(np.concatenate([np.arange(batch_size)[index] for index in held]))
 
 
 def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
@@ -206,9 +210,9 @@ def keep_batch_split(x: jax.Array) -> jax.Array:
     Without it GSPMD may prefer to cut activations like fsdp's parameters, and move every row to do so.
     """
     mesh = current_devices()
-    if not isinstance(mesh, AbstractMesh) or x.shape[0] % math.prod(mesh.shape[a] for a in RULES["batch"]):
+    if not isinstance(mesh, AbstractMesh) or x.shape[0] % math.prod(mesh.shape[a] for a in BATCH_AXES):
         return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(RULES["batch"]))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
 
 
 def current_devices() -> AbstractMesh | PmapDevices | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from flax_switch.config import SwitchConfig
 
 _SWITCH = SwitchConfig(
@@ -11,7 +13,7 @@ _SWITCH = SwitchConfig(
     router_jitter_noise=0.01,
     expert_dropout_rate=0.4,
 )
-_LARGE = dict(
+_LARGE: dict[str, Any] = dict(
     d_model=1024, d_ff=4096, num_heads=16, num_encoder_layers=24, num_decoder_layers=24,
     num_sparse_encoder_layers=12, num_sparse_decoder_layers=12, num_experts=128, group_size=4096,
 )  # fmt: skip
@@ -32,7 +34,9 @@ _ST_MOE = _TOKENS_CHOOSE.replace(
 )  # fmt: skip
 
 
-def _sizes(d_model, d_ff, num_heads, num_layers, num_sparse, d_kv=64, **more):
+def _sizes(
+    d_model: int, d_ff: int, num_heads: int, num_layers: int, num_sparse: int, d_kv: int = 64, **more: Any
+) -> dict[str, Any]:
     return dict(
         d_model=d_model, d_ff=d_ff, num_heads=num_heads, d_kv=d_kv, num_encoder_layers=num_layers,
         num_decoder_layers=num_layers, num_sparse_encoder_layers=num_sparse, num_sparse_decoder_layers=num_sparse, **more,

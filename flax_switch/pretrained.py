@@ -7,7 +7,7 @@ import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,7 @@ class Pretrained:
     vocabulary: Vocabulary | None = None
     architecture: str = "full"
 
-    def replace(self, **changes: Any) -> Pretrained:
+    def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed: the parameters after an update, for instance."""
         return dataclasses.replace(self, **changes)
 
@@ -304,7 +304,8 @@ def _to_device(tensor: LazyTensor, sharding: Sharding | None) -> Array:
     def block(bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
         return tensor.read(tuple(itertools.starmap(slice, bounds)))
 
-    def read(index: tuple[slice, ...]) -> np.ndarray:
+    def read(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None  # JAX passes none for no array
         return block(tuple((s.start or 0, size if s.stop is None else s.stop) for s, size in zip(index, tensor.shape, strict=True)))
 
     return jax.make_array_from_callback(tensor.shape, sharding, read)

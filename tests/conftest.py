@@ -19,7 +19,8 @@ for flag in (
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
-import pytest  # noqa: E402 - after the environment
+import pytest  # noqa: E402
+import typechecking  # noqa: E402, F401 - after the environment, before the package
 from hypothesis import settings  # noqa: E402
 
 # The same examples in every run: a check that fails must fail for whoever runs it next. A soak draws others in every round.

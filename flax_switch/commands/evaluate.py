@@ -23,14 +23,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, metavar="CHECKPOINT", help=FORMATS)
     parser.add_argument("--vocabulary", metavar="PATH", help="a spiece.model or a folder with one; default: the checkpoint's")
     parser.add_argument("--output", default="evaluation", metavar="DIR", help="for metrics.json and predictions.jsonl")
-    parser.epilog += " Without --config, a fine-tuned run's own recipe is used, and --config.… changes it."
+    parser.epilog = f"{parser.epilog} Without --config, a fine-tuned run's own recipe is used, and --config.… changes it."
 
 
 @missing_extra
 def run(args: argparse.Namespace) -> int:
     """Prints the scores, and writes them and the predictions."""
     recipe = _recipe(args)
-    from flax_switch.finetuning.evaluate import describe, write_predictions
+    from flax_switch.finetuning.evaluate import describe, finetuning_config, write_predictions
     from flax_switch.finetuning.finetune import evaluate_checkpoint
 
     run, evaluation, predictions = evaluate_checkpoint(recipe, args.checkpoint, vocabulary=args.vocabulary)
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     output.mkdir(parents=True, exist_ok=True)
     (output / "metrics.json").write_text(json.dumps(evaluation, indent=2) + "\n")
     write_predictions(output / "predictions.jsonl", predictions)
-    print(describe(run.config, evaluation))
+    print(describe(finetuning_config(run), evaluation))
     print(f"Metrics and predictions: {output}")
     return 0
 
@@ -48,7 +48,7 @@ def _recipe(args: argparse.Namespace) -> FinetuneRecipe:
     if args.config or args.gin_file:
         return load_finetuning(args)
     from flax_switch import recipes
-    from flax_switch.config_finetuning import FinetuneConfig
+    from flax_switch.config_finetuning import FinetuneConfig, FinetuneRecipe
     from flax_switch.finetuning.finetune import recipe_of
     from flax_switch.training.checkpoint import CONFIG_FILE, read_config
 
@@ -59,7 +59,9 @@ def _recipe(args: argparse.Namespace) -> FinetuneRecipe:
             config = read_config(folder)
             if isinstance(config, FinetuneConfig):
                 values = recipes.override(recipes.to_config_dict(recipe_of(config)), args.overrides)
-                return recipes.from_config_dict(values)
+                found = recipes.from_config_dict(values)
+                assert isinstance(found, FinetuneRecipe)
+                return found
     raise ConfigError(
         f"{args.checkpoint} is no fine-tuned run that could say how to evaluate; name a recipe: --config finetune_summarization."
     )

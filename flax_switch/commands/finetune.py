@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--vocabulary", metavar="PATH", help="a spiece.model or a folder with one; default: the checkpoint's")
     parser.add_argument("--workdir", required=True, metavar="DIR", help="where the run lives; the same one continues it")
-    parser.epilog += " The section evaluation is fine-tuning's; model sets fields of the checkpoint's config."
+    parser.epilog = f"{parser.epilog} The section evaluation is fine-tuning's; model sets fields of the checkpoint's config."
 
 
 @missing_extra

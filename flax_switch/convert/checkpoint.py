@@ -103,7 +103,9 @@ def open_checkpoint(
     elif format == "flax_switch":
         config, architecture, tensors, raw = native.read_native(folder, allow_missing=allow_missing)
     elif format == "orbax":
-        folder = training_run.find_checkpoint(folder)
+        step = training_run.find_checkpoint(folder)
+        assert step is not None  # `detect_format` has found one
+        folder = step
         config, architecture, tensors = training_run.read_run(folder, allow_missing=allow_missing)
     else:
         config, architecture, tensors = t5x.read_t5x(folder, changes=changes, allow_missing=allow_missing)
@@ -227,7 +229,8 @@ def companion_files(folder: Path) -> dict[str, bytes]:
 def source_identity(folder: Path) -> list:
     """What changes when a source's files do."""
     if in_store(folder):
-        files = sorted(path for path in folder.iterdir() if path.is_file())
+        stored: Any = folder  # whose stat is etils' own
+        files = sorted(path for path in stored.iterdir() if path.is_file())
         return [str(folder), *([path.name, path.stat().length, path.stat().mtime] for path in files)]
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return [str(folder.resolve()), *([str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns] for p in files)]

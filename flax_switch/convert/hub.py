@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from etils import epath
 
@@ -25,7 +26,7 @@ def local_folder(source: str | Path, revision: str | None = None) -> Path:
       ImportError: without huggingface_hub.
     """
     if in_store(source):
-        folder = epath.Path(source)
+        folder: Any = epath.Path(source)  # with pathlib's interface
         if not folder.exists():
             raise CheckpointError(f"{source} does not exist, or may not be read from here.")
         return folder

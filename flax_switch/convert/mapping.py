@@ -49,7 +49,9 @@ class Rule:
 
     def to_foreign(self, path: str, tensor: LazyTensor) -> dict[str, LazyTensor]:
         """The foreign tensors of a canonical one."""
-        fields = self.pattern.fullmatch(path).groupdict()
+        found = self.pattern.fullmatch(path)
+        assert found is not None  # the caller picked the row that matches
+        fields = found.groupdict()
         if "{e}" not in self.foreign:
             return {self.foreign.format(**fields): self.transform.to_foreign(tensor)}
         return {self.foreign.format(e=e, **fields): self.transform.to_foreign(take(tensor, e)) for e in range(tensor.shape[0])}

@@ -88,7 +88,7 @@ def _parse_header(path: Path, text: bytes) -> dict:
     return header
 
 
-def _check_entry(path: Path, name: str, entry: object) -> tuple[np.dtype, tuple[int, ...], tuple[int, int]]:
+def _check_entry(path: Path, name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...], tuple[int, int]]:
     try:
         dtype, shape, (start, stop) = _DTYPES.get(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
         sane = all(type(n) is int and n >= 0 for n in (*shape, start, stop)) and start <= stop

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from flax_switch.config import SwitchConfig, check
+from flax_switch.config import ConfigError, SwitchConfig
 from flax_switch.convert import tensors
 from flax_switch.convert.canonical import flatten, unflatten
 
@@ -79,12 +79,12 @@ def _is_nested(params: Mapping[str, Any]) -> bool:
 
 def _block_size(config: SwitchConfig, stack: str) -> int:
     blocks = config.scan_blocks(stack)
-    check(
-        blocks is not None and blocks > 0,
+    if blocks:
+        return config.num_layers(stack) // blocks
+    raise ConfigError(
         f"scanned layers repeat one block, but the {stack}'s sparse layers {config.sparse_indices(stack)} of "
-        f"{config.num_layers(stack)} do not repeat.",
+        f"{config.num_layers(stack)} do not repeat."
     )
-    return config.num_layers(stack) // blocks
 
 
 def _stack(leaves: list[Any]) -> Any:

@@ -143,11 +143,11 @@ def infer_config(tensors: Mapping[str, LazyTensor]) -> SwitchConfig:
 
     embedding, query = shape("token_embedder/embedding"), shape("encoder/layers_0/attention/query/kernel")
     table = shape(r"encoder/(layers_0/)?relpos_bias/rel_embedding")
-    if embedding is None or query is None or table is None:
+    experts = shape(r"\w+/layers_\d+/mlp/expert/wi(_0)?/kernel")
+    width = shape(r"\w+/layers_\d+/(extra_)?mlp/wi(_0)?/kernel") or (experts or ())[1:]
+    if embedding is None or query is None or table is None or not width:
         known = ", ".join(sorted(shapes)[:8])
         raise CheckpointError(f"the checkpoint is no T5 or Switch Transformer encoder-decoder; its tensors begin with {known}")
-    width = shape(r"\w+/layers_\d+/(extra_)?mlp/wi(_0)?/kernel")
-    experts = shape(r"\w+/layers_\d+/mlp/expert/wi(_0)?/kernel")
     gated = any(path.endswith("/wi_0/kernel") for path in shapes)
     fields: dict[str, Any] = dict(
         param_dtype=tensors["token_embedder/embedding"].dtype.name,
@@ -155,7 +155,7 @@ def infer_config(tensors: Mapping[str, LazyTensor]) -> SwitchConfig:
         d_model=embedding[1],
         num_heads=table[0],
         d_kv=query[1] // table[0],
-        d_ff=(width or experts[1:])[1],
+        d_ff=width[1],
         mlp_activations=("gelu_new", "linear") if gated else ("relu",),
         relative_attention_num_buckets=table[1],
         relative_attention_per_layer="encoder/layers_0/relpos_bias/rel_embedding" in shapes,

@@ -41,7 +41,7 @@ def read_torch_bin(path: Path) -> dict[str, LazyTensor]:
         raise CheckpointError(f"{path} holds something else than tensors by name")
     if any(_file_offset(tensor) is None or not tensor.is_contiguous() for tensor in state.values()):
         return {name: from_array(_to_numpy(t)) for name, t in torch.load(path, weights_only=True, map_location="cpu").items()}
-    return {name: _lazy(path, name, tensor) for name, tensor in state.items()}
+    return {name: _lazy(path, name, tensor, _file_offset(tensor) or 0) for name, tensor in state.items()}
 
 
 def _file_offset(tensor) -> int | None:
@@ -49,8 +49,8 @@ def _file_offset(tensor) -> int | None:
     return None if start is None else start + tensor.storage_offset() * tensor.element_size()
 
 
-def _lazy(path: Path, name: str, tensor) -> LazyTensor:
-    dtype, shape, offset = _dtype(path, name, tensor), tuple(tensor.shape), _file_offset(tensor)
+def _lazy(path: Path, name: str, tensor, offset: int) -> LazyTensor:
+    dtype, shape = _dtype(path, name, tensor), tuple(tensor.shape)
 
     def read(index: Index) -> np.ndarray:
         return read_block(path, offset, shape, dtype, index)

@@ -42,6 +42,7 @@ _SKIPPED_FOLDERS = {
 }
 _LONG_STRING = re.compile(rb'''"""(.*?)"""''', re.DOTALL)
 _DOCUMENTED = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+_Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 _VERSION = 1  # of the extraction; raise it when cleaning changes
 
 
@@ -117,7 +118,7 @@ def _topics(path: Path) -> Iterator[str]:
 
 def _docstrings(root: Path) -> Iterator[str]:
     for path in _source_files(root):
-        open_nodes: list[ast.AST] = [tree] if (tree := _parse(path)) else []
+        open_nodes: list[_Documented] = [tree] if (tree := _parse(path)) else []
         while open_nodes:
             node = open_nodes.pop()
             text = ast.get_docstring(node)

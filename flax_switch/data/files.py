@@ -102,7 +102,7 @@ def write_bytes(path: epath.PathLike, content: bytes) -> None:
             Path(temporary).unlink(missing_ok=True)
 
 
-def _temporary(path: Path) -> Path:
+def _temporary(path: epath.Path) -> Path:
     """A name beside `path` that no other writer has; made by hand, as tempfile's files are their owner's alone to read."""
     return path.parent / f"{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}"
 

@@ -67,9 +67,10 @@ class BatchMaker:
 class Parts(Protocol):
     """Parts of the table of rows that take turns in the stream (`flax_switch.data.mixtures.Turns`)."""
 
-    sizes: tuple[int, ...]
+    @property
+    def sizes(self) -> tuple[int, ...]: ...
 
-    def __call__(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
+    def __call__(self, places: np.ndarray, /) -> tuple[np.ndarray, np.ndarray]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +174,7 @@ class TrainIterator:
                 )
             raise
 
-    def _start(self) -> Iterator[list[Batch]]:
+    def _start(self) -> Any:  # grain's iterator over lists of batches, which can be closed
         ahead = -(-self._prefetch // self._stream.group)  # groups held ready
         groups = grain.MapDataset.source(dataclasses.replace(self._stream, first=self._next_batch))
         if self._num_workers == 0:

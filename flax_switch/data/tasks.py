@@ -75,7 +75,7 @@ class PreparedTasks:
         """Endless training batches, or of each the given rows: those that this process's devices hold."""
         from flax_switch.data.mixtures import mixture_iterator
 
-        tasks = [task.train for task in self.tasks]
+        tasks = [task.train for task in self.tasks if task.train is not None]
         return mixture_iterator(tasks, self.rates, self.config, rows=rows)
 
     def validation_batches(self, count: int | None = None, rows: Integer[np.ndarray, " rows"] | None = None) -> Iterator[Batch]:
@@ -123,7 +123,7 @@ def prepare_tasks(
     if train:
         from flax_switch.data.mixtures import mixing_rates
 
-        rates = mixing_rates(config, [task.train.num_examples for task in tasks])
+        rates = mixing_rates(config, [task.train.num_examples for task in tasks if task.train is not None])
         if len(tasks) > 1:
             shares = (f"{task.config.name} {100 * float(rate):.1f} %" for task, rate in zip(tasks, rates, strict=True))
             say(f"Mixture of examples: {', '.join(shares)}.")

@@ -55,7 +55,7 @@ class TaskEvaluator:
 
     def describe(self, evaluation: dict[str, Any]) -> str:
         """The scores as a line."""
-        return describe(self.run.config, evaluation)
+        return describe(finetuning_config(self.run), evaluation)
 
     def conclude(self, step: int, params: Any, evaluation: dict[str, Any] | None) -> str | None:
         """Writes predictions, keeps the best parameters, and says when there has been no better one for long enough.
@@ -64,7 +64,8 @@ class TaskEvaluator:
         """
         if not self.prepared.num_validation:
             return None
-        name, patience = self.run.config.best, self.run.config.evaluation.patience
+        config = finetuning_config(self.run)
+        name, patience = config.best, config.evaluation.patience
         if evaluation is None:
             self.history = [(line["step"], line[name]) for line in read_metrics(self.workdir) if line["kind"] == "eval"]
         else:
@@ -81,8 +82,14 @@ class TaskEvaluator:
     def _keep(self, step: int, params: Any) -> None:
         if jax.process_index() == 0:
             write_predictions(self.workdir / PREDICTIONS / f"step_{step}.jsonl", self.predictions)
-        if best_of(self.history, self.run.config.best)[0] == step:
-            save_pretrained(self.workdir / BEST, self.run.config.model, params, self.prepared.vocabulary, format="flax_switch")
+        if best_of(self.history, finetuning_config(self.run).best)[0] == step:
+            save_pretrained(str(self.workdir / BEST), self.run.config.model, params, self.prepared.vocabulary, format="flax_switch")
+
+
+def finetuning_config(run: Run) -> FinetuneConfig:
+    """The config of a run that fine-tunes."""
+    assert isinstance(run.config, FinetuneConfig)
+    return run.config
 
 
 def best_of(history: Sequence[tuple[int, float]], name: str) -> tuple[int, float]:
@@ -111,7 +118,7 @@ def evaluate(
     del means["text_cross_entropy"]
     by_task, predictions = [], []
     for task in prepared.tasks:
-        wanted = run.config.metrics_of(task.config)
+        wanted = finetuning_config(run).metrics_of(task.config)
         if wanted and task.validation:
             made = predict(run, prepared, task, params)
             texts, references = [p.prediction for p in made], [p.references for p in made]
@@ -125,7 +132,7 @@ def evaluate(
 
 def predict(run: Run, prepared: PreparedTasks, task: PreparedTask, params: Any) -> list[Prediction]:
     """What the model answers to a task's validation examples, of which `evaluation.max_examples` are taken."""
-    settings, config = run.config.evaluation, run.config.data
+    settings, config = finetuning_config(run).evaluation, run.config.data
     chosen = spread(task.validation, settings.max_examples)
     examples = task.validation_pairs.examples(np.array(chosen), np.zeros(len(chosen), np.int64))
     sources = ((i, examples.inputs[i, :length].tolist()) for i, length in enumerate(examples.input_lengths))

@@ -10,7 +10,7 @@ import jax
 from etils import epath
 
 from flax_switch.data.tasks import spread
-from flax_switch.finetuning.evaluate import BEST, PREDICTIONS, best_of, describe
+from flax_switch.finetuning.evaluate import BEST, PREDICTIONS, best_of, describe, finetuning_config
 from flax_switch.training.loop import RunResult
 from flax_switch.training.metrics import read_metrics
 from flax_switch.training.progress import console
@@ -21,7 +21,7 @@ def finish(result: RunResult, workdir: epath.PathLike) -> None:
     """Shows predictions of the best checkpoint, writes the report, and says what there is and what to try next."""
     if jax.process_index() != 0:
         return
-    workdir, config = epath.Path(workdir), result.run.config
+    workdir, config = epath.Path(workdir), finetuning_config(result.run)
     history = {line["step"]: line for line in read_metrics(workdir) if line["kind"] == "eval" and config.best in line}
     if history:
         step, _ = best_of([(step, line[config.best]) for step, line in history.items()], config.best)

@@ -32,6 +32,7 @@ class Start:
     def params(self, run: Run) -> Any:
         """The checkpoint's parameters in the run's shardings and dtypes; each process reads what its devices hold."""
         shardings, dtype = state_shardings(run).params, run.config.model.param_dtype
+        assert self.source is not None  # random parameters are made, not read
         loaded = load_pretrained(self.source, shardings=shardings, dtype=dtype, **self.changes).params
         abstract = run.abstract_state.params
         return jax.tree.map(lambda p, a: p if p.dtype == a.dtype else p.astype(a.dtype), loaded, abstract)
@@ -71,10 +72,10 @@ def open_start(init: str, changes: Mapping[str, Any], vocabulary: str | None = N
         found = load_vocabulary(opened.path) if vocabulary is None else None
     if vocabulary is not None:
         found = read_vocabulary(vocabulary)
-    check(
-        found is not None,
-        f"--init {init} comes without a vocabulary; name one with --vocabulary: a spiece.model, or a folder that has one.",
-    )
+    if found is None:
+        raise ConfigError(
+            f"--init {init} comes without a vocabulary; name one with --vocabulary: a spiece.model, or a folder that has one."
+        )
     return Start(config, found, None if random else source, dict(changes))
 
 

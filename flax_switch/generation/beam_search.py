@@ -1,7 +1,6 @@
 """Beam search with Hugging Face's bookkeeping: running beams, finished ones, and when to stop."""
 
-from __future__ import annotations
-
+import dataclasses
 from collections.abc import Mapping
 
 import flax.struct
@@ -9,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from flax_switch.generation.controls import GenerationConfig
+from flax_switch.generation.controls import GenerationConfig, as_ids
 from flax_switch.generation.logits import History, process_scores
 
 NEVER = -1e9  # added to the score of what must not be chosen; finite, so that it still compares
@@ -43,15 +42,15 @@ def start_beams(prefix: Int[Array, "B P"], keys: PRNGKeyArray, controls: Generat
     B, P = prefix.shape
     J = controls.num_beams
     # Hugging Face fills with EOS where the pad id is 0, which it takes for none, and else with pad.
-    fill = controls.pad_token_id or controls.eos_token_id[0]
+    fill = controls.pad_token_id or as_ids(controls.eos_token_id)[0]
     tokens = jnp.pad(prefix, ((0, 0), (0, controls.max_new_tokens)), constant_values=fill)
     tokens = jnp.broadcast_to(tokens[:, None], (B, J, tokens.shape[1]))
-    own = jnp.broadcast_to(jnp.arange(J, dtype=jnp.int32)[:, None], tokens.shape)
+    own = jnp.broadcast_to(jnp.arange(J, dtype=jnp.int32)[None, :, None], tokens.shape)
     return Beams(
         tokens=tokens,
-        scores=jnp.broadcast_to(jnp.where(jnp.arange(J) == 0, 0.0, NEVER), (B, J)),
+        scores=jnp.broadcast_to(jnp.where(jnp.arange(J) == 0, 0.0, NEVER)[None], (B, J)),
         # A prefix of several tokens is computed once, at beam 0; a single one as each beam's first step.
-        ancestors=own if P == 1 else jnp.where(jnp.arange(tokens.shape[2]) < P, 0, own),
+        ancestors=own if P == 1 else jnp.where(jnp.arange(tokens.shape[2])[None, None] < P, 0, own),
         finished_tokens=tokens,
         finished_scores=jnp.full((B, J), NEVER),
         finished_lengths=jnp.zeros((B, J), jnp.int32),
@@ -81,7 +80,7 @@ def extend_beams(
 
     # The best candidates that do not end go on.
     running_scores, running = jax.lax.top_k(scores + ends * NEVER, J)
-    own = jnp.broadcast_to(jnp.arange(J, dtype=jnp.int32)[:, None], (B, J, 1))
+    own = jnp.broadcast_to(jnp.arange(J, dtype=jnp.int32)[None, :, None], (B, J, 1))
     ancestors = _take(beams.ancestors, _take(parent, running))
     ancestors = jax.lax.dynamic_update_slice_in_dim(ancestors, own, jnp.minimum(beams.length, tokens.shape[2] - 1), axis=2)
 
@@ -91,7 +90,8 @@ def extend_beams(
     step_scores = beams.step_scores
     if step_scores is not None:
         step_scores = jax.lax.dynamic_update_index_in_dim(step_scores, log_probs, new_tokens - 1, axis=0)
-    return beams.replace(
+    return dataclasses.replace(
+        beams,
         tokens=_take(tokens, running),
         scores=running_scores,
         ancestors=ancestors,
@@ -117,7 +117,7 @@ def _candidates(
 def _finish(beams, tokens, scores, ends, new_tokens, controls: GenerationConfig, numbers) -> Beams:
     """Puts candidates that end among the finished beams where they are better. Only the first num_beams candidates may."""
     J = controls.num_beams
-    ends = ends & (jnp.arange(ends.shape[1]) < J)
+    ends = ends & (jnp.arange(ends.shape[1])[None] < J)
     scores = scores / numbers["length_divisors"][new_tokens]
     if controls.early_stopping is True:
         scores += beams.is_finished.all(-1, keepdims=True) * NEVER
@@ -125,7 +125,8 @@ def _finish(beams, tokens, scores, ends, new_tokens, controls: GenerationConfig,
     scores += ~ends * NEVER
     lengths = jnp.broadcast_to(new_tokens, ends.shape)
     best_scores, best = jax.lax.top_k(jnp.concatenate([beams.finished_scores, scores], axis=1), J)
-    return beams.replace(
+    return dataclasses.replace(
+        beams,
         finished_tokens=_take(jnp.concatenate([beams.finished_tokens, tokens], axis=1), best),
         finished_scores=best_scores,
         finished_lengths=_take(jnp.concatenate([beams.finished_lengths, lengths], axis=1), best),

@@ -1,11 +1,9 @@
 """The controls of generation: names, meanings and defaults of Hugging Face's `generate`. What cannot be is refused by name."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -120,7 +118,7 @@ class GenerationConfig:
         for word in self.bad_words_ids or ():
             check(len(word) > 0, "bad_words_ids holds an empty word; every word needs at least one id.")
 
-    def for_model(self, config: SwitchConfig) -> GenerationConfig:
+    def for_model(self, config: SwitchConfig) -> Self:
         """A copy with the model's special tokens filled in and every id checked against its vocabulary."""
         filled = dataclasses.replace(
             self,
@@ -138,8 +136,9 @@ class GenerationConfig:
                     isinstance(token, (int, np.integer)) and 0 <= token < V,
                     f"{name} holds {token!r}, which is no id of the vocabulary of {V}.",
                 )
-        check(len(filled.eos_token_id) > 0, "eos_token_id is empty; to ignore EOS, set min_new_tokens to max_new_tokens.")
-        check(len(filled.eos_token_id) < V, f"eos_token_id names all {V} tokens of the vocabulary; leave at least one.")
+        ends = as_ids(filled.eos_token_id)
+        check(len(ends) > 0, "eos_token_id is empty; to ignore EOS, set min_new_tokens to max_new_tokens.")
+        check(len(ends) < V, f"eos_token_id names all {V} tokens of the vocabulary; leave at least one.")
         check(
             len(set(filled.suppress_tokens or ())) < V,
             f"suppress_tokens forbids all {V} tokens of the vocabulary; leave at least one.",
@@ -162,7 +161,7 @@ class GenerationConfig:
         return self.num_beams if self.num_beams > 1 else self.num_return_sequences
 
 
-def make_controls(values: Mapping[str, Any], config: SwitchConfig) -> GenerationConfig:
+def make_controls(values: Mapping[str, Any], config: SwitchConfig) -> Self:
     """Controls for a model, from keyword arguments; an unknown name is an error that suggests the nearest one."""
     reject_unknown_keys(GenerationConfig, values)
     return GenerationConfig(**values).for_model(config)

@@ -5,8 +5,6 @@ biases are a table, keys and values are kept as [.., H, K, T], rows that share a
 sparse layers read only the experts that are hit.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,7 +43,7 @@ class Layer:
     cross_out: Float[Array, "HK D"]
     cross_key: Float[Array, "B H K S"]
     cross_value: Float[Array, "B H K S"]
-    bias: Float[Array, "H 2T"]  # column T - 1 - d is the bias of the key d places before the query
+    bias: Float[Array, "H relative"]  # column T - 1 - d is the bias of the key d places before the query
     norms: Mapping[str, Any]
     mlp: Mapping[str, Any]  # kernels of a dense MLP, or parameters of a sparse one
     experts: tuple[Kernels, ...] | None  # of a sparse one, one by one
@@ -129,7 +127,7 @@ def _heads_first(x: Float[Array, "B S HK"], config: SwitchConfig) -> Float[Array
     return _split_heads(x, config).transpose(0, 2, 3, 1)
 
 
-def _bias_table(table: Float[Array, "H buckets"], max_length: int, config: SwitchConfig) -> Float[Array, "H 2T"]:
+def _bias_table(table: Float[Array, "H buckets"], max_length: int, config: SwitchConfig) -> Float[Array, "H relative"]:
     bias = relative_position_bias(
         table,
         1,
@@ -179,7 +177,7 @@ def decode_step(
         there. Exchanging beams changes these numbers instead of moving the cache.
     """
     config = decoder.config
-    x = Embedding(config).apply({"params": {"embedding": decoder.embedding}}, tokens)
+    x: Any = Embedding(config).apply({"params": {"embedding": decoder.embedding}}, tokens)
     mask = _self_mask(decoder, cache, ancestors)
     keys, values = [], []
     for i, layer in enumerate(decoder.layers):
@@ -196,12 +194,17 @@ def decode_step(
             x += _dense(decoder, layer.mlp, y)
         if layer.extra_mlp is not None:
             x += _dense(decoder, layer.extra_mlp, _normed(decoder, layer, "pre_extra_mlp", x))
-    x = RMSNorm(config).apply({"params": decoder.norm}, x)
+    x = _rms_norm(decoder, decoder.norm, x)
     return _logits(decoder, x), Cache(tuple(keys), tuple(values), cache.length + 1)
 
 
 def _normed(decoder: Decoder, layer: Layer, name: str, x: Float[Array, "R D"]) -> Float[Array, "R D"]:
-    return RMSNorm(decoder.config).apply({"params": layer.norms[f"{name}_layer_norm"]}, x)
+    return _rms_norm(decoder, layer.norms[f"{name}_layer_norm"], x)
+
+
+def _rms_norm(decoder: Decoder, params: Any, x: Float[Array, "R D"]) -> Float[Array, "R D"]:
+    y: Any = RMSNorm(decoder.config).apply({"params": params}, x)
+    return y
 
 
 def _dense(decoder: Decoder, kernels: Mapping[str, Array], x: Float[Array, "R D"]) -> Float[Array, "R D"]:
@@ -226,7 +229,7 @@ def _self_mask(decoder: Decoder, cache: Cache, ancestors: Int[Array, "R T"] | No
     if ancestors is None:
         return filled[None, None, None]
     ancestors = ancestors.reshape(-1, beams, ancestors.shape[-1])
-    seen = (ancestors[..., None] == jnp.arange(beams)) & filled[:, None]
+    seen = jax.nn.one_hot(ancestors, beams, dtype=bool) & filled[None, None, :, None]
     return seen.reshape(*seen.shape[:2], -1)[:, None]
 
 

@@ -1,7 +1,5 @@
 """Where parameters lie, which says how decoding steps read them."""
 
-from __future__ import annotations
-
 import enum
 
 import jax

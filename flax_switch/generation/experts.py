@@ -5,8 +5,6 @@ There experts are arrays of their own, and a `lax.switch` jumps to the one that 
 accelerator a gather of those that are hit is quick, and branches are not. Sharded experts run as in training.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -76,6 +74,7 @@ def sparse_mlp(
     dtype = expert_dtype(config)
     tokens = x.astype(dtype)
     if device is Device.PROCESSOR:
+        assert experts is not None
         answers = _switched(experts, tokens, expert, config)
     else:
         answers = _gathered({name: leaf["kernel"] for name, leaf in params["expert"].items()}, tokens, expert, config)
@@ -109,7 +108,7 @@ def _switched(
     alone = [lambda rows, answer=answer: jnp.zeros_like(rows).at[:1].set(answer(rows[:1])) for answer in run]
     flat = expert.reshape(-1)
     order = jnp.argsort(flat)
-    lengths = (flat[:, None] == jnp.arange(len(experts))).sum(0)
+    lengths = jax.nn.one_hot(flat, len(experts), dtype=jnp.int32).sum(0)
     starts = jnp.cumsum(lengths) - lengths
     blocks = -(-lengths // size)
     blocks_until = jnp.cumsum(blocks)

@@ -1,14 +1,12 @@
 """`generate`: checks inputs and controls, runs the compiled program, and cuts what it found to length."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.struct
 import jax
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 
 from flax_switch.config import SwitchConfig, check
 from flax_switch.convert.scan import unstack_layers
@@ -17,6 +15,7 @@ from flax_switch.generation.device import Device, device_of
 from flax_switch.generation.experts import split_experts
 from flax_switch.generation.program import run_program
 from flax_switch.nn.transformer import SwitchTransformer
+from flax_switch.ops import AnyArray
 from flax_switch.partitioning import batch_sharding, batch_ways, replicated
 
 
@@ -38,10 +37,10 @@ class GenerationOutput:
 def generate(
     model: SwitchTransformer,
     params: Mapping[str, Any],
-    input_ids: Int[Array, "B S"],
-    attention_mask: Int[Array, "B S"] | None = None,
+    input_ids: Int[AnyArray, "B S"] | Sequence[Sequence[int]],
+    attention_mask: Int[AnyArray, "B S"] | Bool[AnyArray, "B S"] | Sequence[Sequence[int]] | None = None,
     *,
-    decoder_input_ids: Int[Array, "B P"] | None = None,
+    decoder_input_ids: Int[AnyArray, "B P"] | Sequence[Sequence[int]] | None = None,
     seed: int | Sequence[int] = 0,
     **controls: Any,
 ) -> GenerationOutput:
@@ -67,15 +66,15 @@ def generate(
         f"generate needs a model with a decoder and a head; this is a {type(model).__name__} without one.",
     )
     settings = make_controls(controls, config)
-    input_ids = check_ids("input_ids", input_ids, config)
-    mask = check_mask(attention_mask, input_ids, settings)
-    B = input_ids.shape[0]
+    ids = check_ids("input_ids", input_ids, config)
+    mask = check_mask(attention_mask, ids, settings)
+    B = ids.shape[0]
     prefix = start_tokens(decoder_input_ids, B, settings, config)
     seeds = check_seeds(seed, B)
     if config.scan_layers:
         params, config = unstack_layers(params, config), config.replace(scan_layers=False)
     device = device_of(params)
-    inputs = (input_ids, mask, prefix, seeds)
+    inputs = (ids, mask, prefix, seeds)
     if device is Device.MESH:
         mesh = jax.tree.leaves(params)[0].sharding.mesh
         sharding = batch_sharding(mesh) if B % batch_ways(mesh) == 0 else replicated(mesh)

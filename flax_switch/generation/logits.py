@@ -4,8 +4,6 @@ R are the rows of a batch: sources, times beams or samples. Scores are logits, o
 get -inf. Rows' tokens so far are given as a buffer of static length and the number of places that are filled.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import flax.struct
@@ -41,22 +39,23 @@ def process_scores(
     if controls.encoder_no_repeat_ngram_size:
         scores = forbid(scores, source_ngrams(history, controls.encoder_no_repeat_ngram_size, V))
     # EOS alone cannot be a bad word.
-    words = [word for word in controls.bad_words_ids or () if len(word) > 1 or word[0] not in as_ids(controls.eos_token_id)]
+    bad_words: tuple[tuple[int, ...], ...] = controls.bad_words_ids or ()
+    words = [word for word in bad_words if len(word) > 1 or word[0] not in as_ids(controls.eos_token_id)]
     for size in sorted({len(word) for word in words}):
         scores = forbid(scores, completed_words(history, [word for word in words if len(word) == size], V))
     if controls.min_new_tokens:
-        scores = forbid(scores, one_of_tokens(controls.eos_token_id, V) & (new_tokens < numbers["min_new_tokens"]))
+        scores = forbid(scores, (one_of_tokens(as_ids(controls.eos_token_id), V) & (new_tokens < numbers["min_new_tokens"]))[None])
     if controls.forced_bos_token_id is not None and history.prefix_length == 1:
-        scores = jnp.where(new_tokens == 0, force((controls.forced_bos_token_id,), V), scores)
+        scores = jnp.where(new_tokens == 0, force((controls.forced_bos_token_id,), V)[None], scores)
     if controls.forced_eos_token_id is not None:
         last = new_tokens == controls.max_new_tokens - 1
-        scores = jnp.where(last, force(as_ids(controls.forced_eos_token_id), V), scores)
+        scores = jnp.where(last, force(as_ids(controls.forced_eos_token_id), V)[None], scores)
     if controls.suppress_tokens:
-        scores = forbid(scores, one_of_tokens(controls.suppress_tokens, V))
+        scores = forbid(scores, one_of_tokens(controls.suppress_tokens, V)[None])
     if controls.begin_suppress_tokens:
         # With a forced first token, what begins the sequence is the second.
         begin = int(history.prefix_length == 1 and controls.forced_bos_token_id is not None)
-        scores = forbid(scores, one_of_tokens(controls.begin_suppress_tokens, V) & (new_tokens == begin))
+        scores = forbid(scores, (one_of_tokens(controls.begin_suppress_tokens, V) & (new_tokens == begin))[None])
     if controls.do_sample:
         scores = filter_scores(scores, controls, numbers)
     return scores
@@ -106,14 +105,14 @@ def penalise_repetition(
     scores: Float[Array, "R V"], tokens: Int[Array, "R T"], length: Int[Array, ""], penalty: Float[Array, ""]
 ) -> Float[Array, "R V"]:
     """Divides positive scores of tokens already there by `penalty` and multiplies negative ones by it (CTRL, 1909.05858)."""
-    filled = jnp.broadcast_to(jnp.arange(tokens.shape[1]) < length, tokens.shape)
+    filled = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None] < length, tokens.shape)
     penalised = jnp.where(scores < 0, scores * penalty, scores / penalty)
     return jnp.where(marked(tokens, filled, scores.shape[-1]), penalised, scores)
 
 
 def repeated_ngrams(history: History, size: int, vocab_size: int) -> Bool[Array, "R V"]:
     """Tokens that would complete an n-gram the row already holds."""
-    ends = jnp.arange(history.tokens.shape[1])
+    ends = jnp.arange(history.tokens.shape[1])[None]
     complete = (ends >= size - 1) & (ends < history.length)
     return marked(history.tokens, _matches(history.tokens, history, size) & complete, vocab_size)
 
@@ -122,7 +121,7 @@ def source_ngrams(history: History, size: int, vocab_size: int) -> Bool[Array, "
     """Tokens that would complete an n-gram of the row's source."""
     rows = history.tokens.shape[0] // history.source.shape[0]
     source = jnp.repeat(history.source, rows, axis=0)
-    complete = (jnp.arange(source.shape[1]) >= size - 1) & (history.length >= size - 1)
+    complete = (jnp.arange(source.shape[1])[None] >= size - 1) & (history.length >= size - 1)
     if history.source_mask is not None:
         counted = jnp.repeat(history.source_mask, rows, axis=0)
         for i in range(size):
@@ -156,7 +155,7 @@ def completed_words(history: History, words: list[tuple[int, ...]], vocab_size: 
         matches = jnp.zeros_like(matches)
     elif size > 1:
         last = _last_tokens(history, size - 1)
-        matches = (last[:, None] == starts).all(-1) & (history.length >= size - 1)
+        matches = (last[:, None] == starts[None]).all(-1) & (history.length >= size - 1)
     return marked(jnp.broadcast_to(ends, matches.shape), matches, vocab_size)
 
 

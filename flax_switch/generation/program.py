@@ -1,7 +1,5 @@
 """The compiled program: the encoder once, a prefix in one pass, then a loop of single tokens until every row is finished."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -18,7 +16,7 @@ from flax_switch.generation.decode_step import decode_step, empty_cache, filled_
 from flax_switch.generation.device import Device
 from flax_switch.generation.experts import Kernels, cast_experts
 from flax_switch.generation.logits import History
-from flax_switch.generation.sampling import extend_rows, start_rows
+from flax_switch.generation.sampling import Rows, extend_rows, start_rows
 from flax_switch.nn.outputs import DecoderOutput
 from flax_switch.nn.transformer import SwitchTransformer
 
@@ -99,6 +97,7 @@ def run_program(
     else:
         output = _prefill(config, params, encoded, mask, prefix)
         cache = filled_cache(decoder, output.cache, max_length)
+        assert output.logits is not None  # `generate` takes models with a head only
         state = extended(state, jnp.repeat(output.logits[:, -1], rows // B, axis=0))
 
     def body(carry):
@@ -109,7 +108,7 @@ def run_program(
 
     state, _ = jax.lax.while_loop(lambda carry: ~carry[0].done, body, (state, cache))
     steps = state.length - P
-    if beams == 1:
+    if isinstance(state, Rows):
         return ProgramOutput(state.tokens, steps, None, steps, state.scores)
     n = controls.num_return_sequences
     return ProgramOutput(

@@ -1,7 +1,5 @@
 """Greedy search and sampling: one more token for each row."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import flax.struct
@@ -53,6 +51,7 @@ def extend_rows(
         token = jax.vmap(jax.random.categorical)(keys, scores)
     else:
         token = jnp.argmax(scores, axis=-1)
+    assert controls.pad_token_id is not None  # `for_model` has filled it in
     token = jnp.where(rows.finished, controls.pad_token_id, token).astype(jnp.int32)
     finished = rows.finished | jnp.isin(token, jnp.asarray(controls.eos_token_id))
     step = rows.length - history.prefix_length

@@ -1,7 +1,5 @@
 """Text in, text out: lines are tokenised, batched by length buckets so that few programs compile, and returned in order."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence

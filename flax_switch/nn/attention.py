@@ -1,7 +1,5 @@
 """Multi-head attention with an explicit key/value cache, and the relative position table."""
 
-from __future__ import annotations
-
 import flax.linen as nn
 import flax.struct
 import jax
@@ -9,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from flax_switch.config import SwitchConfig
-from flax_switch.nn.layers import Linear, scaled_init
+from flax_switch.nn.layers import Initializer, Linear, scaled_init
 from flax_switch.ops.attention import dot_product_attention, relative_position_bias
 
 
@@ -30,7 +28,7 @@ class RelativePositionBias(nn.Module):
     @nn.compact
     def __call__(self, query_length: int, key_length: int, query_offset: Int[Array, ""] | int = 0) -> Float[Array, "1 H Q T"]:
         config = self.config
-        init = nn.with_logical_partitioning(scaled_init(config, "fan_avg", "uniform"), ("heads", "relpos_buckets"))
+        init: Initializer = nn.with_logical_partitioning(scaled_init(config, "fan_avg", "uniform"), ("heads", "relpos_buckets"))
         shape = (config.num_heads, config.relative_attention_num_buckets)
         table = self.param("rel_embedding", init, shape, jnp.dtype(config.param_dtype))
         return relative_position_bias(
@@ -74,7 +72,7 @@ class Attention(nn.Module):
         keys_values: KeyValue,
         *,
         bias: Float[Array, "#B H Q T"] | None,
-        mask: Bool[Array, "#B 1 #Q T"] | None,
+        mask: Bool[Array, "#sources 1 #Q T"] | None,
         deterministic: bool,
     ) -> tuple[Float[Array, "B Q D"], Float[Array, "B H Q T"]]:
         """Attends from `x` to given keys and values; returns outputs and attention probabilities.
@@ -105,6 +103,6 @@ class Attention(nn.Module):
         return self.out(output.reshape(batch, length, -1)), probs
 
 
-def write_cache(cache: KeyValue, new: KeyValue, index: Int[Array, ""]) -> KeyValue:
+def write_cache(cache: KeyValue, new: KeyValue, index: Int[Array, ""] | int) -> KeyValue:
     """`cache` with `new` written from position `index` on."""
     return jax.tree.map(lambda old, x: jax.lax.dynamic_update_slice_in_dim(old, x.astype(old.dtype), index, axis=1), cache, new)

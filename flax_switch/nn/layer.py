@@ -1,6 +1,6 @@
 """One transformer layer: attention, in the decoder cross-attention, and a dense or sparse MLP, each with norm and residual."""
 
-from __future__ import annotations
+import dataclasses
 
 import flax.linen as nn
 import flax.struct
@@ -25,7 +25,7 @@ class LayerInputs:
     mask: Bool[Array, "#B 1 #Q T"] | None  # of self-attention
     padding_mask: Bool[Array, "B Q"] | None  # which positions hold tokens
     encoded: Float[Array, "B S D"] | None = None
-    cross_mask: Bool[Array, "#B 1 #Q S"] | None = None
+    cross_mask: Bool[Array, "#sources 1 #Q S"] | None = None
     cache_index: Int[Array, ""] | int = 0
     deterministic: bool = flax.struct.field(pytree_node=False, default=True)
     output_router_logits: bool = flax.struct.field(pytree_node=False, default=False)
@@ -75,7 +75,7 @@ class Layer(nn.Module):
         keys_values = attention.keys_values(y)
         if cache is not None:
             keys_values = write_cache(cache.self_attention, keys_values, inputs.cache_index)
-            cache = cache.replace(self_attention=keys_values)
+            cache = dataclasses.replace(cache, self_attention=keys_values)
         bias = inputs.bias
         if self.config.relative_attention_per_layer:
             bias = self.relpos_bias(y.shape[1], keys_values.key.shape[1], inputs.cache_index)
@@ -85,7 +85,12 @@ class Layer(nn.Module):
         cross_probs = None
         if not encoder:
             y = self._normed(self.pre_cross_attention_layer_norm, x, inputs)
-            cross = self.cross_keys_values(inputs.encoded) if cache is None else cache.cross_attention
+            if cache is not None:
+                cross = cache.cross_attention
+            elif inputs.encoded is not None:
+                cross = self.cross_keys_values(inputs.encoded)
+            else:
+                raise ValueError("A decoder needs the encoder's output, or a cache that holds what is needed of it.")
             y, cross_probs = self.encoder_decoder_attention(
                 y, cross, bias=None, mask=inputs.cross_mask, deterministic=deterministic
             )
@@ -93,7 +98,7 @@ class Layer(nn.Module):
 
         y = self._normed(self.pre_mlp_layer_norm, x, inputs)
         router = None
-        if self.sparse:
+        if isinstance(self.mlp, SparseMLP):
             y, router = self.mlp(
                 y,
                 padding_mask=inputs.padding_mask,
@@ -134,7 +139,9 @@ class ScanBlock(nn.Module):
         self, x: Float[Array, "B Q D"], inputs: LayerInputs, with_hidden_states: bool
     ) -> tuple[Float[Array, "B Q D"], tuple[tuple[LayerOutput, Array | None], ...]]:
         outputs = []
-        size = self.config.num_layers(self.stack) // self.config.scan_blocks(self.stack)
+        blocks = self.config.scan_blocks(self.stack)
+        assert blocks is not None  # the config refuses to scan layers that do not repeat
+        size = self.config.num_layers(self.stack) // blocks
         sparse = bool(self.config.sparse_indices(self.stack))
         for j in range(size):
             layer = Layer(self.config, self.stack, sparse=sparse and j == size - 1, name=f"subblock_{j}")

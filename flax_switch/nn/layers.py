@@ -4,9 +4,10 @@ Every parameter is declared with the logical names of its axes beside its shape;
 mesh axes.
 """
 
-from __future__ import annotations
-
+import functools
+import operator
 from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -16,6 +17,10 @@ from jaxtyping import Array, Float, Int
 from flax_switch.config import SwitchConfig
 from flax_switch.ops.dropout import dropout
 from flax_switch.ops.projection import project
+
+Initializer = Callable[..., Any]
+Fan = Literal["fan_in", "fan_avg"]
+Distribution = Literal["normal", "truncated_normal", "uniform"]
 
 ACTIVATION_FUNCTIONS: dict[str, Callable] = {
     "relu": jax.nn.relu,
@@ -28,7 +33,9 @@ ACTIVATION_FUNCTIONS: dict[str, Callable] = {
 }
 
 
-def scaled_init(config: SwitchConfig, mode: str = "fan_in", distribution: str = "normal", factor: float = 1.0):
+def scaled_init(
+    config: SwitchConfig, mode: Fan = "fan_in", distribution: Distribution = "normal", factor: float = 1.0
+) -> Initializer:
     """Variance scaling with the config's `init_scale` (Switch, table 3: 0.1), times `factor` on the standard deviation."""
     return jax.nn.initializers.variance_scaling(config.init_scale * factor**2, mode, distribution)
 
@@ -44,7 +51,7 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B F"]:
-        init = nn.with_logical_partitioning(self.kernel_init, self.axes)
+        init: Initializer = nn.with_logical_partitioning(self.kernel_init, self.axes)
         kernel = self.param("kernel", init, (x.shape[-1], self.features), jnp.dtype(self.param_dtype))
         return project(x.astype(self.dtype), kernel.astype(self.dtype))
 
@@ -56,11 +63,12 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        init = nn.with_logical_partitioning(jax.nn.initializers.ones, ("embed",))
+        init: Initializer = nn.with_logical_partitioning(jax.nn.initializers.ones, ("embed",))
         scale = self.param("scale", init, (x.shape[-1],), jnp.dtype(self.config.param_dtype))
         x = x.astype(jnp.float32)
         x *= jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.config.layer_norm_epsilon)
-        return (x * scale.astype(jnp.float32)).astype(self.config.dtype)
+        scale = jnp.expand_dims(scale.astype(jnp.float32), tuple(range(x.ndim - 1)))
+        return (x * scale).astype(self.config.dtype)
 
 
 class Embedding(nn.Module):
@@ -69,11 +77,11 @@ class Embedding(nn.Module):
     config: SwitchConfig
 
     def setup(self) -> None:
-        init = nn.with_logical_partitioning(jax.nn.initializers.normal(1.0), ("vocab", "embed"))
+        init: Initializer = nn.with_logical_partitioning(jax.nn.initializers.normal(1.0), ("vocab", "embed"))
         shape = (self.config.vocab_size, self.config.d_model)
         self.embedding = self.param("embedding", init, shape, jnp.dtype(self.config.param_dtype))
 
-    def __call__(self, ids: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+    def __call__(self, ids: Int[Array, "*B"]) -> Float[Array, "*B D"]:
         return self.embedding[ids].astype(self.config.dtype)
 
     def attend(self, x: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
@@ -106,10 +114,9 @@ class MLP(nn.Module):
         activations = config.mlp_activations
         names = [f"wi_{i}" for i in range(len(activations))] if config.is_gated else ["wi"]
         init = scaled_init(config, distribution="truncated_normal")
-        hidden = None
+        branches = []
         for name, activation in zip(names, activations, strict=True):
             linear = Linear(self.features or config.d_ff, ("embed", "mlp"), init, config.dtype, config.param_dtype, name=name)
-            branch = ACTIVATION_FUNCTIONS[activation](linear(x))
-            hidden = branch if hidden is None else hidden * branch
-        hidden = Dropout(config.dropout_rate)(hidden, deterministic=deterministic)
+            branches.append(ACTIVATION_FUNCTIONS[activation](linear(x)))
+        hidden = Dropout(config.dropout_rate)(functools.reduce(operator.mul, branches), deterministic=deterministic)
         return Linear(x.shape[-1], ("mlp", "embed"), init, config.dtype, config.param_dtype, name="wo")(hidden)

@@ -1,8 +1,5 @@
 """The sparse MLP as a Flax module: it holds parameters; `flax_switch.ops.moe` computes."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -11,12 +8,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from flax_switch.config import SwitchConfig
+from flax_switch.nn.layers import Initializer
 from flax_switch.ops.groups import flaxformer_replicas
 from flax_switch.ops.moe import MoEParams, moe_block
 from flax_switch.ops.routing import RouterOutput
 from flax_switch.partitioning import PmapDevices, current_devices
-
-Initializer = Callable[..., Array]
 
 
 class Kernel(nn.Module):
@@ -31,10 +27,11 @@ class Kernel(nn.Module):
     @nn.compact
     def __call__(self) -> tuple[Array, Array | None]:
         """The kernel, and the bias over its last axis or None."""
-        kernel = self.param("kernel", nn.with_logical_partitioning(self.initializer, self.axes), self.shape, self.dtype)
+        init: Initializer = nn.with_logical_partitioning(self.initializer, self.axes)
+        kernel = self.param("kernel", init, self.shape, self.dtype)
         if not self.bias:
             return kernel, None
-        zeros = nn.with_logical_partitioning(nn.initializers.zeros_init(), self.axes[-1:])
+        zeros: Initializer = nn.with_logical_partitioning(nn.initializers.zeros_init(), self.axes[-1:])
         return kernel, self.param("bias", zeros, self.shape[-1:], self.dtype)
 
 

@@ -1,7 +1,5 @@
 """What the model returns, and the caches decoding carries along."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import flax.struct
@@ -37,7 +35,7 @@ class LayerOutput:
 
     router: RouterOutput | None = None
     self_attention: Float[Array, "B H Q T"] | None = None
-    cross_attention: Float[Array, "B H Q T"] | None = None
+    cross_attention: Float[Array, "B H Q S"] | None = None
     cache: LayerCache | None = None
 
 

@@ -1,7 +1,6 @@
 """The encoder's and the decoder's stack of layers, unrolled or scanned."""
 
-from __future__ import annotations
-
+import dataclasses
 import operator
 
 import flax.linen as nn
@@ -35,7 +34,7 @@ class Stack(nn.Module):
                 remat(ScanBlock, config.remat_policy),
                 variable_axes={"params": SCAN_AXIS},
                 split_rngs={"params": True, "dropout": True, "jitter": True},
-                in_axes=(nn.broadcast, nn.broadcast),
+                in_axes=(nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType] - flax takes a tuple, one for each argument
                 length=config.scan_blocks(stack),
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
@@ -60,7 +59,7 @@ class Stack(nn.Module):
         config = self.config
         if not config.relative_attention_per_layer:
             key_length = x.shape[1] if cache is None else cache.layers[0].self_attention.key.shape[1]
-            inputs = inputs.replace(bias=self.relpos_bias(x.shape[1], key_length, inputs.cache_index))
+            inputs = dataclasses.replace(inputs, bias=self.relpos_bias(x.shape[1], key_length, inputs.cache_index))
         x = self.dropout(x, deterministic=inputs.deterministic)
         hidden_states = [x]
         if config.scan_layers:
@@ -89,9 +88,10 @@ class Stack(nn.Module):
         return tuple(layer.cross_keys_values(encoded) for layer in self.layers)
 
 
-def _unstack(stacked: tuple, blocks: int) -> tuple[list[LayerOutput], list[Array]]:
+def _unstack(stacked: tuple, blocks: int | None) -> tuple[list[LayerOutput], list[Array | None]]:
     """The outputs of scanned blocks, layer by layer in order."""
     outputs, hidden = [], []
+    assert blocks is not None  # the config refuses to scan layers that do not repeat
     for block in range(blocks):
         for output, x in jax.tree.map(operator.itemgetter(block), stacked):
             outputs.append(output)

@@ -1,6 +1,7 @@
 """The models: `SwitchTransformer`, an encoder-decoder with a language-model head, and `SwitchEncoder`, the encoder alone."""
 
-from __future__ import annotations
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import flax.linen as nn
 import jax
@@ -13,6 +14,7 @@ from flax_switch.nn.layer import LayerInputs
 from flax_switch.nn.layers import Embedding, Linear, scaled_init
 from flax_switch.nn.outputs import DecoderCache, DecoderOutput, EncoderOutput, LayerCache, ModelOutput
 from flax_switch.nn.stack import Stack
+from flax_switch.ops import AnyArray
 from flax_switch.ops.attention import attention_mask
 
 
@@ -24,27 +26,39 @@ class SwitchEncoder(nn.Module):
 
     config: SwitchConfig
 
+    if TYPE_CHECKING:  # Flax's own says Any or a tuple, whatever is asked for
+
+        @overload
+        def apply(
+            self, variables: Mapping[str, Any], *args: Any, method: None = None, mutable: Literal[False] = False, **kwargs: Any
+        ) -> EncoderOutput: ...
+        @overload
+        def apply(self, variables: Mapping[str, Any], *args: Any, method: str | Callable[..., Any], **kwargs: Any) -> Any: ...
+        @overload
+        def apply(self, variables: Mapping[str, Any], *args: Any, mutable: bool | str | list[str], **kwargs: Any) -> Any: ...
+        def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any: ...
+
     def setup(self) -> None:
         self.token_embedder = Embedding(self.config)
         self.encoder = Stack(self.config, "encoder")
 
     @nn.nowrap
-    def init(self, *args, **kwargs):
+    def init(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Flax's `init`, returning plain arrays; `init_boxed` keeps the names of their axes."""
-        return nn.unbox(super().init(*args, **kwargs))
+        return nn.unbox(self.init_boxed(*args, **kwargs))
 
     @nn.nowrap
-    def init_boxed(self, *args, **kwargs):
+    def init_boxed(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Variables whose leaves carry their logical axis names (`nn.LogicallyPartitioned`)."""
-        return super().init(*args, **kwargs)
+        return dict(super().init(*args, **kwargs))
 
     def encode(
         self,
-        input_ids: Int[Array, "B L"] | None = None,
-        attention_mask: Int[Array, "B L"] | Bool[Array, "B L"] | None = None,
+        input_ids: Int[AnyArray, "B L"] | None = None,
+        attention_mask: Int[AnyArray, "B L"] | Bool[AnyArray, "B L"] | None = None,
         *,
-        inputs_embeds: Float[Array, "B L D"] | None = None,
-        segment_ids: Int[Array, "B L"] | None = None,
+        inputs_embeds: Float[AnyArray, "B L D"] | None = None,
+        segment_ids: Int[AnyArray, "B L"] | None = None,
         deterministic: bool = True,
         output_router_logits: bool = False,
         output_hidden_states: bool = False,
@@ -57,11 +71,11 @@ class SwitchEncoder(nn.Module):
           segment_ids: of packed examples; attention stays within a segment. Relative positions need no restart.
           deterministic: False turns on dropout and jitter (rngs "dropout" and "jitter") and takes the training capacity.
         """
-        x = self._embed(self.encoder, input_ids) if inputs_embeds is None else inputs_embeds.astype(self.config.dtype)
-        mask = None if attention_mask is None else attention_mask.astype(bool)
+        x = self._embed(self.encoder, input_ids, inputs_embeds)
+        mask = _as_mask(attention_mask)
         inputs = LayerInputs(
             bias=None,
-            mask=self_attention_mask(self.config, mask, segment_ids),
+            mask=self_attention_mask(self.config, mask, _as_array(segment_ids)),
             padding_mask=mask,
             deterministic=deterministic,
             output_router_logits=output_router_logits,
@@ -72,10 +86,18 @@ class SwitchEncoder(nn.Module):
             last_hidden_state=x,
             router=tuple(o.router for o in outputs if o.router is not None),
             hidden_states=hidden_states,
-            attentions=tuple(o.self_attention for o in outputs) if output_attentions else None,
+            attentions=tuple(o.self_attention for o in outputs if o.self_attention is not None) if output_attentions else None,
         )
 
-    def _embed(self, stack: Stack, ids: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+    def _embed(
+        self, stack: Stack, ids: Int[AnyArray, "B L"] | None, embeds: Float[AnyArray, "B L D"] | None
+    ) -> Float[Array, "B L D"]:
+        """The embeddings that were given, or those of ids."""
+        if embeds is not None:
+            return jnp.asarray(embeds).astype(self.config.dtype)
+        if ids is None:
+            raise ValueError(f"The {stack.stack} needs token ids, or embeddings in their place; neither was given.")
+        ids = jnp.asarray(ids)
         shared = self.token_embedder(ids)
         # With tables of their own the shared one serves nothing, but stays a parameter: Hugging Face's files hold it.
         return stack.token_embedder(ids) if self.config.separate_embeddings else shared
@@ -94,22 +116,34 @@ class SwitchTransformer(SwitchEncoder):
 
     head: bool = True
 
+    if TYPE_CHECKING:  # Flax's own says Any or a tuple, whatever is asked for
+
+        @overload
+        def apply(
+            self, variables: Mapping[str, Any], *args: Any, method: None = None, mutable: Literal[False] = False, **kwargs: Any
+        ) -> ModelOutput: ...
+        @overload
+        def apply(self, variables: Mapping[str, Any], *args: Any, method: str | Callable[..., Any], **kwargs: Any) -> Any: ...
+        @overload
+        def apply(self, variables: Mapping[str, Any], *args: Any, mutable: bool | str | list[str], **kwargs: Any) -> Any: ...
+        def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any: ...
+
     def setup(self) -> None:
         super().setup()
         self.decoder = Decoder(self.config, "decoder")
 
     def decode(
         self,
-        decoder_input_ids: Int[Array, "B L"] | None,
-        encoded: Float[Array, "B S D"] | None,
-        attention_mask: Int[Array, "B S"] | Bool[Array, "B S"] | None = None,
-        decoder_attention_mask: Int[Array, "B L"] | Bool[Array, "B L"] | None = None,
+        decoder_input_ids: Int[AnyArray, "B L"] | None,
+        encoded: Float[AnyArray, "B S D"] | None,
+        attention_mask: Int[AnyArray, "sources S"] | Bool[AnyArray, "sources S"] | None = None,
+        decoder_attention_mask: Int[AnyArray, "B T"] | Bool[AnyArray, "B T"] | None = None,
         *,
         cache: DecoderCache | None = None,
-        decoder_inputs_embeds: Float[Array, "B L D"] | None = None,
-        decoder_padding_mask: Bool[Array, "B L"] | None = None,
-        segment_ids: Int[Array, "B S"] | None = None,
-        decoder_segment_ids: Int[Array, "B L"] | None = None,
+        decoder_inputs_embeds: Float[AnyArray, "B L D"] | None = None,
+        decoder_padding_mask: Bool[AnyArray, "B L"] | None = None,
+        segment_ids: Int[AnyArray, "B S"] | None = None,
+        decoder_segment_ids: Int[AnyArray, "B L"] | None = None,
         deterministic: bool = True,
         output_router_logits: bool = False,
         output_hidden_states: bool = False,
@@ -127,24 +161,23 @@ class SwitchTransformer(SwitchEncoder):
             decoder_attention_mask says without a cache, and all of them with one.
         """
         config = self.config
-        if decoder_inputs_embeds is None:
-            x = self._embed(self.decoder, decoder_input_ids)
-        else:
-            x = decoder_inputs_embeds.astype(config.dtype)
-        mask = None if decoder_attention_mask is None else decoder_attention_mask.astype(bool)
+        x = self._embed(self.decoder, decoder_input_ids, decoder_inputs_embeds)
+        mask, source_mask = _as_mask(decoder_attention_mask), _as_mask(attention_mask)
+        padding_mask = _as_mask(decoder_padding_mask)
+        source_segments, target_segments = _as_array(segment_ids), _as_array(decoder_segment_ids)
         index = jnp.zeros((), jnp.int32) if cache is None else cache.index
         if cache is None:
-            if decoder_padding_mask is None:
-                decoder_padding_mask = mask
-            self_mask = self_attention_mask(config, mask, decoder_segment_ids, causal=True, length=x.shape[1])
+            if padding_mask is None:
+                padding_mask = mask
+            self_mask = self_attention_mask(config, mask, target_segments, causal=True, length=x.shape[1])
         else:
             self_mask = cached_attention_mask(mask, index, x.shape[1], cache.layers[0].self_attention.key.shape[1])
         inputs = LayerInputs(
             bias=None,
             mask=self_mask,
-            padding_mask=decoder_padding_mask,
-            encoded=encoded,
-            cross_mask=cross_attention_mask(config, mask, attention_mask, decoder_segment_ids, segment_ids, cache is not None),
+            padding_mask=padding_mask,
+            encoded=_as_array(encoded),
+            cross_mask=cross_attention_mask(config, mask, source_mask, target_segments, source_segments, cache is not None),
             cache_index=0 if cache is None else index,
             deterministic=deterministic,
             output_router_logits=output_router_logits,
@@ -155,14 +188,15 @@ class SwitchTransformer(SwitchEncoder):
         if self.head:
             logits = self.token_embedder.attend(x) if config.tie_word_embeddings else self.decoder.logits(x)
         if cache is not None:
-            cache = DecoderCache(tuple(o.cache for o in outputs), index + x.shape[1])
+            cache = DecoderCache(tuple(o.cache for o in outputs if o.cache is not None), index + x.shape[1])
+        cross_attentions = tuple(o.cross_attention for o in outputs if o.cross_attention is not None)
         return DecoderOutput(
             logits=logits,
             last_hidden_state=x,
             router=tuple(o.router for o in outputs if o.router is not None),
             hidden_states=hidden_states,
-            attentions=tuple(o.self_attention for o in outputs) if output_attentions else None,
-            cross_attentions=tuple(o.cross_attention for o in outputs) if output_attentions else None,
+            attentions=tuple(o.self_attention for o in outputs if o.self_attention is not None) if output_attentions else None,
+            cross_attentions=cross_attentions if output_attentions else None,
             cache=cache,
         )
 
@@ -178,24 +212,24 @@ class SwitchTransformer(SwitchEncoder):
 
     def __call__(
         self,
-        input_ids: Int[Array, "B S"] | None = None,
-        decoder_input_ids: Int[Array, "B L"] | None = None,
-        attention_mask: Int[Array, "B S"] | Bool[Array, "B S"] | None = None,
-        decoder_attention_mask: Int[Array, "B L"] | Bool[Array, "B L"] | None = None,
+        input_ids: Int[AnyArray, "B S"] | None = None,
+        decoder_input_ids: Int[AnyArray, "B L"] | None = None,
+        attention_mask: Int[AnyArray, "B S"] | Bool[AnyArray, "B S"] | None = None,
+        decoder_attention_mask: Int[AnyArray, "B L"] | Bool[AnyArray, "B L"] | None = None,
         *,
-        inputs_embeds: Float[Array, "B S D"] | None = None,
-        decoder_inputs_embeds: Float[Array, "B L D"] | None = None,
+        inputs_embeds: Float[AnyArray, "B S D"] | None = None,
+        decoder_inputs_embeds: Float[AnyArray, "B L D"] | None = None,
         encoder_output: EncoderOutput | None = None,
-        decoder_padding_mask: Bool[Array, "B L"] | None = None,
-        segment_ids: Int[Array, "B S"] | None = None,
-        decoder_segment_ids: Int[Array, "B L"] | None = None,
+        decoder_padding_mask: Bool[AnyArray, "B L"] | None = None,
+        segment_ids: Int[AnyArray, "B S"] | None = None,
+        decoder_segment_ids: Int[AnyArray, "B L"] | None = None,
         deterministic: bool = True,
         output_router_logits: bool = False,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
     ) -> ModelOutput:
         """Encodes the source (unless `encoder_output` is given) and decodes the target; see `encode`, `decode`."""
-        options = dict(
+        options: dict[str, bool] = dict(
             deterministic=deterministic,
             output_router_logits=output_router_logits,
             output_hidden_states=output_hidden_states,
@@ -243,6 +277,14 @@ class Decoder(Stack):
         return self.logits_dense(x)
 
 
+def _as_array(x: AnyArray | None) -> Array | None:
+    return None if x is None else jnp.asarray(x)
+
+
+def _as_mask(x: AnyArray | None) -> Array | None:
+    return None if x is None else jnp.asarray(x).astype(bool)
+
+
 def self_attention_mask(
     config: SwitchConfig,
     mask: Bool[Array, "B L"] | None,
@@ -250,7 +292,7 @@ def self_attention_mask(
     *,
     causal: bool = False,
     length: int = 0,
-) -> Bool[Array, "B 1 L L"] | None:
+) -> Bool[Array, "#B 1 #L L"] | None:
     """Who attends to whom in teacher-forced self-attention.
 
     Where the config zeroes padding, padded queries attend to nothing (flaxformer); else they attend like others (Hugging Face).
@@ -276,14 +318,13 @@ def cached_attention_mask(
 def cross_attention_mask(
     config: SwitchConfig,
     target_mask: Bool[Array, "B L"] | None,
-    source_mask: Int[Array, "B S"] | Bool[Array, "B S"] | None,
+    source_mask: Bool[Array, "sources S"] | None,
     target_segments: Int[Array, "B L"] | None,
-    source_segments: Int[Array, "B S"] | None,
+    source_segments: Int[Array, "sources S"] | None,
     cached: bool,
-) -> Bool[Array, "B 1 #L S"] | None:
+) -> Bool[Array, "_ 1 #L S"] | None:
     """Which source positions a target position may attend to."""
     query_mask = target_mask if config.zero_padding_activations and not cached else None
-    source_mask = None if source_mask is None else source_mask.astype(bool)
     return attention_mask(query_mask, source_mask, query_segments=target_segments, key_segments=source_segments)
 
 

@@ -6,3 +6,8 @@ One letter is one axis, here and in every einsum and type annotation of the pack
     F MLP width    V vocabulary                   G groups       S tokens per group
     E experts      C capacity of an expert        N experts chosen per token
 """
+
+import jax
+import numpy as np
+
+AnyArray = jax.Array | np.ndarray  # what public functions take; inside, all arrays are JAX's

@@ -1,10 +1,9 @@
 """T5's attention: no scaling of logits, additive relative position biases, softmax in float32."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from flax_switch.ops.dropout import keep_mask
@@ -68,7 +67,7 @@ def attention_mask(
     causal_shape: tuple[int, int] | None = None,
     query_segments: Int[Array, "B Q"] | None = None,
     key_segments: Int[Array, "B T"] | None = None,
-) -> Bool[Array, "B 1 Q T"] | Bool[Array, "1 1 Q T"] | None:
+) -> Bool[Array, "#B 1 #Q T"] | None:
     """Which keys a query may attend to: real ones, of its own segment and, with `causal_shape` (Q, T), not to its right."""
     mask = None
 
@@ -81,7 +80,7 @@ def attention_mask(
         mask = both(key_mask[:, None, None, :])
     if query_mask is not None:
         mask = both(query_mask[:, None, :, None])
-    if query_segments is not None:
+    if query_segments is not None and key_segments is not None:
         mask = both((query_segments[:, :, None] == key_segments[:, None, :])[:, None])
     return mask
 
@@ -136,7 +135,7 @@ def _attend(
     return jnp.einsum("BHQT,BHTK->BHQK", _dropped(probs, keep, value.dtype), value), probs
 
 
-def _dropped(probs: Float[Array, "B H Q T"], keep: Float[Array, "B H 1 T"] | None, dtype) -> Float[Array, "B H Q T"]:
+def _dropped(probs: Float[Array, "B H Q T"], keep: Float[Array, "B H 1 T"] | None, dtype: DTypeLike) -> Float[Array, "B H Q T"]:
     weights = probs.astype(dtype)
     return weights if keep is None else weights * keep
 

@@ -8,8 +8,6 @@
 exchange buffers between devices in between.
 """
 
-from __future__ import annotations
-
 import functools
 import logging
 from collections.abc import Callable
@@ -17,7 +15,8 @@ from collections.abc import Callable
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, Num
 
 from flax_switch.config import check, one_of
 from flax_switch.ops.permute import sum_rows, take_rows
@@ -68,16 +67,16 @@ def gather_combine(plan: RoutingPlan, view: SlotView, buffers: Float[Array, "G E
     return sum_rows(rows * slot_weights(plan, view), view.token, view.slot_of_token, plan.expert.shape[1])
 
 
-def einsum_masks(plan: RoutingPlan, dtype) -> tuple[Float[Array, "G S E C"], Float[Array, "G S E C"]]:
+def einsum_masks(plan: RoutingPlan, dtype: DTypeLike) -> tuple[Num[Array, "G S E C"], Float[Array, "G S E C"]]:
     """The dispatch mask (1 where token s is in slot c of expert e) in `dtype`, and in float32 the same times the weights."""
     if plan.tokens_choose:
-        chosen = (plan.expert[..., None] == jnp.arange(plan.num_experts)) & plan.kept[..., None]  # [G, S, N, E]
+        chosen = jax.nn.one_hot(plan.expert, plan.num_experts, dtype=bool) & plan.kept[..., None]  # [G, S, N, E]
         position = jnp.where(chosen, plan.slot[..., None], 0).sum(2)
         weight = jnp.where(chosen, plan.weight[..., None], 0.0).sum(2)
         taken = chosen.any(2)
     else:
         position, weight, taken = plan.slot, plan.weight, plan.kept
-    mask = taken[..., None] & (position[..., None] == jnp.arange(plan.buffer_size))
+    mask = taken[..., None] & jax.nn.one_hot(position, plan.buffer_size, dtype=bool)
     return mask.astype(dtype), jnp.where(mask, weight[..., None], 0.0)
 
 

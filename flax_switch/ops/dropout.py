@@ -5,8 +5,6 @@ products take. Dropout needs far less: whether an element is kept is a function 
 no structure is left. Nothing is drawn one after the other, so XLA fuses the mask into its user, and cuts it like its user.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -8,10 +8,10 @@ One SPMD body, the same under `jax.shard_map` and `jax.pmap`. A device routes it
 Gradients take the same ways backwards. What was received is named, so that remat policies keep it and nothing is sent again.
 """
 
-from __future__ import annotations
-
+import dataclasses
 import math
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
@@ -66,7 +66,7 @@ def execute_dropless(
 def admit(plan: RoutingPlan, peers: Peers, room: int) -> tuple[RoutingPlan, Int[Array, "P E"]]:
     """The plan without the choices for which their experts' device has no room, and the rows every peer sends each expert."""
     G, _, N = plan.expert.shape
-    chosen = jnp.where(plan.kept, plan.expert, plan.num_experts).reshape(G, -1, 1) == jnp.arange(plan.num_experts)
+    chosen = jax.nn.one_hot(jnp.where(plan.kept, plan.expert, plan.num_experts).reshape(G, -1), plan.num_experts, dtype=bool)
     by_group = chosen.sum(1, dtype=jnp.int32)  # [G, E]
     wanted = peers.all_gather(by_group.sum(0, dtype=jnp.int32))  # [P, E]
     # A receiver takes senders in order, and of each its experts in order, until it is full.
@@ -77,7 +77,8 @@ def admit(plan: RoutingPlan, peers: Peers, room: int) -> tuple[RoutingPlan, Int[
     earlier_groups = starts(by_group, axis=0)
     place = plan.slot + _at_expert(earlier_groups, plan)
     limit = lax.dynamic_index_in_dim(admitted, peers.index(), 0, keepdims=True)
-    return plan.replace(kept=plan.kept & (place < _at_expert(jnp.broadcast_to(limit, by_group.shape), plan))), admitted
+    kept = plan.kept & (place < _at_expert(jnp.broadcast_to(limit, by_group.shape), plan))
+    return dataclasses.replace(plan, kept=kept), admitted
 
 
 def _at_expert(values: Int[Array, "G E"], plan: RoutingPlan) -> Int[Array, "G S N"]:

@@ -1,7 +1,7 @@
 """What an expert computes: the MLP's mathematics, once, for every executor."""
 
-from __future__ import annotations
-
+import functools
+import operator
 from collections.abc import Callable, Mapping
 
 import jax
@@ -44,9 +44,8 @@ def mlp(
     element by itself: flaxformer shares one draw among all tokens of an expert, which drops a unit for the whole batch.
     """
     names = ("wi",) if len(activations) == 1 else ("wi_0", "wi_1")
-    hidden = None
-    for name, function in zip(names, activations, strict=True):
-        projected = activation(function)(matmul(x, kernels[name].astype(x.dtype)))
-        hidden = projected if hidden is None else hidden * projected
-    hidden = dropout(hidden, dropout_rate, dropout_rng)
+    branches = [
+        activation(function)(matmul(x, kernels[name].astype(x.dtype))) for name, function in zip(names, activations, strict=True)
+    ]
+    hidden = dropout(functools.reduce(operator.mul, branches), dropout_rate, dropout_rng)
     return matmul(hidden, kernels["wo"].astype(x.dtype))

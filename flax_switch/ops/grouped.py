@@ -10,8 +10,6 @@ The one place that knows which backend runs which kernel:
 What was counted and what was measured, and on which hardware, is in docs/moe.md.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib
 import math
@@ -21,6 +19,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from flax_switch.compilers import can_compile_for
@@ -155,7 +154,7 @@ class Blocks:
 def _running_total(counts: Int[Array, " E"]) -> Int[Array, " E"]:
     """A cumulative sum as a masked one: XLA compiles it in a fraction of the time, and E is small."""
     experts = jnp.arange(counts.shape[0])
-    return jnp.where(experts[:, None] >= experts, counts, 0).sum(1, dtype=jnp.int32)
+    return jnp.where(experts[:, None] >= experts[None], counts[None], 0).sum(1, dtype=jnp.int32)
 
 
 def _blocks(group_sizes: Int[Array, " E"], num_rows: int, *, cut: bool) -> Iterator[Blocks]:
@@ -170,7 +169,7 @@ def _blocks(group_sizes: Int[Array, " E"], num_rows: int, *, cut: bool) -> Itera
     starts = ends - group_sizes
     full = group_sizes // sizes[-1] if cut else jnp.zeros_like(group_sizes)
     rest = group_sizes - full * sizes[-1]
-    size_class = (rest[:, None] > jnp.asarray(sizes[:-1])).sum(1)
+    size_class = (rest[:, None] > jnp.asarray(sizes[:-1])[None]).sum(1)
     for i, size in enumerate(sizes):
         count = jnp.where((size_class == i) & (rest > 0), -(-rest // size), 0)
         if size == sizes[-1]:
@@ -181,7 +180,7 @@ def _blocks(group_sizes: Int[Array, " E"], num_rows: int, *, cut: bool) -> Itera
         yield Blocks(size, last_block[-1], last_block, first, ends)
 
 
-def _zeros(shape: tuple[int, ...], dtype: jnp.dtype, group_sizes: Int[Array, " E"]) -> Array:
+def _zeros(shape: tuple[int, ...], dtype: DTypeLike, group_sizes: Int[Array, " E"]) -> Array:
     """Zeros for a loop to write into; were XLA to know them as zeros, it would keep one array and copy it for each loop."""
     return jnp.full(shape, jnp.minimum(group_sizes[0], 0).astype(dtype))
 

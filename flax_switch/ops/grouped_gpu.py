@@ -10,8 +10,6 @@ compiles for Hopper and newer only. This is the one module that imports it. JAX 
 which is after they return, so that only a filter of the caller's can quiet it: setup.cfg has the tests', for that one text.
 """
 
-from __future__ import annotations
-
 import functools
 
 import jax
@@ -85,7 +83,7 @@ def row_tiles(group_sizes: Int[Array, " E"], num_rows: int, tile: int) -> Int[Ar
     ends = jnp.cumsum(sizes, dtype=jnp.int32)
     last_tile = jnp.cumsum(-(-sizes // tile), dtype=jnp.int32)
     index = jnp.arange((num_rows + (num_groups + 1) * (tile - 1)) // tile, dtype=jnp.int32)
-    group = jnp.minimum((last_tile <= index[:, None]).sum(1, dtype=jnp.int32), num_groups)
+    group = jnp.minimum((last_tile[None] <= index[:, None]).sum(1, dtype=jnp.int32), num_groups)
     start = (ends - sizes)[group] + tile * (index - jnp.where(group > 0, last_tile[group - 1], 0))
     return jnp.stack([group, *(jnp.minimum(row, ends[group]) for row in (start, start + tile))], axis=1)
 
@@ -102,11 +100,11 @@ def _rows_kernel(tiles_ref, x_ref, kernel_ref, out_ref, *, rows: int, columns: i
     def step(i, total):
         k = i * depth
         within = k + jnp.arange(depth) < size
-        part = _load(x_ref.at[pl.ds(start, rows), pl.ds(k, depth)], own[:, None] & within)
+        part = _load(x_ref.at[pl.ds(start, rows), pl.ds(k, depth)], own[:, None] & within[None])
         if transpose:
-            matrix = _load(kernel_ref.at[group, pl.ds(column, columns), pl.ds(k, depth)], inside[:, None] & within)
+            matrix = _load(kernel_ref.at[group, pl.ds(column, columns), pl.ds(k, depth)], inside[:, None] & within[None])
         else:
-            matrix = _load(kernel_ref.at[group, pl.ds(k, depth), pl.ds(column, columns)], within[:, None] & inside)
+            matrix = _load(kernel_ref.at[group, pl.ds(k, depth), pl.ds(column, columns)], within[:, None] & inside[None])
         return total + triton.dot(part, matrix, trans_b=transpose)
 
     @pl.when(start < end)
@@ -114,7 +112,7 @@ def _rows_kernel(tiles_ref, x_ref, kernel_ref, out_ref, *, rows: int, columns: i
         steps = lax.select(group < num_groups, jnp.int32(pl.cdiv(size, depth)), jnp.int32(0))
         total = lax.fori_loop(0, steps, step, jnp.zeros((rows, columns), jnp.float32))
         triton.store(
-            out_ref.at[pl.ds(start, rows), pl.ds(column, columns)], total.astype(out_ref.dtype), mask=own[:, None] & inside
+            out_ref.at[pl.ds(start, rows), pl.ds(column, columns)], total.astype(out_ref.dtype), mask=own[:, None] & inside[None]
         )
 
 
@@ -128,15 +126,15 @@ def _kernels_kernel(ranges_ref, x_ref, gradient_ref, out_ref, *, inputs: int, ou
     def step(i, total):
         first = start + i * depth
         own = (first + jnp.arange(depth) < end)[:, None]
-        part = _load(x_ref.at[pl.ds(first, depth), pl.ds(row, inputs)], own & in_rows)
-        other = _load(gradient_ref.at[pl.ds(first, depth), pl.ds(column, outputs)], own & in_columns)
+        part = _load(x_ref.at[pl.ds(first, depth), pl.ds(row, inputs)], own & in_rows[None])
+        other = _load(gradient_ref.at[pl.ds(first, depth), pl.ds(column, outputs)], own & in_columns[None])
         return total + triton.dot(part, other, trans_a=True)
 
     total = lax.fori_loop(0, pl.cdiv(end - start, depth), step, jnp.zeros((inputs, outputs), jnp.float32))
     triton.store(
         out_ref.at[group, pl.ds(row, inputs), pl.ds(column, outputs)],
         total.astype(out_ref.dtype),
-        mask=in_rows[:, None] & in_columns,
+        mask=in_rows[:, None] & in_columns[None],
     )
 
 

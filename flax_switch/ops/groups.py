@@ -4,16 +4,16 @@ A group is a sequence, or a fixed number of tokens: a matter of the config, neve
 is routed the same way on any number of devices. flaxformer's rule, which does depend on devices, is a compatibility mode.
 """
 
-from __future__ import annotations
-
+import dataclasses
 import math
+from typing import Self
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Shaped
 
-from flax_switch.config import SwitchConfig, check
+from flax_switch.config import ConfigError, SwitchConfig
 
 
 @flax.struct.dataclass
@@ -49,10 +49,10 @@ class Grouping:
         full = self.num_groups * self.group_size == self.padded_batch * self.padded_length
         return full and self.padded_batch == self.batch and self.batch % ways == 0 and self.num_groups % ways == 0
 
-    def part(self, ways: int) -> Grouping:
+    def part(self, ways: int) -> Self:
         """The grouping of one of `ways` equal parts of the batch; only where it `splits`."""
         batch = self.batch // ways
-        return Grouping(batch, self.length, batch, self.padded_length, self.num_groups // ways, self.group_size)
+        return dataclasses.replace(self, batch=batch, padded_batch=batch, num_groups=self.num_groups // ways)
 
     def counted(self) -> Bool[Array, "G S"] | None:
         """Which places take part in routing and losses; None if all do.
@@ -121,12 +121,12 @@ def flaxformer_num_groups(num_tokens: int, max_group_size: int, num_experts: int
     first = max(num_tokens // max_group_size, copies)
     fits = (g for g in range(first, num_tokens + 1) if num_tokens % g == 0 and g % copies == 0)
     num_groups = next(fits, None)
-    check(
-        num_groups is not None,
+    if num_groups is not None:
+        return num_groups
+    raise ConfigError(
         f"routing_group='flaxformer' needs the {copies} copies of all experts to divide the {num_tokens} tokens of a batch; "
-        "enlarge the batch or the length, or use routing_group='tokens' or 'sequence'.",
+        "enlarge the batch or the length, or use routing_group='tokens' or 'sequence'."
     )
-    return num_groups
 
 
 def flaxformer_replicas(num_experts: int) -> int:

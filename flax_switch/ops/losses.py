@@ -1,7 +1,5 @@
 """The training loss: cross-entropy with z-loss and label smoothing, plus the routers' losses, added up in one place."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import flax.struct
@@ -10,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from flax_switch.config import SwitchConfig
+from flax_switch.ops import AnyArray
 from flax_switch.ops.routing import RouterOutput
 
 IGNORED_LABEL = -100  # targets that do not count, as in Hugging Face
@@ -102,10 +101,10 @@ def router_losses(
 
 def seq2seq_loss(
     output: Any,
-    labels: Int[Array, "B L"],
+    labels: Int[AnyArray, "B L"],
     config: SwitchConfig,
     *,
-    segment_ids: Int[Array, "B L"] | None = None,
+    segment_ids: Int[AnyArray, "B L"] | None = None,
     divisor: Float[Array, ""] | None = None,
 ) -> LossOutput:
     """The loss of a `ModelOutput`: cross-entropy + z-loss + coefficients times the routers' losses.
@@ -117,6 +116,8 @@ def seq2seq_loss(
       segment_ids: of packed targets; only loss_normalizer="average_per_sequence" needs them.
       divisor: what the weighted sum is divided by, where this is a part of a larger batch; by default this batch's own.
     """
+    labels = jnp.asarray(labels)
+    segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
     weights = (labels != IGNORED_LABEL).astype(jnp.float32)
     cross_entropy, z_loss = token_cross_entropy(
         output.logits,

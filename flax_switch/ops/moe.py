@@ -1,7 +1,6 @@
 """A sparse MLP as one pure function: group, route, execute, and report."""
 
-from __future__ import annotations
-
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 
@@ -9,6 +8,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from flax_switch.config import SwitchConfig
@@ -76,7 +76,7 @@ def moe_block(
     parts = devices.size if isinstance(devices, PmapDevices) else 1
     grouping = make_grouping(config, x.shape[0] * parts, x.shape[1], replicas=replicas)
     mask = padding_mask if config.ignore_padding_tokens else None
-    arrays = (params.replace(shared_expert=None), x, mask, jitter_rng, dropout_rng)
+    arrays = (dataclasses.replace(params, shared_expert=None), x, mask, jitter_rng, dropout_rng)
     body = functools.partial(route_and_execute, config=config, stack=stack, deterministic=deterministic)
     total = {}
     if isinstance(devices, PmapDevices):
@@ -150,7 +150,7 @@ def route_and_execute(
         run, factor = grouped_experts(experts, params.expert), config.expert_parallel_buffer_factor
         y, plan = execute_dropless(routed.plan, tokens, run, peers, buffer_factor=factor)
         overflowed = (routed.plan.kept & ~plan.kept).sum((1, 2)).astype(jnp.float32)
-        routed = routed.replace(plan=plan, overflowed=overflowed)
+        routed = dataclasses.replace(routed, plan=plan, overflowed=overflowed)
     else:  # whatever has a capacity travels in buffers
         run = exchange_buffers(buffered_experts(experts, params.expert), peers)
         y = execute_buffers(routed.plan, tokens, run, executor="einsum" if executor == "einsum" else "gather")
@@ -206,6 +206,7 @@ def route(
         probs = jnp.where(mask[..., None], probs, 0.0)
     capacity = routing.expert_capacity(config, logits.shape[1], deterministic=deterministic)
     if config.router_type == "experts_choose" and stack == "encoder":
+        assert capacity is not None  # the config refuses dropless experts-choose
         plan = routing.experts_choose(_cast(probs, config, dtype), capacity=capacity, routed=real)
         return Routed(plan, logits, probs, plan.kept.astype(jnp.float32), counted, real)
     scatter = config.padding_semantics == "scatter"
@@ -227,7 +228,7 @@ def route(
     return Routed(plan, logits, probs, chose, counted, real)
 
 
-def _cast(probs: Float[Array, "G S E"], config: SwitchConfig, dtype) -> Float[Array, "G S E"]:
+def _cast(probs: Float[Array, "G S E"], config: SwitchConfig, dtype: DTypeLike) -> Float[Array, "G S E"]:
     return probs.astype(dtype).astype(jnp.float32) if config.cast_router_probs else probs
 
 

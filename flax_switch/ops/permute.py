@@ -4,8 +4,6 @@ Taking rows and adding rows up are each other's transpose. A caller who knows, f
 `inverse`) lets both the forward and the backward pass gather.
 """
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Shaped
@@ -27,7 +25,8 @@ def take_rows(x: Shaped[Array, "G S D"], index: Int[Array, "G R"], inverse: Int[
 
 @jax.custom_vjp
 def _sum_rows(rows: Shaped[Array, "G R D"], index: Int[Array, "G R"], inverse: Int[Array, "G S N"]) -> Shaped[Array, "G S D"]:
-    return sum(_take(rows, inverse[..., n]) for n in range(inverse.shape[-1]))
+    first, *others = (_take(rows, inverse[..., n]) for n in range(inverse.shape[-1]))
+    return sum(others, start=first)
 
 
 def sum_rows(

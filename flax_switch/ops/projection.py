@@ -1,10 +1,9 @@
 """A product of rows with one kernel, and the kernel's gradient in the form that a processor is fast at."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 
@@ -26,7 +25,7 @@ def _backward(residuals, gradient):
 project.defvjp(_forward, _backward)
 
 
-def kernel_gradient(x: Float[Array, "*B D"], gradient: Float[Array, "*B F"], dtype: jnp.dtype) -> Float[Array, "D F"]:
+def kernel_gradient(x: Float[Array, "*B D"], gradient: Float[Array, "*B F"], dtype: DTypeLike) -> Float[Array, "D F"]:
     """The sum over rows of x^T gradient, in `dtype`."""
 
     def product(x, gradient):

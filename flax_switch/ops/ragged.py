@@ -1,9 +1,8 @@
 """Dropless execution: rows sorted by expert, and one grouped product per kernel."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -20,7 +19,7 @@ def execute_ragged(plan: RoutingPlan, x: Float[Array, "G S D"], experts: SortedE
     num_rows = num_choices if plan.tokens_choose else G * plan.num_experts * plan.buffer_size
     key = jnp.where(plan.kept, plan.expert, plan.num_experts).reshape(num_choices)
     choice = jnp.argsort(key, stable=True)[:num_rows].astype(jnp.int32)  # what was not kept comes last
-    group_sizes = (key[:, None] == jnp.arange(plan.num_experts)).sum(0, dtype=jnp.int32)
+    group_sizes = jax.nn.one_hot(key, plan.num_experts, dtype=jnp.int32).sum(0)
     rows = jnp.arange(num_rows, dtype=jnp.int32)
     used = rows < group_sizes.sum()
     choice = jnp.where(used, choice, num_choices)

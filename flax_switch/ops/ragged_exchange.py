@@ -4,8 +4,6 @@ Device s sends `counts[s, r]` rows to device r. Its rows lie in the order of the
 order of the senders. Sending by the transposed counts brings every row back to where it was, and is the gradient too.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 
@@ -90,7 +88,7 @@ def _padded(x: Array, counts: Array, *, num_rows: int, peers: Peers) -> Array:
     me = peers.index()
     size = min(x.shape[0], num_rows)
     places = jnp.arange(size, dtype=jnp.int32)
-    index = jnp.where(places < counts[me][:, None], starts(counts[me])[:, None] + places, x.shape[0])
+    index = jnp.where(places[None] < counts[me][:, None], starts(counts[me])[:, None] + places[None], x.shape[0])
     parts = take_rows(x[None], index.reshape(1, -1), None)[0]
     parts = peers.all_to_all(parts, 0, 0)
     sender, place = locate(counts[:, me], num_rows)

@@ -6,14 +6,12 @@ are computed here as well, because they judge the decision and not its execution
 Sources: Switch Transformers (2101.03961), ST-MoE (2202.08906), V-MoE (2106.05974), Expert Choice (2202.09368).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from flax_switch.config import SwitchConfig
@@ -76,7 +74,7 @@ def router_logits(
     kernel: Float[Array, "D E"],
     bias: Float[Array, " E"] | None = None,
     *,
-    dtype: Any = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     jitter: float = 0.0,
     jitter_rng: PRNGKeyArray | None = None,
 ) -> Float[Array, "G S E"]:
@@ -89,7 +87,7 @@ def router_logits(
     if jitter_rng is not None and jitter > 0.0:
         x = x * jax.random.uniform(jitter_rng, x.shape, x.dtype, 1.0 - jitter, 1.0 + jitter)
     logits = jnp.einsum("GSD,DE->GSE", x, kernel.astype(dtype), precision=jax.lax.Precision.HIGHEST)
-    return (logits if bias is None else logits + bias.astype(dtype)).astype(jnp.float32)
+    return (logits if bias is None else logits + bias.astype(dtype)[None, None]).astype(jnp.float32)
 
 
 def tokens_choose(
@@ -126,7 +124,7 @@ def tokens_choose(
 
 def _probability_of(probs: Float[Array, "G S E"], expert: Int[Array, "G S N"]) -> Float[Array, "G S N"]:
     """`probs[g, s, expert[g, s, n]]` as a masked sum: its gradient needs no scatter, and it shards along G."""
-    chosen = expert[..., None] == jnp.arange(probs.shape[-1])
+    chosen = jax.nn.one_hot(expert, probs.shape[-1], dtype=bool)
     return jnp.where(chosen, probs[:, :, None, :], 0).sum(-1)
 
 
@@ -139,7 +137,7 @@ def _queue_slots(expert: Int[Array, "G S N"], num_experts: int, priority: Float[
     queue = expert.swapaxes(1, 2).reshape(G, N * S)
     # A stable sort by expert puts each queue in order; the place in it is the place among all, minus where the queue starts.
     by_expert = jnp.argsort(queue, axis=-1, stable=True).astype(jnp.int32)
-    starts = (queue[..., None] < jnp.arange(num_experts + 1)).sum(1, dtype=jnp.int32)
+    starts = (queue[..., None] < jnp.arange(num_experts + 1)[None, None]).sum(1, dtype=jnp.int32)
     slot = _inverse_permutation(by_expert) - jnp.take_along_axis(starts, queue, axis=-1)
     slot = slot.reshape(G, N, S).swapaxes(1, 2)
     if priority is not None:
@@ -172,7 +170,7 @@ def experts_choose(probs: Float[Array, "G S E"], *, capacity: int, routed: Bool[
 
 def expert_membership(expert: Int[Array, "G S N"], num_experts: int) -> Float[Array, "G S E"]:
     """1 where any of a token's choices is the expert, else 0."""
-    return (expert[..., None] == jnp.arange(num_experts)).any(-2).astype(jnp.float32)
+    return jax.nn.one_hot(expert, num_experts, dtype=bool).any(-2).astype(jnp.float32)
 
 
 def load_balancing_loss(fraction: Float[Array, "G E"], mean_probs: Float[Array, "G E"]) -> Float[Array, ""]:
@@ -215,7 +213,7 @@ def routing_metrics(
         usage = num_kept / (total(jnp.float32(plan.expert.shape[0])) * plan.num_experts * plan.capacity)
     else:
         usage = jnp.ones((), jnp.float32)  # no slot stays empty
-    chosen = (plan.expert[..., None] == jnp.arange(plan.num_experts)) & plan.kept[..., None]
+    chosen = jax.nn.one_hot(plan.expert, plan.num_experts, dtype=bool) & plan.kept[..., None]
     return {
         "fraction_tokens_left_behind": token_mean((~kept.any(-1)).astype(jnp.float32), counted, total),
         "router_confidence": total(jnp.where(plan.kept, plan.weight, 0.0).sum()) / jnp.maximum(num_kept, 1.0),

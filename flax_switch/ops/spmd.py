@@ -1,7 +1,6 @@
 """Laying the sparse MLP's SPMD body over a mesh or a pmap: which part of what each device sees."""
 
-from __future__ import annotations
-
+import dataclasses
 import functools
 import logging
 import math
@@ -11,12 +10,13 @@ from typing import Any
 import jax
 from jax import lax
 from jax.sharding import AbstractMesh, PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from flax_switch.config import check
 from flax_switch.ops.groups import Grouping
 from flax_switch.ops.ragged_exchange import Peers
-from flax_switch.partitioning import RULES, PmapDevices, partition_spec
+from flax_switch.partitioning import BATCH_AXES, PmapDevices, partition_spec
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ def fits_mesh(grouping: Grouping, mesh: AbstractMesh) -> bool:
     Otherwise the body runs as one program that GSPMD splits: the same results, with more communication. That is right for single
     sequences, as in initialisation and generation; for a batch it is said once in the log.
     """
-    ways = math.prod(mesh.shape[a] for a in RULES["batch"])
+    ways = math.prod(mesh.shape[a] for a in BATCH_AXES)
     fits = grouping.splits(ways)
     if not fits and grouping.batch % ways == 0:
         _warn(_STRADDLE % (grouping.batch, grouping.length, grouping.group_size, ways))
@@ -45,7 +45,7 @@ def _warn(message: str) -> None:
 
 
 def over_mesh(
-    body: Callable[..., tuple[Array, Any]], arrays: tuple, mesh: AbstractMesh, grouping: Grouping, *, dtype: Any
+    body: Callable[..., tuple[Array, Any]], arrays: tuple, mesh: AbstractMesh, grouping: Grouping, *, dtype: DTypeLike
 ) -> tuple[Array, Any]:
     """Runs `ops.moe.route_and_execute` on every device of a mesh.
 
@@ -56,18 +56,18 @@ def over_mesh(
     """
     params, *others = arrays
     # Cast before they are handed over: what fsdp gathers, and what gradients add up over data, is in the experts' dtype.
-    params = params.replace(expert={name: kernel.astype(dtype) for name, kernel in params.expert.items()})
+    params = dataclasses.replace(params, expert={name: kernel.astype(dtype) for name, kernel in params.expert.items()})
     kernels = {
         name: partition_spec(("expert", "mlp", "embed") if name == "wo" else ("expert", "embed", "mlp"), kernel.shape, mesh)
         for name, kernel in params.expert.items()
     }
     sliced = "model" in kernels["wo"]
-    batch, whole = PartitionSpec(RULES["batch"]), PartitionSpec()
+    batch, whole = PartitionSpec(BATCH_AXES), PartitionSpec()
     peers = Peers("expert", mesh.shape["expert"])
-    own = grouping.part(math.prod(mesh.shape[a] for a in RULES["batch"]))
+    own = grouping.part(math.prod(mesh.shape[a] for a in BATCH_AXES))
 
     def on_device(params, x, mask, jitter_rng, dropout_rng):
-        rank = lax.axis_index(RULES["batch"])
+        rank = lax.axis_index(BATCH_AXES)
         fold = lambda rng, index: None if rng is None else jax.random.fold_in(rng, index)  # noqa: E731
         jitter_rng, dropout_rng = fold(jitter_rng, rank), fold(fold(dropout_rng, rank), lax.axis_index("model"))
         y, routed = body(params, x, mask, jitter_rng, dropout_rng, grouping=own, peers=peers)
@@ -78,7 +78,7 @@ def over_mesh(
     y, routed = jax.shard_map(
         on_device,
         mesh=mesh,
-        in_specs=(params.replace(router_kernel=whole, router_bias=whole, expert=kernels), batch, batch, whole, whole),
+        in_specs=(dataclasses.replace(params, router_kernel=whole, router_bias=whole, expert=kernels), batch, batch, whole, whole),
         out_specs=(PartitionSpec("model" if sliced else None, *batch), batch),
         check_vma=False,
     )(params, *others)

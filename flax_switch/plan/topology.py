@@ -82,7 +82,8 @@ def parse_topology(name: str) -> Topology:
     chip_name, colon, shape = name.partition(":")
     chip = CHIPS.get(chip_name.lower())
     known = ", ".join(_example(c) for c in CHIPS.values())
-    check(chip is not None, f"There is no topology {name!r}: {chip_name!r} is no chip known here. Write one like {known}.")
+    if chip is None:
+        raise ConfigError(f"There is no topology {name!r}: {chip_name!r} is no chip known here. Write one like {known}.")
     form = f"{chip.name} topologies are written like {_example(chip)}"
     check(bool(colon) and re.fullmatch(r"\d+(x\d+)*", shape) is not None, f"{form}; this is {name!r}.")
     sizes = [int(size) for size in shape.split("x")]
@@ -158,6 +159,7 @@ def _described_gpus(topology: Topology) -> list[Any]:
 def _target_config(chip: Chip) -> str:
     """The chip as XLA's `GpuTargetConfigProto`, in protocol buffers' text format."""
     gpu = chip.gpu
+    assert gpu is not None  # of a GPU
     limits = {  # the same for all these generations
         "threads_per_block_limit": 1024, "threads_per_warp": 32, "threads_per_core_limit": 2048,
         "block_dim_limit_x": 2**31 - 1, "block_dim_limit_y": 2**16 - 1, "block_dim_limit_z": 2**16 - 1,

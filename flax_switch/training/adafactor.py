@@ -5,8 +5,6 @@ that would mix the statistics of different experts, and make them depend on how 
 scanned layer) has its own factored second moments, parameter scale and update clipping, as if it were a parameter of its own.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import jax
@@ -38,7 +36,8 @@ def factored_axes(shape: tuple[int, ...], axes: tuple[str, ...], min_size: int) 
     if len(own) == len(axes) and min(shape) < min_size:
         return None
     # The larger axis is the column, as upstream: it decides nothing but the layout of the state.
-    return tuple(own) if len(own) < len(axes) else tuple(sorted(own, key=lambda i: shape[i]))
+    row, col = own if len(own) < len(axes) else sorted(own, key=lambda i: shape[i])
+    return row, col
 
 
 def state_axes(shape: tuple[int, ...], axes: tuple[str, ...], min_size: int) -> tuple[tuple, tuple, tuple]:
@@ -83,7 +82,7 @@ def adafactor(
 
         return AdafactorState(jnp.zeros((), jnp.int32), zeros("row"), zeros("col"), zeros("full"))
 
-    def update(grads, state, params):
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         decay = 1.0 - (state.count.astype(jnp.float32) + 1.0) ** -decay_rate
         step_size = learning_rate(state.count)
 
@@ -104,7 +103,7 @@ def adafactor(
                 update = grad * jnp.expand_dims((row / row_mean) ** -0.5, c) * jnp.expand_dims(col**-0.5, r)
             if clipping_threshold is not None:
                 update /= jnp.maximum(1.0, _rms(update, own) / clipping_threshold)
-            scale = step_size
+            scale = jnp.asarray(step_size)
             if multiply_by_parameter_scale:
                 scale = scale * jnp.maximum(_rms(param.astype(jnp.float32), own), _MIN_SCALE)
             return -scale * update, row, col, full

@@ -8,8 +8,6 @@ A workdir holds
     metrics.jsonl, events...       what `flax_switch.training.metrics` writes
 """
 
-from __future__ import annotations
-
 import errno
 import json
 from typing import Any

@@ -4,8 +4,6 @@ The student starts from the teacher's weights wherever both have them, which is 
 are a mixture of the true token and of the teacher's whole distribution, at temperature 1.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 
@@ -149,18 +147,20 @@ def distillation_loss(
     teacher_probs = jax.nn.softmax(jax.lax.stop_gradient(teacher_logits).astype(jnp.float32))
     log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
     soft = -((teacher_probs * log_probs).sum(-1) * weights).sum() / jnp.maximum(divisor, 1e-9)
-    return loss.replace(loss=loss.loss + teacher_weight * (soft - loss.cross_entropy))
+    return dataclasses.replace(loss, loss=loss.loss + teacher_weight * (soft - loss.cross_entropy))
 
 
 def teachers_loss(run: Run, teacher: Pretrained, params: Any) -> Loss:
     """The loss of a student's output on a batch, beside what the teacher says of that batch in evaluation mode."""
     config = run.config
+    assert isinstance(config, DistillConfig)
 
     def loss_of(output: ModelOutput, batch: Batch, divisor: Array) -> LossOutput:
         loss = true_loss(config.model)(output, batch, divisor)
         teacher_output = forward(teacher.model, params, batch, None)
         counted = (batch["labels"] != IGNORED_LABEL).astype(jnp.float32)
         weights, _ = loss_weights(counted, config.model.loss_normalizer, batch.get("decoder_segment_ids"))
+        assert output.logits is not None and teacher_output.logits is not None  # `check_teacher` has refused models without a head
         return distillation_loss(loss, output.logits, teacher_output.logits, weights, divisor, config.distillation.teacher_weight)
 
     return loss_of

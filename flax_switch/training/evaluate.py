@@ -1,10 +1,8 @@
 """Held-out evaluation: cross-entropy over all targets and over text targets, beside the text's unigram entropy."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -25,7 +23,7 @@ class Evaluator:
     batches: int
 
     @classmethod
-    def of(cls, run: Run, prepared: Prepared, eval_step: Callable[[Any, Any], dict[str, Any]]) -> Evaluator:
+    def of(cls, run: Run, prepared: Prepared, eval_step: Callable[[Any, Any], dict[str, Any]]) -> Self:
         """Counts the held-out unigrams once."""
         batches = run.config.train.eval_batches
         return cls(run, prepared, eval_step, prepared.heldout_unigram_entropy(batches), batches)

@@ -1,7 +1,5 @@
 """The end of a run: a few masked spans filled in as text, the report, and where everything lies."""
 
-from __future__ import annotations
-
 import importlib.util
 import itertools
 import json
@@ -34,7 +32,8 @@ def finish(result: RunResult, workdir: epath.PathLike) -> None:
     for sample in samples:
         shown = (p if isinstance(p, str) else f"[{p['model']} -> {p['text']}]" for p in sample["pieces"])
         console.print("  " + " ".join(shown))
-    console.print(f"\n{describe(result.evaluation)}")
+    if result.evaluation is not None:
+        console.print(f"\n{describe(result.evaluation)}")
     if importlib.util.find_spec("matplotlib") is not None:
         console.print(f"\nReport, with plots:  {write_report(workdir)}")
     else:

@@ -3,8 +3,6 @@
 Frozen parameters have no gradient, no statistics and no update; the train step hands them on as they are.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from typing import Any

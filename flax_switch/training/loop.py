@@ -1,11 +1,9 @@
 """The training loop: prepare, resume, step, evaluate, save, report. Fine-tuning and distillation run in the same one."""
 
-from __future__ import annotations
-
 import dataclasses
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -26,14 +24,17 @@ from flax_switch.training.stepper import Stepper, build_stepper
 Batch = dict[str, np.ndarray]
 
 
+@runtime_checkable
 class Examples(Protocol):
     """Where batches come from: `data.Prepared`, or of fine-tuning `data.tasks.PreparedTasks`."""
 
-    vocabulary: Vocabulary
+    @property
+    def vocabulary(self) -> Vocabulary: ...
 
     def train_iterator(self, rows: np.ndarray | None = None) -> Any: ...
 
 
+@runtime_checkable
 class Evaluation(Protocol):
     """What the loop asks of an evaluator: `training.evaluate.Evaluator`, or `finetuning.evaluate.TaskEvaluator`."""
 

@@ -1,7 +1,5 @@
 """What a run writes down: metrics.jsonl, one line per logged step, and TensorBoard events where tensorboardX is installed."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """The optimiser an `OptimizerConfig` describes, and the logical axes of its state."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax
@@ -70,7 +68,7 @@ def _sum_of_squares(x: jax.Array) -> jax.Array:
 def _clip_by_global_norm(limit: float, axes: Any) -> optax.GradientTransformation:
     """`optax.clip_by_global_norm`, by the norm above."""
 
-    def update(grads, state, params=None):
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         norm = global_norm(grads, jax.tree.map(lambda _, names: "expert" in names, grads, axes))
         return jax.tree.map(lambda g: jnp.where(norm < limit, g, g / norm.astype(g.dtype) * limit), grads), state
 
@@ -93,7 +91,7 @@ def optimizer_state_axes(state: Any, params: Any, axes: Any, config: OptimizerCo
             # One (row, col, full) triple per parameter.
             leaves = jax.tree.leaves(parts, is_leaf=lambda x: isinstance(x, tuple) and isinstance(x[0], tuple))
             row, col, full = (param_structure.unflatten([leaf[i] for leaf in leaves]) for i in range(3))
-            return AdafactorState((), row, col, full)
+            return node._replace(count=(), row=row, col=col, full=full)
         if is_params(node):
             return axes
         return (None,) * len(node.shape)

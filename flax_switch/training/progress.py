@@ -1,13 +1,11 @@
 """What a person sees while a run goes on: a progress bar on a terminal, a line now and then elsewhere."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading
 import time
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 import jax
 from jax.experimental import multihost_utils
@@ -83,7 +81,7 @@ class StopSignals:
         self._several = jax.process_count() > 1
         self._previous: dict[int, Any] = {}
 
-    def __enter__(self) -> StopSignals:
+    def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT,) if self._several else (signal.SIGTERM, signal.SIGINT):
                 self._previous[number] = signal.signal(number, self._handle)

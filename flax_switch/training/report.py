@@ -1,7 +1,5 @@
 """A run as one HTML page: curves, expert load by layer and time, throughput, samples and config."""
 
-from __future__ import annotations
-
 import base64
 import html
 import importlib.util

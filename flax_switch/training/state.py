@@ -1,14 +1,13 @@
 """The state of a run, and how to make one straight into its shardings."""
 
-from __future__ import annotations
-
+import dataclasses
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from flax_switch import partitioning
 from flax_switch.config import ExperimentConfig
@@ -35,11 +34,11 @@ class Run:
     config: ExperimentConfig | FinetuneConfig = flax.struct.field(pytree_node=False)
     model: SwitchTransformer = flax.struct.field(pytree_node=False)
     optimizer: optax.GradientTransformation = flax.struct.field(pytree_node=False)
-    mesh: Mesh = flax.struct.field(pytree_node=False)
+    mesh: Mesh | AbstractMesh = flax.struct.field(pytree_node=False)
     abstract_state: TrainState  # shapes, dtypes and shardings
 
 
-def build_run(config: ExperimentConfig | FinetuneConfig, mesh: Mesh) -> Run:
+def build_run(config: ExperimentConfig | FinetuneConfig, mesh: Mesh | AbstractMesh) -> Run:
     """Model, optimiser and the abstract state with its shardings, without allocating an array."""
     model = SwitchTransformer(config.model)
     axes = logical_axes(model)
@@ -47,7 +46,8 @@ def build_run(config: ExperimentConfig | FinetuneConfig, mesh: Mesh) -> Run:
     optimizer = build_optimizer(config.optimizer, trained_axes, config.train.steps)
     abstract = jax.eval_shape(lambda: _fresh(config, model, optimizer))
     trained = trainable_part(abstract.params, config.optimizer.trainable)
-    state_axes = TrainState(
+    state_axes = dataclasses.replace(
+        abstract,
         step=(),
         params=axes,
         opt_state=optimizer_state_axes(abstract.opt_state, trained, trained_axes, config.optimizer),
@@ -68,10 +68,10 @@ def init_state(run: Run, params: Any = None) -> TrainState:
         if params is None:
             return jax.jit(lambda: _fresh(run.config, run.model, run.optimizer), out_shardings=shardings)()
         rest = jax.jit(
-            lambda p: _fresh(run.config, run.model, run.optimizer, p).replace(params=None),
-            out_shardings=shardings.replace(params=None),
+            lambda p: dataclasses.replace(_fresh(run.config, run.model, run.optimizer, p), params=None),
+            out_shardings=dataclasses.replace(shardings, params=None),
         )(params)
-        return rest.replace(params=params)
+        return dataclasses.replace(rest, params=params)
 
 
 def state_shardings(run: Run) -> TrainState:

@@ -1,7 +1,6 @@
 """One step of training and one of evaluation: the only place where losses meet gradients."""
 
-from __future__ import annotations
-
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +11,7 @@ import optax
 from flax_switch import partitioning
 from flax_switch.config import SwitchConfig
 from flax_switch.nn.outputs import ModelOutput
-from flax_switch.nn.transformer import SwitchTransformer
+from flax_switch.nn.transformer import SwitchEncoder
 from flax_switch.ops.groups import rows_of_whole_groups
 from flax_switch.ops.losses import IGNORED_LABEL, LossOutput, loss_weights, seq2seq_loss, token_cross_entropy
 from flax_switch.training.freezing import merged, trainable_part
@@ -23,9 +22,9 @@ Batch = dict[str, jax.Array]
 Loss = Callable[[ModelOutput, Batch, jax.Array], LossOutput]  # of the model's output on a batch, and what sums are divided by
 
 
-def forward(model: SwitchTransformer, params: Any, batch: Batch, rng: jax.Array | None) -> ModelOutput:
+def forward(model: SwitchEncoder, params: Any, batch: Batch, rng: jax.Array | None) -> ModelOutput:
     """The model on a batch; with `rng` in training mode (dropout, jitter, training capacity), without in evaluation mode."""
-    rngs = {} if rng is None else dict(zip(("dropout", "jitter"), jax.random.split(rng), strict=True))
+    rngs: dict[str, Any] = {} if rng is None else dict(zip(("dropout", "jitter"), jax.random.split(rng), strict=True))
     return model.apply(
         {"params": params},
         batch["input_ids"],
@@ -90,7 +89,7 @@ def loss_and_grads(run: Run, params: Any, batch: Batch, rng: jax.Array, loss_of:
     grads, aux = jax.lax.scan(accumulate, zeros, (split, jnp.arange(pieces)))
     grads = jax.tree.map(lambda g: g / pieces, grads)
     loss, routers = jax.tree.map(lambda x: x.mean(0), aux)
-    return _over_devices(run, grads, _metrics(loss.replace(weight_sum=loss.weight_sum * pieces), routers))
+    return _over_devices(run, grads, _metrics(dataclasses.replace(loss, weight_sum=loss.weight_sum * pieces), routers))
 
 
 def _over_devices(run: Run, grads: Any, metrics: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -121,7 +120,8 @@ def train_step(run: Run, state: TrainState, batch: Batch, loss_of: Loss | None =
     trained = trainable_part(state.params, run.config.optimizer.trainable)
     norm = global_norm(grads, jax.tree.map(is_split, trained_leaves(run)))
     updates, opt_state = run.optimizer.update(grads, state.opt_state, trained)
-    params = merged(state.params, optax.apply_updates(trained, _after(norm, updates)))
+    updated: Any = optax.apply_updates(trained, _after(norm, updates))
+    params = merged(state.params, updated)
     schedule = learning_rate_schedule(run.config.optimizer, run.config.train.steps)
     metrics["grad_norm"] = norm
     metrics["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
@@ -149,6 +149,7 @@ def eval_step(run: Run, params: Any, batch: Batch) -> dict[str, Any]:
     labels = batch["labels"]
     counted = (labels != IGNORED_LABEL).astype(jnp.float32)
     targets = jnp.maximum(labels, 0)
+    assert output.logits is not None  # a model that is trained has its head
     cross_entropy, _ = token_cross_entropy(output.logits, targets)
     hits = (output.logits.argmax(-1) == targets).astype(jnp.float32)
     text = counted * batch["text_mask"]

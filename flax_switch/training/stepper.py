@@ -1,7 +1,5 @@
 """A run's steps under `jax.jit` or `jax.pmap`: the same function of a state and a batch, the state held in different forms."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import Any

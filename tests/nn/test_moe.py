@@ -172,7 +172,7 @@ def test_a_sequences_output_and_routing_do_not_depend_on_its_batch_mates(setting
 def test_ignored_padding_changes_no_real_token():
     module, variables = small(min_expert_capacity=1, eval_capacity_factor=1.0, ignore_padding_tokens=True)
     run = jax.jit(functools.partial(module.apply, variables, deterministic=True))
-    x, mask = random_input(2, 10, 8), jnp.arange(10) < jnp.asarray([[6], [10]])
+    x, mask = random_input(2, 10, 8), jnp.arange(10)[None] < jnp.asarray([[6], [10]])
     y, output = run(x, padding_mask=mask)
     other = jnp.where(mask[..., None], x, random_input(2, 10, 8, seed=1))
     y2, output2 = run(other, padding_mask=mask)

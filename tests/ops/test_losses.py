@@ -25,7 +25,7 @@ CASES = sorted({key.rsplit("/", 1)[0] for key in GOLDEN if "/" in key})
 @pytest.mark.parametrize("case", CASES)
 def test_losses_and_gradients_equal_t5x(case):
     name, smoothing, z_loss = case.removeprefix("lnf-").replace("_ls", "|").replace("_z", "|").split("|")
-    targets, segments = GOLDEN["targets"], GOLDEN["segment_ids"]
+    targets, segments = jnp.asarray(GOLDEN["targets"]), jnp.asarray(GOLDEN["segment_ids"])
     normalizer = NORMALIZERS[name]
 
     def loss(logits):

@@ -33,7 +33,7 @@ def test_gradients_are_those_of_the_plain_product(lead, width, features, dtype):
 
 
 def test_projections_are_mapped_like_any_function():
-    x, kernels = np.random.default_rng(0).normal(size=(7, 4)).astype("float32"), np.ones((3, 4, 5), "float32")
+    x, kernels = jax.random.normal(jax.random.key(0), (7, 4)), jnp.ones((3, 4, 5))
     mapped = jax.vmap(jax.grad(lambda kernel: project(x, kernel).sum()))(kernels)
     np.testing.assert_allclose(mapped, np.broadcast_to(x.sum(0)[:, None], (3, 4, 5)), rtol=1e-5, atol=1e-6)
 

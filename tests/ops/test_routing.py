@@ -50,7 +50,7 @@ def test_tokens_choose_reproduces_flaxformers_masked_router(case):
         expert_capacity=C,
     )
     real = np.abs(golden["token_inputs"]).sum(-1) > 0
-    logits = routing.router_logits(golden["token_inputs"], golden["router_kernel"])
+    logits = routing.router_logits(jnp.asarray(golden["token_inputs"]), jnp.asarray(golden["router_kernel"]))
     routed = route(logits, config=config, stack="encoder", mask=jnp.asarray(real) if "ignored" in case else None)
     mask, weights = einsum_masks(routed.plan, jnp.uint8)
     np.testing.assert_array_equal(mask, golden["dispatch_mask"])
@@ -64,7 +64,7 @@ def test_tokens_choose_reproduces_flaxformers_masked_router(case):
 @pytest.mark.parametrize("case", cases(EXPERTS_CHOOSE))
 def test_experts_choose_reproduces_flaxformers_router(case):
     golden = {key.split("/")[1]: EXPERTS_CHOOSE[key] for key in EXPERTS_CHOOSE.files if key.startswith(case + "/")}
-    logits = routing.router_logits(golden["token_inputs"], golden["router_kernel"])
+    logits = routing.router_logits(jnp.asarray(golden["token_inputs"]), jnp.asarray(golden["router_kernel"]))
     plan = routing.experts_choose(jax.nn.softmax(logits), capacity=int(golden["capacity"]))
     mask, weights = einsum_masks(plan, jnp.uint8)
     np.testing.assert_array_equal(mask, golden["dispatch_mask"])
@@ -130,7 +130,7 @@ def test_experts_choose_equals_a_plain_loop(size, seed):
 def test_experts_choose_prefers_real_tokens_and_never_keeps_padding():
     probs = probabilities(np.random.default_rng(0), 1, 6, 3)
     real = jnp.asarray([[True, True, False, False, True, False]])
-    plan = routing.experts_choose(probs, capacity=4, routed=real)
+    plan = routing.experts_choose(jnp.asarray(probs), capacity=4, routed=real)
     np.testing.assert_array_equal(plan.kept.sum(1), 3)  # the three real tokens, by every expert
     assert not plan.kept[0, np.array([2, 3, 5])].any()
 
@@ -163,7 +163,7 @@ def test_a_decoder_lets_tokens_choose_even_where_experts_choose_in_the_encoder()
 
 
 def test_normalised_weights_sum_to_one_and_raw_ones_are_probabilities():
-    probs = probabilities(np.random.default_rng(2), 2, 7, 5)
+    probs = jnp.asarray(probabilities(np.random.default_rng(2), 2, 7, 5))
     raw = routing.tokens_choose(probs, num_selected=2, capacity=None)
     normal = routing.tokens_choose(probs, num_selected=2, capacity=None, normalize=True)
     np.testing.assert_allclose(raw.weight, jnp.sort(probs, axis=-1)[..., :-3:-1], rtol=1e-6)

@@ -33,7 +33,9 @@ AXES = {
         dict(scan_layers=True, num_decoder_layers=4, decoder_sparse_layers=(1, 3)),
         dict(),
         dict(num_sparse_encoder_layers=0, num_sparse_decoder_layers=0),
-        dict(sparse_layout="top", encoder_sparse_layers=(0,), num_encoder_layers=1, num_decoder_layers=3, num_sparse_decoder_layers=2),
+        dict(
+            sparse_layout="top", encoder_sparse_layers=(0,), num_encoder_layers=1, num_decoder_layers=3, num_sparse_decoder_layers=2
+        ),
     ],
     "sizes": [dict(num_heads=3, d_kv=6), dict(), dict(d_model=20, d_ff=12, vocab_size=80)],
     "dtype": [dict(), dict(dtype="bfloat16"), dict(expert_dtype="bfloat16"), dict(param_dtype="bfloat16")],

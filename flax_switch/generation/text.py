@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from flax_switch.config import check
-from flax_switch.generation.generate import generate
+from flax_switch.generation.generate import check_seeds, generate
 
 SMALLEST_BUCKET = 16
 
@@ -63,8 +63,9 @@ def generate_lines(
     """A result for each line, in order: {"line", "input", "outputs", "scores"}, or {"line", "error"} where one cannot be used.
 
     Sources are sorted into length buckets and every batch is filled up to `batch_size`, so that a program compiles once per bucket.
-    `on_batch(lines, tokens)` is called after each batch with the numbers it finished. Raises `ConfigError` for a checkpoint without
-    a vocabulary and for controls that cannot be.
+    `on_batch(lines, tokens)` is called after each batch with the numbers it finished. With sampling, what a line draws depends on
+    the seed and its place among the lines, not on the batch it fell into. Raises `ConfigError` for a checkpoint without a
+    vocabulary and for controls that cannot be.
     """
     vocabulary, config = pretrained.vocabulary, pretrained.config
     check(
@@ -99,26 +100,42 @@ def generate_lines(
 
 
 def generate_batches(
-    model: Any, params: Any, sources: Iterable[tuple[int, Sequence[int]]], *, batch_size: int, longest: int, **controls: Any
+    model: Any,
+    params: Any,
+    sources: Iterable[tuple[int, Sequence[int]]],
+    *,
+    batch_size: int,
+    longest: int,
+    seed: int = 0,
+    **controls: Any,
 ) -> Iterator[tuple[list[int], Int[np.ndarray, "b n T"], Float[np.ndarray, "b n"] | None]]:
-    """(numbers, sequences, scores) of sources given as (number, ids), batch by batch, by length buckets up to `longest`."""
+    """Yields (numbers, sequences, scores) of sources given as (number, ids), batch by batch, by length buckets up to `longest`.
+
+    `seed` and its number decide what a source draws.
+    """
+    check_seeds(seed, 1)
     buckets: dict[int, list[tuple[int, Sequence[int]]]] = {}
     for number, ids in sources:
         buckets.setdefault(bucket_of(len(ids), longest), []).append((number, ids))
     for length, same in sorted(buckets.items()):
         for start in range(0, len(same), batch_size):
             batch = same[start : start + batch_size]
-            output = generate(model, params, *_pad(batch, batch_size, length), **controls)
+            filled = batch + batch[-1:] * (batch_size - len(batch))
+            seeds = [_source_seed(seed, number) for number, _ in filled]
+            output = generate(model, params, *_pad(filled, length), seed=seeds, **controls)
             rows = np.asarray(output.sequences).reshape(batch_size, -1, output.sequences.shape[-1])
             scores = None if output.scores is None else np.asarray(output.scores).reshape(batch_size, -1)[: len(batch)]
             yield [number for number, _ in batch], rows[: len(batch)], scores
 
 
-def _pad(batch: Sequence[tuple[int, Sequence[int]]], batch_size: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and mask [batch_size, length]; missing rows repeat the last one."""
-    ids, mask = np.zeros((2, batch_size, length), np.int32)
-    for row in range(batch_size):
-        tokens = batch[min(row, len(batch) - 1)][1]
+def _source_seed(seed: int, number: int) -> int:
+    return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+
+
+def _pad(batch: Sequence[tuple[int, Sequence[int]]], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and mask [len(batch), length]."""
+    ids, mask = np.zeros((2, len(batch), length), np.int32)
+    for row, (_, tokens) in enumerate(batch):
         ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, 1
     return ids, mask
 

@@ -195,6 +195,7 @@ def test_workers_do_not_outlive_a_killed_parent(config, tmp_path):
     assert len(children) >= 2
     os.kill(script.pid, signal.SIGKILL)
     script.communicate(timeout=60)
+    assert script.returncode == -signal.SIGKILL
     deadline = time.monotonic() + 30
     while any(os.path.exists(f"/proc/{child}") for child in children) and time.monotonic() < deadline:
         time.sleep(0.2)

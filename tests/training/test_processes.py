@@ -260,6 +260,7 @@ def test_when_one_process_dies_the_other_ends_and_the_run_resumes(config, undist
         assert processes.running[survivor].wait(HEARTBEAT + 30) in (LOST_ANOTHER, ABORTED), processes.text(survivor)
         took = time.monotonic() - died
         assert took < HEARTBEAT + 15
+        assert processes.running[victim].poll() == (-signal.SIGKILL if number == signal.SIGKILL else None), "killed, or still hung"
     assert "lost another process" in processes.text(survivor) or "another task died" in processes.text(survivor)
     steps = [line["step"] for line in read_metrics(workdir)]
     assert 60 <= max(steps) < 150

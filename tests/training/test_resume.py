@@ -35,8 +35,8 @@ def environment(tmp_path_factory):
     return {**os.environ, "XLA_FLAGS": "", **cache}
 
 
-def start(workdir, environment, *more):
-    command = [sys.executable, "-m", "flax_switch.cli", "pretrain", "--config", "configs/tiny.py", "--workdir", str(workdir)]
+def start(workdir, environment, *more, program=("-m", "flax_switch.cli")):
+    command = [sys.executable, *program, "pretrain", "--config", "configs/tiny.py", "--workdir", str(workdir)]
     command += [f"--config.{s}" for s in (*SETTINGS, *more)]
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -54,11 +54,20 @@ def losses(workdir):
     return [{k: v for k, v in line.items() if k not in timing} for line in read_metrics(workdir)]
 
 
+def start_paused(workdir, environment):
+    """A run that takes its time, so that a signal cannot come after its end."""
+    return start(workdir, environment, program=[str(Path(__file__).with_name("paused_run.py"))])
+
+
+def reached(workdir):
+    return max((line["step"] for line in read_metrics(workdir)), default=0)
+
+
 def wait_for_step(workdir, step, process, timeout=240):
     end = time.monotonic() + timeout
-    while time.monotonic() < end and process.poll() is None:
-        if any(line["step"] >= step for line in read_metrics(workdir)):
-            return
+    while reached(workdir) < step:
+        assert time.monotonic() < end, f"step {step} was not reached"
+        assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)
 
 
@@ -75,39 +84,49 @@ def test_the_undisturbed_run_logged_every_step(undisturbed):
 
 
 def killed_and_resumed(workdir, environment, seed, kills):
+    """What a run computed that was killed some times, and the checkpoint (or None) it went on from last."""
     generator = random.Random(seed)
     for _ in range(kills):
-        process = start(workdir, environment)
-        done = max((line["step"] for line in read_metrics(workdir)), default=0)
-        wait_for_step(workdir, min(done + generator.randint(1, 5), STEPS), process)
+        process = start_paused(workdir, environment)
+        wait_for_step(workdir, min(reached(workdir) + generator.randint(1, 5), STEPS - 4), process)
         time.sleep(generator.random() * 0.3)
         process.send_signal(signal.SIGKILL)
-        process.communicate()
-    finish(workdir, environment)
-    return losses(workdir)
+        output, _ = process.communicate()
+        assert process.returncode == -signal.SIGKILL, f"the run ended before it was killed: {output}"
+        assert reached(workdir) < STEPS
+    complete = [int(folder.name) for folder in (workdir / "checkpoints").glob("*") if folder.name.isdigit()]
+    saved = max(complete, default=None)
+    output = finish(workdir, environment)
+    assert ("Continuing" in output) == (saved is not None), output
+    assert saved is None or f"from step {saved}." in " ".join(output.split())
+    return losses(workdir), saved
 
 
 def test_a_killed_run_ends_with_the_losses_of_an_undisturbed_one(tmp_path, environment, undisturbed):
-    assert killed_and_resumed(tmp_path / "run", environment, seed=0, kills=2) == undisturbed
+    found, resumed_from = killed_and_resumed(tmp_path / "run", environment, seed=0, kills=2)
+    assert found == undisturbed
+    assert resumed_from in range(3, STEPS, 3), "the second kill came after a checkpoint"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(10))
 def test_ten_killed_runs_end_with_the_losses_of_an_undisturbed_one(tmp_path, environment, undisturbed, seed):
-    assert killed_and_resumed(tmp_path / "run", environment, seed=100 + seed + 1000 * ROUND, kills=1 + seed % 3) == undisturbed
+    seeds = dict(seed=100 + seed + 1000 * ROUND, kills=1 + seed % 3)
+    assert killed_and_resumed(tmp_path / "run", environment, **seeds)[0] == undisturbed
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_run_saves_where_it_is_and_continues(tmp_path, environment, undisturbed, number):
     workdir = tmp_path / "run"
-    process = start(workdir, environment)
+    process = start_paused(workdir, environment)
     wait_for_step(workdir, 4, process)
     process.send_signal(number)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 1, output
-    stopped_at = max(line["step"] for line in read_metrics(workdir))
-    assert f"saved at step {stopped_at}. Run the same command again to continue." in output.replace("\n", " ")
-    assert f"from step {stopped_at}" in finish(workdir, environment)
+    stopped_at = reached(workdir)
+    assert 4 <= stopped_at < STEPS, "the signal came before the end"
+    assert f"saved at step {stopped_at}. Run the same command again to continue." in " ".join(output.split())
+    assert f"from step {stopped_at}." in " ".join(finish(workdir, environment).split())
     assert losses(workdir) == undisturbed
 
 

@@ -1,0 +1,53 @@
+"""Greedy and beam search as a textbook has them, for one source, in plain Python: what the compiled searches are held to.
+
+`log_probs(prefixes)` gives the next token's log-probabilities after each of some prefixes, [len(prefixes), V].
+"""
+
+import numpy as np
+
+
+def greedy_search(log_probs, start, *, max_new_tokens, eos):
+    """The most probable token each time, until EOS."""
+    tokens = tuple(start)
+    for _ in range(max_new_tokens):
+        tokens += (int(np.argmax(log_probs([tokens])[0])),)
+        if tokens[-1] in eos:
+            break
+    return tokens
+
+
+def beam_search(
+    log_probs, start, *, num_beams, max_new_tokens, eos, length_penalty=1.0, early_stopping=False, noise=None, divisor=None
+):
+    """[(tokens, score), ...], `num_beams` of them, best first.
+
+    A score is the sum of log-probabilities over length ** length_penalty, or over `divisor(length)`. The search looks at the
+    2 * num_beams best continuations of a step (more where there are several EOS tokens). Of the first num_beams of them, those that
+    end are finished; of all, the best that do not end go on. It stops with num_beams finished ones, at once (early_stopping=True),
+    or when the best running one would not beat the worst of them if it ended now (False), or at its best future length ("never").
+    `noise(step)` [num_beams, V] is added where continuations are compared, which makes the choice a draw.
+    """
+    divisor = divisor or (lambda length: float(length) ** length_penalty)
+    width = max(2, 1 + len(eos)) * num_beams
+    running, finished = [(tuple(start), 0.0)], []
+    for step in range(1, max_new_tokens + 1):
+        table = np.asarray(log_probs([tokens for tokens, _ in running]))
+        drawn = np.zeros((num_beams, table.shape[1])) if noise is None else noise(step)
+        candidates = []
+        for beam, (tokens, score) in enumerate(running):
+            for token in range(table.shape[1]):
+                total = score + table[beam, token]
+                candidates.append((-(total + drawn[beam, token]), beam, token, tokens + (token,), total))
+        candidates = [(tokens, total) for *_, tokens, total in sorted(candidates)[:width]]
+        last = step == max_new_tokens
+        ended = [(tokens, total / divisor(step)) for tokens, total in candidates[:num_beams] if last or tokens[-1] in eos]
+        finished = sorted(finished + ended, key=lambda beam: -beam[1])[:num_beams]
+        running = sorted((beam for beam in candidates if beam[0][-1] not in eos), key=lambda beam: -beam[1])[:num_beams]
+        if len(finished) < num_beams:
+            continue
+        if early_stopping is True:
+            break
+        hopeful = early_stopping == "never" and divisor(2) > divisor(1)  # longer is divided by more, so negative scores rise
+        if running[0][1] / divisor(max_new_tokens if hopeful else step) <= finished[-1][1]:
+            break
+    return finished

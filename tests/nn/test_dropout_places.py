@@ -79,7 +79,7 @@ def added(stack, sparse, active, config=CONFIG, seed=0, deterministic=False):
     inputs = LayerInputs(
         bias=jnp.zeros((1, H, L, L)), mask=None, padding_mask=None, encoded=jnp.ones((B, 6, D)), deterministic=deterministic
     )
-    shapes = jax.eval_shape(lambda: nn.unbox(layer.init(jax.random.key(0), x[:1], inputs.replace(deterministic=True))))
+    shapes = jax.eval_shape(lambda: nn.unbox(layer.init(jax.random.key(0), x, inputs.replace(deterministic=True))))
     run = jax.jit(lambda v, rng: layer.apply(v, x, inputs, rngs={"dropout": rng})[0])
     return np.asarray(run(kernels(shapes, f"/{active}/"), jax.random.key(seed)) - x, np.float64)
 

@@ -21,12 +21,15 @@ from flax_switch.training.metrics import read_metrics
 from flax_switch.training.step import compile_eval_step
 
 STEPS = 8
-WORDS = ["river", "stone", "wind", "house", "garden", "letter", "morning", "winter", "music", "table", "window", "bread", "silver"]
+SYLLABLES = ["ba", "ke", "lo", "mi", "nu", "ra", "se", "ti", "vo", "zu"]
 
 
 def documents(count):
+    """A made-up language, in which common words are common."""
     rng = np.random.default_rng(0)
-    return [" ".join(rng.choice(WORDS, rng.integers(4, 30))) + "." for _ in range(count)]
+    words = ["".join(rng.choice(SYLLABLES, size=rng.integers(1, 4))) for _ in range(300)]
+    weights = 1 / np.arange(1, len(words) + 1)
+    return [" ".join(rng.choice(words, size=rng.integers(3, 40), p=weights / weights.sum())) + "." for _ in range(count)]
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,9 @@ def noise_counts(
     Of two or more tokens at least one is noise and at least one is not; of fewer, none is.
     """
     lengths = np.asarray(lengths, np.int64)
-    noise = np.clip(np.round(lengths * noise_density).astype(np.int64), 1, np.maximum(lengths - 1, 1))
+    # The product in float32, as T5 has it: 190 tokens make 28.500001 there, so 29, where float64 would round 28.5 to 28.
+    wanted = np.round(lengths.astype(np.float32) * np.float32(noise_density)).astype(np.int64)
+    noise = np.clip(wanted, 1, np.maximum(lengths - 1, 1))
     shorter = np.minimum(noise, lengths - noise)  # every span needs a token of each kind
     spans = np.clip(np.round(noise / mean_noise_span_length).astype(np.int64), 1, np.maximum(shorter, 1))
     long_enough = lengths >= 2

@@ -1,6 +1,7 @@
-"""Held-out evaluation: cross-entropy over all targets and over text targets, beside the text's unigram entropy."""
+"""Held-out evaluation: cross-entropy, perplexity and accuracy, over all targets and over text beside its unigram entropy."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, Self
 
@@ -29,7 +30,7 @@ class Evaluator:
         return cls(run, prepared, eval_step, prepared.heldout_unigram_entropy(batches), batches)
 
     def __call__(self, params: Any) -> dict[str, Any]:
-        """Metrics by name; cross-entropies in nats per token.
+        """Metrics by name; cross-entropies in nats per token, perplexities e to their power.
 
         `nats_below_unigram` is how far the cross-entropy over text targets (neither sentinels nor EOS) lies below the entropy of
         the same tokens' unigram distribution, the least that a model without context can reach.
@@ -38,7 +39,12 @@ class Evaluator:
         batches = self.prepared.heldout_batches(self.batches, rows)
         means = mean_metrics(self.run, self.eval_step, params, batches, self.prepared.vocabulary)
         text = means["text_cross_entropy"]
-        return {**means, "unigram_entropy": self.unigram_entropy, "nats_below_unigram": self.unigram_entropy - text}
+        return {
+            **means,
+            "text_perplexity": perplexity(text),
+            "unigram_entropy": self.unigram_entropy,
+            "nats_below_unigram": self.unigram_entropy - text,
+        }
 
     def describe(self, evaluation: dict[str, Any]) -> str:
         """An evaluation as a sentence."""
@@ -55,7 +61,10 @@ def mean_metrics(
     batches: Iterable[dict[str, np.ndarray]],
     vocabulary: Vocabulary,
 ) -> dict[str, Any]:
-    """Cross-entropy (nats per token) and accuracy over all targets, cross-entropy over text targets, and the routers' metrics."""
+    """Cross-entropy (nats per token), perplexity and accuracy over all targets, cross-entropy over text, the routers' metrics.
+
+    Of tokens the means are over all batches' tokens, however many each has; of routers over batches.
+    """
     totals: dict[str, float] = {}
     routers: list[dict[str, Any]] = []
     for batch in batches:
@@ -66,18 +75,26 @@ def mean_metrics(
         for name in ("cross_entropy", "hits", "tokens", "text_cross_entropy", "text_tokens"):
             totals[name] = totals.get(name, 0.0) + sums[name]
     tokens, text_tokens = max(totals["tokens"], 1.0), max(totals["text_tokens"], 1.0)
+    cross_entropy = totals["cross_entropy"] / tokens
     return {
-        "cross_entropy": totals["cross_entropy"] / tokens,
+        "cross_entropy": cross_entropy,
+        "perplexity": perplexity(cross_entropy),
         "accuracy": totals["hits"] / tokens,
         "text_cross_entropy": totals["text_cross_entropy"] / text_tokens,
         **{name: np.mean([r[name] for r in routers], axis=0).tolist() for name in (routers[0] if routers else {})},
     }
 
 
+def perplexity(nats: float) -> float:
+    """e to the power of a cross-entropy in nats: among how many equally likely tokens the model might as well be guessing."""
+    return math.exp(nats) if nats < 700.0 else math.inf
+
+
 def describe(evaluation: dict[str, Any]) -> str:
     """An evaluation of pre-training as a sentence."""
     return (
-        f"held-out cross-entropy {evaluation['cross_entropy']:.3f} nats/token over all targets, "
-        f"{evaluation['text_cross_entropy']:.3f} over text; text unigram entropy {evaluation['unigram_entropy']:.3f}, so "
-        f"{evaluation['nats_below_unigram']:.3f} nats below it."
+        f"held-out cross-entropy {evaluation['cross_entropy']:.3f} nats/token over all targets "
+        f"(perplexity {evaluation['perplexity']:.2f}, accuracy {100 * evaluation['accuracy']:.1f} %), "
+        f"{evaluation['text_cross_entropy']:.3f} over text (perplexity {evaluation['text_perplexity']:.2f}); text unigram entropy "
+        f"{evaluation['unigram_entropy']:.3f}, so {evaluation['nats_below_unigram']:.3f} nats below it."
     )

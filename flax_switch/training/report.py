@@ -12,6 +12,7 @@ from etils import epath
 from flax_switch.config import ConfigError
 from flax_switch.config_finetuning import LOSS, FinetuneConfig
 from flax_switch.training.checkpoint import RunConfig, read_config
+from flax_switch.training.evaluate import perplexity
 from flax_switch.training.metrics import read_metrics
 
 SAMPLES_FILE = "samples.json"
@@ -215,7 +216,10 @@ def _page(
 
 def _evaluation_rows(config: RunConfig, evals: list[dict[str, Any]]) -> list[tuple[str, str]]:
     last = evals[-1]
-    rows = [("held-out cross-entropy, all targets", f"{last['cross_entropy']:.3f} nats/token")]
+    rows = [
+        ("held-out cross-entropy, all targets", f"{last['cross_entropy']:.3f} nats/token"),
+        ("held-out perplexity, all targets", f"{perplexity(last['cross_entropy']):.2f}"),
+    ]
     if isinstance(config, FinetuneConfig):
         best = (min if config.best == LOSS else max)(evals, key=lambda line: line[config.best])
         rows += [(f"{name}, at the end", f"{last[name]:.2f}") for name in scores_of(config, evals)]
@@ -223,6 +227,7 @@ def _evaluation_rows(config: RunConfig, evals: list[dict[str, Any]]) -> list[tup
     return [
         *rows,
         ("held-out cross-entropy, text targets", f"{last['text_cross_entropy']:.3f} nats/token"),
+        ("held-out perplexity, text targets", f"{perplexity(last['text_cross_entropy']):.2f}"),
         ("unigram entropy of the same text", f"{last['unigram_entropy']:.3f} nats/token"),
         ("below the unigram entropy", f"{last['nats_below_unigram']:.3f} nats/token"),
         ("held-out accuracy", f"{100 * last['accuracy']:.1f} %"),

@@ -81,6 +81,38 @@ def test_t5_s_recipe_takes_568_tokens_for_inputs_of_512_and_targets_of_114():
     assert (noise[0], spans[0]) == (85, 28)
 
 
+def t5_counts(length, density, mean_length):
+    """T5's random_spans_noise_mask, in float32 and with halves rounded to even, as TensorFlow computes it."""
+    noise = int(np.round(np.float32(length) * np.float32(density)))
+    noise = min(max(noise, 1), length - 1)
+    spans = max(int(np.round(np.float32(noise) / np.float32(mean_length))), 1)
+    return noise, spans
+
+
+@pytest.mark.parametrize(("density", "mean_length"), [(0.15, 3.0), (0.5, 3.0), (0.15, 2.0), (0.3, 5.0), (0.5, 8.0)])
+def test_noise_tokens_and_spans_are_rounded_as_t5_does_for_every_length(density, mean_length):
+    lengths = np.arange(2, 1500)
+    noise, spans = noise_counts(lengths, density, mean_length)
+    want = np.array([t5_counts(int(length), density, mean_length) for length in lengths])
+    np.testing.assert_array_equal(noise, want[:, 0])
+    np.testing.assert_array_equal(spans, want[:, 1])
+    inputs, targets = corrupted_lengths(lengths, density, mean_length)
+    np.testing.assert_array_equal(inputs, lengths - noise + spans + 1)  # a sentinel for every span, and EOS
+    np.testing.assert_array_equal(targets, noise + spans + 1)
+
+
+def test_halves_are_rounded_to_the_even_number():
+    # 10 and 30 tokens have 1.5 and 4.5 of noise; 2.5 spans come of 5 tokens in spans of 2.
+    assert [int(n) for n in noise_counts(np.array([10, 30, 50]), 0.15, 3.0)[0]] == [2, 4, 8]
+    assert [int(noise_counts(np.array(n), 0.5, 2.0)[1]) for n in (10, 14)] == [2, 4]
+
+
+def test_every_span_has_a_token_of_each_kind_where_noise_is_most_of_the_text():
+    noise, spans = noise_counts(np.arange(2, 40), 0.9, 1.0)  # T5 would ask for as many spans as noise tokens, and fail
+    assert (spans <= np.arange(2, 40) - noise).all() and (spans >= 1).all()
+    assert (noise_counts(np.array([0, 1]))[0] == 0).all() and (noise_counts(np.array([0, 1]))[1] == 0).all()
+
+
 def test_every_cut_into_segments_is_equally_likely():
     # Of 10 tokens 4 are noise, in 2 spans: 3 ways to cut the noise times 5 to cut the rest.
     count = 30_000

@@ -72,3 +72,52 @@ def test_a_full_buffer_drops_choices_and_counts_them_exactly():
     assert (by_device <= 2 * room).all() and (by_device == 2 * room).any()
     nothing = ~router.kept.any(-1)
     assert nothing.any() and (y[nothing] == 0).all() and (np.abs(y[~nothing]).sum(-1) > 0).all()
+
+
+def test_choices_that_overflow_are_counted_without_ignored_padding():
+    """All tokens choose expert 0 of 4; its device has room for as many rows as an even share is."""
+    config = MODEL.replace(capacity_mode="dropless", num_experts=4, expert_parallel_buffer_factor=1.0)
+    x, overflowed = np.ones(SHAPE, np.float32), {}
+    mesh = create_mesh(MeshConfig(data=1, expert=4), jax.devices()[:4])
+    for ignoring in (False, True):
+        module = SparseMLP(config.replace(ignore_padding_tokens=ignoring), "encoder")
+        variables = jax.tree.map(jnp.zeros_like, variables_of(module))
+        run = jax.jit(lambda v, x, module=module: module.apply(v, x, padding_mask=jnp.asarray(MASK), deterministic=False)[1])
+        with use_mesh(mesh):
+            router = jax.device_get(run(variables, jax.device_put(x, batch_sharding(mesh))))
+        wanted, room = int(MASK.sum()) if ignoring else MASK.size, MASK.size // 4
+        assert router.metrics["choices_overflowed"] == wanted - room
+        assert router.metrics["tokens_per_expert"].tolist() == [room, 0, 0, 0]
+        assert router.metrics["fraction_tokens_left_behind"] == pytest.approx((wanted - room) / wanted)
+        overflowed[ignoring] = wanted - room
+    assert 0 < overflowed[True] < overflowed[False]
+
+
+def test_every_device_draws_its_own_dropout_and_jitter():
+    """Rows that are one row come out alike without randomness, and no two alike with it, wherever they lie."""
+    module = SparseMLP(MODEL.replace(expert_dropout_rate=0.5, router_jitter_noise=0.2, capacity_mode="dropless"), "encoder")
+    variables, x = variables_of(module), np.broadcast_to(X[:1, :1], SHAPE)
+    mesh = create_mesh(MeshConfig(data=2, expert=2), jax.devices()[:4])
+
+    def layer(variables, x):
+        rngs = {"dropout": jax.random.key(0), "jitter": jax.random.key(5)}
+        y, router = module.apply(variables, x, padding_mask=None, deterministic=False, rngs=rngs, with_logits=True)
+        return y, router.logits
+
+    with use_mesh(mesh):
+        y, logits = jax.device_get(jax.jit(layer)(variables, jax.device_put(x, batch_sharding(mesh))))
+    assert len(np.unique(logits[..., 0])) > 0.95 * MASK.size
+    assert len({tuple(row) for row in y.reshape(-1, SHAPE[-1]).round(6).tolist()}) > 0.95 * MASK.size
+
+
+def test_the_parts_of_an_expert_on_several_devices_draw_their_own_dropout():
+    """Of an expert cut in two, whose hidden units all are 1, an odd number of units is kept as often as an even one."""
+    module = SparseMLP(MODEL.replace(expert_dropout_rate=0.5, capacity_mode="dropless", num_experts=2), "encoder")
+    variables = jax.tree.map(lambda kernel: jnp.full(kernel.shape, 1 / 16), variables_of(module))
+    mesh = create_mesh(MeshConfig(data=1, expert=1, model=2), jax.devices()[:2])
+    run = jax.jit(lambda v, x, rng: module.apply(v, x, padding_mask=None, deterministic=False, rngs={"dropout": rng})[0])
+    with use_mesh(mesh):
+        y = jax.device_get(run(variables, jax.device_put(jnp.ones(SHAPE), batch_sharding(mesh)), jax.random.key(0)))
+    kept = y[..., 0] * 2 * 16 / 2  # a router's weight of 1/2, 1/16 of each unit, a scale of 2
+    np.testing.assert_allclose(kept, kept.round(), atol=1e-4)
+    assert abs((kept.round() % 2).mean() - 0.5) < 4.5 * 0.5 / 16

@@ -11,6 +11,8 @@ import numpy as np
 from flax_switch import partitioning
 from flax_switch.data import Prepared, Vocabulary, text_token_mask
 from flax_switch.training.metrics import plain
+from flax_switch.training.probe import Probe
+from flax_switch.training.probe import describe as describe_probe
 from flax_switch.training.state import Run
 
 
@@ -23,12 +25,13 @@ class Evaluator:
     eval_step: Callable[[Any, Any], dict[str, Any]]
     unigram_entropy: float
     batches: int
+    probe: Probe
 
     @classmethod
     def of(cls, run: Run, prepared: Prepared, eval_step: Callable[[Any, Any], dict[str, Any]]) -> Evaluator:
         """Counts the held-out unigrams once."""
         batches = run.config.train.eval_batches
-        return cls(run, prepared, eval_step, prepared.heldout_unigram_entropy(batches), batches)
+        return cls(run, prepared, eval_step, prepared.heldout_unigram_entropy(batches), batches, Probe.of(run, prepared))
 
     def __call__(self, params: Any) -> dict[str, Any]:
         """Metrics by name; cross-entropies in nats per token.
@@ -40,7 +43,8 @@ class Evaluator:
         batches = self.prepared.heldout_batches(self.batches, rows)
         means = mean_metrics(self.run, self.eval_step, params, batches, self.prepared.vocabulary)
         text = means["text_cross_entropy"]
-        return {**means, "unigram_entropy": self.unigram_entropy, "nats_below_unigram": self.unigram_entropy - text}
+        entropy = self.unigram_entropy
+        return {**means, "unigram_entropy": entropy, "nats_below_unigram": entropy - text, **self.probe(params)}
 
     def describe(self, evaluation: dict[str, Any]) -> str:
         """An evaluation as a sentence."""
@@ -81,5 +85,5 @@ def describe(evaluation: dict[str, Any]) -> str:
     return (
         f"held-out cross-entropy {evaluation['cross_entropy']:.3f} nats/token over all targets, "
         f"{evaluation['text_cross_entropy']:.3f} over text; text unigram entropy {evaluation['unigram_entropy']:.3f}, so "
-        f"{evaluation['nats_below_unigram']:.3f} nats below it."
-    )
+        f"{evaluation['nats_below_unigram']:.3f} nats below it. {describe_probe(evaluation)}"
+    ).rstrip()

@@ -85,9 +85,7 @@ class Mixture:
     def _make(self, objective: str, tokens: np.ndarray, lengths: np.ndarray, keys: np.ndarray, limits: tuple) -> Examples:
         if objective == "prefix_lm":
             inputs_limit, targets_limit = limits
-            return prefix_lm(
-                tokens, lengths, keys, inputs_length=inputs_limit, targets_length=targets_limit, eos_id=self.eos_id
-            )
+            return prefix_lm(tokens, lengths, keys, inputs_length=inputs_limit, targets_length=targets_limit, eos_id=self.eos_id)
         corrupt = infill if objective == "infilling" else span_corrupt
         return corrupt(
             tokens,

@@ -102,9 +102,7 @@ class Prepared:
             rows=rows,
         )
 
-    def heldout_probes(
-        self, count: int, rows: Integer[np.ndarray, " rows"] | None = None
-    ) -> Iterator[tuple[Batch, Batch]]:
+    def heldout_probes(self, count: int, rows: Integer[np.ndarray, " rows"] | None = None) -> Iterator[tuple[Batch, Batch]]:
         """Yields the first held-out batches with their own inputs and with another row's (`loader.probe_batches`), never packed."""
         from flax_switch.data.loader import probe_batches
 

@@ -23,7 +23,9 @@ def keys(count: int) -> np.ndarray:
     return example_keys(0, np.zeros(count, np.int64), np.arange(count))
 
 
-@hypothesis.given(st.lists(st.integers(1, 60), min_size=1, max_size=6), st.sampled_from([0.15, 0.3, 0.5]), st.sampled_from([1.0, 3.0]))
+@hypothesis.given(
+    st.lists(st.integers(1, 60), min_size=1, max_size=6), st.sampled_from([0.15, 0.3, 0.5]), st.sampled_from([1.0, 3.0])
+)
 def test_shown_text_and_hidden_text_in_turns_are_the_targets(lengths, density, span_length):
     lengths = np.array(lengths)
     tokens = np.arange(len(lengths) * 60).reshape(-1, 60) + 3

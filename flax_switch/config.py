@@ -387,6 +387,7 @@ class DataConfig(_Section):
     num_sentinels: int = 100
     span_corruption_rate: float = 1.0  # rates of the objectives in the mixture; they need not sum to 1
     prefix_lm_rate: float = 0.0
+    infilling_rate: float = 0.0  # inputs of span corruption, but the whole text as targets (BART's text infilling)
     noise_density: float = 0.15
     mean_noise_span_length: float = 3.0
     inputs_length: int = 512  # tokens, sentinels and EOS included
@@ -410,9 +411,11 @@ class DataConfig(_Section):
             self.mean_noise_span_length >= 1.0,
             f"data.mean_noise_span_length must be at least 1; it is {self.mean_noise_span_length}.",
         )
+        rates = (self.span_corruption_rate, self.prefix_lm_rate, self.infilling_rate)
         check(
-            min(self.span_corruption_rate, self.prefix_lm_rate) >= 0 and self.span_corruption_rate + self.prefix_lm_rate > 0,
-            "data.span_corruption_rate and data.prefix_lm_rate must not be negative, and one of them must be positive.",
+            min(rates) >= 0 and sum(rates) > 0,
+            "data.span_corruption_rate, data.prefix_lm_rate and data.infilling_rate must not be negative, and one of them must be "
+            f"positive; they are {', '.join(map(str, rates))}.",
         )
         check(0.0 < self.heldout_fraction < 1.0, f"data.heldout_fraction must lie in (0, 1); it is {self.heldout_fraction}.")
 

@@ -35,6 +35,17 @@ def pad_batch(examples: Examples, inputs_length: int, targets_length: int) -> Ba
     }
 
 
+def describe_targets(examples: Examples, targets_length: int) -> Batch:
+    """Returns what a probe asks of targets laid out by `pad_batch`: each row's `objective`, and which targets are `masked`.
+
+    masked [B, T]: 1 at targets that the inputs do not show; that is all of them but in infilling.
+    """
+    count = len(examples.target_lengths)
+    objective = np.zeros(count, np.int32) if examples.objective is None else examples.objective.astype(np.int32)
+    shown = np.ones(examples.targets.shape, bool) if examples.hidden is None else examples.hidden
+    return {"objective": objective, "masked": _fit(shown, targets_length) * _mask(examples.target_lengths, targets_length)}
+
+
 def pack_batch(
     examples: Examples, rows: Integer[np.ndarray, " M"], batch_size: int, inputs_length: int, targets_length: int
 ) -> Batch:
@@ -93,7 +104,8 @@ def pad_rows(batch: Batch, batch_size: int) -> Batch:
     if not missing:
         return batch
     fill = {name: IGNORED if name == "labels" else 0 for name in batch}
-    return {name: np.pad(a, ((0, missing), (0, 0)), constant_values=fill[name]) for name, a in batch.items()}
+    width = ((0, missing), (0, 0))
+    return {name: np.pad(a, width[: a.ndim], constant_values=fill[name]) for name, a in batch.items()}
 
 
 def text_token_mask(labels: Integer[np.ndarray, "*dims"], num_pieces: int, eos_id: int = 1) -> Bool[np.ndarray, "*dims"]:

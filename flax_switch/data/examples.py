@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int32, Int64
+from jaxtyping import Bool, Int8, Int32, Int64
+
+OBJECTIVES = ("span_corruption", "prefix_lm", "infilling")
 
 
 class Examples(NamedTuple):
@@ -15,6 +17,8 @@ class Examples(NamedTuple):
     input_lengths: Int64[np.ndarray, " M"]
     targets: Int32[np.ndarray, "M T"]
     target_lengths: Int64[np.ndarray, " M"]
+    objective: Int8[np.ndarray, " M"] | None = None  # an index into OBJECTIVES; None where there is one alone, or none of them
+    hidden: Bool[np.ndarray, "M T"] | None = None  # targets whose text is not in the inputs; None: all of them
 
 
 def span_of_each(lengths: Int64[np.ndarray, " M"]) -> tuple[Int64[np.ndarray, " total"], Int64[np.ndarray, " total"]]:

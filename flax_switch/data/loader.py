@@ -24,7 +24,7 @@ from absl import flags
 from jaxtyping import Integer
 
 from flax_switch.config import ConfigError, check
-from flax_switch.data.batches import Batch, pack_batch, pad_batch, pad_rows
+from flax_switch.data.batches import Batch, describe_targets, pack_batch, pad_batch, pad_rows
 from flax_switch.data.examples import Examples, span_of_each
 from flax_switch.data.packing import Plan
 from flax_switch.data.random_bits import example_keys
@@ -240,14 +240,44 @@ def finite_batches(
     `seed` shuffles; None keeps the order. `rows` are those to make of each batch, ascending; None is all of them.
     """
     rows = _rows_of(batch_size, rows)
-    order = np.arange(make.num_rows)
-    if seed is not None:
-        order = np.random.default_rng(seed).permutation(order)
-    available = -(-len(order) // batch_size)
-    for index in range(available if count is None else min(count, available)):
-        places = index * batch_size + rows
-        chosen = order[places[places < len(order)]]
+    for order in _in_batches(make.num_rows, batch_size, count, seed):
+        chosen = order[rows[rows < len(order)]]
         yield pad_rows(make(chosen, np.zeros_like(chosen)), len(rows))
+
+
+def probe_batches(
+    source: Source,
+    inputs_length: int,
+    targets_length: int,
+    batch_size: int,
+    count: int,
+    *,
+    seed: int,
+    rows: Integer[np.ndarray, " rows"] | None = None,
+) -> Iterator[tuple[Batch, Batch]]:
+    """Yields pairs of batches with the same targets, one example a row: with their own inputs, and with the next row's.
+
+    Both have `batches.describe_targets`' arrays too. The rows are those of `finite_batches` for the same seed. Rows of padding
+    fill the last batch up; a last batch of a single row has no other row and is left out.
+    """
+    rows = _rows_of(batch_size, rows)
+    for order in _in_batches(source.num_examples, batch_size, count, seed):
+        if len(order) < 2:
+            return
+        chosen = rows[rows < len(order)]
+        own, other = (source.examples(order[i % len(order)], np.zeros_like(chosen)) for i in (chosen, chosen + 1))
+        swapped = own._replace(inputs=other.inputs, input_lengths=other.input_lengths)
+        described = describe_targets(own, targets_length)
+        made = ({**pad_batch(e, inputs_length, targets_length), **described} for e in (own, swapped))
+        yield tuple(pad_rows(batch, len(rows)) for batch in made)
+
+
+def _in_batches(num_rows: int, batch_size: int, count: int | None, seed: int | None) -> Iterator[np.ndarray]:
+    """Yields the row numbers of the first `count` (or all) batches of one pass; the last may be shorter."""
+    order = np.arange(num_rows) if seed is None else np.random.default_rng(seed).permutation(num_rows)
+    available = -(-num_rows // batch_size)
+    for index in range(available if count is None else min(count, available)):
+        yield order[index * batch_size : (index + 1) * batch_size]
 
 
 def _rows_of(batch_size: int, rows: np.ndarray | None) -> np.ndarray:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
-from jaxtyping import Int32, Int64, Integer, UInt64
+from jaxtyping import Int8, Int32, Int64, Integer, UInt64
 
-from flax_switch.config import DataConfig
+from flax_switch.config import DataConfig, check
 from flax_switch.data.cache import TokenStore
-from flax_switch.data.examples import Examples
+from flax_switch.data.examples import OBJECTIVES, Examples
+from flax_switch.data.infilling import infill
 from flax_switch.data.prefix_lm import prefix_lm
 from flax_switch.data.random_bits import example_keys, fold_in, uniform
 from flax_switch.data.span_corruption import corrupted_lengths, derived_raw_length, span_corrupt
@@ -18,10 +20,11 @@ from flax_switch.data.vocabulary import Vocabulary
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """Span corruption and prefix-LM with their rates; which of them an example gets depends on its key alone."""
+    """Objectives with their rates; which of them an example gets depends on its key alone."""
 
     span_corruption_rate: float
     prefix_lm_rate: float
+    infilling_rate: float
     noise_density: float
     mean_noise_span_length: float
     inputs_length: int
@@ -33,28 +36,26 @@ class Mixture:
     @classmethod
     def of(cls, config: DataConfig, vocabulary: Vocabulary) -> Mixture:
         """Raises `ConfigError` where the lengths or the number of sentinels do not suffice."""
-        if config.span_corruption_rate > 0:
-            raw_length, _ = derived_raw_length(
-                config.inputs_length,
-                config.targets_length,
-                config.noise_density,
-                config.mean_noise_span_length,
-                vocabulary.num_sentinels,
-            )
-        else:
-            raw_length = config.inputs_length + config.targets_length - 2
-        names = [field.name for field in dataclasses.fields(cls)][:6]
+        names = [field.name for field in dataclasses.fields(cls)][:7]
         return cls(
             **{name: getattr(config, name) for name in names},
             top_sentinel=vocabulary.size - 1,
             eos_id=vocabulary.eos_id,
-            raw_length=raw_length,
+            raw_length=_raw_length(config, vocabulary.num_sentinels),
         )
 
+    def identity(self) -> dict[str, Any]:
+        """Returns what tells this way of making examples from others; an objective that has no part in it is not named."""
+        fields = dataclasses.asdict(self)
+        if not self.infilling_rate:
+            del fields["infilling_rate"]  # streams of before there was infilling go on
+        return fields
+
     def lengths(self, lengths: Integer[np.ndarray, " M"]) -> tuple[Int64[np.ndarray, " M"], Int64[np.ndarray, " M"]]:
-        """Room for the inputs and targets of texts of these lengths, whichever objective they get."""
-        if self.span_corruption_rate > 0:
-            return corrupted_lengths(lengths, self.noise_density, self.mean_noise_span_length)
+        """Returns the room that inputs and targets of texts of these lengths need, whichever objective they get."""
+        if self.span_corruption_rate + self.infilling_rate > 0:
+            inputs, targets = corrupted_lengths(lengths, self.noise_density, self.mean_noise_span_length)
+            return inputs, np.maximum(targets, lengths + 1) if self.infilling_rate else targets
         targets = np.minimum(lengths // 2 + 1, self.targets_length)
         return np.minimum(lengths - targets + 2, self.inputs_length), targets
 
@@ -62,30 +63,31 @@ class Mixture:
         self, tokens: Integer[np.ndarray, "M L"], lengths: Integer[np.ndarray, " M"], keys: UInt64[np.ndarray, " M"],
         *, limits: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> Examples:  # fmt: skip
-        """Examples of M texts. `limits` (for packing) are lengths of inputs and targets that prefix-LM must keep to."""
-        share = self.span_corruption_rate / (self.span_corruption_rate + self.prefix_lm_rate)
-        corrupted = uniform(fold_in(keys, 0)) < share
-        if corrupted.all():
-            return self._span_corrupt(tokens, lengths, keys)
-        inputs_limit, targets_limit = limits or (
-            np.full(len(keys), self.inputs_length),
-            np.full(len(keys), self.targets_length),
-        )
-        continued = ~corrupted
-        prefixes = prefix_lm(
-            tokens[continued],
-            lengths[continued],
-            keys[continued],
-            inputs_length=inputs_limit[continued],
-            targets_length=targets_limit[continued],
-            eos_id=self.eos_id,
-        )
-        if continued.all():
-            return prefixes
-        return _interleaved(corrupted, self._span_corrupt(tokens[corrupted], lengths[corrupted], keys[corrupted]), prefixes)
+        """Makes examples of M texts. `limits` (for packing) are lengths of inputs and targets that prefix-LM must keep to."""
+        limits = limits or (np.full(len(keys), self.inputs_length), np.full(len(keys), self.targets_length))
+        chosen = self._objectives(keys)
+        parts = []
+        for objective in np.unique(chosen):
+            rows = np.flatnonzero(chosen == objective)
+            made = self._make(OBJECTIVES[objective], tokens[rows], lengths[rows], keys[rows], tuple(a[rows] for a in limits))
+            parts.append((rows, made))
+        if len(parts) == 1:
+            return parts[0][1]._replace(objective=chosen)
+        return _in_order(parts, len(keys))._replace(objective=chosen)
 
-    def _span_corrupt(self, tokens: np.ndarray, lengths: np.ndarray, keys: np.ndarray) -> Examples:
-        return span_corrupt(
+    def _objectives(self, keys: UInt64[np.ndarray, " M"]) -> Int8[np.ndarray, " M"]:
+        """Draws an index into OBJECTIVES for every key."""
+        rates = np.array([self.span_corruption_rate, self.prefix_lm_rate, self.infilling_rate])
+        ends = np.cumsum(rates) / rates.sum()
+        last = int(np.flatnonzero(rates)[-1])  # rounding must not choose one of rate 0
+        return np.minimum(np.searchsorted(ends, uniform(fold_in(keys, 0)), side="right"), last).astype(np.int8)
+
+    def _make(self, objective: str, tokens: np.ndarray, lengths: np.ndarray, keys: np.ndarray, limits: tuple) -> Examples:
+        if objective == "prefix_lm":
+            inputs_limit, targets_limit = limits
+            return prefix_lm(tokens, lengths, keys, inputs_length=inputs_limit, targets_length=targets_limit, eos_id=self.eos_id)
+        corrupt = infill if objective == "infilling" else span_corrupt
+        return corrupt(
             tokens,
             lengths,
             keys,
@@ -96,16 +98,38 @@ class Mixture:
         )
 
 
-def _interleaved(first: np.ndarray, ones: Examples, others: Examples) -> Examples:
-    """Examples in their batch's order: `ones` where `first` holds, `others` elsewhere."""
+def _raw_length(config: DataConfig, num_sentinels: int) -> int:
+    """Returns the tokens of a full chunk: as many as fit, whichever objective of the mixture it gets."""
+    if config.span_corruption_rate + config.infilling_rate == 0:
+        return config.inputs_length + config.targets_length - 2
+    raw_length, _ = derived_raw_length(
+        config.inputs_length,
+        config.targets_length if config.span_corruption_rate > 0 else None,
+        config.noise_density,
+        config.mean_noise_span_length,
+        num_sentinels,
+    )
+    if config.infilling_rate > 0:
+        raw_length = min(raw_length, config.targets_length - 1)
+        check(raw_length >= 2, f"Infilling needs data.targets_length of at least 3; it is {config.targets_length}.")
+    return raw_length
 
-    def merged(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        both = np.zeros((len(first), *np.maximum(a.shape[1:], b.shape[1:])), a.dtype)
-        both[(first, *map(slice, a.shape[1:]))] = a
-        both[(~first, *map(slice, b.shape[1:]))] = b
-        return both
 
-    return Examples(*(merged(a, b) for a, b in zip(ones, others, strict=True)))
+def _in_order(parts: list[tuple[np.ndarray, Examples]], count: int) -> Examples:
+    """Puts parts of a batch, each with the rows that it is of, together; `hidden` where some part has one."""
+
+    def merged(arrays: list[np.ndarray]) -> np.ndarray:
+        width = np.max([a.shape[1:] for a in arrays], axis=0, initial=0)
+        whole = np.zeros((count, *(int(w) for w in np.atleast_1d(width)[: arrays[0].ndim - 1])), arrays[0].dtype)
+        for (rows, _), array in zip(parts, arrays, strict=True):
+            whole[(rows, *map(slice, array.shape[1:]))] = array
+        return whole
+
+    made = [examples for _, examples in parts]
+    hidden = None
+    if any(examples.hidden is not None for examples in made):
+        hidden = merged([np.ones(e.targets.shape, bool) if e.hidden is None else e.hidden for e in made])
+    return Examples(*(merged([e[i] for e in made]) for i in range(4)), hidden=hidden)
 
 
 class ConcatenatedText:

@@ -69,7 +69,7 @@ class Prepared:
     @property
     def fingerprint(self) -> str:
         """Changes with the tokens (so with corpus and vocabulary) and with the way examples are made of them."""
-        made = {**dataclasses.asdict(self.mixture), "packing": self.config.packing}
+        made = {**self.mixture.identity(), "packing": self.config.packing}
         return hashlib.blake2b(f"{self.train.fingerprint} {json.dumps(made)}".encode(), digest_size=10).hexdigest()
 
     def train_iterator(self, rows: Integer[np.ndarray, " rows"] | None = None, num_workers: int | None = None) -> TrainIterator:
@@ -101,6 +101,14 @@ class Prepared:
             seed=_HELDOUT_SEED,
             rows=rows,
         )
+
+    def heldout_probes(self, count: int, rows: Integer[np.ndarray, " rows"] | None = None) -> Iterator[tuple[Batch, Batch]]:
+        """Yields the first held-out batches with their own inputs and with another row's (`loader.probe_batches`), never packed."""
+        from flax_switch.data.loader import probe_batches
+
+        lengths, size = (self.config.inputs_length, self.config.targets_length), self.config.batch_size
+        source = ConcatenatedText(self.heldout, self.mixture, _HELDOUT_SEED, whole=True)
+        return probe_batches(source, *lengths, size, count, seed=_HELDOUT_SEED, rows=rows)
 
     def heldout_unigram_entropy(self, count: int | None = None) -> float:
         """Nats per token of the held-out text targets' own unigram distribution, over the first `count` (or all) batches.

@@ -30,11 +30,11 @@ def prefix_lm(
     longest_prefix = np.minimum(longest_prefix, lengths)
     prefix = np.minimum(1 + (uniform(fold_in(keys, 3)) * longest_prefix).astype(np.int64), longest_prefix)
     rest = np.minimum(lengths - prefix, np.asarray(targets_length) - 1)
-    return Examples(_cut(tokens, np.zeros_like(prefix), prefix, eos_id), prefix + 1, _cut(tokens, prefix, rest, eos_id), rest + 1)
+    return Examples(cut(tokens, np.zeros_like(prefix), prefix, eos_id), prefix + 1, cut(tokens, prefix, rest, eos_id), rest + 1)
 
 
-def _cut(tokens: np.ndarray, starts: np.ndarray, counts: np.ndarray, eos_id: int) -> np.ndarray:
-    """`counts[m]` tokens of each row from `starts[m]` on, then EOS, then 0."""
+def cut(tokens: np.ndarray, starts: np.ndarray, counts: np.ndarray, eos_id: int) -> np.ndarray:
+    """Takes `counts[m]` tokens of each row from `starts[m]` on, then EOS, then 0."""
     columns = np.arange(int(counts.max(initial=0)) + 1)
     source = np.minimum(starts[:, None] + columns, tokens.shape[1] - 1)
     taken = np.take_along_axis(tokens, source, axis=1)

@@ -19,6 +19,11 @@ def target_token_counts(batches: Iterable[Batch], num_pieces: int, eos_id: int =
     return counts
 
 
+def most_frequent_share(counts: Integer[np.ndarray, " num_pieces"]) -> float:
+    """Returns the share of the most frequent piece: how often a guess without context would be right."""
+    return float(counts.max() / max(counts.sum(), 1))
+
+
 def unigram_entropy(counts: Integer[np.ndarray, " num_pieces"]) -> float:
     """The entropy in nats per token of the distribution that these counts are: the least cross-entropy without context."""
     seen = counts[counts > 0].astype(np.float64)

@@ -10,6 +10,8 @@ import numpy as np
 from flax_switch import partitioning
 from flax_switch.data import Prepared, Vocabulary, text_token_mask
 from flax_switch.training.metrics import plain
+from flax_switch.training.probe import Probe
+from flax_switch.training.probe import describe as describe_probe
 from flax_switch.training.state import Run
 
 
@@ -22,12 +24,13 @@ class Evaluator:
     eval_step: Callable[[Any, Any], dict[str, Any]]
     unigram_entropy: float
     batches: int
+    probe: Probe
 
     @classmethod
     def of(cls, run: Run, prepared: Prepared, eval_step: Callable[[Any, Any], dict[str, Any]]) -> Self:
         """Counts the held-out unigrams once."""
         batches = run.config.train.eval_batches
-        return cls(run, prepared, eval_step, prepared.heldout_unigram_entropy(batches), batches)
+        return cls(run, prepared, eval_step, prepared.heldout_unigram_entropy(batches), batches, Probe.of(run, prepared))
 
     def __call__(self, params: Any) -> dict[str, Any]:
         """Metrics by name; cross-entropies in nats per token, perplexities e to their power.
@@ -44,6 +47,7 @@ class Evaluator:
             "text_perplexity": perplexity(text),
             "unigram_entropy": self.unigram_entropy,
             "nats_below_unigram": self.unigram_entropy - text,
+            **self.probe(params),
         }
 
     def describe(self, evaluation: dict[str, Any]) -> str:
@@ -96,5 +100,5 @@ def describe(evaluation: dict[str, Any]) -> str:
         f"held-out cross-entropy {evaluation['cross_entropy']:.3f} nats/token over all targets "
         f"(perplexity {evaluation['perplexity']:.2f}, accuracy {100 * evaluation['accuracy']:.1f} %), "
         f"{evaluation['text_cross_entropy']:.3f} over text (perplexity {evaluation['text_perplexity']:.2f}); text unigram entropy "
-        f"{evaluation['unigram_entropy']:.3f}, so {evaluation['nats_below_unigram']:.3f} nats below it."
-    )
+        f"{evaluation['unigram_entropy']:.3f}, so {evaluation['nats_below_unigram']:.3f} nats below it. {describe_probe(evaluation)}"
+    ).rstrip()

@@ -1,0 +1,42 @@
+"""Text infilling (BART, 1910.13461, section 2.2) with T5's sentinels: spans are masked, and the targets are the whole text.
+
+    text     Thank you for inviting me to your party last week
+    inputs   Thank you <extra_id_0> me to your party <extra_id_1> week </s>
+    targets  Thank you for inviting me to your party last week </s>
+
+Most targets can be copied from the inputs, and only through the encoder: a model that is trained so cannot do without it. The
+inputs are exactly those of span corruption with the same key.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Integer, UInt64
+
+from flax_switch.data.examples import Examples
+from flax_switch.data.prefix_lm import cut
+from flax_switch.data.span_corruption import random_spans_noise_mask, span_corrupt
+
+
+def infill(
+    tokens: Integer[np.ndarray, "M L"],
+    lengths: Integer[np.ndarray, " M"],
+    keys: UInt64[np.ndarray, " M"],
+    *,
+    top_sentinel: int,
+    eos_id: int = 1,
+    noise_density: float = 0.15,
+    mean_noise_span_length: float = 3.0,
+) -> Examples:
+    """Masks spans of M texts; `hidden` marks the targets that the inputs do not show, EOS not among them.
+
+    `top_sentinel` is `<extra_id_0>`'s id; the next span's is one less.
+    """
+    lengths = np.asarray(lengths, np.int64)
+    noise = dict(noise_density=noise_density, mean_noise_span_length=mean_noise_span_length)
+    corrupted = span_corrupt(tokens, lengths, keys, top_sentinel=top_sentinel, eos_id=eos_id, **noise)
+    targets = cut(tokens, np.zeros_like(lengths), lengths, eos_id)
+    hidden = np.zeros(targets.shape, bool)
+    mask = random_spans_noise_mask(lengths, keys, **noise)
+    hidden[:, : mask.shape[1]] = mask
+    return Examples(corrupted.inputs, corrupted.input_lengths, targets, lengths + 1, hidden=hidden)

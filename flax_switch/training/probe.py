@@ -1,0 +1,161 @@
+"""What a model makes of its inputs: held-out loss with another row's inputs in place of its own, and masked text filled in.
+
+A decoder can learn its language and leave the encoder alone for thousands of steps, while every loss looks fine. The loss with
+another row's inputs tells: where it is no higher, the encoder is worth nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flax_switch import partitioning
+from flax_switch.data import Prepared, text_token_mask
+from flax_switch.data.examples import OBJECTIVES
+from flax_switch.data.statistics import most_frequent_share, unigram_entropy
+from flax_switch.ops.losses import token_cross_entropy
+from flax_switch.training.metrics import plain
+from flax_switch.training.state import Run, state_shardings
+from flax_switch.training.step import Batch, forward
+
+UNUSED = 0.05  # nats a token: an encoder that is worth less is not used
+
+
+def probe_step(run: Run, params: Any, batch: Batch) -> dict[str, jax.Array]:
+    """Sums cross-entropy and hits over classes of targets, and counts masked spans whose every token is right.
+
+    batch["classes"]: [B, T, C], 1 where a target is of a class; batch["span"]: [B, T], the number of the masked span that a
+    target is in, from 1, or 0.
+    """
+    output = forward(run.model, params, batch, None)
+    targets = jnp.maximum(batch["labels"], 0)
+    cross_entropy, _ = token_cross_entropy(output.logits, targets)
+    hits = (output.logits.argmax(-1) == targets).astype(jnp.float32)
+    classes, span = batch["classes"], batch["span"]
+    of_span = span[:, :, None] == jnp.arange(1, span.shape[1] // 2 + 2)  # [B, T, spans]: a span needs two places
+    missed = ((1 - hits)[:, :, None] * of_span).sum(1)
+    there = of_span.any(1)
+    return {
+        "cross_entropy": jnp.einsum("BT,BTC->C", cross_entropy, classes),
+        "hits": jnp.einsum("BT,BTC->C", hits, classes),
+        "tokens": classes.sum((0, 1)),
+        "spans": there.sum().astype(jnp.float32),
+        "exact_spans": (there & (missed == 0)).sum().astype(jnp.float32),
+    }
+
+
+def compile_probe_step(run: Run) -> Callable[[Any, Batch], dict[str, jax.Array]]:
+    """Returns `probe_step` jitted over the run's mesh."""
+
+    def step(params, batch):
+        with partitioning.traced_on(run.mesh):
+            return probe_step(run, params, batch)
+
+    return jax.jit(
+        step,
+        in_shardings=(state_shardings(run).params, partitioning.batch_sharding(run.mesh)),
+        out_shardings=partitioning.replicated(run.mesh),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """Probes parameters on the first `batches` held-out batches, always the same."""
+
+    run: Run
+    prepared: Prepared
+    step: Callable[[Any, Batch], dict[str, jax.Array]]
+    batches: int
+
+    @functools.cached_property
+    def masked_counts(self) -> np.ndarray:
+        """How often each piece occurs among the masked text of all processes' batches."""
+        counts = np.zeros(self.prepared.vocabulary.num_pieces, np.int64)
+        for own, _ in self.prepared.heldout_probes(self.batches):
+            masked = self._with_classes(own)["classes"][:, :, -1] > 0
+            counts += np.bincount(own["labels"][masked], minlength=len(counts))
+        return counts
+
+    @classmethod
+    def of(cls, run: Run, prepared: Prepared) -> Probe:
+        """Takes a quarter of the evaluation's batches: differences between equal targets vary little."""
+        return cls(run, prepared, compile_probe_step(run), -(-run.config.train.eval_batches // 4))
+
+    @property
+    def classes(self) -> list[str]:
+        """The objectives of the mixture, and `masked`: text that has to be made up, where others can be copied."""
+        mixture = self.prepared.mixture
+        return [*(name for name in OBJECTIVES if getattr(mixture, f"{name}_rate") > 0), "masked"]
+
+    def __call__(self, params: Any) -> dict[str, float]:
+        """Measures; all in nats a text token, sentinels and EOS left out.
+
+        encoder_gain/NAME: cross-entropy with the next row's inputs minus cross-entropy with the right ones, for every objective
+        and over masked text alone. masked_...: of masked text, its cross-entropy, how far that lies below the text's own unigram
+        entropy, the share of tokens and of whole spans that come out right given the right text before them, and the share that
+        the most frequent piece would get.
+        """
+        rows = partitioning.batch_rows(self.run.mesh, self.run.config.data.batch_size)
+        totals: dict[str, dict[str, np.ndarray]] = {"own": {}, "other": {}}
+        for own, other in self.prepared.heldout_probes(self.batches, rows):
+            for name, batch in (("own", own), ("other", other)):
+                ready = self._with_classes(batch)
+                sums = plain(self.step(params, partitioning.shard_batch(ready, self.run.mesh)))
+                totals[name] = {key: totals[name].get(key, 0.0) + np.asarray(value) for key, value in sums.items()}
+        own, other = totals["own"], totals["other"]
+        if not own:
+            return {}
+        tokens = np.maximum(own["tokens"], 1.0)
+        gains = dict(zip(self.classes, ((other["cross_entropy"] - own["cross_entropy"]) / tokens).tolist(), strict=True))
+        masked = float(own["cross_entropy"][-1] / tokens[-1])
+        return {
+            **{f"encoder_gain/{name}": gain for name, gain in gains.items()},
+            "masked_cross_entropy": masked,
+            "masked_nats_below_unigram": unigram_entropy(self.masked_counts) - masked,
+            "masked_accuracy": float(own["hits"][-1] / tokens[-1]),
+            "masked_accuracy_of_most_frequent": most_frequent_share(self.masked_counts),
+            "masked_spans_exact": float(own["exact_spans"] / max(own["spans"], 1.0)),
+        }
+
+    def _with_classes(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Adds the classes of targets and the numbers of masked spans."""
+        vocabulary, labels = self.prepared.vocabulary, batch["labels"]
+        text = text_token_mask(labels, vocabulary.num_pieces, vocabulary.eos_id)
+        objective = batch["objective"][:, None]
+        names = self.classes[:-1]
+        filled = OBJECTIVES.index("infilling" if "infilling" in names else names[0])
+        masked = text & (batch["masked"] > 0) & (objective == filled)
+        classes = [text & (objective == OBJECTIVES.index(name)) for name in names]
+        begins = masked & ~np.pad(masked, ((0, 0), (1, 0)))[:, :-1]
+        span = np.where(masked, np.cumsum(begins, axis=1), 0).astype(np.int32)
+        rest = {name: array for name, array in batch.items() if name not in ("objective", "masked")}
+        return {**rest, "classes": np.stack([*classes, masked], axis=-1).astype(np.float32), "span": span}
+
+
+def describe(probed: dict[str, float]) -> str:
+    """Returns what a probe found as sentences; '' where nothing was probed."""
+    gains = {name.removeprefix("encoder_gain/"): gain for name, gain in probed.items() if name.startswith("encoder_gain/")}
+    if not gains:
+        return ""
+    listed = ", ".join(f"{name.replace('_', ' ')} {gain:.2f}" for name, gain in gains.items())
+    text = (
+        f"What the encoder is worth, in nats a token: {listed}. Masked text: {100 * probed['masked_accuracy']:.1f} % of tokens "
+        f"(the most frequent one is {100 * probed['masked_accuracy_of_most_frequent']:.1f} %) and "
+        f"{100 * probed['masked_spans_exact']:.1f} % of whole spans right, {probed['masked_nats_below_unigram']:.2f} nats below "
+        "their unigram entropy."
+    )
+    return f"{text} {warning(probed)}".rstrip()
+
+
+def warning(probed: dict[str, float]) -> str:
+    """Returns a plain sentence where the encoder is not used, else ''."""
+    gains = [gain for name, gain in probed.items() if name.startswith("encoder_gain/")]
+    if not gains or max(gains) >= UNUSED:
+        return ""
+    return "The encoder is not used: with another example's inputs the model does as well."

@@ -1,0 +1,117 @@
+"""Text infilling: the inputs of span corruption, the whole text as targets; and the batches that probe an encoder."""
+
+import dataclasses
+
+import hypothesis
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from flax_switch.config import ConfigError, DataConfig
+from flax_switch.data import prepare
+from flax_switch.data.batches import IGNORED
+from flax_switch.data.examples import OBJECTIVES
+from flax_switch.data.infilling import infill
+from flax_switch.data.objectives import ConcatenatedText, SeparateDocuments
+from flax_switch.data.random_bits import example_keys
+from flax_switch.data.span_corruption import span_corrupt
+
+TOP = 999
+
+
+def keys(count: int) -> np.ndarray:
+    return example_keys(0, np.zeros(count, np.int64), np.arange(count))
+
+
+@hypothesis.given(
+    st.lists(st.integers(1, 60), min_size=1, max_size=6), st.sampled_from([0.15, 0.3, 0.5]), st.sampled_from([1.0, 3.0])
+)
+def test_shown_text_and_hidden_text_in_turns_are_the_targets(lengths, density, span_length):
+    lengths = np.array(lengths)
+    tokens = np.arange(len(lengths) * 60).reshape(-1, 60) + 3
+    settings = dict(top_sentinel=TOP, noise_density=density, mean_noise_span_length=span_length)
+    made = infill(tokens, lengths, keys(len(lengths)), **settings)
+    corrupted = span_corrupt(tokens, lengths, keys(len(lengths)), **settings)
+    np.testing.assert_array_equal(made.inputs, corrupted.inputs)
+    for m, length in enumerate(lengths):
+        inputs, targets = made.inputs[m, : made.input_lengths[m]], made.targets[m, : made.target_lengths[m]]
+        hidden = made.hidden[m, : made.target_lengths[m]]
+        assert targets.tolist() == [*tokens[m, :length], 1]
+        shown = [i for i in inputs if i < TOP - 100]
+        assert shown == targets[~hidden].tolist()  # EOS, too, stands in both
+        noise = [i for i in corrupted.targets[m, : corrupted.target_lengths[m] - 1] if i < TOP - 100]
+        assert noise == targets[hidden].tolist()
+        assert not made.hidden[m, length:].any()
+
+
+@pytest.fixture(scope="module")
+def mixed(config, vocabulary):
+    settings = config.replace(span_corruption_rate=1.0, prefix_lm_rate=1.0, infilling_rate=2.0, targets_length=30)
+    return prepare(settings, vocabulary=vocabulary, quiet=True)
+
+
+def test_three_objectives_are_drawn_at_their_rates_and_none_of_rate_zero_is_drawn(mixed):
+    ids, epochs = np.divmod(np.arange(6000), 40)[::-1]
+    made = ConcatenatedText(mixed.train, mixed.mixture, seed=0).examples(ids, epochs)
+    shares = np.bincount(made.objective, minlength=3) / 6000
+    np.testing.assert_allclose(shares, [0.25, 0.25, 0.5], atol=0.025)
+    for name, rates in {n: [float(n == o) for o in OBJECTIVES] for n in OBJECTIVES}.items():
+        alone = dataclasses.replace(mixed.mixture, **dict(zip([f"{o}_rate" for o in OBJECTIVES], rates, strict=True)))
+        assert set(alone._objectives(keys(1000))) == {OBJECTIVES.index(name)}
+
+
+def test_every_objective_of_a_mixture_fits_its_lengths_and_fills_them(mixed):
+    ids = np.arange(mixed.train.num_tokens // mixed.mixture.raw_length - 2)
+    made = ConcatenatedText(mixed.train, mixed.mixture, seed=0).examples(ids, np.zeros_like(ids))
+    assert made.input_lengths.max() <= 32 and made.target_lengths.max() == 30
+
+
+def test_packed_infilling_has_the_room_that_it_needs(mixed):
+    mixture = dataclasses.replace(mixed.mixture, prefix_lm_rate=0.0, span_corruption_rate=0.0)
+    source = SeparateDocuments(mixed.train, mixture, seed=0)
+    made = source.examples(np.arange(source.num_examples), np.zeros(source.num_examples, int))
+    np.testing.assert_array_equal(made.input_lengths, source.input_lengths)
+    np.testing.assert_array_equal(made.target_lengths, source.target_lengths)
+
+
+def test_a_stream_without_infilling_is_the_one_it_was(prepared, mixed):
+    assert "infilling_rate" not in prepared.mixture.identity() and "infilling_rate" in mixed.mixture.identity()
+
+
+def test_rates_that_leave_no_objective_are_refused():
+    with pytest.raises(ConfigError, match="infilling_rate"):
+        DataConfig(span_corruption_rate=0.0)
+    DataConfig(span_corruption_rate=0.0, infilling_rate=1.0)
+
+
+def test_probes_are_the_held_out_batches_and_the_same_targets_with_the_next_rows_inputs(mixed):
+    size, real = mixed.config.batch_size, 0
+    pairs = list(mixed.heldout_probes(100))
+    for (own, other), plain in zip(pairs, mixed.heldout_batches(100), strict=True):
+        for name, array in plain.items():
+            np.testing.assert_array_equal(own[name], array)
+            if name not in ("input_ids", "attention_mask"):
+                np.testing.assert_array_equal(other[name], array)
+        count = int((plain["labels"] != IGNORED).any(1).sum())
+        for name in ("input_ids", "attention_mask"):
+            np.testing.assert_array_equal(other[name][:count], np.roll(plain[name][:count], -1, axis=0))
+        assert (own["objective"] == other["objective"]).all() and (own["masked"] == other["masked"]).all()
+        real += count
+    assert real % size and real == -(-mixed.heldout.num_tokens // mixed.mixture.raw_length)
+
+
+def test_a_process_probes_its_rows_of_the_same_pairs(mixed):
+    rows = np.array([1, 2, 7])
+    for whole, part in zip(mixed.heldout_probes(100), mixed.heldout_probes(100, rows), strict=True):
+        for all_rows, some in zip(whole, part, strict=True):
+            for name, array in all_rows.items():
+                there = rows[(all_rows["labels"][rows] != IGNORED).any(1)]
+                np.testing.assert_array_equal(some[name][: len(there)], array[there])
+
+
+def test_masked_targets_are_all_but_those_that_infilling_shows(mixed):
+    for own, _ in mixed.heldout_probes(3):
+        targets = own["labels"] != IGNORED
+        filled = own["objective"] == OBJECTIVES.index("infilling")
+        np.testing.assert_array_equal(own["masked"][~filled], targets[~filled])
+        assert 0.1 < own["masked"][filled].sum() / targets[filled].sum() < 0.2

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from flax_switch.data import Vocabulary
+from flax_switch.data import Prepared, Vocabulary
 from flax_switch.generation import generate
 from flax_switch.training.evaluate import describe
 from flax_switch.training.loop import RunResult
@@ -55,6 +55,7 @@ def fill_spans(result: RunResult, count: int) -> list[dict[str, Any]]:
     Each sample is {"pieces": [text, {"model": ..., "text": ...}, text, ...]} in the order of the source.
     """
     config, vocabulary = result.run.config, result.prepared.vocabulary
+    assert isinstance(result.prepared, Prepared)  # of pre-training
     batch = next(iter(result.prepared.heldout_batches(1)))
     spans = [i for i, row in enumerate(batch["input_ids"]) if (row >= vocabulary.num_pieces).any()][:count]
     if not spans:

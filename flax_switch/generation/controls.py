@@ -167,7 +167,7 @@ def make_controls(values: Mapping[str, Any], config: SwitchConfig) -> Generation
     return GenerationConfig(**values).for_model(config)
 
 
-def split_numbers(controls: GenerationConfig) -> tuple[GenerationConfig, dict[str, np.ndarray]]:
+def split_numbers(controls: GenerationConfig) -> tuple[GenerationConfig, dict[str, np.ndarray | np.generic]]:
     """The controls that shape a program, and the numbers that it takes as inputs: one program serves all their values.
 
     Of a number, the first part keeps only whether it is neutral. `length_divisors[n]` is what the score of a beam of n new

@@ -156,7 +156,8 @@ def top_k(x: Float[Array, "B M"], k: int, chunk: int = 128) -> tuple[Float[Array
     """`jax.lax.top_k`, ties included, in two rounds: the k best of M lie in the k chunks with the largest maxima."""
     M = x.shape[1]
     if 4 * k * chunk > M:
-        return jax.lax.top_k(x, k)
+        values, place = jax.lax.top_k(x, k)
+        return values, place
     chunks = jnp.pad(x, ((0, 0), (0, -M % chunk)), constant_values=-jnp.inf).reshape(x.shape[0], -1, chunk)
     _, best = jax.lax.top_k(chunks.max(-1), k)
     best = jnp.sort(best, axis=-1)  # in order, so that of equal values the first still wins

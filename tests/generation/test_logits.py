@@ -29,7 +29,7 @@ def scores(seed=0):
 
 def applied(x, history, **controls):
     settings, numbers = split_numbers(GenerationConfig(**controls).for_model(CONFIG))
-    return np.asarray(logits.process_scores(jnp.asarray(x), history, settings, numbers))
+    return np.asarray(logits.process_scores(jnp.asarray(x), history, settings, jax.tree.map(jnp.asarray, numbers)))
 
 
 def expected(x, history, processor):

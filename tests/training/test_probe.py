@@ -12,7 +12,8 @@ from flax_switch.data import prepare
 from flax_switch.data.batches import IGNORED
 from flax_switch.data.examples import OBJECTIVES
 from flax_switch.partitioning import create_mesh
-from flax_switch.training.probe import Probe, describe, warning
+from flax_switch.training.findings import findings
+from flax_switch.training.probe import Probe, describe
 from flax_switch.training.state import build_run, init_state
 
 MODEL = SwitchConfig(
@@ -95,7 +96,7 @@ def test_the_probe_of_a_model_built_to_copy_is_what_a_loop_over_tokens_finds(pre
     np.testing.assert_allclose(found["masked_accuracy"], hits / tokens, rtol=1e-5)
     np.testing.assert_allclose(found["masked_spans_exact"], np.mean(spans), rtol=1e-5)
     assert 0.1 < found["masked_spans_exact"] < 0.8
-    assert found["encoder_gain/infilling"] > 0.2 and not warning(found)
+    assert found["encoder_gain/infilling"] > 0.2 and not findings(MODEL, found)
     assert "infilling" in describe(found)
 
 
@@ -108,7 +109,7 @@ def test_an_encoder_that_is_zeroed_is_worth_nothing_and_the_report_says_so(prepa
     gains = [value for name, value in found.items() if name.startswith("encoder_gain/")]
     np.testing.assert_allclose(gains, 0.0, atol=1e-6)
     assert max(abs(used[name]) for name in used if name.startswith("encoder_gain/")) > 1e-4
-    assert "encoder is not used" in describe(found)
+    assert [said for said in findings(MODEL, found) if "encoder is not used" in said]
 
 
 def test_devices_do_not_change_what_is_found(prepared):

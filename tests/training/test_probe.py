@@ -1,7 +1,5 @@
 """The probe: what the encoder is worth, on a model built to copy and on one whose encoder is zeroed."""
 
-import types
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +9,8 @@ from flax_switch.config import DataConfig, ExperimentConfig, SwitchConfig, Train
 from flax_switch.data import prepare
 from flax_switch.data.batches import IGNORED
 from flax_switch.data.examples import OBJECTIVES
+from flax_switch.nn.outputs import ModelOutput
+from flax_switch.nn.transformer import SwitchTransformer
 from flax_switch.partitioning import create_mesh
 from flax_switch.training.findings import findings
 from flax_switch.training.probe import Probe, describe
@@ -42,14 +42,17 @@ def probe_of(prepared, devices=1):
     return Probe.of(run, prepared)
 
 
-class Copier:
+class Copier(SwitchTransformer):
     """A model whose logits are four times how often a token stands in the inputs, and which knows seven of eight tokens besides."""
 
     def apply(self, variables, input_ids, decoder_input_ids, attention_mask, decoder_attention_mask, **_):
         counts = (jax.nn.one_hot(input_ids, 128) * attention_mask[:, :, None]).sum(1)
         knows = sum(jnp.indices(decoder_input_ids.shape)) % 8 > 0
         known = jax.nn.one_hot(jnp.roll(decoder_input_ids, -1, axis=1), 128) * knows[:, :, None]
-        return types.SimpleNamespace(logits=4.0 * counts[:, None] + 40.0 * known)
+        nothing = jnp.zeros((*decoder_input_ids.shape, 1))
+        return ModelOutput(
+            decoder_last_hidden_state=nothing, encoder_last_hidden_state=nothing, logits=4.0 * counts[:, None] + 40.0 * known
+        )
 
 
 def by_hand(prepared, batches):
@@ -86,7 +89,7 @@ def by_hand(prepared, batches):
 
 def test_the_probe_of_a_model_built_to_copy_is_what_a_loop_over_tokens_finds(prepared):
     run = probe_of(prepared).run
-    probe = Probe.of(run.replace(model=Copier()), prepared)
+    probe = Probe.of(run.replace(model=Copier(MODEL)), prepared)
     found = probe(init_state(run).params)
     sums, spans = by_hand(prepared, probe.batches)
     for name, (own, other, _, tokens) in sums.items():

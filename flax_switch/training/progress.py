@@ -120,7 +120,7 @@ class Stopwatch:
         """Takes the time since `pause` out."""
         self._start += time.perf_counter() - since
 
-    def count(self, waited: float, tokens: int) -> None:
+    def count(self, waited: float, tokens: float) -> None:
         """Counts a step that waited so many seconds for data."""
         self._waited += waited
         self._steps += 1

@@ -71,6 +71,12 @@ def test_long_pairs_are_cut_and_still_end_with_eos():
     np.testing.assert_array_equal(batch["labels"][0], [6] * 11 + [1])
 
 
+def test_what_was_cut_is_counted_and_what_just_fits_is_not():
+    data = Pairs([[5] * n for n in (22, 23, 24, 25)], [[6] * n for n in (3, 11, 12, 11)], inputs_length=24, targets_length=12)
+    assert (data.truncated_inputs, data.truncated_targets) == (2, 1)
+    assert data.input_lengths.tolist() == [23, 24, 24, 24] and data.target_lengths.tolist() == [4, 12, 12, 12]
+
+
 def test_texts_are_encoded_with_their_sentinels(vocabulary):
     data = Pairs.encode(["ba <extra_id_0> lo"], ["<extra_id_0> ke"], vocabulary, CONFIG)
     (batch,) = pair_batches(data, CONFIG)

@@ -46,7 +46,7 @@ def ran(tmp_path_factory):
         ),
         data=DataConfig(
             source=str(folder / "text.txt"), vocabulary_size=80, num_sentinels=16, inputs_length=24, targets_length=12,
-            batch_size=8, heldout_fraction=0.15, cache_dir=str(folder / "cache"), prefix_lm_rate=0.5,
+            batch_size=8, heldout_fraction=0.15, cache_dir=str(folder / "cache"), prefix_lm_rate=1.0,
         ),
         optimizer=OptimizerConfig(name="adamw", schedule="linear", learning_rate=3e-3, final_learning_rate=1e-3, warmup_steps=2),
         train=TrainConfig(

@@ -90,6 +90,7 @@ def lm_output(
     else:
         config = config.replace(load_balancing_loss_coef=0.0, router_z_loss_coef=0.0)
     loss = None if labels is None else seq2seq_loss(output, labels, config).loss
+    assert output.logits is not None  # a headless model's output is `model_output`
     return Seq2SeqLMOutput(loss=loss, logits=output.logits, **losses, **_states(output))
 
 

@@ -21,6 +21,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from flax_switch.config import MeshConfig, check
 
 MESH_AXES = ("data", "expert", "model")
+AnyMesh = Mesh | AbstractMesh  # the planner has shapes and shardings without devices
 
 # Logical axis -> mesh axis, None for replicated. With fsdp, "embed" of parameters goes over "data" too.
 BATCH_AXES = ("expert", "data")
@@ -68,9 +69,7 @@ def create_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None)
     return Mesh(array, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def partition_spec(
-    axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh, *, fsdp: bool = False
-) -> PartitionSpec:
+def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: AnyMesh, *, fsdp: bool = False) -> PartitionSpec:
     """The partition of an array with these logical axes.
 
     An axis whose size the mesh axis does not divide stays whole, except "expert", where that is an error: experts are never
@@ -91,7 +90,7 @@ def partition_spec(
     return PartitionSpec(*entries)
 
 
-def tree_shardings(axes: Any, shapes: Any, mesh: Mesh | AbstractMesh, *, fsdp: bool = False) -> Any:
+def tree_shardings(axes: Any, shapes: Any, mesh: AnyMesh, *, fsdp: bool = False) -> Any:
     """The tree of `NamedSharding`s for a tree of logical axes (tuples) and one of shapes (anything with `.shape`)."""
     return jax.tree.map(
         lambda names, leaf: NamedSharding(mesh, partition_spec(names, leaf.shape, mesh, fsdp=fsdp)),
@@ -101,22 +100,22 @@ def tree_shardings(axes: Any, shapes: Any, mesh: Mesh | AbstractMesh, *, fsdp: b
     )
 
 
-def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
+def replicated(mesh: AnyMesh) -> NamedSharding:
     """The sharding of what every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
+def batch_sharding(mesh: AnyMesh) -> NamedSharding:
     """The sharding of a batch over its first axis."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def batch_ways(mesh: Mesh | AbstractMesh) -> int:
+def batch_ways(mesh: AnyMesh) -> int:
     """Into how many parts a batch is split."""
     return math.prod(mesh.shape[a] for a in BATCH_AXES)
 
 
-def check_batch_size(size: int, mesh: Mesh) -> None:
+def check_batch_size(size: int, mesh: AnyMesh) -> None:
     """Raises `ConfigError` unless the mesh splits batches of `size` rows evenly."""
     check(
         size % batch_ways(mesh) == 0,
@@ -125,7 +124,7 @@ def check_batch_size(size: int, mesh: Mesh) -> None:
     )
 
 
-def batch_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+def batch_rows(mesh: AnyMesh, batch_size: int) -> np.ndarray:
     """Which rows of a batch [B, ...] this process's devices hold, ascending.
 
     They need not lie together, and processes that only the model axis divides hold the same ones.
@@ -134,21 +133,22 @@ def batch_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
     return np.unique(np.concatenate([np.arange(batch_size)[index] for index in held]))
 
 
-def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+def shard_batch(batch: dict[str, np.ndarray], mesh: AnyMesh) -> dict[str, jax.Array]:
     """Puts this process's part of a batch, its `batch_rows`, onto the mesh as global arrays [B, ...]."""
     sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
 
 
 @contextlib.contextmanager
-def use_mesh(mesh: Mesh) -> Iterator[Mesh]:
+def use_mesh(mesh: AnyMesh) -> Iterator[AnyMesh]:
     """Makes `mesh` the current one for `shard_map` and sharding constraints inside jit."""
+    assert isinstance(mesh, Mesh)  # arrays lie on devices
     with jax.set_mesh(mesh):
         yield mesh
 
 
 @contextlib.contextmanager
-def traced_on(mesh: Mesh) -> Iterator[None]:
+def traced_on(mesh: AnyMesh) -> Iterator[None]:
     """Inside a function that jit traces: makes `mesh` the current one, whoever calls."""
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         yield

@@ -26,10 +26,12 @@ from flax_switch.convert.scan import stack_layers, unstack_layers
 from flax_switch.convert.tensors import DTYPES, LazyTensor, cast, from_array
 from flax_switch.nn.outputs import EncoderOutput
 from flax_switch.nn.transformer import SwitchEncoder, SwitchTransformer, init_params, logical_axes
+from flax_switch.ops import AnyArray
 from flax_switch.partitioning import tree_shardings
 
 if TYPE_CHECKING:
     from flax_switch.data.vocabulary import Vocabulary
+    from flax_switch.generation.generate import GenerationOutput
 
 Shardings = Callable[[str], Sharding | None] | Mapping[str, Any]
 
@@ -54,15 +56,15 @@ class Pretrained:
 
     def __call__(
         self,
-        input_ids: Int[Array, "B S"] | None = None,
-        attention_mask: Int[Array, "B S"] | None = None,
-        decoder_input_ids: Int[Array, "B L"] | None = None,
-        decoder_attention_mask: Int[Array, "B L"] | None = None,
+        input_ids: Int[AnyArray, "B S"] | None = None,
+        attention_mask: Int[AnyArray, "B S"] | None = None,
+        decoder_input_ids: Int[AnyArray, "B L"] | None = None,
+        decoder_attention_mask: Int[AnyArray, "B L"] | None = None,
         *,
         encoder_outputs: Any = None,
-        inputs_embeds: Float[Array, "B S D"] | None = None,
-        decoder_inputs_embeds: Float[Array, "B L D"] | None = None,
-        labels: Int[Array, "B L"] | None = None,
+        inputs_embeds: Float[AnyArray, "B S D"] | None = None,
+        decoder_inputs_embeds: Float[AnyArray, "B L D"] | None = None,
+        labels: Int[AnyArray, "B L"] | None = None,
         output_router_logits: bool = False,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
@@ -105,7 +107,7 @@ class Pretrained:
         return outputs.lm_output(output, None if labels is None else jnp.asarray(labels), self.config, output_router_logits)
 
     def encode(
-        self, input_ids: Int[Array, "B S"] | None = None, attention_mask: Int[Array, "B S"] | None = None, **options: Any
+        self, input_ids: Int[AnyArray, "B S"] | None = None, attention_mask: Int[AnyArray, "B S"] | None = None, **options: Any
     ) -> outputs.EncoderModelOutput:
         """The encoder alone; options as for the call (inputs_embeds, output_hidden_states, ...)."""
         defaults = dict(
@@ -115,7 +117,9 @@ class Pretrained:
         encoded = _encode(self.model, self.params, input_ids, attention_mask, embeds, rngs, **{**defaults, **options})
         return outputs.encoder_output(encoded)
 
-    def generate(self, input_ids: Int[Array, "B S"], attention_mask: Int[Array, "B S"] | None = None, **controls: Any) -> Any:
+    def generate(
+        self, input_ids: Int[AnyArray, "B S"], attention_mask: Int[AnyArray, "B S"] | None = None, **controls: Any
+    ) -> GenerationOutput:
         """`flax_switch.generate` with this model and its parameters."""
         from flax_switch.generation import generate
 

@@ -91,7 +91,8 @@ def _gin_sections() -> dict[str, Any]:
         def section(**bindings):
             return bindings
 
-        return gin.configurable(name, module="flax_switch")(section)
+        register: Any = gin.configurable(name, module="flax_switch")
+        return register(section)
 
     return {name: returning_bindings(name) for name in (*SECTIONS, "recipe")}
 
@@ -145,4 +146,5 @@ def _set(values: ml_collections.ConfigDict, key: str, value: Any) -> None:
         raise ConfigError(f"{key!r} names no field; write section.field, with the section one of {', '.join(values)}.")
     with values.ignore_type(), values.unlocked():
         # Whether the field exists and the value fits is for the dataclass to say.
-        values[section][field] = value
+        fields: Any = values[section]
+        fields[field] = value

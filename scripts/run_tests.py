@@ -82,7 +82,8 @@ def _parts(options: argparse.Namespace, extra: list[str]):
 def quick(extra: list[str]):
     """Lint, smoke run and quick tests."""
     ruff = [sys.executable, "-m", "ruff"]
-    yield run.command_part("lint", [*ruff, "check", "."], [*ruff, "format", "--check", "."])
+    types = [sys.executable, "-m", "basedpyright", "--pythonpath", sys.executable]
+    yield run.command_part("lint", [*ruff, "check", "."], [*ruff, "format", "--check", "."], types)
     yield run.command_part("smoke run", [sys.executable, "scripts/smoke.py"])
     yield run.pytest_part("quick", run.QUICK, extra)
 

@@ -30,6 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints the scores, and writes them and the predictions."""
     recipe = _recipe(args)
+    from etils import epath
+
     from flax_switch.finetuning.evaluate import describe, finetuning_config, write_predictions
     from flax_switch.finetuning.finetune import evaluate_checkpoint
 
@@ -37,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     (output / "metrics.json").write_text(json.dumps(evaluation, indent=2) + "\n")
-    write_predictions(output / "predictions.jsonl", predictions)
+    write_predictions(epath.Path(output) / "predictions.jsonl", predictions)
     print(describe(finetuning_config(run), evaluation))
     print(f"Metrics and predictions: {output}")
     return 0

@@ -92,8 +92,9 @@ def sentencepiece_model(tokenizer: Mapping[str, Any]) -> tuple[bytes, int]:
     Raises:
       ConfigError: if it is no unigram tokenizer with T5's first three pieces.
     """
-    from sentencepiece import sentencepiece_model_pb2 as proto
+    from sentencepiece import sentencepiece_model_pb2
 
+    proto: Any = sentencepiece_model_pb2  # protocol buffers make its classes when it is imported
     model = tokenizer.get("model") or {}
     vocab = model.get("vocab")
     if model.get("type", "Unigram") != "Unigram" or not isinstance(vocab, list) or len(vocab) < 3:

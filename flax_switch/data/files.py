@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from etils import epath
 
@@ -102,7 +103,7 @@ def write_bytes(path: epath.PathLike, content: bytes) -> None:
             Path(temporary).unlink(missing_ok=True)
 
 
-def _temporary(path: epath.Path) -> Path:
+def _temporary(path: Path | epath.Path) -> Any:
     """A name beside `path` that no other writer has; made by hand, as tempfile's files are their owner's alone to read."""
     return path.parent / f"{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}"
 

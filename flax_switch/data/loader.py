@@ -149,7 +149,7 @@ class TrainIterator:
         self._identity = {"batch_size": batch_size, "seed": seed, "shuffle": shuffle, "fingerprint": fingerprint}
         self._num_workers, self._prefetch = num_workers, prefetch
         self._next_batch = 0
-        self._groups: Iterator[list[Batch]] | None = None
+        self._groups: Any = None  # grain's iterator over lists of batches
         self._made: collections.deque[Batch] = collections.deque()
 
     def __iter__(self) -> TrainIterator:
@@ -174,7 +174,7 @@ class TrainIterator:
                 )
             raise
 
-    def _start(self) -> Any:  # grain's iterator over lists of batches, which can be closed
+    def _start(self) -> Iterator[list[Batch]]:
         ahead = -(-self._prefetch // self._stream.group)  # groups held ready
         groups = grain.MapDataset.source(dataclasses.replace(self._stream, first=self._next_batch))
         if self._num_workers == 0:
@@ -219,12 +219,12 @@ def _live_and_die_with_the_parent(worker_index: int, worker_count: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
 
-    def watch() -> None:
-        multiprocessing.connection.wait([parent.sentinel])
+    def watch(sentinel: int) -> None:
+        multiprocessing.connection.wait([sentinel])
         os._exit(1)
 
     if parent is not None:
-        threading.Thread(target=watch, daemon=True).start()
+        threading.Thread(target=watch, args=(parent.sentinel,), daemon=True).start()
 
 
 def finite_batches(

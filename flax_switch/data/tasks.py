@@ -143,9 +143,9 @@ def read_task(task: TaskConfig, config: FinetuneDataConfig, *, train: bool = Tru
     if task.validation is not None:
         validation = _read(task, task.validation, "validation", settings["validation"], config.skip_empty)
         check(bool(validation), f"{settings['validation']}: {task.validation} holds no example.")
-        if train:
+        if train and task.train is not None:
             training = _read(task, task.train, "train", settings["train"], config.skip_empty)
-    else:
+    elif task.train is not None:
         for example in _read(task, task.train, "train", settings["train"], config.skip_empty):
             (validation if is_heldout(example.inputs, config.validation_fraction) else training).append(example)
         check(

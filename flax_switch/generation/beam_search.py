@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from flax_switch.generation.controls import GenerationConfig, as_ids
 from flax_switch.generation.logits import History, process_scores
@@ -27,7 +27,7 @@ class Beams:
     is_finished: Bool[Array, "B J"]  # whether the place holds a finished beam
     improvable: Bool[Array, " B"]  # whether a running beam may still beat the finished ones
     length: Int[Array, ""]
-    keys: PRNGKeyArray  # [B]
+    keys: Key[Array, " B"]
     step_scores: Float[Array, "steps R V"] | None
     done: Bool[Array, ""]
 
@@ -37,7 +37,7 @@ class Beams:
         return jax.lax.dynamic_index_in_dim(self.tokens, self.length - 1, axis=2, keepdims=False).reshape(-1)
 
 
-def start_beams(prefix: Int[Array, "B P"], keys: PRNGKeyArray, controls: GenerationConfig, vocab_size: int) -> Beams:
+def start_beams(prefix: Int[Array, "B P"], keys: Key[Array, " B"], controls: GenerationConfig, vocab_size: int) -> Beams:
     """Beams that hold the decoder's prefix. Only the first counts until they differ."""
     B, P = prefix.shape
     J = controls.num_beams

@@ -66,7 +66,7 @@ class GenerationConfig:
                 f"{name} must be an integer of at least {least}; it is {value!r}.",
             )
         for name, (low, high, low_included) in _RANGES.items():
-            value = getattr(self, name)
+            value: Any = getattr(self, name)
             if value is None and name in ("min_p", "brevity_penalty"):
                 continue
             number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and math.isfinite(value)
@@ -161,13 +161,13 @@ class GenerationConfig:
         return self.num_beams if self.num_beams > 1 else self.num_return_sequences
 
 
-def make_controls(values: Mapping[str, Any], config: SwitchConfig) -> Self:
+def make_controls(values: Mapping[str, Any], config: SwitchConfig) -> GenerationConfig:
     """Controls for a model, from keyword arguments; an unknown name is an error that suggests the nearest one."""
     reject_unknown_keys(GenerationConfig, values)
     return GenerationConfig(**values).for_model(config)
 
 
-def split_numbers(controls: GenerationConfig) -> tuple[GenerationConfig, dict[str, np.ndarray]]:
+def split_numbers(controls: GenerationConfig) -> tuple[GenerationConfig, dict[str, np.ndarray | np.generic]]:
     """The controls that shape a program, and the numbers that it takes as inputs: one program serves all their values.
 
     Of a number, the first part keeps only whether it is neutral. `length_divisors[n]` is what the score of a beam of n new

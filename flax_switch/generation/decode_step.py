@@ -243,7 +243,7 @@ def _self_attention(decoder: Decoder, i: int, x: Float[Array, "R D"], cache: Cac
     value = jax.lax.dynamic_update_slice_in_dim(cache.value[i], value.transpose(0, 2, 3, 1), start, axis=3)
     max_length = key.shape[-1] // beams
     bias = jax.lax.dynamic_slice_in_dim(layer.bias, max_length - 1 - cache.length, max_length, axis=1)
-    bias = jnp.repeat(bias, beams, axis=1)[:, None]  # [H, 1, T * beams]
+    bias = jnp.repeat(bias, beams, axis=1)[None, :, None]  # [1, H, 1, T * beams]
     return _attend(query, key, value, bias, mask), key, value
 
 
@@ -257,7 +257,7 @@ def _attend(
     query: Float[Array, "G J H K"],
     key: Float[Array, "G H K T"],
     value: Float[Array, "G H K T"],
-    bias: Float[Array, "H 1 T"] | None,
+    bias: Float[Array, "1 H 1 T"] | None,
     mask: Bool[Array, "#G 1 #J T"],
 ) -> Float[Array, "R HK"]:
     """`ops.attention.dot_product_attention` of the G * J = R queries, on keys and values laid out for products of few rows."""

@@ -14,7 +14,7 @@ from flax_switch.generation.controls import GenerationConfig, make_controls, spl
 from flax_switch.generation.device import Device, device_of
 from flax_switch.generation.experts import split_experts
 from flax_switch.generation.program import run_program
-from flax_switch.nn.transformer import SwitchTransformer
+from flax_switch.nn.transformer import SwitchEncoder, SwitchTransformer
 from flax_switch.ops import AnyArray
 from flax_switch.partitioning import batch_sharding, batch_ways, replicated
 
@@ -35,7 +35,7 @@ class GenerationOutput:
 
 
 def generate(
-    model: SwitchTransformer,
+    model: SwitchEncoder,
     params: Mapping[str, Any],
     input_ids: Int[AnyArray, "B S"] | Sequence[Sequence[int]],
     attention_mask: Int[AnyArray, "B S"] | Bool[AnyArray, "B S"] | Sequence[Sequence[int]] | None = None,

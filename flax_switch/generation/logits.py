@@ -40,7 +40,8 @@ def process_scores(
         scores = forbid(scores, source_ngrams(history, controls.encoder_no_repeat_ngram_size, V))
     # EOS alone cannot be a bad word.
     bad_words: tuple[tuple[int, ...], ...] = controls.bad_words_ids or ()
-    words = [word for word in bad_words if len(word) > 1 or word[0] not in as_ids(controls.eos_token_id)]
+    ends = {(token,) for token in as_ids(controls.eos_token_id)}
+    words = [word for word in bad_words if word not in ends]
     for size in sorted({len(word) for word in words}):
         scores = forbid(scores, completed_words(history, [word for word in words if len(word) == size], V))
     if controls.min_new_tokens:

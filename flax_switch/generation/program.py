@@ -7,7 +7,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Integer
 
 from flax_switch.config import SwitchConfig
 from flax_switch.generation.beam_search import extend_beams, start_beams
@@ -58,7 +58,7 @@ def run_program(
     input_ids: Int[Array, "B S"],
     mask: Bool[Array, "B S"],
     prefix: Int[Array, "B P"],
-    seeds: Int[Array, "B 2"],
+    seeds: Integer[Array, "B 2"],
     numbers: Mapping[str, Array],
     *,
     device: Device,

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from flax_switch.generation.controls import GenerationConfig
 from flax_switch.generation.logits import History, process_scores
@@ -18,7 +18,7 @@ class Rows:
     tokens: Int[Array, "R T"]  # filled up to `length`; pad beyond
     length: Int[Array, ""]
     finished: Bool[Array, " R"]
-    keys: PRNGKeyArray  # [R], one for each row, so that its draws do not depend on the rows beside it
+    keys: Key[Array, " R"]  # one for each row, so that its draws do not depend on the rows beside it
     scores: Float[Array, "steps R V"] | None  # processed, by step, where asked for
     done: Bool[Array, ""]
 
@@ -33,7 +33,7 @@ class Rows:
         return None
 
 
-def start_rows(prefix: Int[Array, "R P"], keys: PRNGKeyArray, controls: GenerationConfig, vocab_size: int) -> Rows:
+def start_rows(prefix: Int[Array, "R P"], keys: Key[Array, " R"], controls: GenerationConfig, vocab_size: int) -> Rows:
     """Rows that hold the decoder's prefix."""
     R, P = prefix.shape
     tokens = jnp.pad(prefix, ((0, 0), (0, controls.max_new_tokens)), constant_values=controls.pad_token_id)

@@ -61,7 +61,7 @@ class Stack(nn.Module):
             key_length = x.shape[1] if cache is None else cache.layers[0].self_attention.key.shape[1]
             inputs = dataclasses.replace(inputs, bias=self.relpos_bias(x.shape[1], key_length, inputs.cache_index))
         x = self.dropout(x, deterministic=inputs.deterministic)
-        hidden_states = [x]
+        hidden_states: list[Array | None] = [x]
         if config.scan_layers:
             if cache is not None:
                 raise ValueError(
@@ -81,7 +81,7 @@ class Stack(nn.Module):
         x = zero_padding(x, inputs.padding_mask, config)
         x = self.dropout(x, deterministic=inputs.deterministic)
         hidden_states[-1] = x
-        return x, outputs, tuple(hidden_states) if output_hidden_states else None
+        return x, outputs, tuple(h for h in hidden_states if h is not None) if output_hidden_states else None
 
     def cross_keys_values(self, encoded: Float[Array, "B S D"]) -> tuple[KeyValue, ...]:
         """Every layer's keys and values of the encoder's output."""

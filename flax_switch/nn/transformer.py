@@ -229,7 +229,7 @@ class SwitchTransformer(SwitchEncoder):
         output_attentions: bool = False,
     ) -> ModelOutput:
         """Encodes the source (unless `encoder_output` is given) and decodes the target; see `encode`, `decode`."""
-        options: dict[str, bool] = dict(
+        options: dict[str, Any] = dict(
             deterministic=deterministic,
             output_router_logits=output_router_logits,
             output_hidden_states=output_hidden_states,

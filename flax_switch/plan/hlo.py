@@ -139,7 +139,7 @@ def executions(computations: Computations, entry: str) -> dict[str, int | None]:
         if name not in counted:
             parts = [(count(caller), trips) for caller, trips in callers[name]]
             unknown = any(runs is None or (trips is None and runs) for runs, trips in parts)
-            counted[name] = None if unknown else sum(runs * (trips or 0) for runs, trips in parts)
+            counted[name] = None if unknown else sum((runs or 0) * (trips or 0) for runs, trips in parts)
         return counted[name]
 
     return {name: count(name) for name in computations}

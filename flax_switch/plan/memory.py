@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType
 
 from flax_switch import partitioning
 from flax_switch.config import ExperimentConfig, check
@@ -40,7 +40,7 @@ def abstract_mesh(shape: tuple[int, int, int]) -> AbstractMesh:
     return AbstractMesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def batch_structs(config: ExperimentConfig, mesh: Mesh | AbstractMesh) -> dict[str, jax.ShapeDtypeStruct]:
+def batch_structs(config: ExperimentConfig, mesh: partitioning.AnyMesh) -> dict[str, jax.ShapeDtypeStruct]:
     """The batch that a train step takes, as shapes with shardings. Raises `ConfigError` where it cannot be split evenly."""
     data, ways = config.data, partitioning.batch_ways(mesh)
     pieces = config.train.microbatches

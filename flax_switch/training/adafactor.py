@@ -82,7 +82,7 @@ def adafactor(
 
         return AdafactorState(jnp.zeros((), jnp.int32), zeros("row"), zeros("col"), zeros("full"))
 
-    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         decay = 1.0 - (state.count.astype(jnp.float32) + 1.0) ** -decay_rate
         step_size = learning_rate(state.count)
 
@@ -108,7 +108,7 @@ def adafactor(
                 scale = scale * jnp.maximum(_rms(param.astype(jnp.float32), own), _MIN_SCALE)
             return -scale * update, row, col, full
 
-        results = jax.tree.map(one, grads, params, axes, state.row, state.col, state.full)
+        results = jax.tree.map(one, updates, params, axes, state.row, state.col, state.full)
         is_result = lambda x: isinstance(x, tuple)  # noqa: E731
         updates, row, col, full = (jax.tree.map(lambda r: r[i], results, is_leaf=is_result) for i in range(4))  # noqa: B023
         return updates, AdafactorState(state.count + 1, row, col, full)

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from flax_switch.data import Vocabulary
+from flax_switch.data import Prepared, Vocabulary
 from flax_switch.generation import generate
 from flax_switch.training.evaluate import describe
 from flax_switch.training.findings import findings
@@ -58,6 +58,7 @@ def fill_spans(result: RunResult, count: int) -> list[dict[str, Any]]:
     Each sample is {"pieces": [text, {"model": ..., "text": ...}, text, ...]} in the order of the source.
     """
     config, vocabulary = result.run.config, result.prepared.vocabulary
+    assert isinstance(result.prepared, Prepared)  # of pre-training
     batch = next(iter(result.prepared.heldout_batches(1)))
     masked, spelled = ((np.asarray(batch[name]) >= vocabulary.num_pieces).any(1) for name in ("input_ids", "labels"))
     whole = np.flatnonzero(masked & ~spelled)  # of infilling; a sentence says more than its gaps

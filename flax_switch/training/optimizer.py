@@ -68,9 +68,9 @@ def _sum_of_squares(x: jax.Array) -> jax.Array:
 def _clip_by_global_norm(limit: float, axes: Any) -> optax.GradientTransformation:
     """`optax.clip_by_global_norm`, by the norm above."""
 
-    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        norm = global_norm(grads, jax.tree.map(lambda _, names: "expert" in names, grads, axes))
-        return jax.tree.map(lambda g: jnp.where(norm < limit, g, g / norm.astype(g.dtype) * limit), grads), state
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        norm = global_norm(updates, jax.tree.map(lambda _, names: "expert" in names, updates, axes))
+        return jax.tree.map(lambda g: jnp.where(norm < limit, g, g / norm.astype(g.dtype) * limit), updates), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 

@@ -4,8 +4,6 @@ A decoder can learn its language and leave the encoder alone for thousands of st
 another row's inputs tells: where it is no higher, the encoder is worth nothing.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -33,6 +31,7 @@ def probe_step(run: Run, params: Any, batch: Batch) -> dict[str, jax.Array]:
     """
     output = forward(run.model, params, batch, None)
     targets = jnp.maximum(batch["labels"], 0)
+    assert output.logits is not None  # a model that is trained has its head
     cross_entropy, _ = token_cross_entropy(output.logits, targets)
     hits = (output.logits.argmax(-1) == targets).astype(jnp.float32)
     classes, span = batch["classes"], batch["span"]

@@ -7,7 +7,6 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import AbstractMesh, Mesh
 
 from flax_switch import partitioning
 from flax_switch.config import ExperimentConfig
@@ -34,11 +33,11 @@ class Run:
     config: ExperimentConfig | FinetuneConfig = flax.struct.field(pytree_node=False)
     model: SwitchTransformer = flax.struct.field(pytree_node=False)
     optimizer: optax.GradientTransformation = flax.struct.field(pytree_node=False)
-    mesh: Mesh | AbstractMesh = flax.struct.field(pytree_node=False)
+    mesh: partitioning.AnyMesh = flax.struct.field(pytree_node=False)
     abstract_state: TrainState  # shapes, dtypes and shardings
 
 
-def build_run(config: ExperimentConfig | FinetuneConfig, mesh: Mesh | AbstractMesh) -> Run:
+def build_run(config: ExperimentConfig | FinetuneConfig, mesh: partitioning.AnyMesh) -> Run:
     """Model, optimiser and the abstract state with its shardings, without allocating an array."""
     model = SwitchTransformer(config.model)
     axes = logical_axes(model)

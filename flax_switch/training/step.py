@@ -25,7 +25,7 @@ Loss = Callable[[ModelOutput, Batch, jax.Array], LossOutput]  # of the model's o
 def forward(model: SwitchEncoder, params: Any, batch: Batch, rng: jax.Array | None) -> ModelOutput:
     """The model on a batch; with `rng` in training mode (dropout, jitter, training capacity), without in evaluation mode."""
     rngs: dict[str, Any] = {} if rng is None else dict(zip(("dropout", "jitter"), jax.random.split(rng), strict=True))
-    return model.apply(
+    output: Any = model.apply(
         {"params": params},
         batch["input_ids"],
         batch["decoder_input_ids"],
@@ -36,6 +36,7 @@ def forward(model: SwitchEncoder, params: Any, batch: Batch, rng: jax.Array | No
         deterministic=rng is None,
         rngs=rngs,
     )
+    return output
 
 
 def true_loss(config: SwitchConfig) -> Loss:

@@ -7,13 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flax_switch import partitioning
 from flax_switch.config import check
 from flax_switch.partitioning import PmapDevices
 from flax_switch.training.state import Run, TrainState, is_split, state_shardings
-from flax_switch.training.step import compile_train_step, train_step
+from flax_switch.training.step import Batch, compile_train_step, train_step
 
 HostBatch = dict[str, np.ndarray]
 
@@ -46,6 +46,7 @@ def _pmap_stepper(run: Run) -> Stepper:
         f"mesh.mode='pmap' drives the devices of one process; there are {jax.process_count()} processes. Set mesh.mode='jit'.",
     )
     mesh, abstract = run.mesh, run.abstract_state
+    assert isinstance(mesh, Mesh)
     devices = PmapDevices(mesh.shape["data"], mesh.shape["expert"])
     rows, pieces = run.config.data.batch_size, run.config.train.microbatches
     check(
@@ -55,7 +56,7 @@ def _pmap_stepper(run: Run) -> Stepper:
     )
     axes = jax.tree.map(lambda leaf: 0 if is_split(leaf) else None, abstract)
 
-    def body(state: TrainState, batch: HostBatch) -> tuple[TrainState, dict[str, Any]]:
+    def body(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         with partitioning.inside_pmap(devices):
             return train_step(run, state, batch)
 

@@ -13,8 +13,8 @@ CONFIG = DataConfig(inputs_length=24, targets_length=12, batch_size=4, num_senti
 @pytest.fixture
 def pairs():
     rng = np.random.default_rng(0)
-    inputs = [rng.integers(3, 99, rng.integers(1, 12)).tolist() for _ in range(50)]
-    targets = [rng.integers(3, 99, rng.integers(1, 6)).tolist() for _ in range(50)]
+    inputs = [rng.integers(3, 250_000, rng.integers(1, 12)).tolist() for _ in range(50)]
+    targets = [rng.integers(3, 250_000, rng.integers(1, 6)).tolist() for _ in range(50)]
     return Pairs(inputs, targets, inputs_length=24, targets_length=12), list(zip(inputs, targets, strict=True))
 
 

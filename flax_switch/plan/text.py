@@ -100,7 +100,9 @@ def _traffic_lines(plan: Plan, program: Program) -> list[str]:
         lines.append("      none")
     if program is plan.train and plan.exchange_bound:
         sent = [t.wire_bytes for t in program.traffic if t.kind in ("all-to-all", "ragged-all-to-all")]
-        known = f"{sum(sent) / 1e9:.4f} GB ({sum(sent) / plan.exchange_bound:.3f} of it)" if None not in sent else "an unknown amount"
+        known = (
+            f"{sum(sent) / 1e9:.4f} GB ({sum(sent) / plan.exchange_bound:.3f} of it)" if None not in sent else "an unknown amount"
+        )
         lines.append(f"      the experts' exchange needs at least {plan.exchange_bound / 1e9:.4f} GB; all-to-alls send {known}")
     return lines
 

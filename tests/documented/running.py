@@ -14,7 +14,6 @@ from pathlib import Path
 
 from documented.finding import ROOT, Command
 from documented.stand_ins import FILES, PIECES, VOCAB_SIZE, Store, place
-
 from flax_switch import cli
 from flax_switch.commands import options
 from flax_switch.config_finetuning import FinetuneRecipe
@@ -33,8 +32,9 @@ _LINKED = ("configs", "scripts", "benchmarks", "flax_switch")
 _OUTPUT_OPTIONS = ("workdir", "output", "json", "plot", "destination")
 LARGE = 256  # d_model from which a recipe is one of more than 100 M parameters
 _MAKES_A_SMALL_MODEL = dict(
-    d_model=16, d_ff=32, d_kv=8, num_heads=2, num_encoder_layers=2, num_decoder_layers=2, num_experts=8, vocab_size=VOCAB_SIZE
-)
+    d_model=16, d_ff=32, d_kv=8, num_heads=2, num_encoder_layers=2, num_decoder_layers=1, num_experts=8, group_size=32,
+    vocab_size=VOCAB_SIZE,
+)  # fmt: skip
 
 
 def filled_in(text: str) -> str:
@@ -64,7 +64,8 @@ def load(argv: list[str]):
 def outputs(argv: list[str]) -> set[str]:
     """The paths that a command writes."""
     args = vars(parse(argv))
-    return {str(args[name]) for name in _OUTPUT_OPTIONS if args.get(name)}
+    names = _OUTPUT_OPTIONS if argv[0] != "report" else ()  # a report goes into the run that it is about
+    return {str(args[name]) for name in names if args.get(name)}
 
 
 def appended(argv: list[str]) -> list[str]:
@@ -96,6 +97,7 @@ def _pretraining(config) -> dict[str, object]:
     if config.data.vocabulary is None:
         changed["data.vocabulary_size"] = PIECES
     if config.model.d_model > LARGE:
+        changed["train.sample_spans"] = 0
         changed |= {f"model.{name}": value for name, value in small_model(config).items()}
         changed |= {f"mesh.{axis}": min(getattr(config.mesh, axis), most) for axis, most in (("expert", 4), ("model", 2))}
     return changed
@@ -103,11 +105,14 @@ def _pretraining(config) -> dict[str, object]:
 
 def small_model(config) -> dict[str, int]:
     """Sizes of a small model with the recipe's kinds of layers."""
-    model, sparse = config.model, {}
-    for stack in ("encoder", "decoder"):
-        of_all = getattr(model, f"num_{stack}_layers") == getattr(model, f"num_sparse_{stack}_layers")
-        sparse[f"num_sparse_{stack}_layers"] = 2 if of_all else min(1, getattr(model, f"num_sparse_{stack}_layers"))
-    return {**_MAKES_A_SMALL_MODEL, **sparse}
+    model = config.model
+    every = model.num_encoder_layers == model.num_sparse_encoder_layers
+    encoder, decoder = (min(1, number) for number in (model.num_sparse_encoder_layers, model.num_sparse_decoder_layers))
+    return {
+        **_MAKES_A_SMALL_MODEL,
+        "num_sparse_encoder_layers": 2 if every else encoder,
+        "num_sparse_decoder_layers": decoder,
+    }
 
 
 def _finetuning(config: FinetuneRecipe) -> dict[str, object]:

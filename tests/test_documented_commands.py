@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from documented.finding import ROOT, commands, python_blocks
+from documented.finding import ROOT, commands, commands_of_page, python_blocks
 from documented.otherwise import LIST, otherwise
 from documented.python_blocks import GIVEN, PAGES, run_page
 from documented.running import World, filled_in, load, small_model
@@ -83,6 +83,53 @@ def test_every_recipe_and_every_page_with_a_command_was_searched():
     printed = {path for path in pages if re.search(r"^flax-switch ", path.read_text(encoding="utf-8"), re.MULTILINE)}
     assert {path.relative_to(ROOT).as_posix() for path in printed} <= places
     assert all(any(re.match(beginning, command.text) for command in RUN) for beginning in QUICK)
+
+
+PAGE = """# A page
+```bash
+flax-switch report runs/a     # what it says
+flax-switch finetune --config a.py \\
+    --init b
+echo 'x' | flax-switch generate --checkpoint runs/a
+```
+
+    python -c "print(1)"
+    text that is no command
+
+```
+$ flax-switch plan --config c.py
+prints this
+```
+
+Say `flax-switch inspect
+here` or `--config.no.command=1`.
+
+```bash
+for i in 0 1; do
+  flax-switch report $i
+done
+```
+"""
+
+
+def test_commands_are_found_wherever_a_page_has_them(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(PAGE)
+    assert [command.text for command in commands_of_page(page)] == [
+        "flax-switch report runs/a",
+        "flax-switch finetune --config a.py --init b",
+        "echo 'x' | flax-switch generate --checkpoint runs/a",
+        'python -c "print(1)"',
+        "flax-switch plan --config c.py",
+        "for i in 0 1; do\n  flax-switch report $i\ndone",
+        "flax-switch inspect here",
+    ]
+
+
+def test_a_line_of_a_shell_block_that_is_no_known_command_is_an_error(tmp_path):
+    (tmp_path / "page.md").write_text("```bash\nflax_switch report runs/a\n```\n")
+    with pytest.raises(AssertionError, match="starts with no command that this test knows"):
+        list(commands_of_page(tmp_path / "page.md"))
 
 
 @pytest.mark.slow

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import io
 import os
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from documented.finding import ROOT, Command
@@ -143,7 +145,7 @@ class World:
             text = filled_in(command.text)
             self.provide(folder, text)
             argv = _only_command(text)
-            with contextlib.chdir(folder):
+            with contextlib.chdir(folder), typed("Return the <extra_id_0> of the list.\n"):
                 found = cli.main([*argv, *appended(argv)]) if argv else run_in_a_shell(text)
             assert found == status, f"{command.where}: {command.text} ended with status {found}"
         return self.done[command.text]
@@ -170,11 +172,23 @@ class World:
 
 def commands_of(text: str) -> list[list[str]]:
     """The arguments of every flax-switch command in a line or a script, whatever is around them."""
+    if only := _only_command(text):
+        return [only]
     text = re.sub(r"\\\n\s*", " ", text)
     found = re.findall(r"flax-switch ([a-z][^|&\"`;\n]*)", re.sub(r"\n {2,}(?=--)", " ", text))
     found += re.findall(r"python -m flax_switch\.cli ([a-z][^|&;\n]*)", text)
     found += [f"{name} {rest}" for name, rest in re.findall(r"python scripts/(pretrain|finetune)\.py ([^|&;\n]*)", text)]
-    return [shlex.split(part.replace(",", " ") if text.startswith("[") else part) for part in found]
+    return [shlex.split(part) for part in found]
+
+
+@contextlib.contextmanager
+def typed(text: str) -> Iterator[None]:
+    """Standard input is a text; commands that read none do not see it."""
+    before, sys.stdin = sys.stdin, io.StringIO(text)
+    try:
+        yield
+    finally:
+        sys.stdin = before
 
 
 def _only_command(text: str) -> list[str]:

@@ -27,7 +27,7 @@ class EncoderModelOutput:
 
 @flax.struct.dataclass
 class Seq2SeqModelOutput:
-    """`SwitchTransformersModel`'s output, past_key_values apart."""
+    """`SwitchTransformersModel`'s output, without its cache (past_key_values before transformers 5.24)."""
 
     last_hidden_state: Float[Array, "B L D"]
     decoder_hidden_states: Layers = None
@@ -42,7 +42,7 @@ class Seq2SeqModelOutput:
 
 @flax.struct.dataclass
 class Seq2SeqLMOutput:
-    """`SwitchTransformersForConditionalGeneration`'s output, past_key_values apart.
+    """`SwitchTransformersForConditionalGeneration`'s output, without its cache (past_key_values before transformers 5.24).
 
     `loss` is there with labels; the four router losses with output_router_logits, which also adds them to the loss.
     """

@@ -43,10 +43,8 @@ def find(given: str | Path, suffix: str = ".py") -> Path:
       ConfigError: if there is none; it suggests the nearest.
     """
     path = Path(given)
-    if str(given) == path.name and not path.suffix:
-        known = _file(path.name, suffix)
-        if known.is_file():
-            return known
+    if str(given) == path.name and (known := _file(path.name, suffix)).is_file():
+        return known
     if path.is_file():
         return path
     raise ConfigError(f"There is no {'recipe' if suffix == '.py' else 'gin file'} {given}{_suggestion(path, suffix)} {LISTED}")

@@ -84,7 +84,7 @@ def _coverage(pool: run.Pool, folder: Path, until: float) -> coverage_map.Covera
 
         def then(status: int, tree: Path, seconds: float) -> None:
             if status:
-                sys.exit(f"{module}: no coverage (status {status}); see {pool.log_of(tree)}")
+                sys.exit(f"{module}: no coverage (status {status}):\n{pool.log_of(tree).read_text(errors='replace')[-3000:]}")
             failing = json.loads(file.read_text())["not_passed"]
             failing = [name for name, outcome in failing.items() if outcome == "failed"]
             print(f"  {module}: {seconds:.0f} s" + (f"; left out, since they fail: {failing}" if failing else ""), flush=True)

@@ -22,6 +22,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 import pytest  # noqa: E402
 import typechecking  # noqa: E402, F401 - after the environment, before the package
 from hypothesis import settings  # noqa: E402
+from missing_oracles import pytest_make_collect_report, pytest_runtest_makereport  # noqa: E402, F401 - hooks
 
 # The same examples in every run: a check that fails must fail for whoever runs it next. A soak draws others in every round.
 settings.register_profile("fixed", derandomize="SOAK_ROUND" not in os.environ, deadline=None)

@@ -2,14 +2,14 @@
 
 import os
 import re
-
-
-
+import subprocess
+import sys
 
 import pytest
-from documented.finding import ROOT, commands, python_blocks
+from documented.finding import ROOT, commands, commands_of_page, python_blocks
 from documented.otherwise import LIST, otherwise
-from documented.running import World, appended, filled_in, load, parse, run_in_a_shell, small_model
+from documented.python_blocks import GIVEN, PAGES, run_page
+from documented.running import World, filled_in, load, small_model
 
 from flax_switch import cli
 from flax_switch.compilers import can_compile_for
@@ -61,7 +61,10 @@ def test_a_documented_command_runs(command, world):
     world.run(command, status=1 if any(topology in command.text for topology in DOES_NOT_FIT) else 0)
 
 
-@pytest.mark.parametrize("command", OTHERWISE, ids=named)
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param(c, id=named(c), marks=pytest.mark.slow if otherwise(c.text).slow else ()) for c in OTHERWISE],
+)
 def test_a_command_that_cannot_run_here_is_right_as_far_as_can_be_told(command):
     otherwise(command.text).do(command.text)
 
@@ -76,6 +79,115 @@ def test_every_recipe_and_every_page_with_a_command_was_searched():
     places = {command.where.split(":")[0] for command in COMMANDS}
     recipes = {f"configs/{path.name}" for path in (ROOT / "configs").glob("*.py")}
     assert all(any(f"--config {recipe} " in command.text for command in RUN) for recipe in recipes)
-    printed = {path for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")] if re.search(r"^flax-switch ", path.read_text(), re.M)}
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    printed = {path for path in pages if re.search(r"^flax-switch ", path.read_text(encoding="utf-8"), re.MULTILINE)}
     assert {path.relative_to(ROOT).as_posix() for path in printed} <= places
     assert all(any(re.match(beginning, command.text) for command in RUN) for beginning in QUICK)
+
+
+PAGE = """# A page
+```bash
+flax-switch report runs/a     # what it says
+flax-switch finetune --config a.py \\
+    --init b
+echo 'x' | flax-switch generate --checkpoint runs/a
+```
+
+    python -c "print(1)"
+    text that is no command
+
+```
+$ flax-switch plan --config c.py
+prints this
+```
+
+Say `flax-switch inspect
+here` or `--config.no.command=1`.
+
+```bash
+for i in 0 1; do
+  flax-switch report $i
+done
+```
+"""
+
+
+def test_commands_are_found_wherever_a_page_has_them(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(PAGE)
+    assert [command.text for command in commands_of_page(page)] == [
+        "flax-switch report runs/a",
+        "flax-switch finetune --config a.py --init b",
+        "echo 'x' | flax-switch generate --checkpoint runs/a",
+        'python -c "print(1)"',
+        "flax-switch plan --config c.py",
+        "for i in 0 1; do\n  flax-switch report $i\ndone",
+        "flax-switch inspect here",
+    ]
+
+
+def test_a_line_of_a_shell_block_that_is_no_known_command_is_an_error(tmp_path):
+    (tmp_path / "page.md").write_text("```bash\nflax_switch report runs/a\n```\n")
+    with pytest.raises(AssertionError, match="starts with no command that this test knows"):
+        list(commands_of_page(tmp_path / "page.md"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", PLANS, ids=named)
+def test_a_documented_plan_compiles_where_there_is_a_compiler(command, world, tmp_path, monkeypatch):
+    """With the topology and mesh of the command and a small model; the plan at full size needs no compiler."""
+    platform = "cuda" if "h100" in command.text else "tpu"
+    if not can_compile_for(platform):
+        pytest.skip(f"no compiler for {platform}: pip install 'flax_switch[test-hardware]'")
+    argv = filled_in(command.text).split()[1:]
+    config = load(argv)
+    # Every expert axis of the docs' meshes divides 128 experts; two heads suit two model ways.
+    small = {**small_model(config), "num_experts": 128, "d_model": 128, "scan_layers": False, "group_size": 1024}
+    changes = [f"--config.model.{name}={value}" for name, value in small.items()]
+    monkeypatch.chdir(ROOT)
+    argv = [word for word in argv if word != "--no-compile"]
+    if "--json" in argv:
+        argv[argv.index("--json") + 1] = str(tmp_path / "plan.json")
+    assert cli.main([*argv, *changes, "--config.data.batch_size=1024", "--config.train.microbatches=1"]) == 0
+
+
+@pytest.mark.parametrize("block", python_blocks(), ids=lambda block: block.where)
+def test_every_python_block_compiles(block):
+    compile(block.text, block.where, "exec")
+
+
+@pytest.mark.parametrize("page", [pytest.param(p, marks=() if p == "docs/finetuning.md" else pytest.mark.slow) for p in PAGES])
+def test_the_python_of_a_page_runs_as_printed(page, world, tmp_path):
+    run_page(page, world, tmp_path)
+
+
+def test_what_pages_are_given_is_for_pages_with_python():
+    assert set(GIVEN) <= set(PAGES)
+    assert "README.md" not in GIVEN
+
+
+CHEAP = {
+    "benchmarks/data_pipeline.py": "--seconds 0.1 --workers 0",
+    "benchmarks/moe_layer.py": "--experts 2 --tokens 64 --sizes 16x32 --repeats 1",
+    "benchmarks/grouped_products.py": "--experts 2 --tokens 64 --sizes 16x32 --repeats 1",
+    "benchmarks/compile_time.py": "--depths 1 --repeats 1",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", CHEAP)
+def test_a_benchmark_with_a_cheap_mode_runs(script, tmp_path):
+    printed = subprocess.run(
+        [sys.executable, ROOT / script, *CHEAP[script].split()], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert printed.returncode == 0, printed.stderr
+    assert "|" in printed.stdout or len(printed.stdout.splitlines()) >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "benchmarks").glob("*.py")))
+def test_every_benchmark_says_how_to_use_it(script):
+    printed = subprocess.run([sys.executable, ROOT / "benchmarks" / script, "--help"], capture_output=True, text=True, timeout=120)
+    assert printed.returncode == 0, printed.stderr
+    assert "usage:" in printed.stdout

@@ -65,6 +65,7 @@ def test_a_file_in_the_working_directory_comes_before_the_packages_for_a_gin_fil
         (["--config", "configs/tiny.py"], "There is no recipe configs/tiny.py here. The one that comes with"),
         (["--config", "mine/recipee.py"], "Did you mean mine/recipe.py?"),
         (["--config", "qqqq"], "There is no recipe qqqq. "),
+        (["--config", "mine"], "There is no recipe mine. "),
         (["--gin_file", "tinny"], "There is no gin file tinny. Did you mean --gin_file tiny?"),
         (["--gin_file", "base.gin"], "recipe.base = 'tinny'"),
     ],

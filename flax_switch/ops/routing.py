@@ -206,7 +206,6 @@ def routing_metrics(
     kept. router_entropy: mean entropy of the router's distribution, in nats. expert_usage: share of all slots in use.
     tokens_per_expert: choices that each expert processed.
     """
-    kept = plan.kept if counted is None else plan.kept & counted[..., None]
     num_kept = total(plan.kept.sum().astype(jnp.float32))
     entropy = -jnp.sum(probs * jnp.log(jnp.maximum(probs, jnp.finfo(probs.dtype).tiny)), axis=-1)
     if plan.tokens_choose and plan.capacity is not None:
@@ -215,7 +214,7 @@ def routing_metrics(
         usage = jnp.ones((), jnp.float32)  # no slot stays empty
     chosen = jax.nn.one_hot(plan.expert, plan.num_experts, dtype=bool) & plan.kept[..., None]
     return {
-        "fraction_tokens_left_behind": token_mean((~kept.any(-1)).astype(jnp.float32), counted, total),
+        "fraction_tokens_left_behind": token_mean((~plan.kept.any(-1)).astype(jnp.float32), counted, total),
         "router_confidence": total(jnp.where(plan.kept, plan.weight, 0.0).sum()) / jnp.maximum(num_kept, 1.0),
         "router_entropy": token_mean(entropy, counted, total),
         "expert_usage": usage,

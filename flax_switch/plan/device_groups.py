@@ -3,7 +3,7 @@
     {}                                          all devices, one group
     {{0,1},{2,3}}                               written out; of a permute, pairs (from, to)
     [2,4]<=[4,2]T(1,0)                          0, 1, 2, ... in the shape [4,2], transposed, then cut into 2 rows of 4
-    mesh['x'=4,'y'=2] {'y','x':(2)2}            along axes of a mesh, major first; x:(2)2 is the part of x that follows 2 and has size 2
+    mesh['x'=4,'y'=2] {'y','x':(2)2}            along axes of a mesh, major first; x:(2)2 is the part of size 2 after one of 2
     mesh['x'=2,'y'=2], device_ids=(0,2,1,3) {'x'}       of a mesh whose devices are not in order; also as ([2,2]T(1,0))
     maximal_mesh[device_id=5] {}                one device
 

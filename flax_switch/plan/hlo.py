@@ -26,8 +26,8 @@ class UnknownText(ValueError):
     def __init__(self, what: str, text: str, source: str = "XLA"):
         shown = text if len(text) <= 300 else f"{text[:300]}..."
         super().__init__(
-            f"{source} writes {what} in a form that is not known here: {shown!r}. It may be newer than this flax_switch: take a newer "
-            "one, or the versions that docs/versions.md lists; please report the text."
+            f"{source} writes {what} in a form that is not known here: {shown!r}. It may be newer than this flax_switch: "
+            "take a newer one, or the versions that docs/versions.md lists; please report the text."
         )
 
 

@@ -100,5 +100,6 @@ def describe(evaluation: dict[str, Any]) -> str:
         f"held-out cross-entropy {evaluation['cross_entropy']:.3f} nats/token over all targets "
         f"(perplexity {evaluation['perplexity']:.2f}, accuracy {100 * evaluation['accuracy']:.1f} %), "
         f"{evaluation['text_cross_entropy']:.3f} over text (perplexity {evaluation['text_perplexity']:.2f}); text unigram entropy "
-        f"{evaluation['unigram_entropy']:.3f}, so {evaluation['nats_below_unigram']:.3f} nats below it. {describe_probe(evaluation)}"
+        f"{evaluation['unigram_entropy']:.3f}, so {evaluation['nats_below_unigram']:.3f} nats below it.\n"
+        f"{describe_probe(evaluation)}"
     ).rstrip()

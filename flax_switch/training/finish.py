@@ -14,6 +14,7 @@ from etils import epath
 from flax_switch.data import Prepared, Vocabulary
 from flax_switch.generation import generate
 from flax_switch.training.evaluate import describe
+from flax_switch.training.findings import findings
 from flax_switch.training.loop import RunResult
 from flax_switch.training.progress import console
 from flax_switch.training.report import SAMPLES_FILE, write_report
@@ -34,6 +35,8 @@ def finish(result: RunResult, workdir: epath.PathLike) -> None:
         console.print("  " + " ".join(shown))
     if result.evaluation is not None:
         console.print(f"\n{describe(result.evaluation)}")
+        for finding in findings(result.run.config.model, result.evaluation):
+            console.print(finding, style="yellow")
     if importlib.util.find_spec("matplotlib") is not None:
         console.print(f"\nReport, with plots:  {write_report(workdir)}")
     else:
@@ -57,8 +60,10 @@ def fill_spans(result: RunResult, count: int) -> list[dict[str, Any]]:
     config, vocabulary = result.run.config, result.prepared.vocabulary
     assert isinstance(result.prepared, Prepared)  # of pre-training
     batch = next(iter(result.prepared.heldout_batches(1)))
-    spans = [i for i, row in enumerate(batch["input_ids"]) if (row >= vocabulary.num_pieces).any()][:count]
-    if not spans:
+    masked, spelled = ((np.asarray(batch[name]) >= vocabulary.num_pieces).any(1) for name in ("input_ids", "labels"))
+    whole = np.flatnonzero(masked & ~spelled)  # of infilling; a sentence says more than its gaps
+    spans = (whole if len(whole) else np.flatnonzero(masked))[:count]
+    if not len(spans):
         return []
     inputs, masks, labels = (np.asarray(batch[name])[spans] for name in ("input_ids", "attention_mask", "labels"))
     output = generate(result.run.model, result.state.params, inputs, masks, max_new_tokens=config.data.targets_length, num_beams=1)
@@ -67,7 +72,9 @@ def fill_spans(result: RunResult, count: int) -> list[dict[str, Any]]:
 
 
 def _pieces(vocabulary: Vocabulary, source: np.ndarray, predicted: np.ndarray, target: np.ndarray) -> list[Any]:
-    model, text = _by_sentinel(vocabulary, predicted), _by_sentinel(vocabulary, target)
+    model, text = (_fills(vocabulary, source, ids) for ids in (predicted, target))
+    if model is None or text is None:  # what the source shows did not come back: show all of it
+        return [vocabulary.decode(source, skip_special_tokens=False), *_whole(vocabulary, predicted, target)]
     pieces: list[Any] = []
     for special, ids in itertools.groupby(source.tolist(), key=lambda i: i >= vocabulary.num_pieces):
         for group in [[i] for i in ids] if special else [list(ids)]:
@@ -76,6 +83,48 @@ def _pieces(vocabulary: Vocabulary, source: np.ndarray, predicted: np.ndarray, t
             elif decoded := vocabulary.decode(group):
                 pieces.append(decoded)
     return pieces
+
+
+def _whole(vocabulary: Vocabulary, predicted: np.ndarray, target: np.ndarray) -> list[dict[str, str]]:
+    model, text = (vocabulary.decode([i for i in ids.tolist() if i > vocabulary.unk_id]) for ids in (predicted, target))
+    return [{"model": model, "text": text}]
+
+
+def _fills(vocabulary: Vocabulary, source: np.ndarray, ids: np.ndarray) -> dict[int, str] | None:
+    """Returns the text for each sentinel of a source, from an output that spells them out, or from the whole text.
+
+    None where the whole text does not hold what the source shows, piece after piece.
+    """
+    if (ids >= vocabulary.num_pieces).any():
+        return _by_sentinel(vocabulary, ids)
+    text = [i for i in ids.tolist() if i > vocabulary.eos_id]
+    fills: dict[int, list[int]] = {}
+    place = 0
+    for sentinel, piece in _shown(vocabulary, source):
+        found = _find(text, piece, place) if piece else len(text)
+        if found is None or (sentinel is None and found != 0):
+            return None
+        if sentinel is not None:
+            fills[sentinel] = text[place:found]
+        place = found + len(piece)
+    return {sentinel: vocabulary.decode(fill) for sentinel, fill in fills.items()} if place == len(text) else None
+
+
+def _shown(vocabulary: Vocabulary, source: np.ndarray) -> list[tuple[int | None, list[int]]]:
+    """Returns the shown pieces of a source, each with the sentinel before it; the first may have none."""
+    pieces: list[tuple[int | None, list[int]]] = [(None, [])]
+    for i in source.tolist():
+        if i >= vocabulary.num_pieces:
+            pieces.append((i, []))
+        elif i > vocabulary.eos_id:
+            pieces[-1][1].append(i)
+    return pieces if pieces[0][1] else pieces[1:]
+
+
+def _find(text: list[int], piece: list[int], start: int) -> int | None:
+    """Returns where `piece` first stands in `text` from `start` on; None where it does not."""
+    places = (i for i in range(start, len(text) - len(piece) + 1) if text[i : i + len(piece)] == piece)
+    return next(places, None)
 
 
 def _by_sentinel(vocabulary: Vocabulary, ids: np.ndarray) -> dict[int, str]:

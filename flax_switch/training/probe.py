@@ -22,8 +22,6 @@ from flax_switch.training.metrics import plain
 from flax_switch.training.state import Run, state_shardings
 from flax_switch.training.step import Batch, forward
 
-UNUSED = 0.05  # nats a token: an encoder that is worth less is not used
-
 
 def probe_step(run: Run, params: Any, batch: Batch) -> dict[str, jax.Array]:
     """Sums cross-entropy and hits over classes of targets, and counts masked spans whose every token is right.
@@ -37,8 +35,9 @@ def probe_step(run: Run, params: Any, batch: Batch) -> dict[str, jax.Array]:
     cross_entropy, _ = token_cross_entropy(output.logits, targets)
     hits = (output.logits.argmax(-1) == targets).astype(jnp.float32)
     classes, span = batch["classes"], batch["span"]
-    of_span = span[:, :, None] == jnp.arange(1, span.shape[1] // 2 + 2)[None, None]  # [B, T, spans]: a span needs two places
-    missed = ((1 - hits)[:, :, None] * of_span).sum(1)
+    most = span.shape[1] // 2 + 1  # spans in a row: each but the last needs a place after it
+    of_span = jax.nn.one_hot(span, most + 1)[:, :, 1:]  # [B, T, spans]
+    missed = jnp.einsum("BT,BTS->BS", 1 - hits, of_span)
     there = of_span.any(1)
     return {
         "cross_entropy": jnp.einsum("BT,BTC->C", cross_entropy, classes),
@@ -143,18 +142,9 @@ def describe(probed: dict[str, float]) -> str:
     if not gains:
         return ""
     listed = ", ".join(f"{name.replace('_', ' ')} {gain:.2f}" for name, gain in gains.items())
-    text = (
+    return (
         f"What the encoder is worth, in nats a token: {listed}. Masked text: {100 * probed['masked_accuracy']:.1f} % of tokens "
         f"(the most frequent one is {100 * probed['masked_accuracy_of_most_frequent']:.1f} %) and "
         f"{100 * probed['masked_spans_exact']:.1f} % of whole spans right, {probed['masked_nats_below_unigram']:.2f} nats below "
         "their unigram entropy."
     )
-    return f"{text} {warning(probed)}".rstrip()
-
-
-def warning(probed: dict[str, float]) -> str:
-    """Returns a plain sentence where the encoder is not used, else ''."""
-    gains = [gain for name, gain in probed.items() if name.startswith("encoder_gain/")]
-    if not gains or max(gains) >= UNUSED:
-        return ""
-    return "The encoder is not used: with another example's inputs the model does as well."

@@ -13,6 +13,7 @@ from flax_switch.config import ConfigError
 from flax_switch.config_finetuning import LOSS, FinetuneConfig
 from flax_switch.training.checkpoint import RunConfig, read_config
 from flax_switch.training.evaluate import perplexity
+from flax_switch.training.findings import findings, sparse_layer_names
 from flax_switch.training.metrics import read_metrics
 
 SAMPLES_FILE = "samples.json"
@@ -22,6 +23,7 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto
 h1, h2 { font-weight: 600; } img { max-width: 100%; } table { border-collapse: collapse; }
 td, th { padding: .15rem .8rem .15rem 0; text-align: left; vertical-align: top; } td.number { text-align: right; }
 mark { background: #ffe9a8; padding: 0 .15em; } del { background: #f4d4d4; padding: 0 .15em; text-decoration: none; }
+ul.findings { background: #fdf3e1; padding: .6rem 1rem .6rem 2rem; }
 .sample { border-left: 3px solid #ddd; padding-left: .8rem; margin: .8rem 0; }
 pre { background: #f6f6f6; padding: .8rem; overflow: auto; }
 """
@@ -60,16 +62,11 @@ def draw_plots(config: RunConfig, train: list[dict[str, Any]], evals: list[dict[
     if scores:
         plots["scores"] = _draw_scores(evals, scores)
     plots["throughput"] = _draw_throughput(train)
-    layers = sparse_layer_names(config)
+    layers = sparse_layer_names(config.model)
     if layers:
         plots["expert_load"] = _draw_expert_load(train, layers)
         plots["routing"] = _draw_routing(train, layers)
     return plots
-
-
-def sparse_layer_names(config: RunConfig) -> list[str]:
-    """The sparse layers in the order of the metrics: 'encoder 1', 'decoder 1'."""
-    return [f"{stack} {i}" for stack in ("encoder", "decoder") for i in config.model.sparse_indices(stack)]
 
 
 def scores_of(config: RunConfig, evals: list[dict[str, Any]]) -> list[str]:
@@ -209,9 +206,14 @@ def _page(
     name = html.escape(workdir.name)
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{name}</title><style>{_STYLE}</style>"
-        f"<h1>{name}</h1><table>{table}</table><h2>Curves</h2>{images}{shown}"
+        f"<h1>{name}</h1><table>{table}</table>{_findings(config, evals)}<h2>Curves</h2>{images}{shown}"
         f"<h2>Config</h2><pre>{html.escape(json.dumps(config.to_dict(), indent=2))}</pre></html>"
     )
+
+
+def _findings(config: RunConfig, evals: list[dict[str, Any]]) -> str:
+    said = findings(config.model, evals[-1]) if evals else []
+    return f"<ul class=findings>{''.join(f'<li>{html.escape(s)}</li>' for s in said)}</ul>" if said else ""
 
 
 def _evaluation_rows(config: RunConfig, evals: list[dict[str, Any]]) -> list[tuple[str, str]]:
@@ -231,6 +233,21 @@ def _evaluation_rows(config: RunConfig, evals: list[dict[str, Any]]) -> list[tup
         ("unigram entropy of the same text", f"{last['unigram_entropy']:.3f} nats/token"),
         ("below the unigram entropy", f"{last['nats_below_unigram']:.3f} nats/token"),
         ("held-out accuracy", f"{100 * last['accuracy']:.1f} %"),
+        *_probe_rows(last),
+    ]
+
+
+def _probe_rows(last: dict[str, Any]) -> list[tuple[str, str]]:
+    """Returns what the encoder is worth and how much masked text comes out right; nothing for runs that did not measure it."""
+    gains = [(name.partition("/")[2], gain) for name, gain in last.items() if name.startswith("encoder_gain/")]
+    if not gains:
+        return []
+    return [
+        *((f"what the encoder is worth, {name.replace('_', ' ')}", f"{gain:.3f} nats/token") for name, gain in gains),
+        ("masked text below its unigram entropy", f"{last['masked_nats_below_unigram']:.3f} nats/token"),
+        ("masked tokens right", f"{100 * last['masked_accuracy']:.1f} %"),
+        ("masked tokens right, by the most frequent", f"{100 * last['masked_accuracy_of_most_frequent']:.1f} %"),
+        ("masked spans right as a whole", f"{100 * last['masked_spans_exact']:.1f} %"),
     ]
 
 

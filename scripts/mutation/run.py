@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
@@ -90,7 +91,7 @@ class Task:
 
 @dataclass
 class Pool:
-    """Copies of the tree, in each of which one child runs at a time."""
+    """Copies of the tree, in each of which one child runs at a time; they go when this process ends."""
 
     root: Path
     folder: Path
@@ -98,9 +99,10 @@ class Pool:
     trees: list[Path] = field(default_factory=list)
 
     def __post_init__(self):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.temporary = tempfile.TemporaryDirectory(prefix="trees-", dir=self.folder)
         for number in range(self.jobs):
-            tree = self.folder / "trees" / str(number)
-            shutil.rmtree(tree, ignore_errors=True)
+            tree = Path(self.temporary.name) / str(number)
             for file in tracked_files(self.root):
                 (tree / file).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(self.root / file, tree / file)

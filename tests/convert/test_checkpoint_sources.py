@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from flax_switch import CheckpointError, SwitchConfig, load_pretrained, partitioning
 from flax_switch.config import ExperimentConfig, MeshConfig
-from flax_switch.convert import convert, detect_format, open_checkpoint, stack_layers
+from flax_switch.convert import convert, detect_format, hub, open_checkpoint, stack_layers
 from flax_switch.convert.canonical import canonical_shapes, flatten, unflatten
 from flax_switch.data.vocabulary import Vocabulary
 from flax_switch.training.checkpoint import Checkpoints, claim_workdir
@@ -54,6 +54,22 @@ def test_a_hub_name_is_found_in_the_local_cache_offline(hub_cache, tmp_path, mon
     assert open_checkpoint("google/switch-test").path == hub_cache
     assert convert("google/switch-test", tmp_path / "ours", to="flax_switch").is_dir()
     assert load_pretrained("google/switch-test", revision="main").config.num_experts == 4
+
+
+@pytest.mark.parametrize(("stored", "asked"), [("model.safetensors", ["safetensors"]), ("model.bin", ["safetensors", "bin"])])
+def test_torch_files_are_fetched_only_where_there_are_no_safetensors(tmp_path, monkeypatch, stored, asked):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "snapshot").mkdir()
+    (tmp_path / "snapshot" / stored).touch()
+    fetched = []
+
+    def snapshot_download(name, *, revision, allow_patterns):
+        fetched.append((name, revision, allow_patterns[-1]))
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert hub.local_folder("google/switch-test", revision="v1") == tmp_path / "snapshot"
+    assert fetched == [("google/switch-test", "v1", f"*.{ending}") for ending in asked]
 
 
 def test_a_name_the_cache_lacks_and_a_path_that_is_absent_say_so(hub_cache, tmp_path, monkeypatch):

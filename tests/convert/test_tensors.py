@@ -44,6 +44,12 @@ def test_a_block_of_a_view_is_the_block_of_the_array(name, data):
     np.testing.assert_array_equal(tensor.read(tuple(index)), expected[tuple(index)])
 
 
+@pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4)])
+def test_a_tensor_without_elements_is_one_block(shape):
+    (block,) = from_array(np.zeros(shape, np.float32)).blocks()
+    assert block.shape == shape
+
+
 def test_blocks_follow_each_other_and_stay_small(monkeypatch):
     monkeypatch.setattr(tensors, "BLOCK_BYTES", 100)
     blocks = list(from_array(np.arange(5 * 3 * 4, dtype=np.float32).reshape(5, 3, 4)).blocks())

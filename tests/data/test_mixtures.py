@@ -80,6 +80,17 @@ def test_examples_come_at_their_rates_and_every_example_of_a_task_once_an_epoch(
     assert sorted(second[:60]) == sorted(range(100, 160))
 
 
+def test_packed_tasks_keep_their_rates_of_examples_however_many_a_row_holds():
+    long = Pairs(
+        [[100 + i] * 10 for i in range(60)], [[9]] * 60, inputs_length=24, targets_length=8
+    )  # two fit a row, of others four
+    batches = mixture_iterator([numbered(10, 40), long], [Fraction(1, 2)] * 2, CONFIG.replace(packing=True))
+    seen = []
+    while len(seen) < 1200:
+        seen += numbers(next(batches))
+    assert np.mean([n < 100 for n in seen]) == pytest.approx(0.5, abs=0.02)
+
+
 def test_the_stream_is_the_same_again_for_any_number_of_processes_and_resumes_from_its_position():
     tasks, rates = [numbered(10, 50), numbered(100, 70)], [Fraction(2, 3), Fraction(1, 3)]
     stream = mixture_iterator(tasks, rates, CONFIG)

@@ -70,6 +70,30 @@ def test_a_mixture_draws_objectives_at_its_rates_and_each_example_keeps_its_own(
         np.testing.assert_array_equal(pure.targets[chosen], made.targets[chosen][:, :width])
 
 
+def test_which_objective_an_example_gets_says_nothing_about_where_its_text_is_split(prepared):
+    mixture = dataclasses.replace(
+        prepared.mixture, span_corruption_rate=1.0, prefix_lm_rate=1.0, targets_length=8, inputs_length=64
+    )
+    count, length = 6000, 27
+    made = mixture(np.full((count, length), 5), np.full(count, length), keys(count))
+    continued = ~(made.inputs > mixture.top_sentinel - 20).any(axis=1)
+    found = np.bincount(made.input_lengths[continued] - 1, minlength=21)[1:]
+    expected = continued.sum() / 20  # prefixes of 1 to 20 tokens leave at least 7 for the targets
+    assert len(found) == 20 and (np.abs(found - expected) < 5 * np.sqrt(expected)).all()
+
+
+def test_where_all_continue_a_prefix_a_chunk_is_what_fills_inputs_and_targets(prepared, config, vocabulary):
+    config = config.replace(span_corruption_rate=0.0, prefix_lm_rate=1.0, inputs_length=20, targets_length=9)
+    mixture = Mixture.of(config, vocabulary)
+    source = ConcatenatedText(prepared.train, mixture, seed=0)
+    ids = np.arange(min(source.num_examples, 200))
+    made = source.examples(ids, np.zeros_like(ids))
+    full = (made.input_lengths == 20) & (made.target_lengths == 9)
+    longest = made.input_lengths + made.target_lengths - 2
+    assert full.any() and longest.max() == mixture.raw_length == 27  # all of a chunk but two EOS
+    assert mixture.raw_length == longest[full].min()
+
+
 def test_an_epoch_of_chunks_covers_the_text_once_and_the_next_epoch_cuts_elsewhere(prepared):
     source = ConcatenatedText(prepared.train, prepared.mixture, seed=0)
     ids = np.arange(source.num_examples)

@@ -13,8 +13,8 @@ CONFIG = DataConfig(inputs_length=24, targets_length=12, batch_size=4, num_senti
 @pytest.fixture
 def pairs():
     rng = np.random.default_rng(0)
-    inputs = [rng.integers(3, 99, rng.integers(1, 12)).tolist() for _ in range(50)]
-    targets = [rng.integers(3, 99, rng.integers(1, 6)).tolist() for _ in range(50)]
+    inputs = [rng.integers(3, 250_000, rng.integers(1, 12)).tolist() for _ in range(50)]
+    targets = [rng.integers(3, 250_000, rng.integers(1, 6)).tolist() for _ in range(50)]
     return Pairs(inputs, targets, inputs_length=24, targets_length=12), list(zip(inputs, targets, strict=True))
 
 
@@ -69,6 +69,12 @@ def test_long_pairs_are_cut_and_still_end_with_eos():
     (batch,) = pair_batches(data, CONFIG.replace(batch_size=1))
     np.testing.assert_array_equal(batch["input_ids"][0], [5] * 23 + [1])
     np.testing.assert_array_equal(batch["labels"][0], [6] * 11 + [1])
+
+
+def test_what_was_cut_is_counted_and_what_just_fits_is_not():
+    data = Pairs([[5] * n for n in (22, 23, 24, 25)], [[6] * n for n in (3, 11, 12, 11)], inputs_length=24, targets_length=12)
+    assert (data.truncated_inputs, data.truncated_targets) == (2, 1)
+    assert data.input_lengths.tolist() == [23, 24, 24, 24] and data.target_lengths.tolist() == [4, 12, 12, 12]
 
 
 def test_texts_are_encoded_with_their_sentinels(vocabulary):

@@ -95,6 +95,10 @@ def test_numbers_stand_for_labels(tmp_path):
     assert [e.references for e in found] == [("good",), ("bad",)]
     with pytest.raises(ConfigError, match=r"line 1: field 'label' must be a number below 1"):
         examples(DATA, train=path, targets="label", labels=("bad",))
+    for wrong in (-1, "good", 0.5):
+        path = jsonl(tmp_path / "b.jsonl", [{"text": "ba", "label": wrong}])
+        with pytest.raises(ConfigError, match=r"line 1: field 'label' must be a number below 2"):
+            examples(DATA, train=path, targets="label", labels=("bad", "good"))
 
 
 def test_validation_is_a_file_or_a_share_that_stays_the_same_whatever_is_added(tmp_path):

@@ -60,7 +60,7 @@ def python_blocks() -> list[Block]:
 def commands() -> list[Command]:
     """Every command, each once, with the first place it stands in."""
     found: dict[str, Command] = {}
-    for command in (*_of_recipes(), *_of_gin_files(), *(c for page in PAGES for c in _of_page(page))):
+    for command in (*_of_recipes(), *_of_gin_files(), *(c for page in PAGES for c in commands_of_page(page))):
         found.setdefault(command.text, command)
     return list(found.values())
 
@@ -77,7 +77,8 @@ def _of_gin_files() -> Iterator[Command]:
         yield from _of_lines("\n".join(comments), _name(path), prose=True)
 
 
-def _of_page(page: Path) -> Iterator[Command]:
+def commands_of_page(page: Path) -> Iterator[Command]:
+    """The commands of a page: of its blocks, and of spans of code that begin with one."""
     text = page.read_text(encoding="utf-8")
     for block in blocks(page):
         if block.language in ("bash", "sh", "console", "shell") and _SCRIPT.search(block.text):
@@ -109,4 +110,4 @@ def _of_lines(text: str, where: str, *, prose: bool) -> Iterator[Command]:
 
 
 def _name(path: Path) -> str:
-    return path.relative_to(ROOT).as_posix()
+    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 from documented.finding import ROOT
 from documented.running import commands_of, filled_in, load
-
 from flax_switch import cli
 
 
@@ -21,11 +20,12 @@ class Otherwise(NamedTuple):
     beginning: str
     do: Callable[[str], None]
     why: str
+    slow: bool = False
 
 
 def parsed(text: str) -> None:
     """Every flax-switch command in it is understood by its own parser, and its recipe loads with the overrides."""
-    found = commands_of(filled_in(text))
+    found = commands_of(filled_in(text.replace("$i", "0")))
     assert found, f"there is no flax-switch command in {text!r}"
     for argv in found:
         assert load(argv) is not None
@@ -69,7 +69,9 @@ LIST = [
     Otherwise(r"pip install 'jax\[k8s\]'", is_known_to_pip, "needs a package index, and is another project's extra"),
     Otherwise(r"pip install ", names_extras, "needs a package index"),
     Otherwise(r"python scripts/data/debian_descriptions\.py", says_how_to_use_it, "asks apt; tests/scripts runs it on small files"),
-    Otherwise(r"python benchmarks/", says_how_to_use_it, "takes minutes; those with a cheap mode are run by it in another test"),
+    Otherwise(
+        r"python benchmarks/", says_how_to_use_it, "takes minutes; those with a cheap mode are run by it in another test", slow=True
+    ),
     Otherwise(r"flax-switch (pretrain|distill|evaluate|plan)$", names_a_command, "a mention of the command, no call of it"),
     Otherwise(r"mpirun .* flax-switch pretrain \.\.\. ", names_a_command, "needs a cluster, and leaves out what others say"),
     Otherwise(r"flax-switch \w+ --gin_file configs/gin/\w+\.gin .*\[--gin", parsed, "tests/test_recipes: it is the recipe's run"),

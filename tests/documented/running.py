@@ -5,16 +5,17 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import io
 import os
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from documented.finding import ROOT, Command
 from documented.stand_ins import FILES, PIECES, VOCAB_SIZE, Store, place
-
 from flax_switch import cli
 from flax_switch.commands import options
 from flax_switch.config_finetuning import FinetuneRecipe
@@ -33,8 +34,9 @@ _LINKED = ("configs", "scripts", "benchmarks", "flax_switch")
 _OUTPUT_OPTIONS = ("workdir", "output", "json", "plot", "destination")
 LARGE = 256  # d_model from which a recipe is one of more than 100 M parameters
 _MAKES_A_SMALL_MODEL = dict(
-    d_model=16, d_ff=32, d_kv=8, num_heads=2, num_encoder_layers=2, num_decoder_layers=2, num_experts=8, vocab_size=VOCAB_SIZE
-)
+    d_model=16, d_ff=32, d_kv=8, num_heads=2, num_encoder_layers=2, num_decoder_layers=1, num_experts=8, group_size=32,
+    vocab_size=VOCAB_SIZE,
+)  # fmt: skip
 
 
 def filled_in(text: str) -> str:
@@ -64,7 +66,8 @@ def load(argv: list[str]):
 def outputs(argv: list[str]) -> set[str]:
     """The paths that a command writes."""
     args = vars(parse(argv))
-    return {str(args[name]) for name in _OUTPUT_OPTIONS if args.get(name)}
+    names = _OUTPUT_OPTIONS if argv[0] != "report" else ()  # a report goes into the run that it is about
+    return {str(args[name]) for name in names if args.get(name)}
 
 
 def appended(argv: list[str]) -> list[str]:
@@ -96,6 +99,7 @@ def _pretraining(config) -> dict[str, object]:
     if config.data.vocabulary is None:
         changed["data.vocabulary_size"] = PIECES
     if config.model.d_model > LARGE:
+        changed["train.sample_spans"] = 0
         changed |= {f"model.{name}": value for name, value in small_model(config).items()}
         changed |= {f"mesh.{axis}": min(getattr(config.mesh, axis), most) for axis, most in (("expert", 4), ("model", 2))}
     return changed
@@ -103,11 +107,14 @@ def _pretraining(config) -> dict[str, object]:
 
 def small_model(config) -> dict[str, int]:
     """Sizes of a small model with the recipe's kinds of layers."""
-    model, sparse = config.model, {}
-    for stack in ("encoder", "decoder"):
-        of_all = getattr(model, f"num_{stack}_layers") == getattr(model, f"num_sparse_{stack}_layers")
-        sparse[f"num_sparse_{stack}_layers"] = 2 if of_all else min(1, getattr(model, f"num_sparse_{stack}_layers"))
-    return {**_MAKES_A_SMALL_MODEL, **sparse}
+    model = config.model
+    every = model.num_encoder_layers == model.num_sparse_encoder_layers
+    encoder, decoder = (min(1, number) for number in (model.num_sparse_encoder_layers, model.num_sparse_decoder_layers))
+    return {
+        **_MAKES_A_SMALL_MODEL,
+        "num_sparse_encoder_layers": 2 if every else encoder,
+        "num_sparse_decoder_layers": decoder,
+    }
 
 
 def _finetuning(config: FinetuneRecipe) -> dict[str, object]:
@@ -138,7 +145,7 @@ class World:
             text = filled_in(command.text)
             self.provide(folder, text)
             argv = _only_command(text)
-            with contextlib.chdir(folder):
+            with contextlib.chdir(folder), typed("Return the <extra_id_0> of the list.\n"):
                 found = cli.main([*argv, *appended(argv)]) if argv else run_in_a_shell(text)
             assert found == status, f"{command.where}: {command.text} ended with status {found}"
         return self.done[command.text]
@@ -165,11 +172,23 @@ class World:
 
 def commands_of(text: str) -> list[list[str]]:
     """The arguments of every flax-switch command in a line or a script, whatever is around them."""
+    if only := _only_command(text):
+        return [only]
     text = re.sub(r"\\\n\s*", " ", text)
     found = re.findall(r"flax-switch ([a-z][^|&\"`;\n]*)", re.sub(r"\n {2,}(?=--)", " ", text))
     found += re.findall(r"python -m flax_switch\.cli ([a-z][^|&;\n]*)", text)
     found += [f"{name} {rest}" for name, rest in re.findall(r"python scripts/(pretrain|finetune)\.py ([^|&;\n]*)", text)]
-    return [shlex.split(part.replace(",", " ") if text.startswith("[") else part) for part in found]
+    return [shlex.split(part) for part in found]
+
+
+@contextlib.contextmanager
+def typed(text: str) -> Iterator[None]:
+    """Standard input is a text; commands that read none do not see it."""
+    before, sys.stdin = sys.stdin, io.StringIO(text)
+    try:
+        yield
+    finally:
+        sys.stdin = before
 
 
 def _only_command(text: str) -> list[str]:

@@ -10,7 +10,10 @@ from flax_switch import cli
 from flax_switch.config_finetuning import EvaluationConfig, FinetuneDataConfig, TaskConfig
 from flax_switch.data.tasks import prepare_tasks
 from flax_switch.finetuning import evaluate as evaluation
+from flax_switch.finetuning import finish as finishing
 from flax_switch.generation import GenerationOutput, text
+from flax_switch.training.metrics import MetricsWriter
+from flax_switch.training.report import SAMPLES_FILE
 
 WORDS = ["ba", "ke", "lo", "mi", "nu", "ra", "se", "ti", "vo", "zu"]
 
@@ -40,7 +43,7 @@ def examples(inputs):
     return [{"list": text, "copy": text} for text in inputs]
 
 
-def evaluated(folder, recipe, vocabulary, mesh, *tasks, max_examples=None):
+def evaluated(folder, recipe, vocabulary, mesh, *tasks, **changes):
     """(scores, predictions) of an echo on the examples of some tasks."""
     named = []
     for number, rows in enumerate(tasks):
@@ -48,7 +51,7 @@ def evaluated(folder, recipe, vocabulary, mesh, *tasks, max_examples=None):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         named.append(TaskConfig(name=f"task{number}", validation=str(path), inputs="list", targets="copy"))
     config = FinetuneDataConfig(tasks=tuple(named), inputs_length=32, targets_length=32, batch_size=8)
-    settings = EvaluationConfig(metrics=("accuracy",), batch_size=3, num_beams=2, max_examples=max_examples)
+    settings = EvaluationConfig(**{"metrics": ("accuracy",), "batch_size": 3, "num_beams": 2, **changes})
     run = SimpleNamespace(
         mesh=mesh,
         model=None,
@@ -101,6 +104,35 @@ def test_scores_of_several_tasks_are_their_own_and_the_mean_is_of_tasks(tmp_path
     assert scores["accuracy"] == 62.5, "the mean of the tasks' scores"
     assert [p.task for p in predictions] == ["task0"] * 4 + ["task1"] * 8
     assert [p.prediction for p in predictions] == [row["list"] for row in right + wrong]
+
+
+def test_evaluation_generates_as_its_settings_say_and_renames_what_is_of_tokens(tmp_path, recipe, vocabulary, mesh, monkeypatch):
+    used = []
+    monkeypatch.setattr(text, "generate", lambda *args, **controls: used.append(controls) or echo(*args, **controls))
+    rows = examples(texts(2))
+    scores, _ = evaluated(tmp_path, recipe, vocabulary, mesh, rows, brevity_penalty=0.3)
+    assert scores == {"token_accuracy": 0.5, "cross_entropy": 1.0, "accuracy": 100.0}
+    evaluated(tmp_path, recipe, vocabulary, mesh, rows, num_beams=1, max_new_tokens=5)
+    beams, greedy = used[0], used[-1]
+    assert (beams["num_beams"], beams["brevity_penalty"], beams["max_new_tokens"]) == (2, 0.3, 32)
+    assert (greedy["num_beams"], greedy["max_new_tokens"]) == (1, 5) and "brevity_penalty" not in greedy
+
+
+def test_the_report_shows_the_best_step_s_predictions_beside_their_references(tmp_path, recipe, capsys, monkeypatch):
+    monkeypatch.setattr(finishing, "write_report", lambda workdir: workdir / "report.html")
+    writer = MetricsWriter(tmp_path)
+    for step, accuracy in ((2, 40.0), (4, 80.0), (6, 60.0)):
+        writer.write(step, "eval", {"accuracy": accuracy, "cross_entropy": 1.0})
+        made = [evaluation.Prediction("task", f"in {i}", f"said {i} at {step}", (f"right {i}", "other")) for i in range(5)]
+        evaluation.write_predictions(tmp_path / evaluation.PREDICTIONS / f"step_{step}.jsonl", made)
+    writer.close()
+    config = SimpleNamespace(best="accuracy", scores=("accuracy",), train=recipe.train, data=recipe.data)
+    finishing.finish(SimpleNamespace(run=SimpleNamespace(config=config)), tmp_path)
+    samples = json.loads((tmp_path / SAMPLES_FILE).read_text())
+    assert samples == [{"pieces": [f"in {i}", {"model": f"said {i} at 4", "text": f"right {i}"}]} for i in (0, 4)]
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "in 4 -> said 4 at 4 should be: right 4" in shown
+    assert "Best by accuracy, step 4: cross_entropy 1.000 accuracy 80.00" in shown
 
 
 def test_the_command_writes_each_line_s_outputs_beside_it(checkpoint, tmp_path):

@@ -4,8 +4,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
-import transformers
 
 from flax_switch.pretrained import load_pretrained
 
@@ -13,6 +11,9 @@ VOCAB, EOS = 48, 1
 
 
 def huggingface_model(**changes):
+    import torch  # here, so that tests that need no oracle run without it
+    import transformers
+
     settings = dict(
         vocab_size=VOCAB, d_model=32, d_ff=64, d_kv=8, num_heads=4, num_layers=2, num_decoder_layers=2,
         num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, num_experts=4, decoder_start_token_id=0, dropout_rate=0.0,
@@ -38,6 +39,8 @@ def noisy_chains(rng, batch):
 
 
 def train(model, steps):
+    import torch
+
     torch.set_num_threads(1)  # these products are too small to share
     rng = np.random.default_rng(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

@@ -24,6 +24,7 @@ from flax_switch.nn.transformer import SwitchTransformer
 from flax_switch.pretrained import save_pretrained
 
 NEW, BEAMS, PREFIX = 7, 3, (11, 30)
+EARLY_ENDS = (1, *range(20, 26))  # EOS tokens, so many that rows end at different steps
 
 QUICK = {
     "scanned": dict.fromkeys(AXES, 0),
@@ -62,7 +63,7 @@ def case(request):
     """An architecture with parameters, sources and its uncached model."""
     config = combined(**request.param)
     params, (ids, mask) = lively_params(config), sources(config)
-    eos = (config.eos_token_id, *range(20, 26))  # so many that rows end at different steps
+    eos = (config.eos_token_id, *EARLY_ENDS[1:])
     room = 1 + len(PREFIX) + NEW
     exact = None  # the same in float32, where the architecture rounds
     if "bfloat16" in (config.dtype, config.expert_dtype, config.router_dtype):
@@ -174,6 +175,20 @@ def test_a_row_says_what_it_says_alone_and_in_other_company(case, company, reque
         np.testing.assert_allclose(scores[0], expected[0], atol=4 * error)
 
 
+def test_samples_of_a_source_continue_its_prefix_each_by_itself():
+    params, (ids, mask) = lively_params(BASE), sources(BASE)
+    uncached = Uncached(BASE, params, ids, mask, 1 + len(PREFIX) + NEW)
+    prefixes = np.arange(8, 8 + 2 * len(ids)).reshape(len(ids), 2)
+    controls = dict(do_sample=True, top_k=0, num_return_sequences=2, output_scores=True, decoder_input_ids=prefixes)
+    output = generate(SwitchTransformer(BASE), params, ids, mask, max_new_tokens=NEW, eos_token_id=EARLY_ENDS, **controls)
+    assert len({tuple(row) for row in output.sequences}) == 2 * len(ids)
+    for row, tokens in enumerate(output.sequences.tolist()):
+        assert tokens[:3] == [BASE.decoder_start_token_id, *prefixes[row // 2]]
+        end = len(upto_end(tokens, 3, EARLY_ENDS))
+        logits = uncached.logits(row // 2, [tokens])[0, 2 : end - 1]
+        np.testing.assert_allclose(output.step_scores[: end - 3, row], logits, rtol=1e-4, atol=1e-4)
+
+
 def plain(config, params):
     ids, mask = sources(config)
     return generate(SwitchTransformer(config), params, ids, mask, max_new_tokens=NEW, output_scores=True)
@@ -221,7 +236,7 @@ def test_a_fixed_capacity_says_what_transformers_says(name, tmp_path):
     save_pretrained(tmp_path, config, params)
     model = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path).eval()
     special = {name: getattr(config, name) for name in ("pad_token_id", "decoder_start_token_id")}
-    controls = dict(max_new_tokens=NEW, eos_token_id=[config.eos_token_id, *range(20, 26)], **special)
+    controls = dict(max_new_tokens=NEW, eos_token_id=[config.eos_token_id, *EARLY_ENDS[1:]], **special)
     for search in (dict(), dict(num_beams=BEAMS, num_return_sequences=BEAMS)):
         with torch.inference_mode():
             tensors = dict(input_ids=torch.from_numpy(ids).long(), attention_mask=torch.from_numpy(mask).long())

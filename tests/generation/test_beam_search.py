@@ -19,10 +19,10 @@ V, EOS, START = 9, 1, 0
 CONFIG = SwitchConfig(vocab_size=V, num_sparse_encoder_layers=0, num_sparse_decoder_layers=0)
 
 
-def tables(count, eos=(EOS,), seed=0):
-    """Logits of the next token by source and the last two tokens, [count, V, V, V]; EOS is likely."""
+def tables(count, eos=(EOS,), seed=0, favour=1.0):
+    """Logits of the next token by source and the last two tokens, [count, V, V, V]; EOS is favoured."""
     logits = np.random.default_rng(seed).normal(0.0, 1.5, (count, V, V, V)).astype(np.float32)
-    logits[..., list(eos)] += 1.0
+    logits[..., list(eos)] += favour
     return logits
 
 
@@ -78,8 +78,8 @@ def assert_same(found, expected):
 @pytest.mark.parametrize("early_stopping", [False, True, "never"])
 @pytest.mark.parametrize("num_beams", [3, pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
 def test_beams_are_the_textbooks_for_every_length_penalty(early_stopping, num_beams):
-    logits = tables(24, seed=num_beams)
-    for length_penalty in (-1.0, 0.0, 0.6, 1.0, 2.5):  # those above 0 share a program, as the others do
+    logits = tables(48, seed=num_beams, favour=1.5)
+    for length_penalty in (-1.0, -0.3, 0.0, 0.6, 1.0, 2.5):  # those above 0 share a program, as the others do
         controls = dict(num_beams=num_beams, max_new_tokens=7, early_stopping=early_stopping, length_penalty=length_penalty)
         assert_same(searched(logits, **controls)[0], by_the_book(logits, **controls))
 
@@ -89,6 +89,9 @@ def test_several_ends_a_prefix_and_a_brevity_penalty_are_the_textbooks():
     logits = tables(24, ends)
     assert_same(searched(logits, num_beams=3, max_new_tokens=1)[0], by_the_book(logits, num_beams=3, max_new_tokens=1))
     assert_same(searched(logits, eos_token_id=ends, **controls)[0], by_the_book(logits, eos=ends, **controls))
+    crowded = tables(24, ends, favour=5.0)  # ends are the best continuations of all beams, and beams go on all the same
+    patient = dict(controls, length_penalty=2.5, early_stopping="never")
+    assert_same(searched(crowded, eos_token_id=ends, **patient)[0], by_the_book(crowded, eos=ends, **patient))
     prefix = (START, 5, 3)
     assert_same(searched(logits, prefix, **controls)[0], by_the_book(logits, prefix, **controls))
     divisor = lambda length: ((5 + length) / 6) ** 0.8  # noqa: E731

@@ -98,3 +98,17 @@ def test_samples_of_one_source_differ(trained, sources):
         trained.model, trained.params, sources[0][:1], do_sample=True, max_new_tokens=12, num_return_sequences=8, temperature=2.0
     )
     assert len({tuple(row) for row in output.sequences}) > 1
+
+
+def test_steps_samples_and_sources_draw_independently(trained, sources):
+    """Where all tokens are nearly equally likely, two draws agree in one of V cases."""
+    ids, n, V = np.tile(sources[0][:1], (2, 1)), 400, trained.config.vocab_size
+    flat = dict(do_sample=True, temperature=1e4, top_k=0, num_return_sequences=n, max_new_tokens=3, min_new_tokens=3)
+    tokens = generate(trained.model, trained.params, ids, **flat).sequences.reshape(2, n, 4)[:, :, 1:]
+    pairs = {
+        "one step and the next": (tokens[:, :, :-1], tokens[:, :, 1:]),
+        "one sample and the next": (tokens[:, :-1], tokens[:, 1:]),
+        "one source and the next": (tokens[0], tokens[1]),
+    }
+    for name, (some, others) in pairs.items():
+        assert scipy.stats.binomtest(int((some == others).sum()), some.size, 1 / V).pvalue > 1e-3, name

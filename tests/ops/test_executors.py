@@ -193,11 +193,11 @@ def test_a_bfloat16_model_routes_in_float32(executor):
     router = jnp.asarray([[1.0, 1.0 + 2**-12], [1.0, 1.0]])
     experts = {"wi": jnp.ones((2, 2, 1)), "wo": jnp.stack([jnp.full((1, 2), 1.0), jnp.full((1, 2), 3.0)])}
     config = CONFIG.replace(d_model=2, d_ff=1, num_experts=2, dtype="bfloat16", expert_dtype="bfloat16", capacity_mode="dropless")
-    for bias in (None, jnp.asarray([0.0, -(2.0**-11)])):  # and so would a bias
-        for router_dtype, expected in (("float32", 1 if bias is None else 0), ("bfloat16", 0)):
-            settings = config.replace(router_dtype=router_dtype, moe_executor=executor)
-            block = functools.partial(moe_block, config=settings, stack="encoder", padding_mask=None, deterministic=True)
-            y, routed = jax.jit(lambda p, x, block=block: block(p, x, with_logits=True))(MoEParams(router, bias, experts), x)
-            assert y.dtype == jnp.bfloat16 and routed.logits.dtype == jnp.float32
-            np.testing.assert_array_equal(routed.expert_index, expected)
-            assert float(y[0, 0, 0]) == (1.0 if expected == 0 else 3.0)  # 2 hidden, half of it: the router's weight is 1/2
+    bias = jnp.asarray([1.0 + 2**-11, 1.0])  # turns the choice around, and would be lost likewise
+    for given, router_dtype, expected in ((None, "float32", 1), (bias, "float32", 0), (None, "bfloat16", 0)):
+        settings = config.replace(router_dtype=router_dtype, moe_executor=executor)
+        block = functools.partial(moe_block, config=settings, stack="encoder", padding_mask=None, deterministic=True)
+        y, routed = jax.jit(lambda p, x, block=block: block(p, x, with_logits=True))(MoEParams(router, given, experts), x)
+        assert y.dtype == jnp.bfloat16 and routed.logits.dtype == jnp.float32
+        np.testing.assert_array_equal(routed.expert_index, expected)
+        assert float(y[0, 0, 0]) == (1.0 if expected == 0 else 3.0)  # 2 hidden, half of it: the router's weight is 1/2

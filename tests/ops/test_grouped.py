@@ -1,6 +1,7 @@
 """Grouped products against one product for each group, at sizes around every block boundary."""
 
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -85,3 +86,15 @@ def test_equal_buffers_have_the_batched_products_values_and_gradients(groups):
         for product in (jax.jit(grouped.batched_matmul), plain)
     ]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), *results)
+
+
+@pytest.mark.parametrize(("rows", "tile"), [(200, 128), (256, 128), (257, 512), (2000, 512)])
+def test_a_tpus_tiles_are_as_tall_as_the_rows_of_a_mean_group_are_many(rows, tile, monkeypatch):
+    """Whatever the widths are; and rows are added up to whole tiles, zeros that belong to no group."""
+    seen = []
+    megablox = importlib.import_module("jax.experimental.pallas.ops.tpu.megablox.gmm")
+    record = lambda x, gradient, sizes, dtype, tiles, **_: seen.append((x.shape, gradient.shape, tiles)) or x  # noqa: E731
+    monkeypatch.setattr(megablox, "tgmm", record)
+    grouped._tpu_kernels(jnp.ones((rows, 1024)), jnp.ones((rows, 40)), jnp.array([rows // 2, rows - rows // 2]))
+    padded = -(-rows // tile) * tile
+    assert seen == [((1024, padded), (padded, 40), (tile, 512, 40))]

@@ -22,7 +22,7 @@ CASES = {
     "top-2, prioritised": dict(capacity_mode="fixed", expert_capacity=2, num_selected_experts=2, batch_prioritized_routing=True),
     "dropless, padding ignored": dict(capacity_mode="dropless", ignore_padding_tokens=True),
     "scattered padding": dict(capacity_mode="fixed", expert_capacity=2, ignore_padding_tokens=True, padding_semantics="scatter"),
-    "experts choose": dict(router_type="experts_choose", capacity_mode="fixed", expert_capacity=2, ignore_padding_tokens=True),
+    "experts choose": dict(router_type="experts_choose", capacity_mode="fixed", expert_capacity=3, ignore_padding_tokens=True),
 }
 
 

@@ -1,7 +1,5 @@
 """The probe: what the encoder is worth, on a model built to copy and on one whose encoder is zeroed."""
 
-import types
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,8 +9,11 @@ from flax_switch.config import DataConfig, ExperimentConfig, SwitchConfig, Train
 from flax_switch.data import prepare
 from flax_switch.data.batches import IGNORED
 from flax_switch.data.examples import OBJECTIVES
+from flax_switch.nn.outputs import ModelOutput
+from flax_switch.nn.transformer import SwitchTransformer
 from flax_switch.partitioning import create_mesh
-from flax_switch.training.probe import Probe, describe, warning
+from flax_switch.training.findings import findings
+from flax_switch.training.probe import Probe, describe
 from flax_switch.training.state import build_run, init_state
 
 MODEL = SwitchConfig(
@@ -41,14 +42,17 @@ def probe_of(prepared, devices=1):
     return Probe.of(run, prepared)
 
 
-class Copier:
+class Copier(SwitchTransformer):
     """A model whose logits are four times how often a token stands in the inputs, and which knows seven of eight tokens besides."""
 
     def apply(self, variables, input_ids, decoder_input_ids, attention_mask, decoder_attention_mask, **_):
         counts = (jax.nn.one_hot(input_ids, 128) * attention_mask[:, :, None]).sum(1)
         knows = sum(jnp.indices(decoder_input_ids.shape)) % 8 > 0
         known = jax.nn.one_hot(jnp.roll(decoder_input_ids, -1, axis=1), 128) * knows[:, :, None]
-        return types.SimpleNamespace(logits=4.0 * counts[:, None] + 40.0 * known)
+        nothing = jnp.zeros((*decoder_input_ids.shape, 1))
+        return ModelOutput(
+            decoder_last_hidden_state=nothing, encoder_last_hidden_state=nothing, logits=4.0 * counts[:, None] + 40.0 * known
+        )
 
 
 def by_hand(prepared, batches):
@@ -85,7 +89,7 @@ def by_hand(prepared, batches):
 
 def test_the_probe_of_a_model_built_to_copy_is_what_a_loop_over_tokens_finds(prepared):
     run = probe_of(prepared).run
-    probe = Probe.of(run.replace(model=Copier()), prepared)
+    probe = Probe.of(run.replace(model=Copier(MODEL)), prepared)
     found = probe(init_state(run).params)
     sums, spans = by_hand(prepared, probe.batches)
     for name, (own, other, _, tokens) in sums.items():
@@ -95,7 +99,7 @@ def test_the_probe_of_a_model_built_to_copy_is_what_a_loop_over_tokens_finds(pre
     np.testing.assert_allclose(found["masked_accuracy"], hits / tokens, rtol=1e-5)
     np.testing.assert_allclose(found["masked_spans_exact"], np.mean(spans), rtol=1e-5)
     assert 0.1 < found["masked_spans_exact"] < 0.8
-    assert found["encoder_gain/infilling"] > 0.2 and not warning(found)
+    assert found["encoder_gain/infilling"] > 0.2 and not findings(MODEL, found)
     assert "infilling" in describe(found)
 
 
@@ -108,7 +112,7 @@ def test_an_encoder_that_is_zeroed_is_worth_nothing_and_the_report_says_so(prepa
     gains = [value for name, value in found.items() if name.startswith("encoder_gain/")]
     np.testing.assert_allclose(gains, 0.0, atol=1e-6)
     assert max(abs(used[name]) for name in used if name.startswith("encoder_gain/")) > 1e-4
-    assert "encoder is not used" in describe(found)
+    assert [said for said in findings(MODEL, found) if "encoder is not used" in said]
 
 
 def test_devices_do_not_change_what_is_found(prepared):

@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
@@ -153,19 +152,24 @@ def params(run):
     return init_state(run).params
 
 
-def of_segment(run, params, batch, segment):
-    """Gradients of one segment's loss, and its mean cross-entropy in evaluation, the others' labels left out."""
+@pytest.fixture(scope="module")
+def step(run, params):
+    """`loss_and_grads` and `eval_step` of a batch, compiled once for all tests of packing."""
+    both = jax.jit(lambda p, batch, text: (loss_and_grads(run, p, batch, jax.random.key(0)), eval_step(run, p, batch | text)))
+    return lambda batch, text_mask: both(params, batch, {"text_mask": text_mask})
+
+
+def of_segment(step, batch, segment):
+    """Gradients of one segment's loss, the loss, and its cross-entropy in evaluation, the others' labels left out."""
     kept = np.where(batch["decoder_segment_ids"] == segment, batch["labels"], -100).astype(np.int32)
-    batch = {**batch, "labels": kept}
-    grads, metrics = jax.jit(functools.partial(loss_and_grads, run))(params, batch, jax.random.key(0))
-    sums = jax.jit(functools.partial(eval_step, run))(params, {**batch, "text_mask": np.ones(kept.shape, np.float32)})
+    (grads, metrics), sums = step({**batch, "labels": kept}, np.ones(kept.shape, np.float32))
     return flatten_dict(grads, sep="/"), float(metrics["loss"]), float(sums["cross_entropy"])
 
 
-def test_in_a_packed_step_other_segments_change_nothing_in_ones_loss_and_gradient(run, params):
-    grads, loss, evaluated = of_segment(run, params, packed(FIRST, SECOND), 1)
-    changed, changed_loss, changed_evaluated = of_segment(run, params, packed(FIRST, OTHER), 1)
-    alone, alone_loss, _ = of_segment(run, params, packed(FIRST, ([], [])), 1)
+def test_in_a_packed_step_other_segments_change_nothing_in_ones_loss_and_gradient(step):
+    grads, loss, evaluated = of_segment(step, packed(FIRST, SECOND), 1)
+    changed, changed_loss, changed_evaluated = of_segment(step, packed(FIRST, OTHER), 1)
+    alone, alone_loss, _ = of_segment(step, packed(FIRST, ([], [])), 1)
     assert loss == pytest.approx(changed_loss, rel=1e-6) == pytest.approx(alone_loss, rel=1e-5)
     assert evaluated == pytest.approx(changed_evaluated, rel=1e-6) == pytest.approx(loss, rel=1e-5)
     for path, grad in grads.items():
@@ -173,22 +177,22 @@ def test_in_a_packed_step_other_segments_change_nothing_in_ones_loss_and_gradien
         np.testing.assert_allclose(grad, alone[path], rtol=1e-4, atol=1e-5, err_msg=path)
     assert np.abs(grads["token_embedder/embedding"]).sum() > 1e-3
     # The second one is as it would be at the beginning of a row.
-    second, second_loss, _ = of_segment(run, params, packed(FIRST, SECOND), 2)
-    moved, moved_loss, _ = of_segment(run, params, packed(SECOND, ([], [])), 1)
+    second, second_loss, _ = of_segment(step, packed(FIRST, SECOND), 2)
+    moved, moved_loss, _ = of_segment(step, packed(SECOND, ([], [])), 1)
     assert second_loss == pytest.approx(moved_loss, rel=1e-5)
     for path, grad in second.items():
         np.testing.assert_allclose(grad, moved[path], rtol=1e-4, atol=1e-5, err_msg=path)
 
 
 @pytest.mark.parametrize("microbatches", [1, 2])
-def test_where_sequences_count_alike_so_do_packed_segments(run, params, microbatches):
+def test_where_sequences_count_alike_so_do_packed_segments(run, params, step, microbatches):
     parts = [packed(FIRST, SECOND), packed(OTHER, FIRST)]
     batch = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     tokens = {}
     for row, part in enumerate(parts):
         for segment in (1, 2):
             count = int((part["decoder_segment_ids"] == segment).sum())
-            tokens[row, segment] = of_segment(run, params, part, segment)[1] / count  # the mean over the segment's tokens
+            tokens[row, segment] = of_segment(step, part, segment)[1] / count  # the mean over the segment's tokens
     config = run.config.replace(
         model=run.config.model.replace(loss_normalizer="average_per_sequence"),
         train=TrainConfig(steps=10, microbatches=microbatches),
@@ -199,25 +203,21 @@ def test_where_sequences_count_alike_so_do_packed_segments(run, params, microbat
     assert float(metrics["target_tokens"]) == 3 + 4 + 4 + 3
 
 
-def test_evaluation_sums_count_text_apart_from_all_targets(run, params):
+def test_evaluation_sums_count_text_apart_from_all_targets(run, params, step):
     batch = packed(FIRST, SECOND)
     text = np.zeros(batch["labels"].shape, np.float32)
     text[0, 1] = text[0, 4] = 1.0
     text[0, 8] = 1.0  # at padding: it does not count
-    sums = jax.jit(functools.partial(eval_step, run))(params, {**batch, "text_mask": text})
-    assert (float(sums["tokens"]), float(sums["text_tokens"])) == (7.0, 2.0)
-    output = run.model.apply(
-        {"params": params},
-        *(batch[k] for k in ("input_ids", "decoder_input_ids", "attention_mask", "decoder_attention_mask")),
-        segment_ids=batch["input_segment_ids"],
-        decoder_segment_ids=batch["decoder_segment_ids"],
-    )
-    log_probs = np.asarray(jax.nn.log_softmax(output.logits[0]))
+    names = ("input_ids", "decoder_input_ids", "attention_mask", "decoder_attention_mask")
+    segments = {"segment_ids": batch["input_segment_ids"], "decoder_segment_ids": batch["decoder_segment_ids"]}
+    apply = jax.jit(lambda p, *arrays, **segments: run.model.apply({"params": p}, *arrays, **segments).logits)
+    logits = np.float64(apply(params, *(batch[name] for name in names), **segments)[0])
+    log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     labels = batch["labels"][0]
+    _, sums = step(batch, text)
+    assert (float(sums["tokens"]), float(sums["text_tokens"])) == (7.0, 2.0)
     assert float(sums["text_cross_entropy"]) == pytest.approx(-log_probs[1, labels[1]] - log_probs[4, labels[4]], rel=1e-5)
+    assert float(sums["cross_entropy"]) == pytest.approx(-sum(log_probs[i, labels[i]] for i in range(7)), rel=1e-5)
     assert float(sums["hits"]) == sum(log_probs[i].argmax() == labels[i] for i in range(7))
-    targets = jnp.asarray(log_probs.argmax(-1))[None]
-    all_right = jax.jit(functools.partial(eval_step, run))(
-        params, {**batch, "text_mask": text, "labels": np.where(batch["labels"] < 0, -100, targets)}
-    )
+    _, all_right = step({**batch, "labels": np.where(batch["labels"] < 0, -100, log_probs.argmax(-1)).astype(np.int32)}, text)
     assert float(all_right["hits"]) == 7.0

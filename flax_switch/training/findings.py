@@ -1,0 +1,52 @@
+"""What the figures of a run say in plain words: sentences for the end of a run and for its report."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from flax_switch.config import SwitchConfig
+
+UNUSED = 0.05  # nats a token: an encoder that is worth less is not used
+UNIFORM = 0.98  # of ln E: a router of this entropy sends a token to any expert
+CROWDED = 2.0  # times the even share of tokens
+DROPPED = 0.05  # of the tokens
+
+
+def findings(model: SwitchConfig, evaluation: Mapping[str, Any]) -> list[str]:
+    """Returns a sentence for each thing in a held-out evaluation that a person should know of; none where all is well."""
+    return [*_encoder(evaluation), *_routers(model, evaluation)]
+
+
+def _encoder(evaluation: Mapping[str, Any]) -> list[str]:
+    gains = [value for name, value in evaluation.items() if name.startswith("encoder_gain/")]
+    if not gains or max(gains) >= UNUSED:
+        return []
+    return [
+        f"The encoder is not used: with another example's inputs in place of its own the model loses {max(gains):.2f} nats a "
+        "token. A rate relative to the parameters' scale (optimizer.name=adafactor) and targets that must be copied from the "
+        "inputs (data.infilling_rate) make it worth something."
+    ]
+
+
+def sparse_layer_names(model: SwitchConfig) -> list[str]:
+    """Returns the sparse layers in the order of the metrics: 'encoder 1', 'decoder 1'."""
+    return [f"{stack} {i}" for stack in ("encoder", "decoder") for i in model.sparse_indices(stack)]
+
+
+def _routers(model: SwitchConfig, evaluation: Mapping[str, Any]) -> list[str]:
+    said, layers = [], sparse_layer_names(model)
+    even = math.log(model.num_experts) if model.num_experts > 1 else 0.0
+    for layer, entropy in zip(layers, evaluation.get("routers/router_entropy", ()), strict=False):
+        if even and entropy > UNIFORM * even:
+            said.append(
+                f"The router of {layer} has not specialised: its entropy is {entropy:.2f} of {even:.2f} nats, so a token could as "
+                "well go to any expert."
+            )
+    for layer, loads in zip(layers, evaluation.get("routers/tokens_per_expert", ()), strict=False):
+        share = max(loads) * len(loads) / max(sum(loads), 1e-9)
+        if len(loads) > 2 and share > CROWDED:
+            said.append(f"One expert of {layer} takes {share:.1f} times its even share of the tokens.")
+    for layer, dropped in zip(layers, evaluation.get("routers/fraction_tokens_left_behind", ()), strict=False):
+        if dropped > DROPPED:
+            said.append(f"{layer} leaves {100 * dropped:.0f} % of its tokens to no expert; raise model.capacity_factor.")
+    return said

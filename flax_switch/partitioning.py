@@ -60,7 +60,7 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
     return data, expert, model
 
 
-def create_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def create_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over all devices (or those given), laid out for the interconnect."""
     devices = jax.devices() if devices is None else list(devices)
     shape = mesh_shape(config, len(devices))

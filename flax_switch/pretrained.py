@@ -46,7 +46,7 @@ class Pretrained:
 
     config: SwitchConfig
     model: SwitchEncoder
-    params: dict
+    params: dict[str, Any]
     vocabulary: Vocabulary | None = None
     architecture: str = "full"
 

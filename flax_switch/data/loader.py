@@ -269,7 +269,8 @@ def probe_batches(
         swapped = own._replace(inputs=other.inputs, input_lengths=other.input_lengths)
         described = describe_targets(own, targets_length)
         made = ({**pad_batch(e, inputs_length, targets_length), **described} for e in (own, swapped))
-        yield tuple(pad_rows(batch, len(rows)) for batch in made)
+        with_own, with_next = (pad_rows(batch, len(rows)) for batch in made)
+        yield with_own, with_next
 
 
 def _in_batches(num_rows: int, batch_size: int, count: int | None, seed: int | None) -> Iterator[np.ndarray]:

@@ -129,7 +129,8 @@ def _in_order(parts: list[tuple[np.ndarray, Examples]], count: int) -> Examples:
     hidden = None
     if any(examples.hidden is not None for examples in made):
         hidden = merged([np.ones(e.targets.shape, bool) if e.hidden is None else e.hidden for e in made])
-    return Examples(*(merged([e[i] for e in made]) for i in range(4)), hidden=hidden)
+    columns: Any = zip(*(e[:4] for e in made), strict=True)
+    return Examples(*(merged(list(arrays)) for arrays in columns), hidden=hidden)
 
 
 class ConcatenatedText:

@@ -10,10 +10,11 @@ import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from etils import epath
 
-from flax_switch.config import check
+from flax_switch.config import ConfigError, check
 from flax_switch.data.files import absolute, in_store
 from flax_switch.data.formats import FORMATS, WITH_FIELDS, Record, Records, describe, kind_of
 
@@ -28,7 +29,7 @@ def find_files(source: str | tuple[str, ...], known: tuple[str, ...] = tuple(FOR
     for pattern in (source,) if isinstance(source, str) else source:
         expanded = os.path.expanduser(pattern)
         if in_store(pattern):
-            matches = sorted(path for path in _stored_files(pattern) if kind_of(path) in known)
+            matches: list[Any] = sorted(path for path in _stored_files(pattern) if kind_of(path) in known)
             check(bool(matches), f"{setting}: {pattern!r} names no file that ends in {endings}, no folder of them and no glob.")
         elif os.path.isdir(expanded):
             matches = sorted(p for p in Path(expanded).rglob("*") if p.is_file() and kind_of(p) in known)
@@ -60,7 +61,7 @@ def fingerprint(paths: list[Path], text_field: str, separator: str) -> str:
     """Changes with the files' names, sizes or modification times and with how they are read."""
     digest = hashlib.blake2b(f"{text_field} {separator}".encode(), digest_size=10)
     for path in paths:
-        stat = path.stat()
+        stat: Any = path.stat()  # in object storage etils' own
         size, time = (stat.length, stat.mtime) if in_store(path) else (stat.st_size, stat.st_mtime_ns)
         digest.update(f"\n{absolute(path)} {size} {time}".encode())
     return digest.hexdigest()
@@ -109,5 +110,6 @@ def _field_of(record: Record, name: str, where: str) -> object:
 
 def _text_of(record: Record, name: str, where: str) -> str:
     text = _field_of(record, name, where)
-    check(isinstance(text, str), f"{where}: field {name!r} must be text; it is a {type(text).__name__}.")
-    return text
+    if isinstance(text, str):
+        return text
+    raise ConfigError(f"{where}: field {name!r} must be text; it is a {type(text).__name__}.")

@@ -136,7 +136,7 @@ def predict(run: Run, prepared: PreparedTasks, task: PreparedTask, params: Any) 
     chosen = spread(task.validation, settings.max_examples)
     examples = task.validation_pairs.examples(np.array(chosen), np.zeros(len(chosen), np.int64))
     sources = ((i, examples.inputs[i, :length].tolist()) for i, length in enumerate(examples.input_lengths))
-    beams = {"brevity_penalty": settings.brevity_penalty} if settings.num_beams > 1 else {}
+    beams: dict[str, Any] = {"brevity_penalty": settings.brevity_penalty} if settings.num_beams > 1 else {}
     texts: dict[int, str] = {}
     for numbers, sequences, _ in generate_batches(
         run.model,

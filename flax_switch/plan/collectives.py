@@ -57,10 +57,11 @@ def collectives(hlo_text: str, num_devices: int | None = None) -> list[Collectiv
 
     Raises `UnknownText` where the text, the groups of a collective, or an operation that has groups is in no known form.
     """
-    found = list(readable_collectives(hlo_text, num_devices))
-    for item in found:
+    found: list[Collective] = []
+    for item in readable_collectives(hlo_text, num_devices):
         if isinstance(item, Unreadable):
             raise item.reason
+        found.append(item)
     return found
 
 

@@ -75,21 +75,21 @@ def _is_product(instruction: Instruction) -> bool:
 
 
 def _product_flops(product: Instruction, shapes: dict[str, tuple[int, ...]]) -> float:
-    operands = [shapes.get(name) for name in product.operand_names]
+    left, right = ([shapes.get(name) for name in product.operand_names] + [None, None])[:2]
     out = shape_of(product.type)
-    if len(operands) < 2 or None in operands[:2]:
+    if left is None or right is None:
         raise UnknownText("the factors of a product", f"{product.opcode}({product.operands})")
     if product.opcode == "custom-call":  # its first operand is of index arrays
-        rows, contracted = operands[1]
+        rows, contracted = right
         return 2.0 * rows * contracted * out[-1]
     if product.opcode == "dot":
         contracted, batch = (_axes(product.attributes, name) for name in ("lhs_contracting_dims", "lhs_batch_dims"))
-        if len(out) != len(operands[0]) + len(operands[1]) - 2 * len(contracted) - len(batch):
+        if len(out) != len(left) + len(right) - 2 * len(contracted) - len(batch):
             raise UnknownText("a product's axes", f"dot({product.operands}){product.attributes}")
-        return 2.0 * math.prod(out) * math.prod(operands[0][a] for a in contracted)
+        return 2.0 * math.prod(out) * math.prod(left[a] for a in contracted)
     if product.opcode != "convolution":
         raise UnknownText("a product", f"{product.opcode}({product.operands}){product.attributes}")
-    return _convolution_flops(product.attributes, *operands[:2], out)
+    return _convolution_flops(product.attributes, left, right, out)
 
 
 def _axes(attributes: str, name: str) -> list[int]:

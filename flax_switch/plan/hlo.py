@@ -99,9 +99,9 @@ def shape_bytes(type_text: str) -> int:
         raise UnknownText("a type", type_text)
     for dtype, dims in shapes:
         bits = re.match(r"[a-z]+(\d+)", dtype)
-        if bits is None and dtype not in _BITS:
+        width = _BITS.get(dtype, int(bits.group(1)) if bits else None)
+        if width is None:
             raise UnknownText("an element type", type_text)
-        width = _BITS[dtype] if dtype in _BITS else int(bits.group(1))
         total += math.prod(_sizes(dims)) * width // 8
     return total
 

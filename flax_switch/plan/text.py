@@ -69,7 +69,7 @@ def _program_lines(plan: Plan, program: Program) -> list[str]:
     training = program is plan.train
     if training and plan.useful_share is not None:
         lines.append(f"    useful        {plan.useful_share:.1%} of them: the model's own FLOPs over the compiled ones")
-        if plan.topology.chip.peak_flops:
+        if plan.topology.chip.peak_flops and program.flops is not None:
             seconds = program.flops / plan.topology.chip.peak_flops
             lines.append(
                 f"    at full speed {seconds:.3g} s a step at the chip's peak, {plan.topology.chip.peak_flops / 1e12:.0f} TFLOP/s"
@@ -89,7 +89,7 @@ def _traffic_lines(plan: Plan, program: Program) -> list[str]:
         return ["    collectives   not known, see below"]
     lines = ["    collectives   instructions  executions  GB of arrays    GB sent"]
     for t in program.traffic:
-        if t.wire_bytes is None:
+        if t.wire_bytes is None or t.bytes is None:
             lines.append(f"      {t.kind:<20}not known, see below")
             continue
         lines.append(
@@ -99,9 +99,12 @@ def _traffic_lines(plan: Plan, program: Program) -> list[str]:
     if not program.traffic:
         lines.append("      none")
     if program is plan.train and plan.exchange_bound:
-        sent = [t.wire_bytes for t in program.traffic if t.kind in ("all-to-all", "ragged-all-to-all")]
+        parts = [t.wire_bytes for t in program.traffic if t.kind in ("all-to-all", "ragged-all-to-all")]
+        sent = [part for part in parts if part is not None]
         known = (
-            f"{sum(sent) / 1e9:.4f} GB ({sum(sent) / plan.exchange_bound:.3f} of it)" if None not in sent else "an unknown amount"
+            f"{sum(sent) / 1e9:.4f} GB ({sum(sent) / plan.exchange_bound:.3f} of it)"
+            if len(sent) == len(parts)
+            else "an unknown amount"
         )
         lines.append(f"      the experts' exchange needs at least {plan.exchange_bound / 1e9:.4f} GB; all-to-alls send {known}")
     return lines

@@ -7,7 +7,7 @@ another row's inputs tells: where it is no higher, the encoder is worth nothing.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +81,7 @@ class Probe:
         return counts
 
     @classmethod
-    def of(cls, run: Run, prepared: Prepared) -> Probe:
+    def of(cls, run: Run, prepared: Prepared) -> Self:
         """Takes a quarter of the evaluation's batches: differences between equal targets vary little."""
         return cls(run, prepared, compile_probe_step(run), -(-run.config.train.eval_batches // 4))
 

@@ -201,6 +201,11 @@ def test_the_version_is_the_same_everywhere(capsys):
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == fs.__version__
 
 
+STANDARD_LATER = {"compression"}  # Python 3.14's; imported there alone
+# Whose a module is where its distribution is not installed: an optional one, on a Python it has no wheel for.
+OPTIONAL = {"gin": ["gin-config"], "backports": ["backports.zstd"]}
+
+
 def imported() -> dict[str, set[str]]:
     """Distribution names a module of others may come from, by the module as it is imported, with the files that do."""
     found: dict[str, set[str]] = {}
@@ -211,7 +216,7 @@ def imported() -> dict[str, set[str]]:
                 names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
             for name in names:
                 top = name.split(".")[0]
-                if top != "flax_switch" and top not in sys.stdlib_module_names:
+                if top not in {"flax_switch", *sys.stdlib_module_names, *STANDARD_LATER}:
                     found.setdefault(top, set()).add(path.name)
                     if name.endswith("_pb2"):
                         found.setdefault("google.protobuf", set()).add(path.name)  # what generated messages import
@@ -225,7 +230,7 @@ def required(text: str) -> set[str]:
 
 
 def test_every_import_is_a_requirement_and_every_requirement_is_imported():
-    places = importlib.metadata.packages_distributions() | {"google.protobuf": ["protobuf"]}
+    places = OPTIONAL | importlib.metadata.packages_distributions() | {"google.protobuf": ["protobuf"]}
     core, extra = required(SETUP["options"]["install_requires"]), required("\n".join(EXTRAS.values()))
     wanted = set()
     for module, files in imported().items():

@@ -112,9 +112,7 @@ def tokens_choose(
     weight = _probability_of(probs, expert)
     if normalize:
         weight = weight / jnp.maximum(weight.sum(-1, keepdims=True), jnp.finfo(weight.dtype).tiny)
-    priority = None
-    if batch_prioritized:
-        priority = probs.max(-1) if routed is None else jnp.where(routed, probs.max(-1), 0.0)
+    priority = probs.max(-1) if batch_prioritized else None
     kept = jnp.ones(expert.shape, bool) if routed is None else jnp.broadcast_to(routed[..., None], expert.shape)
     slot = _queue_slots(jnp.where(kept, expert, num_experts), num_experts, priority)
     if capacity is not None:

@@ -80,6 +80,13 @@ def test_examples_come_at_their_rates_and_every_example_of_a_task_once_an_epoch(
     assert sorted(second[:60]) == sorted(range(100, 160))
 
 
+def test_tasks_of_one_size_are_shuffled_each_in_its_own_order():
+    batches = mixture_iterator([numbered(10, 40), numbered(100, 40)], [Fraction(1, 2)] * 2, CONFIG)
+    seen = [n for _ in range(40) for n in numbers(next(batches))]
+    first, second = [n - 10 for n in seen if n < 100][:40], [n - 100 for n in seen if n >= 100][:40]
+    assert sorted(first) == sorted(second) and first != second
+
+
 def test_packed_tasks_keep_their_rates_of_examples_however_many_a_row_holds():
     long = Pairs(
         [[100 + i] * 10 for i in range(60)], [[9]] * 60, inputs_length=24, targets_length=8

@@ -15,7 +15,7 @@ MODEL = SwitchConfig(
     num_sparse_decoder_layers=1, num_experts=8, min_expert_capacity=1, dropout_rate=0.0, init_scale=1.0,
 )  # fmt: skip
 SHAPE = (16, 16, 16)
-X, COTANGENT = (np.random.default_rng(i).normal(size=SHAPE).astype(np.float32) for i in range(2))
+X, COTANGENT = (jnp.asarray(np.random.default_rng(i).normal(size=SHAPE), jnp.float32) for i in range(2))
 MASK = np.arange(16)[None] < np.arange(1, 17)[:, None]
 
 
@@ -77,7 +77,7 @@ def test_a_full_buffer_drops_choices_and_counts_them_exactly():
 def test_choices_that_overflow_are_counted_without_ignored_padding():
     """All tokens choose expert 0 of 4; its device has room for as many rows as an even share is."""
     config = MODEL.replace(capacity_mode="dropless", num_experts=4, expert_parallel_buffer_factor=1.0)
-    x, overflowed = np.ones(SHAPE, np.float32), {}
+    x, overflowed = jnp.ones(SHAPE), {}
     mesh = create_mesh(MeshConfig(data=1, expert=4), jax.devices()[:4])
     for ignoring in (False, True):
         module = SparseMLP(config.replace(ignore_padding_tokens=ignoring), "encoder")
@@ -96,7 +96,7 @@ def test_choices_that_overflow_are_counted_without_ignored_padding():
 def test_every_device_draws_its_own_dropout_and_jitter():
     """Rows that are one row come out alike without randomness, and no two alike with it, wherever they lie."""
     module = SparseMLP(MODEL.replace(expert_dropout_rate=0.5, router_jitter_noise=0.2, capacity_mode="dropless"), "encoder")
-    variables, x = variables_of(module), np.broadcast_to(X[:1, :1], SHAPE)
+    variables, x = variables_of(module), jnp.broadcast_to(X[:1, :1], SHAPE)
     mesh = create_mesh(MeshConfig(data=2, expert=2), jax.devices()[:4])
 
     def layer(variables, x):

@@ -249,7 +249,7 @@ def test_a_line_of_progress_says_where_a_run_stands_and_how_long_it_takes():
         shown.log(400, {"loss": 2.34567, "tokens_per_second": 12345.6, "data_wait_fraction": 0.0321, "seconds_per_step": 0.5})
         shown.close()
     assert printed.getvalue() == "step 400/1000  loss 2.346  12,346 tokens/s  data wait 3.2 %  5 min 00 s left\n"
-    written = [progress.duration(s) for s in (0.4, 12, 59.6, 200, 3599.4, 3600, 7500)]
+    written = [progress.duration(s) for s in (0.4, 12.0, 59.6, 200.0, 3599.4, 3600.0, 7500.0)]
     assert written == ["0 s", "12 s", "1 min 00 s", "3 min 20 s", "59 min 59 s", "1 h 00 min", "2 h 05 min"]
 
 
@@ -258,15 +258,15 @@ def test_a_stopwatch_gives_rates_since_it_was_last_read_and_leaves_out_pauses(mo
     monkeypatch.setattr(progress.time, "perf_counter", lambda: clock[0])
     watch = progress.Stopwatch()
     clock[0] += 3.0
-    watch.count(0.5, 30)
+    watch.count(0.5, 30.0)
     paused = watch.pause()
     clock[0] += 50.0
     watch.resume(paused)
     clock[0] += 1.0
-    watch.count(0.3, 10)
+    watch.count(0.3, 10.0)
     assert watch.read() == pytest.approx({"seconds_per_step": 2.0, "tokens_per_second": 10.0, "data_wait_fraction": 0.2})
     clock[0] += 4.0
-    watch.count(1.0, 8)
+    watch.count(1.0, 8.0)
     assert watch.read() == pytest.approx({"seconds_per_step": 4.0, "tokens_per_second": 2.0, "data_wait_fraction": 0.25})
 
 

@@ -23,7 +23,7 @@ CONFIG = ExperimentConfig(
     model=MODEL, data=DataConfig(batch_size=4), train=TrainConfig(steps=10),
     optimizer=OptimizerConfig(name="adamw", schedule="constant", learning_rate=1e-20, warmup_steps=0),
 )  # fmt: skip
-DROPPING = CONFIG.replace(model=MODEL.replace(dropout_rate=0.3))
+DROPPING = CONFIG.replace(model=MODEL.replace(dropout_rate=0.3, num_sparse_decoder_layers=0))
 
 
 def run_on(config, devices=1):
@@ -62,8 +62,6 @@ def test_micro_batches_and_the_examples_in_them_draw_their_own_dropout():
     for i in range(4):
         for j in range(i):
             assert np.abs(rows[i] - rows[j]).max() > 0.05, (i, j)
-    pieces = logits_by_piece(CONFIG.replace(train=TrainConfig(steps=10, microbatches=2)), repeated_row(4))
-    np.testing.assert_allclose(pieces[0], pieces[1], rtol=1e-6)  # the rows are one row
 
 
 def test_every_step_draws_anew_and_repeating_a_step_repeats_its_draws():
@@ -76,10 +74,9 @@ def test_every_step_draws_anew_and_repeating_a_step_repeats_its_draws():
         assert float(step(state, batch)[1]["loss"]) == losses[-1]
         state = step(state, batch)[0]  # the rate is so small that no parameter changes
     assert len({round(loss, 3) for loss in losses}) == 3
-    other = state.replace(rng=jax.random.key_data(jax.random.key(77)))
+    other = init_state(run_on(DROPPING.replace(train=TrainConfig(steps=10, seed=1))))
+    other = state.replace(rng=other.rng, step=state.step)
     assert abs(float(step(other, batch)[1]["loss"]) - float(step(state, batch)[1]["loss"])) > 1e-3
-    seeds = [init_state(run_on(DROPPING.replace(train=TrainConfig(steps=10, seed=seed)))) for seed in (0, 1)]
-    assert not np.array_equal(seeds[0].rng, seeds[1].rng)
 
 
 def test_the_devices_of_a_pmap_draw_their_own_dropout():

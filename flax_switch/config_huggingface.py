@@ -45,6 +45,19 @@ _T5 = (
     ("num_encoder_layers", "num_layers", 6),
 )
 
+# What gives a model its shape, and stands in every file that transformers writes. Where one is absent and there is a key that is
+# not known here, that key may be its new name.
+_SHAPE = ("vocab_size", "d_model", "d_kv", "d_ff", "num_heads", "num_layers", "num_experts")
+# Keys that transformers writes, now or once, and that change nothing here, or are read apart from the tables.
+_OTHER = {
+    "model_type", "num_decoder_layers", "expert_capacity", "tie_word_embeddings", "dtype", "torch_dtype", "architectures",
+    "pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "is_encoder_decoder", "is_decoder", "use_cache",
+    "dense_act_fn", "is_gated_act", "feed_forward_proj", "initializer_factor", "add_router_probs", "add_cross_attention",
+    "decoder_sparse_step", "encoder_sparse_step", "is_full_sparse", "router_type", "num_selected_experts",
+    "router_ignore_padding_tokens", "transformers_version", "n_positions", "output_past", "task_specific_params",
+    "classifier_dropout", "scale_decoder_outputs", "batch_prioritized_routing", "dropout", "gradient_checkpointing",
+}  # fmt: skip
+
 # What Hugging Face does, whatever the model: the settings of ours that say the same.
 SEMANTICS: dict[str, Any] = dict(
     capacity_mode="fixed",
@@ -79,11 +92,13 @@ def from_huggingface(values: Mapping[str, Any]) -> SwitchConfig:
 
     Args:
       values: the parsed file. `model_type` must be `switch_transformers` or `t5`; unknown keys are ignored, as transformers does,
-        and absent ones take transformers' defaults. Stale keys of released files (`encoder_sparse_step`, `is_full_sparse`,
-        `router_type`, `num_selected_experts`, `router_ignore_padding_tokens`) have no effect there and none here.
+        and absent ones take transformers' defaults, but not both where the model's shape is concerned. Stale keys of released
+        files (`encoder_sparse_step`, `is_full_sparse`, `router_type`, `num_selected_experts`, `router_ignore_padding_tokens`)
+        have no effect there and none here.
 
     Raises:
-      ConfigError: for another `model_type`, an activation we lack, or several end-of-sequence ids.
+      ConfigError: for another `model_type`, an activation we lack, several end-of-sequence ids, or a size that is absent beside a
+        key that is not known.
     """
     model_type = values.get("model_type", "switch_transformers")
     check(
@@ -91,6 +106,7 @@ def from_huggingface(values: Mapping[str, Any]) -> SwitchConfig:
         f"config.json has model_type {model_type!r}; flax_switch reads 'switch_transformers' and, for dense models, 't5'.",
     )
     table = _SWITCH if model_type == "switch_transformers" else _T5
+    _check_keys(values, table)
     fields: dict[str, Any] = {ours: values.get(theirs, default) for ours, theirs, default in table}
     decoder_layers = values.get("num_decoder_layers")
     # An old file has no num_decoder_layers in T5's case, and an explicit null in Switch's: both mean a symmetric model.
@@ -116,6 +132,18 @@ def from_huggingface(values: Mapping[str, Any]) -> SwitchConfig:
         sparse_layout="huggingface",
         tie_word_embeddings=tied,
         separate_embeddings=not tied,
+    )
+
+
+def _check_keys(values: Mapping[str, Any], table: tuple[tuple[str, str, Any], ...]) -> None:
+    """Refuses a file in which a size may have a new name, rather than take the default for it."""
+    read = {theirs for _, theirs, _ in table}
+    absent = [name for name in _SHAPE if name in read and name not in values]
+    unknown = sorted(key for key in values if key not in read | _OTHER and not key.startswith("_"))
+    check(
+        not absent or not unknown,
+        f"config.json has no {', '.join(absent)}, but keys that are not known here: {', '.join(map(repr, unknown))}. If one is the "
+        "new name of the other, take a newer flax_switch (docs/versions.md); else write the size into the file, or remove the key.",
     )
 
 

@@ -39,7 +39,7 @@ TORCH = "torch==2.13.0"  # a CPU build for Python 3.11, one for CUDA of 6 GB for
 ORACLES = {"5.24": "transformers==5.24.0", "5.23": "transformers==5.23.0", "4.57": "transformers==4.57.6"}
 ORACLE_TESTS = ("tests/convert", "tests/finetuning/test_finetuning_parity.py", "tests/generation", "tests/nn/test_moe.py")
 OLD_ORACLE_TESTS = ("tests/convert/test_older_transformers.py",)
-QUICK = ("tests/test_imports.py", "tests/test_config.py", "tests/ops/test_losses.py", "tests/plan/test_goldens.py")
+QUICK = ("tests/test_imports.py", "tests/test_config.py", "tests/ops/test_losses.py", "tests/plan/test_hlo_goldens.py")
 SHOWN = ("jax", "flax", "numpy", "transformers", "torch")
 
 # Wheels of a package that a Python needs, where they are newer than the minimum of setup.cfg.
@@ -48,7 +48,6 @@ NEWER_WHEELS: dict[str, dict[tuple[int, int], str]] = {
     "sentencepiece": {(3, 13): "0.2.1"},
     "pyarrow": {(3, 13): "18.0.0", (3, 14): "22.0.0"},
     "matplotlib": {(3, 13): "3.9.2", (3, 14): "3.10.5"},
-    "tensorstore": {(3, 14): "0.1.78"},
     "msgpack": {(3, 13): "1.1.0", (3, 14): "1.1.2"},
 }
 

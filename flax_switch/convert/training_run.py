@@ -63,10 +63,8 @@ def read_run(step: Path, *, allow_missing: Sequence[str] = ()) -> tuple[SwitchCo
 def read_params(folder: Path) -> dict[str, LazyTensor]:
     """The tensors of an Orbax tree of arrays, by their '/'-joined path."""
     try:
-        metadata = json.loads((folder / _METADATA).read_text())
-        zarr3 = bool(metadata.get("use_zarr3", False))
-        entries = [[str(key["key"]) for key in entry["key_metadata"]] for entry in metadata["tree_metadata"].values()]
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        zarr3, entries = parse_metadata((folder / _METADATA).read_text())
+    except (UnicodeDecodeError, ValueError) as error:
         raise CheckpointError(f"{folder / _METADATA} is no Orbax metadata: {error}") from error
     base = {"driver": "ocdbt", "base": key_value_store(folder)}
     driver = "zarr3" if zarr3 else "zarr"
@@ -74,3 +72,26 @@ def read_params(folder: Path) -> dict[str, LazyTensor]:
         "/".join(keys): open_array({"driver": driver, "kvstore": {**base, "path": ".".join(keys) + "/"}}, "/".join(keys))
         for keys in entries
     }
+
+
+def parse_metadata(text: str) -> tuple[bool, list[list[str]]]:
+    """Of Orbax's metadata whether arrays are zarr 3, and the keys on the way to each of them.
+
+    Raises `ValueError` that quotes what is not known: another store than OCDBT, or entries that are no arrays below named keys.
+    """
+    metadata = json.loads(text)
+    known = isinstance(metadata, dict) and isinstance(metadata.get("tree_metadata"), dict)
+    if not known or metadata.get("use_ocdbt") is not True or not isinstance(metadata.get("use_zarr3"), bool):
+        settings = {**metadata, "tree_metadata": "..."} if known else metadata
+        raise ValueError(f"expected tree_metadata, use_ocdbt: true and use_zarr3, and got {_shortened(json.dumps(settings))}")
+    entries = []
+    for name, entry in metadata["tree_metadata"].items():
+        keys = entry.get("key_metadata") if isinstance(entry, dict) else None
+        if not isinstance(keys, list) or not all(isinstance(key, dict) and isinstance(key.get("key"), str) for key in keys):
+            raise ValueError(f"expected key_metadata with a key for each level, and got {_shortened(json.dumps({name: entry}))}")
+        entries.append([key["key"] for key in keys])
+    return metadata["use_zarr3"], entries
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 300 else f"{text[:300]}..."

@@ -97,7 +97,7 @@ def plan(
     advice = []
     if fits is False:
         weights = memory.parameters + memory.optimizer + memory.batch + memory.gradients
-        compiled = max((p.required for p in (train,) if p is not None), default=0)
+        compiled = 0 if train is None or train.required is None else train.required
         temporaries = max(compiled - weights, 0) or memory.activations
         advice = advise(config, shape, machine, memory, temporaries)
     slots = slots_per_token(config)

@@ -56,7 +56,7 @@ class Program:
     name: str
     compile_seconds: float
     cpu_seconds: float  # of all of the compiler's threads, which is what other work on the machine does not stretch
-    required: int  # bytes: arguments, outputs that are not updated in place, temporaries and code at the peak
+    required: int | None  # bytes: arguments, outputs not updated in place, temporaries, code at the peak; None where not said
     arguments: int = 0
     temporaries: int = 0
     code: int = 0
@@ -129,9 +129,7 @@ def _compiled(name: str, mesh: Mesh, lower: Callable[[], Any]) -> Program:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        refusal = str(error).split("\n\n")[0].strip()
-        times = time.perf_counter() - start, time.process_time() - cpu
-        return Program(name, *times, _required(str(error)), refusal=refusal)
+        return _refused(name, (time.perf_counter() - start, time.process_time() - cpu), str(error))
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     memory, text = compiled.memory_analysis(), compiled.as_text()
     cost = compiled.cost_analysis() or {}
@@ -190,9 +188,11 @@ def _traffic_of(kind: str, found: list[tuple[Collective, int]], known: bool) -> 
     )
 
 
-def _required(message: str) -> int:
-    """Bytes that the compiler says it would need, 0 where it does not say."""
+def _refused(name: str, times: tuple[float, float], message: str) -> Program:
+    """The program that the compiler had no memory for, with what it says that it would need."""
+    refusal = message.split("\n\n")[0].strip()
     for pattern in _OUT_OF_MEMORY:
         if match := pattern.search(message):
-            return round(float(match.group(1)) * _UNITS[match.group(2)])
-    return 0
+            return Program(name, *times, round(float(match.group(1)) * _UNITS[match.group(2)]), refusal=refusal)
+    unknown = UnknownText("how much memory a program needs", refusal, source="The compiler")
+    return Program(name, *times, None, refusal=refusal, unknown=(f"memory: {unknown}",))

@@ -56,7 +56,8 @@ def _slots_lines(plan: Plan) -> list[str]:
 
 def _program_lines(plan: Plan, program: Program) -> list[str]:
     if program.refusal:
-        return [f"  {program.name}: the compiler refused it after {program.compile_seconds:.0f} s: {program.refusal}"]
+        refused = f"  {program.name}: the compiler refused it after {program.compile_seconds:.0f} s: {program.refusal}"
+        return [refused, *(f"    NOT KNOWN     {reason}" for reason in program.unknown)]
     limit = plan.topology.chip.memory
     share = f", {program.required / limit:.1%} of a device" if limit else ""
     lines = [

@@ -245,6 +245,16 @@ def test_heavy_and_optional_libraries_stay_in_extras():
     assert not core & {"torch", "transformers", "safetensors", "tensorflow", "matplotlib", "gin-config", "pyarrow"}
 
 
+def test_setuptools_reads_setup_cfg_without_a_complaint(monkeypatch):
+    from setuptools.dist import Distribution
+
+    monkeypatch.chdir(ROOT)
+    distribution = Distribution({"name": "flax_switch"})
+    distribution.parse_config_files(["setup.cfg"])
+    assert distribution.metadata.version == fs.__version__
+    assert set(distribution.extras_require) == set(EXTRAS)
+
+
 # --- the files around the package
 def test_the_licence_is_apache_2():
     text = (ROOT / "LICENSE").read_text()

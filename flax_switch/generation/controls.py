@@ -181,8 +181,6 @@ def split_numbers(controls: GenerationConfig) -> tuple[GenerationConfig, dict[st
     numbers["length_divisors"] = (base**alpha).astype(np.float32)
     changes: dict[str, Any] = {name: on for name, on in _ON_VALUES.items() if getattr(controls, name) != _NEUTRAL[name]}
     changes.update(brevity_penalty=None, length_penalty=1.0 if alpha > 0 else 0.0)
-    if controls.num_beams == 1:
-        changes.update(length_penalty=1.0)
     return dataclasses.replace(controls, **changes), numbers
 
 

@@ -22,7 +22,7 @@ AXES = {
     "activations": [dict(mlp_activations=GATED), dict(), dict(mlp_activations=("silu", "tanh")), dict(mlp_activations=("gelu",))],
     "extra MLP": [dict(extra_mlp=True), dict()],
     "shared expert": [dict(shared_expert=True), dict()],
-    "experts": [dict(expert_d_ff=24), dict(), dict(num_experts=3)],
+    "experts": [dict(expert_d_ff=24), dict(), dict(num_experts=13)],
     "router": [dict(router_bias=True), dict(), dict(cast_router_probs=True), dict(router_dtype="bfloat16")],
     "biases": [
         dict(relative_attention_per_layer=True), dict(), dict(relative_attention_num_buckets=4, relative_attention_max_distance=5),

@@ -29,8 +29,8 @@ EARLY_ENDS = (1, *range(20, 26))  # EOS tokens, so many that rows end at differe
 QUICK = {
     "scanned": dict.fromkeys(AXES, 0),
     "experts choose in bfloat16": {
-        "who chooses": 1, "dtype": 1, "layers": 3, "experts": 2, "choices": 2, "biases": 2, "router": 2, "head": 2,
-        "activations": 2, "executor": 2, "groups": 2, "hardware": 1,
+        "who chooses": 1, "dtype": 1, "layers": 3, "experts": 0, "choices": 2, "biases": 2, "router": 2, "head": 2,
+        "activations": 2, "executor": 2, "groups": 2,
     },
     "dense": {"layers": 2, "activations": 3, "dtype": 3, "sizes": 2, "norms": 2},
 }  # fmt: skip
@@ -175,15 +175,18 @@ def test_a_row_says_what_it_says_alone_and_in_other_company(case, company, reque
         np.testing.assert_allclose(scores[0], expected[0], atol=4 * error)
 
 
-def test_samples_of_a_source_continue_its_prefix_each_by_itself():
-    params, (ids, mask) = lively_params(BASE), sources(BASE)
-    uncached = Uncached(BASE, params, ids, mask, 1 + len(PREFIX) + NEW)
+def test_samples_of_a_source_continue_its_prefix_each_by_itself(monkeypatch):
+    """With more experts than tokens, of which an accelerator then gathers those that are hit."""
+    config = BASE.replace(num_experts=13)
+    params, (ids, mask) = lively_params(config), sources(config)
+    uncached = Uncached(config, params, ids, mask, 1 + len(PREFIX) + NEW)
     prefixes = np.arange(8, 8 + 2 * len(ids)).reshape(len(ids), 2)
     controls = dict(do_sample=True, top_k=0, num_return_sequences=2, output_scores=True, decoder_input_ids=prefixes)
-    output = generate(SwitchTransformer(BASE), params, ids, mask, max_new_tokens=NEW, eos_token_id=EARLY_ENDS, **controls)
+    monkeypatch.setattr(sys.modules["flax_switch.generation.generate"], "device_of", lambda params: Device.ACCELERATOR)
+    output = generate(SwitchTransformer(config), params, ids, mask, max_new_tokens=NEW, eos_token_id=EARLY_ENDS, **controls)
     assert len({tuple(row) for row in output.sequences}) == 2 * len(ids)
     for row, tokens in enumerate(output.sequences.tolist()):
-        assert tokens[:3] == [BASE.decoder_start_token_id, *prefixes[row // 2]]
+        assert tokens[:3] == [config.decoder_start_token_id, *prefixes[row // 2]]
         end = len(upto_end(tokens, 3, EARLY_ENDS))
         logits = uncached.logits(row // 2, [tokens])[0, 2 : end - 1]
         np.testing.assert_allclose(output.step_scores[: end - 3, row], logits, rtol=1e-4, atol=1e-4)

@@ -15,8 +15,8 @@ MODEL = SwitchConfig(
     num_sparse_decoder_layers=1, num_experts=8, min_expert_capacity=1, dropout_rate=0.0, init_scale=1.0,
 )  # fmt: skip
 SHAPE = (16, 16, 16)
-X, COTANGENT = (np.random.default_rng(i).normal(size=SHAPE).astype(np.float32) for i in range(2))
-MASK = np.arange(16)[None] < np.arange(1, 17)[:, None]
+X, COTANGENT = (jnp.asarray(np.random.default_rng(i).normal(size=SHAPE), jnp.float32) for i in range(2))
+MASK = jnp.arange(16)[None] < jnp.arange(1, 17)[:, None]
 
 
 def variables_of(module):

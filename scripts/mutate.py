@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 EQUIVALENTS = ROOT / "scripts" / "mutation_equivalents.json"
 
 from mutation import coverage_map, report, run, sites, warm  # noqa: E402 - they lie beside this file
-from mutation.plan import batches, covering_tests  # noqa: E402
+from mutation.plan import covering_tests  # noqa: E402
 
 
 def main() -> int:
@@ -101,7 +101,8 @@ def _coverage(pool: run.Pool, folder: Path, until: float) -> coverage_map.Covera
 
 def _tasks(drawn, coverage, results: run.Results, most_seconds: float, folder: Path):
     """The tasks of the mutants that have no result yet."""
-    equivalents, hints = report.load_equivalents(EQUIVALENTS), results.hints()
+    equivalents = report.load_equivalents(EQUIVALENTS)
+    judge = run.Judge(coverage, results.hints(), most_seconds, results)
 
     def done(result: run.Result) -> None:
         results.add(result)
@@ -116,11 +117,11 @@ def _tasks(drawn, coverage, results: run.Results, most_seconds: float, folder: P
         result = run.Result.of(mutant, covered=sum(map(len, covered.values())))
         if reason is not None:
             result.outcome, result.by = "equivalent", reason
-        todo = batches(mutant.site, coverage, hints.get(mutant.name), most_seconds)
+        todo = judge.batches(mutant)
         if reason is not None or not todo:
             done(result)
         else:
-            yield run.mutant_task(mutant, todo, result, done)
+            yield run.mutant_task(mutant, todo, result, done, judge)
 
 
 def _forget_programs(folder: Path) -> None:

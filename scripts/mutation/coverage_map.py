@@ -126,6 +126,10 @@ class CoverageMap:
         self.seconds = {test: seconds for content in modules for test, seconds in content["tests"]}
         self.unreliable = {test for content in modules for test in content["not_passed"]}
 
+    def distrust(self, test: str) -> None:
+        """Leaves a test out, or a whole module, since it fails without any change."""
+        self.unreliable |= {test} if "::" in test else {name for name, _ in self.modules[test]["tests"]}
+
     def tests_of_module(self, module: str) -> list[str]:
         """Every test of the module that passed."""
         return [test for test, _ in self.modules[module]["tests"] if test not in self.unreliable]

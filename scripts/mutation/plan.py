@@ -46,7 +46,9 @@ def batches(site: Site, coverage: CoverageMap, hint: str | None, most_seconds: f
     units = [(module, tests) for module, tests in direct.items()]
     rest = [(module, [t for t in coverage.tests_of_module(module) if t not in tests]) for module, tests in direct.items()]
     order = [*_in_order(units, site, coverage), *_in_order([unit for unit in rest if unit[1]], site, coverage)]
-    made = [_batch([(hint.split("::")[0], [hint])], coverage)] if hint in coverage.seconds else []
+    made = (
+        [_batch([(hint.split("::")[0], [hint])], coverage)] if hint in coverage.seconds and hint not in coverage.unreliable else []
+    )
     return made + _cut(order, coverage, most_seconds)
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from mutation import coverage_map, warm
-from mutation.plan import Batch
+from mutation.coverage_map import CoverageMap
+from mutation.plan import Batch, batches
 from mutation.sites import Mutant
 
 TOOL_FAILED = 70  # also what `warm.start` ends with after an exception
@@ -151,7 +152,37 @@ def tracked_files(root: Path) -> list[str]:
     return [name for name in names if name and (root / name).is_file()]
 
 
-def mutant_task(mutant: Mutant, todo: list[Batch], result: Result, done: Callable[[Result], None]) -> Task:
+class Judge:
+    """Decides which tests a mutant meets, and believes a test that fails only once it has passed where nothing is changed."""
+
+    def __init__(self, coverage: CoverageMap, hints: dict[str, str], most_seconds: float, results: Results):
+        self.coverage, self.hints, self.most_seconds = coverage, hints, most_seconds
+        self.trusted = {result.by for result in results.of.values() if result.outcome == "killed"}
+
+    def batches(self, mutant: Mutant) -> list[Batch]:
+        """What to run for the mutant."""
+        return batches(mutant.site, self.coverage, self.hints.get(mutant.name), self.most_seconds)
+
+    def believes(self, test: str) -> bool:
+        """Whether a failure of the test, or an end that is no test's, needs no control."""
+        return test in self.trusted or not test.startswith("tests/")
+
+    def control(self, test: str) -> Batch:
+        """The test alone; of a module that could not be imported, its fastest test."""
+        module = test.split("::")[0]
+        alone = test if "::" in test else min(self.coverage.tests_of_module(module), key=self.coverage.seconds.get, default=test)
+        return Batch({module: [alone]}, self.coverage.seconds.get(alone, 60.0))
+
+    def settle(self, test: str, *, passed: bool) -> None:
+        """Takes what the control of a test gave."""
+        if passed:
+            self.trusted.add(test)
+        else:
+            print(f"  {test} fails on the unchanged tree as well, and is left out", flush=True)
+            self.coverage.distrust(test)
+
+
+def mutant_task(mutant: Mutant, todo: list[Batch], result: Result, done: Callable[[Result], None], judge: Judge) -> Task:
     """The task that runs a mutant's batches up to the first that fails."""
     batch, following = todo[0], todo[1:]
 
@@ -166,12 +197,33 @@ def mutant_task(mutant: Mutant, todo: list[Batch], result: Result, done: Callabl
         result.tests += verdict["ran"]
         if verdict["killed"]:
             result.outcome, result.by = "killed", verdict["by"]
+            if not judge.believes(result.by):
+                return control_task(mutant, result, done, judge)
         elif following:
-            return mutant_task(mutant, following, result, done)
+            return mutant_task(mutant, following, result, done, judge)
         done(result)
         return None
 
     return Task(work, batch.limit, then)
+
+
+def control_task(mutant: Mutant, result: Result, done: Callable[[Result], None], judge: Judge) -> Task:
+    """The task that runs the test which killed a mutant on the unchanged tree; if it fails there too, the mutant starts again."""
+    batch = judge.control(result.by)
+
+    def then(status: int, tree: Path, seconds: float) -> Task | None:
+        verdict = _verdict(status, Pool.log_of(tree))
+        judge.settle(result.by, passed=not verdict["killed"] and verdict["ran"] > 0)
+        result.seconds += seconds
+        if result.by not in judge.trusted:
+            result.outcome, result.by, result.tests = "survived", "", 0
+            todo = judge.batches(mutant)
+            if todo:
+                return mutant_task(mutant, todo, result, done, judge)
+        done(result)
+        return None
+
+    return Task(lambda tree, log: run_batch(tree, batch, log.with_suffix(".told")), batch.limit, then)
 
 
 def _verdict(status: int, log: Path) -> dict:

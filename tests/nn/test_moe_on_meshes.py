@@ -16,7 +16,7 @@ MODEL = SwitchConfig(
 )  # fmt: skip
 SHAPE = (16, 16, 16)
 X, COTANGENT = (jnp.asarray(np.random.default_rng(i).normal(size=SHAPE), jnp.float32) for i in range(2))
-MASK = np.arange(16)[None] < np.arange(1, 17)[:, None]
+MASK = jnp.arange(16)[None] < jnp.arange(1, 17)[:, None]
 
 
 def variables_of(module):

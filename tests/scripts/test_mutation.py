@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from mutation import report, sites  # noqa: E402 - scripts are no package
+from mutation import report, run, sites  # noqa: E402 - scripts are no package
 from mutation.coverage_map import CoverageMap  # noqa: E402
 from mutation.operators import OPERATORS  # noqa: E402
 from mutation.plan import batches, covering_tests  # noqa: E402
@@ -161,6 +161,37 @@ def test_the_nearest_tests_run_first_and_the_rest_of_their_modules_last():
     assert hinted[0].tests == {far: [f"{far}::test_c"]} and len(hinted) == 2
     (short,) = batches(site_at(5), coverage, None, 0.5)
     assert short.tests == {near: [f"{near}::test_a"]}
+
+
+def test_a_test_is_believed_only_once_it_passed_on_the_unchanged_tree(tmp_path):
+    coverage = coverage_map({"4": 0, "5": 0})
+    judge = run.Judge(coverage, {}, 100.0, run.Results(tmp_path, "tree", 1))
+    mutant = sites.mutant_of(site_at(5), 1, SOURCE)
+    near, far = "tests/ops/test_example.py", "tests/data/test_other.py"
+    assert not judge.believes(f"{near}::test_a") and judge.believes("time limit")
+    assert judge.control(near).tests == {near: [f"{near}::test_a"]}
+    judge.settle(f"{near}::test_a", passed=True)
+    judge.settle(f"{far}::test_c", passed=False)
+    assert judge.believes(f"{near}::test_a") and not judge.believes(f"{far}::test_c")
+    assert [batch.tests for batch in judge.batches(mutant)] == [{near: [f"{near}::test_a", f"{near}::test_b"]}]
+    judge.settle(near, passed=False)
+    assert judge.batches(mutant) == []
+
+
+def test_a_mutant_whose_killer_fails_anyway_meets_the_other_tests(tmp_path):
+    """With what children would have told, in place of children."""
+    coverage = coverage_map({"4": 0, "5": 0})
+    judge = run.Judge(coverage, {}, 100.0, run.Results(tmp_path, "tree", 1))
+    mutant = sites.mutant_of(site_at(5), 1, SOURCE)
+    tree, told, near = tmp_path / "0", tmp_path / "0.told", "tests/ops/test_example.py"
+    (tree / mutant.site.file).parent.mkdir(parents=True)
+    finished = []
+    task = run.mutant_task(mutant, judge.batches(mutant), run.Result.of(mutant), finished.append, judge)
+    for failing, status in ((f"{near}::test_a", 1), (f"{near}::test_a", 1), (f"{near}::test_b", 1), ("", 0)):
+        told.write_text(json.dumps({"ran": 1, "failed": failing}))
+        task = task.then(status, tree, 1.0)
+        assert (tree / mutant.site.file).read_text() == SOURCE or not failing
+    assert task is None and [(r.outcome, r.by) for r in finished] == [("killed", f"{near}::test_b")]
 
 
 def test_a_line_that_no_test_runs_has_no_tests():

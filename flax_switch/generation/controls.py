@@ -70,7 +70,7 @@ class GenerationConfig:
             if value is None and name in ("min_p", "brevity_penalty"):
                 continue
             check(
-                _is_number(value) and (low < value <= high or (low_included and value == low)),
+                _lies_within(value, low, high, low_included),
                 f"{name} must be a number {_interval(low, high, low_included)}; it is {value!r}.",
             )
         check(
@@ -213,8 +213,9 @@ _NEUTRAL = {"temperature": 1.0, "top_p": 1.0, "min_p": None, "typical_p": 1.0, "
 _ON_VALUES = {"temperature": 0.5, "top_p": 0.5, "min_p": 0.5, "typical_p": 0.5, "repetition_penalty": 2.0, "min_new_tokens": 1}
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and math.isfinite(value)
+def _lies_within(value: Any, low: float, high: float, low_included: bool) -> bool:
+    number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and math.isfinite(value)
+    return number and bool(low < value <= high or (low_included and value == low))
 
 
 def _interval(low: float, high: float, low_included: bool) -> str:

@@ -12,7 +12,7 @@ from typing import Any, Self
 # Programs that tests start inherit it.
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 
-from beartype import beartype  # noqa: E402 - after the environment
+from beartype import BeartypeConf, beartype  # noqa: E402 - after the environment
 from jaxtyping import install_import_hook  # noqa: E402
 
 CHECKED = ("flax_switch.ops", "flax_switch.nn", "flax_switch.generation", "flax_switch.training")
@@ -30,7 +30,7 @@ def checked(function: Callable) -> Callable:
         return function
     # beartype knows what Self is only where it decorates the whole class.
     function.__annotations__ = {n: Any if hint is Self else hint for n, hint in function.__annotations__.items()}
-    check = beartype(function)
+    check = beartype(conf=BeartypeConf(is_pep484_tower=True))(function)  # an int is a fine float
     if function.__name__ != "__init__":
         return check
 

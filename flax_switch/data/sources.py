@@ -45,7 +45,7 @@ def find_files(source: str | tuple[str, ...], known: tuple[str, ...] = tuple(FOR
     return list(found)
 
 
-def _stored_files(pattern: str) -> Iterator[epath.Path]:
+def _stored_files(pattern: str) -> Iterator[Any]:  # etils' paths, with pathlib's interface
     """The files in object storage that a path, a folder (searched through) or a glob without ** names."""
     path = epath.Path(pattern)
     if not path.exists():

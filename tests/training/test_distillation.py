@@ -37,7 +37,8 @@ def losses(logits, teacher_logits, weight):
     true = -(jnp.take_along_axis(log_probs, np.maximum(LABELS, 0)[..., None], -1)[..., 0] * WEIGHTS).sum() / WEIGHTS.sum()
     zero = jnp.float32(0)
     loss = LossOutput(true + 0.5, true, zero, zero, zero, jnp.float32(WEIGHTS.sum()))  # 0.5 stands for the other losses
-    return distillation_loss(loss, logits, teacher_logits, WEIGHTS, jnp.float32(WEIGHTS.sum()), weight)
+    logits, teacher_logits, weights = map(jnp.asarray, (logits, teacher_logits, WEIGHTS))
+    return distillation_loss(loss, logits, teacher_logits, weights, weights.sum(), weight)
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.25, 1.0])

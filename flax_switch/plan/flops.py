@@ -102,7 +102,7 @@ def _convolution_flops(attributes: str, left: tuple[int, ...], right: tuple[int,
     """TPU programs write products as convolutions, batch dimensions as dilated windows that meet one input each."""
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes)
     if labels is None:
-        raise UnknownText("a convolution's axes", attributes)
+        raise UnknownText("a convolution's axes", f"convolution{attributes}")
     inputs, kernel, outputs = labels.groups()
     batch_groups = re.search(r"batch_group_count=(\d+)", attributes)
     fma = right[kernel.index("i")] * out[outputs.index("f")] * left[inputs.index("b")]

@@ -68,7 +68,8 @@ def read_computations(text: str) -> tuple[Computations, str]:
         elif current is not None and line.strip():
             raise UnknownText("an instruction", line.strip())
     if not entry:
-        raise UnknownText("a program's entry", text[:100])
+        heads = [line for line in text.splitlines() if line.endswith("{")]
+        raise UnknownText("a program's entry", heads[-1] if heads else text)
     return computations, entry
 
 

@@ -35,16 +35,14 @@ GROUPS = {
 ALONG_EXPERT = {frozenset(range(4)), frozenset(range(4, 8))}
 
 
-def goldens():
-    for file in sorted(FOLDER.glob("*.hlo.txt")):
-        yield pytest.param(file, id=file.name.removesuffix(".hlo.txt"))
+GOLDENS = [pytest.param(file, id=file.name.removesuffix(".hlo.txt")) for file in sorted(FOLDER.glob("*.hlo.txt"))]
 
 
 def spans(collective):
     return {frozenset(group) for group in collective.groups} or {frozenset(range(collective.group_size))}
 
 
-@pytest.mark.parametrize("file", goldens())
+@pytest.mark.parametrize("file", GOLDENS)
 def test_every_version_of_jax_is_read_to_the_same_bytes(file):
     name = file.name.partition(".")[0]
     found = collectives(file.read_text())
@@ -108,7 +106,7 @@ UNKNOWN_GROUPS = (
 
 @pytest.mark.parametrize("text", UNKNOWN_GROUPS)
 def test_groups_in_an_unknown_form_are_an_error_that_quotes_them(text):
-    with pytest.raises(UnknownText, match=re.escape(text.replace("'", "'"))):
+    with pytest.raises(UnknownText, match=re.escape(text)):
         device_groups(f", channel_id=1, replica_groups={text}")
 
 
@@ -162,17 +160,17 @@ ENTRY %main (a: f32[8,16], b: f32[16,4]) -> f32[8,4] {
 
 
 @pytest.mark.parametrize(
-    ("old", "new"),
+    ("old", "new", "quoted"),
     [
-        ("lhs_contracting_dims", "left_contracting"),
-        ("dot(%a", "scaled-dot(%a"),
-        ("(%a, %b)", "(%a, %z)"),
-        ("dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}", "convolution(%a, %b), axis_names=bf_io->bf"),
+        ("lhs_contracting_dims", "left_contracting", "dot(%a, %b), left_contracting={1}"),
+        ("dot(%a", "scaled-dot(%a", "scaled-dot(%a, %b)"),
+        ("(%a, %b)", "(%a, %z)", "dot(%a, %z)"),
+        ("dot(%a, %b), lhs_contracting_dims={1}", "convolution(%a, %b), axis_names=bf_io", "axis_names=bf_io"),
     ],
 )
-def test_products_in_an_unknown_form_are_an_error(old, new):
+def test_products_in_an_unknown_form_are_an_error(old, new, quoted):
     assert program_flops(PRODUCT) == (2 * 8 * 16 * 4, True)
-    with pytest.raises(UnknownText, match=re.escape(new.partition(", lhs")[0].strip("(").partition("=")[0])):
+    with pytest.raises(UnknownText, match=re.escape(quoted)):
         program_flops(PRODUCT.replace(old, new))
 
 

@@ -1,5 +1,6 @@
 """The planner against what it speaks of: initialised parameters, compiled programs, and its own formulas by hand."""
 
+import dataclasses
 import json
 import math
 
@@ -244,6 +245,31 @@ def test_a_refusal_of_the_compiler_is_an_answer(monkeypatch):
     assert found.fits is False
     text = render(found)
     assert "DOES NOT FIT, as compiled" in text and "Activations and temporaries dominate: 24.5 GiB" in text
+
+
+def test_a_refusal_in_other_words_is_quoted_and_its_memory_is_not_known(monkeypatch):
+    def refuse():
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: The arena lacks nine gibibytes.")
+
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), ("data", "expert", "model"))
+    refused = program._compiled("train step", mesh, refuse)
+    assert refused.required is None and "lacks nine gibibytes" in refused.unknown[0]
+    monkeypatch.setattr(planner, "compile_devices", lambda machine: jax.devices()[: machine.num_devices])
+    monkeypatch.setattr(planner, "compile_train", lambda config, mesh: refused)
+    found = plan(CONFIG, "v5e:2x4", decode=False)
+    assert found.fits is False
+    assert "NOT KNOWN     memory: The compiler writes" in render(found) and "parameters" in render(found)
+
+
+def test_a_plan_says_which_figure_is_not_known_and_prints_the_others(compiled):
+    sent = tuple(
+        dataclasses.replace(t, bytes=None, wire_bytes=None) if t.kind == "all-to-all" else t for t in compiled.train.traffic
+    )
+    train = dataclasses.replace(compiled.train, traffic=sent, flops=None, unknown=("bytes of all-to-all: web[8]", "FLOPs: dot3"))
+    text = render(dataclasses.replace(compiled, train=train))
+    assert "all-to-all          not known" in text and "NOT KNOWN     bytes of all-to-all: web[8]" in text
+    assert "FLOPs         not known" in text and "all-to-alls send an unknown amount" in text
+    assert f"{compiled.parameters:,}" in text and "all-reduce" in text
 
 
 @pytest.mark.parametrize(

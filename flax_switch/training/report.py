@@ -186,7 +186,7 @@ def _page(
     train: list[dict[str, Any]],
     evals: list[dict[str, Any]],
     plots: dict[str, bytes],
-    samples: list[dict[str, str]],
+    samples: list[dict[str, Any]],
 ) -> str:
     rows = [("steps", f"{train[-1]['step']:,} of {config.train.steps:,}")]
     if evals:

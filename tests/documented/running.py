@@ -154,8 +154,9 @@ class World:
         """Puts what a text names into a folder."""
         for name in _LINKED:
             (folder / name).symlink_to(ROOT / name)
-        written = set().union(*(outputs(argv) for argv in commands_of(text)))
-        for path in sorted({"text.txt", *re.findall(r"[\w.*/-]+", text)} - written):
+        calls = commands_of(text)
+        written = set().union(*(outputs(argv) for argv in calls))
+        for path in sorted({"text.txt", *re.findall(r"[\w.*/-]+", text), *map(_source, calls)} - written):
             self._provide_path(folder, path)
 
     def _provide_path(self, folder: Path, path: str) -> None:
@@ -168,6 +169,12 @@ class World:
                 made = self.run(self.makers[ALIASES.get(name, name)]) / ALIASES.get(name, name)
                 return place(made, folder / name)
         return None
+
+
+def _source(argv: list[str]) -> str:
+    """The file that a command's recipe names as its text, or ""."""
+    source = getattr(getattr(load(argv), "data", None), "source", "")
+    return source if isinstance(source, str) else ""
 
 
 def commands_of(text: str) -> list[list[str]]:

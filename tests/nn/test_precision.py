@@ -48,12 +48,12 @@ def test_attentions_probabilities_are_float32_whatever_the_activations_are():
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_the_cross_entropy_of_bfloat16_logits_is_float32s(smoothing):
-    logits, targets = 3 * narrow(2, 5, 700), RNG.integers(0, 700, (2, 5))
+    logits, targets = 3 * narrow(2, 5, 700), jnp.asarray(RNG.integers(0, 700, (2, 5)))
     got, z = jax.jit(lambda x: token_cross_entropy(x, targets, z_loss=0.5, label_smoothing=smoothing))(logits)
     log_z = np.log(np.exp(wide(logits)).sum(-1))
     log_probs = wide(logits) - log_z[..., None]
     target = np.full((2, 5, 700), smoothing / 699)
-    np.put_along_axis(target, targets[..., None], 1 - smoothing, -1)
+    np.put_along_axis(target, np.asarray(targets)[..., None], 1 - smoothing, -1)
     entropy = -(target * np.log(np.maximum(target, 1e-300))).sum(-1)
     np.testing.assert_allclose(got, -(target * log_probs).sum(-1) - entropy, rtol=1e-5)
     np.testing.assert_allclose(z, 0.5 * log_z**2, rtol=1e-5)

@@ -67,7 +67,7 @@ class Mixture:
         limits = limits or (np.full(len(keys), self.inputs_length), np.full(len(keys), self.targets_length))
         chosen = self._objectives(keys)
         parts = []
-        for objective in np.unique(chosen):
+        for objective in np.unique(chosen) if len(chosen) else (0,):  # a process may have no row of a batch
             rows = np.flatnonzero(chosen == objective)
             made = self._make(OBJECTIVES[objective], tokens[rows], lengths[rows], keys[rows], tuple(a[rows] for a in limits))
             parts.append((rows, made))

@@ -40,7 +40,7 @@ def names_extras(text: str) -> None:
     """The extras of a `pip install` are those that setup.cfg has."""
     settings = configparser.ConfigParser()
     settings.read(ROOT / "setup.cfg")
-    named = re.search(r"(?:flax_switch|-e '\.)\[([\w,]+)\]", text)
+    named = re.search(r"(?:flax_switch|-e '\.|\.whl\))\[([\w,]+)\]", text)
     assert named, text
     assert set(named[1].split(",")) <= set(settings["options.extras_require"])
 
@@ -61,12 +61,13 @@ def is_shell(text: str) -> None:
 
 def is_known_to_pip(text: str) -> None:
     """Another project's package by name."""
-    assert text.startswith("pip install '")
+    assert re.fullmatch(r"pip install ('[\w\[\]]+'|[a-z]+)", text)
 
 
 LIST = [
     Otherwise(r"bash scripts/(quickstart|test)\.sh", is_shell, "installs packages, and is what runs this test"),
     Otherwise(r"pip install 'jax\[k8s\]'", is_known_to_pip, "needs a package index, and is another project's extra"),
+    Otherwise(r"pip install build$", is_known_to_pip, "needs a package index; scripts/wheel_test.py builds the wheel"),
     Otherwise(r"pip install ", names_extras, "needs a package index"),
     Otherwise(r"python scripts/data/debian_descriptions\.py", says_how_to_use_it, "asks apt; tests/scripts runs it on small files"),
     Otherwise(

@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     """Prints the plan; exit status 0, or 1 where it does not fit."""
     import jax
 
-    if jax.config.read("jax_platforms") is None:
+    if jax.config.jax_platforms is None:  # pyright: ignore[reportAttributeAccessIssue]
         jax.config.update("jax_platforms", "cpu")  # compilers for other devices run without starting them
     config = load_config(args)
     mesh = config.mesh if args.mesh is None else read_mesh(args.mesh, config.mesh)

@@ -71,7 +71,7 @@ class Program:
 @contextlib.contextmanager
 def compiler_effort(effort: str) -> Iterator[None]:
     """How long XLA searches for faster code: "full" as in training; "quick" takes some 0.6 of the time and a little more memory."""
-    before = jax.config.read("jax_optimization_level")
+    before = jax.config.jax_optimization_level  # pyright: ignore[reportAttributeAccessIssue] - `read` refuses it
     if effort == "quick":
         jax.config.update("jax_optimization_level", "O1")
     try:

@@ -34,7 +34,7 @@ LEAST, NEWEST_KNOWN = (3, 11), (3, 20)  # Pythons that are looked for
 
 # Extras and packages of every cell: what the tests need but for the oracles, torch and transformers.
 EXTRAS = "gin,plots,tensorboard,eval,parquet,datasets,arrayrecord"
-TEST_TOOLS = ("hypothesis", "pytest", "protobuf")
+TEST_TOOLS = ("hypothesis", "pytest", "protobuf", "beartype>=0.22", "pyyaml", "build", "setuptools>=80")
 TORCH = "torch==2.13.0"  # a CPU build for Python 3.11, one for CUDA of 6 GB for newer Pythons
 ORACLES = {"5.24": "transformers==5.24.0", "5.23": "transformers==5.23.0", "4.57": "transformers==4.57.6"}
 ORACLE_TESTS = ("tests/convert", "tests/finetuning/test_finetuning_parity.py", "tests/generation", "tests/nn/test_moe.py")

@@ -130,9 +130,12 @@ def _with_progress(documents: Iterable[str], total_characters: int | None, quiet
         progress.TextColumn("{task.description}"), progress.BarColumn(), progress.DownloadColumn(),
         progress.TimeElapsedColumn(), progress.TimeRemainingColumn(),
     )  # fmt: skip
-    with progress.Progress(*columns, disable=quiet or not get_console().is_terminal, transient=True) as bar:
+    remaining = iter(documents)
+    if quiet or not get_console().is_terminal:  # rich before 14.3 prints an empty line for a bar that is disabled
+        yield from iter(lambda: list(itertools.islice(remaining, _DOCUMENTS_AT_ONCE)), [])
+        return
+    with progress.Progress(*columns, transient=True) as bar:
         task = bar.add_task("Tokenising the corpus", total=total_characters)
-        remaining = iter(documents)
         while batch := list(itertools.islice(remaining, _DOCUMENTS_AT_ONCE)):
             yield batch
             bar.advance(task, sum(map(len, batch)))

@@ -128,7 +128,8 @@ def _fits(topology: Topology, memory: Memory, programs: list[Program]) -> bool |
         return None
     if topology.chip.platform == "tpu" and programs:
         return True  # the compiler refuses what does not fit
-    return max([p.required for p in programs] or [memory.total]) <= topology.chip.memory
+    required = [p.required for p in programs if p.required is not None]
+    return max(required or [memory.total]) <= topology.chip.memory
 
 
 def active_parameters(config: ExperimentConfig, sizes: Any) -> int:

@@ -55,7 +55,7 @@ def _slots_lines(plan: Plan) -> list[str]:
 
 
 def _program_lines(plan: Plan, program: Program) -> list[str]:
-    if program.refusal:
+    if program.refusal or program.required is None:
         refused = f"  {program.name}: the compiler refused it after {program.compile_seconds:.0f} s: {program.refusal}"
         return [refused, *(f"    NOT KNOWN     {reason}" for reason in program.unknown)]
     limit = plan.topology.chip.memory

@@ -26,7 +26,9 @@ QUICK = (  # beginnings of those that show the parts of the command line; the re
     r"flax-switch inspect exported",
     r"flax-switch report runs/tiny",
     r"flax-switch plan --config configs/switch_base_128\.py --topology h100:8",
+    r"flax-switch (recipes|presets)$",
     r"python -c ",
+    r"python scripts/matrix\.py constraints",
 )
 
 

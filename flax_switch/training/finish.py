@@ -72,7 +72,10 @@ def fill_spans(result: RunResult, count: int) -> list[dict[str, Any]]:
 
 
 def _pieces(vocabulary: Vocabulary, source: np.ndarray, predicted: np.ndarray, target: np.ndarray) -> list[Any]:
-    model, text = (_fills(vocabulary, source, ids) for ids in (predicted, target))
+    if (target >= vocabulary.num_pieces).any():  # spans are spelled out behind their sentinels
+        model, text = _by_sentinel(vocabulary, predicted), _by_sentinel(vocabulary, target)
+    else:
+        model, text = (_fills(vocabulary, source, ids) for ids in (predicted, target))
     if model is None or text is None:  # what the source shows did not come back: show all of it
         return [vocabulary.decode(source, skip_special_tokens=False), *_whole(vocabulary, predicted, target)]
     pieces: list[Any] = []
@@ -91,12 +94,7 @@ def _whole(vocabulary: Vocabulary, predicted: np.ndarray, target: np.ndarray) ->
 
 
 def _fills(vocabulary: Vocabulary, source: np.ndarray, ids: np.ndarray) -> dict[int, str] | None:
-    """Returns the text for each sentinel of a source, from an output that spells them out, or from the whole text.
-
-    None where the whole text does not hold what the source shows, piece after piece.
-    """
-    if (ids >= vocabulary.num_pieces).any():
-        return _by_sentinel(vocabulary, ids)
+    """Returns the text for each sentinel of a source out of the whole text; None where that does not hold what the source shows."""
     text = [i for i in ids.tolist() if i > vocabulary.eos_id]
     fills: dict[int, list[int]] = {}
     place = 0

@@ -60,6 +60,7 @@ def ids(text):
     ("source", "predicted", "target", "pieces"),
     [
         ("abXefY.__", "_XcdYgh.", "XccYg.__", ["ab", ("cd", "cc"), "ef", ("gh", "g")]),  # span corruption
+        ("abXefY.", "_cdgh.", "XccYg.", ["ab", ("", "cc"), "ef", ("", "g")]),  # it did not spell out a thing
         ("abXefY.", "_abcdefgh.", "abccefg.", ["ab", ("cd", "cc"), "ef", ("gh", "g")]),  # infilling
         ("XefYij.", "_cdefghij.", "cefgij.", [("cd", "c"), "ef", ("gh", "g"), "ij"]),
         ("abXef.", "_abef.", "abcef.", ["ab", ("", "c"), "ef"]),

@@ -143,7 +143,9 @@ def assert_same_to_rounding(some, others):
     for one, other in zip(some, others, strict=True):
         for name, value in one.items():
             if name != "kind":
-                np.testing.assert_allclose(value, other[name], rtol=2e-5, atol=1e-6, err_msg=f"{name} of step {one['step']}")
+                # A gain is the difference of two losses, and each of them may differ by its rounding.
+                atol = 2e-5 * one["cross_entropy"] if name.startswith("encoder_gain/") else 1e-6
+                np.testing.assert_allclose(value, other[name], rtol=2e-5, atol=atol, err_msg=f"{name} of step {one['step']}")
 
 
 @pytest.fixture(scope="module")

@@ -77,7 +77,10 @@ def _pieces(vocabulary: Vocabulary, source: np.ndarray, predicted: np.ndarray, t
     else:
         model, text = (_fills(vocabulary, source, ids) for ids in (predicted, target))
     if model is None or text is None:  # what the source shows did not come back: show all of it
-        return [vocabulary.decode(source, skip_special_tokens=False), *_whole(vocabulary, predicted, target)]
+        return [
+            vocabulary.decode(source[source > vocabulary.eos_id], skip_special_tokens=False),
+            *_whole(vocabulary, predicted, target),
+        ]
     pieces: list[Any] = []
     for special, ids in itertools.groupby(source.tolist(), key=lambda i: i >= vocabulary.num_pieces):
         for group in [[i] for i in ids] if special else [list(ids)]:

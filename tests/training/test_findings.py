@@ -49,7 +49,8 @@ class Letters(Vocabulary):
         self.num_pieces = 90
 
     def decode(self, ids, skip_special_tokens=True):
-        return "".join("<>" if i >= 90 else chr(ord("a") + i - 3) for i in ids if i > 2)
+        ids = [i for i in ids if i > 2] if skip_special_tokens else ids
+        return "".join("<>" if i >= 90 else "_.?"[i] if i < 3 else chr(ord("a") + i - 3) for i in ids)
 
 
 def ids(text):

@@ -37,9 +37,9 @@ def checked(function: Callable) -> Callable:
     @functools.wraps(function)
     def check_own(*args: Any, **kwargs: Any) -> None:
         frame = sys._getframe(1)
-        while frame.f_globals["__name__"] in (__name__, "jaxtyping._decorator"):
+        while frame.f_globals.get("__name__", "") in (__name__, "jaxtyping._decorator"):
             frame = frame.f_back
-        if frame.f_globals["__name__"].startswith(("flax_switch", "test_")):
+        if frame.f_globals.get("__name__", "").startswith(("flax_switch", "test_")):
             check(*args, **kwargs)
 
     return check_own

@@ -24,7 +24,7 @@ from absl import flags
 from jaxtyping import Integer
 
 from flax_switch.config import ConfigError, check
-from flax_switch.data.batches import Batch, describe_targets, pack_batch, pad_batch, pad_rows
+from flax_switch.data.batches import IGNORED, Batch, describe_targets, pack_batch, pad_batch, pad_rows
 from flax_switch.data.examples import Examples, span_of_each
 from flax_switch.data.packing import Plan
 from flax_switch.data.random_bits import example_keys
@@ -255,22 +255,35 @@ def probe_batches(
     seed: int,
     rows: Integer[np.ndarray, " rows"] | None = None,
 ) -> Iterator[tuple[Batch, Batch]]:
-    """Yields pairs of batches with the same targets, one example a row: with their own inputs, and with the next row's.
+    """Yields pairs of batches with the same targets, one example a row: with their own inputs, and with another row's.
 
-    Both have `batches.describe_targets`' arrays too. The rows are those of `finite_batches` for the same seed. Rows of padding
-    fill the last batch up; a last batch of a single row has no other row and is left out.
+    The other row is the next one of the batch with the same objective: inputs of another objective would mislead the model about
+    its task, too. A row whose objective no other row of its batch has is left out: it has no labels. Both batches have
+    `batches.describe_targets`' arrays. The rows are those of `finite_batches` for the same seed; rows of padding fill the last up.
     """
     rows = _rows_of(batch_size, rows)
     for order in _in_batches(source.num_examples, batch_size, count, seed):
-        if len(order) < 2:
-            return
-        chosen = rows[rows < len(order)]
-        own, other = (source.examples(order[i % len(order)], np.zeros_like(chosen)) for i in (chosen, chosen + 1))
-        swapped = own._replace(inputs=other.inputs, input_lengths=other.input_lengths)
-        described = describe_targets(own, targets_length)
-        made = ({**pad_batch(e, inputs_length, targets_length), **described} for e in (own, swapped))
-        with_own, with_next = (pad_rows(batch, len(rows)) for batch in made)
-        yield with_own, with_next
+        examples = source.examples(order, np.zeros_like(order))
+        described = describe_targets(examples, targets_length)
+        other = _next_alike(described["objective"])
+        swapped = examples._replace(inputs=examples.inputs[other], input_lengths=examples.input_lengths[other])
+        chosen, alone = rows[rows < len(order)], other == np.arange(len(order))
+        described["masked"][alone] = 0
+        made = []
+        for each in (examples, swapped):
+            batch = {**pad_batch(each, inputs_length, targets_length), **described}
+            batch["labels"] = np.where(alone[:, None], np.int32(IGNORED), batch["labels"])
+            made.append(pad_rows({name: array[chosen] for name, array in batch.items()}, len(rows)))
+        yield made[0], made[1]
+
+
+def _next_alike(objective: Integer[np.ndarray, " M"]) -> Integer[np.ndarray, " M"]:
+    """Returns for every row the next row of the same objective, the last one's being the first; itself where it is alone."""
+    following = np.arange(len(objective))
+    for one in np.unique(objective):
+        places = np.flatnonzero(objective == one)
+        following[places] = np.roll(places, -1)
+    return following
 
 
 def _in_batches(num_rows: int, batch_size: int, count: int | None, seed: int | None) -> Iterator[np.ndarray]:

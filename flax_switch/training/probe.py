@@ -94,10 +94,10 @@ class Probe:
     def __call__(self, params: Any) -> dict[str, float]:
         """Measures; all in nats a text token, sentinels and EOS left out.
 
-        encoder_gain/NAME: cross-entropy with the next row's inputs minus cross-entropy with the right ones, for every objective
-        and over masked text alone. masked_...: of masked text, its cross-entropy, how far that lies below the text's own unigram
-        entropy, the share of tokens and of whole spans that come out right given the right text before them, and the share that
-        the most frequent piece would get.
+        encoder_gain/NAME: cross-entropy with the inputs of another row of the same objective minus cross-entropy with the right
+        ones, for every objective and over masked text alone. masked_...: of masked text, its cross-entropy, how far that lies
+        below the text's own unigram entropy, the share of tokens and of whole spans that come out right given the right text
+        before them, and the share that the most frequent piece would get.
         """
         rows = partitioning.batch_rows(self.run.mesh, self.run.config.data.batch_size)
         totals: dict[str, dict[str, np.ndarray]] = {"own": {}, "other": {}}

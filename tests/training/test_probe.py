@@ -99,7 +99,7 @@ def test_the_probe_of_a_model_built_to_copy_is_what_a_loop_over_tokens_finds(pre
     np.testing.assert_allclose(found["masked_accuracy"], hits / tokens, rtol=1e-5)
     np.testing.assert_allclose(found["masked_spans_exact"], np.mean(spans), rtol=1e-5)
     assert 0.1 < found["masked_spans_exact"] < 0.8
-    assert found["encoder_gain/infilling"] > 0.2 and not findings(MODEL, found)
+    assert found["encoder_gain/infilling"] > 0.1 and not findings(MODEL, found)
     assert "infilling" in describe(found)
 
 

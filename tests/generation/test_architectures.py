@@ -224,7 +224,8 @@ HUGGINGFACE = {
     "gated T5": dict(DENSE, mlp_activations=("gelu_new", "linear"), tie_word_embeddings=False),
     "scarce": SPARSE,
     "all sparse": dict(SPARSE, num_sparse_encoder_layers=2, num_sparse_decoder_layers=2, layer_norm_epsilon=0.05),
-    "more layers": dict(SPARSE, num_encoder_layers=3, num_decoder_layers=4, num_sparse_decoder_layers=2, router_dtype="bfloat16"),
+    # transformers makes its cache for as many layers as the encoder has, so the decoder may not have more.
+    "more layers": dict(SPARSE, num_encoder_layers=4, num_decoder_layers=3, num_sparse_encoder_layers=2),
     "special tokens": dict(SPARSE, pad_token_id=3, eos_token_id=5, decoder_start_token_id=7, num_experts=3),
     "T5": dict(DENSE, pad_token_id=3, decoder_start_token_id=7),
 }  # fmt: skip

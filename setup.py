@@ -5,7 +5,7 @@ from setuptools.command.build_py import build_py
 
 
 class BuildWithRecipes(build_py):
-    """Adds configs/ as a package inside ours; an editable install finds it beside the package instead (flax_switch.shipped)."""
+    """Adds configs/ as a package inside ours; an editable install finds it beside the package (flax_switch.config.shipped)."""
 
     def finalize_options(self) -> None:
         super().finalize_options()

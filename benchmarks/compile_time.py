@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import run_record
 
-from flax_switch import partitioning
 from flax_switch.config import DataConfig, ExperimentConfig, TrainConfig
-from flax_switch.presets import PRESETS
+from flax_switch.config.presets import PRESETS
+from flax_switch.parallel.mesh import create_mesh
 from flax_switch.training.state import build_run
 from flax_switch.training.step import compile_train_step
 
@@ -30,7 +30,7 @@ def compile_seconds(layers: int, scan: bool) -> float:
         num_sparse_decoder_layers=layers // 2, scan_layers=scan,
     )  # fmt: skip
     config = ExperimentConfig(model=model, data=DataConfig(batch_size=8), train=TrainConfig(steps=10))
-    run = build_run(config, partitioning.create_mesh(config.mesh, jax.devices()[:1]))
+    run = build_run(config, create_mesh(config.mesh, jax.devices()[:1]))
     lengths = {"input_ids": 64, "attention_mask": 64, "decoder_input_ids": 32, "decoder_attention_mask": 32, "labels": 32}
     batch = {name: jax.ShapeDtypeStruct((8, length), jnp.int32) for name, length in lengths.items()}
     jax.clear_caches()

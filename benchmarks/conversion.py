@@ -25,7 +25,7 @@ import numpy as np
 import run_record
 
 from flax_switch import PRESETS, SwitchConfig
-from flax_switch.config_huggingface import with_huggingface_semantics
+from flax_switch.config.huggingface import with_huggingface_semantics
 from flax_switch.convert.canonical import canonical_shapes
 from flax_switch.convert.checkpoint import Checkpoint, open_checkpoint, write_checkpoint
 from flax_switch.convert.folder import parse_size, read_folder

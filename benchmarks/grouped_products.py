@@ -3,9 +3,10 @@
     python benchmarks/grouped_products.py --dtype bfloat16            # on whatever device JAX has
     python benchmarks/grouped_products.py --experts 8 --sizes 768x3072 --tokens 4096 --repeats 5
 
-For each table: rows times kernels, rows times transposed kernels, and kernel gradients, of `flax_switch.ops.grouped`, for groups of
-equal size and for groups as uneven as a Dirichlet draw makes them (the largest has a few times the mean). `lax.ragged_dot` is a
-peer where it does not take minutes, which is not on a CPU. Runs of the rows alternate and medians are reported.
+For each table: rows times kernels, rows times transposed kernels, and kernel gradients, of `flax_switch.ops.kernels.grouped`, for
+groups of equal size and for groups as uneven as a Dirichlet draw makes them (the largest has a few times the
+mean). `lax.ragged_dot` is a peer where it does not take minutes, which is not on a CPU. Runs of the rows alternate and medians are
+reported.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy as np
 import run_record
 from jax import lax
 
-from flax_switch.ops.grouped import grouped_matmul
+from flax_switch.ops.kernels.grouped import grouped_matmul
 
 ACCELERATOR = jax.default_backend() != "cpu"
 CALLS = 10 if ACCELERATOR else 1  # of a product in one timing, so that starting it does not count

@@ -9,7 +9,7 @@ flaxformer, as many as there are for ragged and loop. Times and ratios are media
 where that package can be imported, `loop` (every expert on every token, masked) up to 8 experts.
 
 Gradients of many experts are gigabytes that are allocated anew in every step, and clearing fresh pages costs as much time as the
-products: malloc is told to keep its memory (`flax_switch.host_memory`), as in training, for all contestants.
+products: malloc is told to keep its memory (`flax_switch.host.memory`), as in training, for all contestants.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import time
 
 import run_record
 
-from flax_switch.host_memory import keep_freed_memory
+from flax_switch.host.memory import keep_freed_memory
 
 if __name__ == "__main__":
     keep_freed_memory()  # before JAX starts

@@ -22,7 +22,7 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 import jax  # noqa: E402
 
 from flax_switch.config import DataConfig, ExperimentConfig, MeshConfig, SwitchConfig, TrainConfig  # noqa: E402
-from flax_switch.partitioning import create_mesh  # noqa: E402
+from flax_switch.parallel.mesh import create_mesh  # noqa: E402
 from flax_switch.plan.program import compile_train  # noqa: E402
 
 MODEL = SwitchConfig(

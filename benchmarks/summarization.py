@@ -24,7 +24,7 @@ from pathlib import Path
 
 import run_record
 
-from flax_switch.finetuning.metrics import score
+from flax_switch.workflows.scores import score
 
 ROOT = Path(__file__).parents[1]
 SCORES = ("rouge1", "rouge2", "rougeL")

@@ -6,7 +6,7 @@
 A step is forward, backward and AdamW on float32 parameters: batch 4, source 256, target 64. Dropout is the same on both sides,
 router jitter is off on both. Both models route as Hugging Face does, with a fixed capacity in each sequence. Steps of the two
 alternate and medians are reported; after each step the machine rests, because idle threads of either library spin for a while.
-Malloc keeps its memory (`flax_switch.host_memory`), as it does in our training; both models profit. Quiet machines only.
+Malloc keeps its memory (`flax_switch.host.memory`), as it does in our training; both models profit. Quiet machines only.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import run_record
 
-from flax_switch.host_memory import keep_freed_memory
+from flax_switch.host.memory import keep_freed_memory
 
 if __name__ == "__main__":
     keep_freed_memory()  # before JAX starts
@@ -30,7 +30,7 @@ import torch
 import transformers
 
 from flax_switch.config import ExperimentConfig, MeshConfig, OptimizerConfig, TrainConfig
-from flax_switch.partitioning import create_mesh, shard_batch, use_mesh
+from flax_switch.parallel.mesh import create_mesh, shard_batch, use_mesh
 from flax_switch.pretrained import load_pretrained
 from flax_switch.training.state import TrainState, build_run, init_state, state_shardings
 from flax_switch.training.step import compile_train_step

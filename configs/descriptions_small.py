@@ -8,8 +8,8 @@ Expect:    about 6 minutes on one core; held out 4.9 nats per token (text alone 
 """
 
 from flax_switch.config import DataConfig, ExperimentConfig, OptimizerConfig, TrainConfig
-from flax_switch.presets import PRESETS
-from flax_switch.recipes import to_config_dict
+from flax_switch.config.presets import PRESETS
+from flax_switch.config.recipes import to_config_dict
 
 
 def get_config():

@@ -9,8 +9,8 @@ Expect:    docs/distillation.md has the student beside the same model trained al
 import pathlib
 import runpy
 
-from flax_switch.config_distillation import DistillConfig
-from flax_switch.recipes import to_config_dict
+from flax_switch.config.distillation import DistillConfig
+from flax_switch.config.recipes import to_config_dict
 
 ALONE = runpy.run_path(str(pathlib.Path(__file__).with_name("t5_tiny.py")))
 

@@ -8,8 +8,8 @@ Expect:    accuracy, the share of labels written exactly. 2101.03961 (table 5) h
            Switch-Base and 84.3 for T5-Base.
 """
 
-from flax_switch.config_finetuning import EvaluationConfig, FinetuneDataConfig, FinetuneRecipe, FinetuneTrainConfig
-from flax_switch.recipes import to_config_dict
+from flax_switch.config.finetuning import EvaluationConfig, FinetuneDataConfig, FinetuneRecipe, FinetuneTrainConfig
+from flax_switch.config.recipes import to_config_dict
 
 
 def get_config():

@@ -8,14 +8,14 @@ Expect:    ROUGE-L 34 on held-out pairs after 5 minutes on one core, if sentence
            docs/guides/summarization.md says; the first sentence has 26, random weights come to 18.
 """
 
-from flax_switch.config_finetuning import (
+from flax_switch.config.finetuning import (
     EvaluationConfig,
     FinetuneDataConfig,
     FinetuneOptimizerConfig,
     FinetuneRecipe,
     FinetuneTrainConfig,
 )
-from flax_switch.recipes import to_config_dict
+from flax_switch.config.recipes import to_config_dict
 
 
 def get_config():

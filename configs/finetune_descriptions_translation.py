@@ -7,14 +7,14 @@ Hardware:  1 or 2 CPU cores.
 Expect:    BLEU 40 and chrF 66 on held-out synopses (copying the source: 8.5 and 39); docs/guides/translation.md says more.
 """
 
-from flax_switch.config_finetuning import (
+from flax_switch.config.finetuning import (
     EvaluationConfig,
     FinetuneDataConfig,
     FinetuneOptimizerConfig,
     FinetuneRecipe,
     FinetuneTrainConfig,
 )
-from flax_switch.recipes import to_config_dict
+from flax_switch.config.recipes import to_config_dict
 
 
 def get_config():

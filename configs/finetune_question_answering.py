@@ -7,8 +7,8 @@ Hardware:  as for finetune_summarization.
 Expect:    table 5 of 2101.03961 has an average of exact match and F1 on SQuAD of 87.2 for Switch-Base and 85.5 for T5-Base.
 """
 
-from flax_switch.config_finetuning import EvaluationConfig, FinetuneDataConfig, FinetuneRecipe, FinetuneTrainConfig
-from flax_switch.recipes import to_config_dict
+from flax_switch.config.finetuning import EvaluationConfig, FinetuneDataConfig, FinetuneRecipe, FinetuneTrainConfig
+from flax_switch.config.recipes import to_config_dict
 
 
 def get_config():

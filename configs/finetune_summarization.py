@@ -9,8 +9,8 @@ Hardware:  switch-base-8's 619 M parameters with gradients and Adafactor's state
 Expect:    table 5 of 2101.03961 has ROUGE-2 on XSum of 20.3 for Switch-Base and 18.7 for T5-Base, after 550k steps of pre-training.
 """
 
-from flax_switch.config_finetuning import EvaluationConfig, FinetuneDataConfig, FinetuneRecipe, FinetuneTrainConfig
-from flax_switch.recipes import to_config_dict
+from flax_switch.config.finetuning import EvaluationConfig, FinetuneDataConfig, FinetuneRecipe, FinetuneTrainConfig
+from flax_switch.config.recipes import to_config_dict
 
 
 def get_config():

@@ -10,8 +10,8 @@ Expect:    BLEU and chrF by sacreBLEU on the development set every 1000 steps. R
            WMT 2014 (1910.10683, table 14).
 """
 
-from flax_switch.config_finetuning import EvaluationConfig, FinetuneDataConfig, FinetuneRecipe, FinetuneTrainConfig
-from flax_switch.recipes import to_config_dict
+from flax_switch.config.finetuning import EvaluationConfig, FinetuneDataConfig, FinetuneRecipe, FinetuneTrainConfig
+from flax_switch.config.recipes import to_config_dict
 
 
 def get_config():

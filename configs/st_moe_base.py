@@ -9,7 +9,7 @@ Expect:    steady training: the paper's point is that the router z-loss keeps ru
 import pathlib
 import runpy
 
-from flax_switch.presets import PRESETS
+from flax_switch.config.presets import PRESETS
 
 BASE = runpy.run_path(str(pathlib.Path(__file__).with_name("switch_base_8.py")))
 

@@ -9,8 +9,8 @@ Expect:    batches of 2**20 tokens, as in the paper. Its figure 4 has quality ri
 """
 
 from flax_switch.config import DataConfig, ExperimentConfig, TrainConfig
-from flax_switch.presets import PRESETS
-from flax_switch.recipes import to_config_dict
+from flax_switch.config.presets import PRESETS
+from flax_switch.config.recipes import to_config_dict
 
 
 def get_config():

@@ -9,7 +9,7 @@ Expect:    2101.03961, table 9: negative log perplexity -1.177 after 500k steps.
 import pathlib
 import runpy
 
-from flax_switch.presets import PRESETS
+from flax_switch.config.presets import PRESETS
 
 BASE = runpy.run_path(str(pathlib.Path(__file__).with_name("switch_base_8.py")))
 

@@ -17,7 +17,7 @@ the gradients twice. Rows of 128 target tokens, of which 114 are used, so that r
 import pathlib
 import runpy
 
-from flax_switch.presets import PRESETS
+from flax_switch.config.presets import PRESETS
 
 BASE = runpy.run_path(str(pathlib.Path(__file__).with_name("switch_base_8.py")))
 

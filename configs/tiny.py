@@ -7,8 +7,8 @@ Expect:    about 4.5 minutes of training; held-out cross-entropy over text targe
 """
 
 from flax_switch.config import DataConfig, ExperimentConfig, OptimizerConfig, TrainConfig
-from flax_switch.presets import PRESETS
-from flax_switch.recipes import to_config_dict
+from flax_switch.config.presets import PRESETS
+from flax_switch.config.recipes import to_config_dict
 
 
 def get_config():

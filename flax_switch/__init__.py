@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flax_switch.config import ConfigError, SwitchConfig
+    from flax_switch.config.presets import PRESETS
     from flax_switch.convert import CheckpointError
     from flax_switch.generation.generate import GenerationOutput, generate
     from flax_switch.nn.outputs import ModelOutput
     from flax_switch.nn.transformer import SwitchEncoder, SwitchTransformer
     from flax_switch.ops.losses import LossOutput, seq2seq_loss
-    from flax_switch.presets import PRESETS
     from flax_switch.pretrained import Pretrained, load_pretrained, save_pretrained
 
 __version__ = "0.1.0"  # setup.cfg reads it here, without importing the package
@@ -22,7 +22,7 @@ __version__ = "0.1.0"  # setup.cfg reads it here, without importing the package
 _HOME = {
     "ConfigError": "flax_switch.config",
     "SwitchConfig": "flax_switch.config",
-    "PRESETS": "flax_switch.presets",
+    "PRESETS": "flax_switch.config.presets",
     "SwitchTransformer": "flax_switch.nn.transformer",
     "SwitchEncoder": "flax_switch.nn.transformer",
     "ModelOutput": "flax_switch.nn.outputs",

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import flax_switch
 from flax_switch.config import ConfigError
-from flax_switch.host_memory import keep_freed_memory
+from flax_switch.host.memory import keep_freed_memory
 
 # Command -> what it does; each is a module in flax_switch.commands with add_arguments(parser) and run(args) -> exit status.
 COMMANDS = {

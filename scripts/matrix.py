@@ -37,9 +37,9 @@ EXTRAS = "gin,plots,tensorboard,eval,parquet,datasets,arrayrecord"
 TEST_TOOLS = ("hypothesis", "pytest", "protobuf", "beartype>=0.22", "pyyaml", "build", "setuptools>=80")
 TORCH = "torch==2.13.0"  # a CPU build for Python 3.11, one for CUDA of 6 GB for newer Pythons
 ORACLES = {"5.24": "transformers==5.24.0", "5.23": "transformers==5.23.0", "4.57": "transformers==4.57.6"}
-ORACLE_TESTS = ("tests/convert", "tests/finetuning/test_finetuning_parity.py", "tests/generation", "tests/nn/test_moe.py")
+ORACLE_TESTS = ("tests/convert", "tests/workflows/test_finetuning_parity.py", "tests/generation", "tests/nn/test_moe.py")
 OLD_ORACLE_TESTS = ("tests/convert/test_older_transformers.py",)
-QUICK = ("tests/test_imports.py", "tests/test_config.py", "tests/ops/test_losses.py", "tests/plan/test_hlo_goldens.py")
+QUICK = ("tests/test_imports.py", "tests/config/test_config.py", "tests/ops/test_losses.py", "tests/plan/test_hlo_goldens.py")
 SHOWN = ("jax", "flax", "numpy", "transformers", "torch")
 
 # Wheels of a package that a Python needs, where they are newer than the minimum of setup.cfg.

@@ -43,7 +43,7 @@ NOWHERE = "http://127.0.0.1:9"
 ALL_RECIPES = """
 from pathlib import Path
 import flax_switch, flax_switch.configs.tiny
-from flax_switch import recipes, shipped
+from flax_switch.config import recipes, shipped
 inside = Path(flax_switch.__file__).parent
 assert shipped.folder() == inside / "configs", shipped.folder()
 for name in shipped.names():

@@ -43,7 +43,7 @@ def compiler_of_the_hardware(request):
     """A test marked `hardware` fails where there is no compiler for it: who asks for that part means to run it."""
     marker = request.node.get_closest_marker("hardware")
     if marker is not None:
-        from flax_switch.compilers import can_compile_for
+        from flax_switch.host.compilers import can_compile_for
 
         if not can_compile_for(marker.args[0]):
             pytest.fail(f"no compiler for {marker.args[0]} is installed: pip install 'flax_switch[test-hardware]' (on Linux)")

@@ -12,7 +12,7 @@ from documented.python_blocks import GIVEN, PAGES, run_page
 from documented.running import World, filled_in, load, small_model
 
 from flax_switch import cli
-from flax_switch.compilers import can_compile_for
+from flax_switch.host.compilers import can_compile_for
 
 COMMANDS = commands()
 RUN = [command for command in COMMANDS if not otherwise(command.text)]

@@ -15,9 +15,9 @@ import pytest
 import yaml
 
 import flax_switch as fs
-from flax_switch import cli, recipes, shipped
-from flax_switch.config import ConfigError
-from flax_switch.sizes import count_parameters, shorten
+from flax_switch import cli
+from flax_switch.config import ConfigError, recipes, shipped
+from flax_switch.config.sizes import count_parameters, shorten
 
 ROOT = Path(__file__).parents[1]
 SETUP = configparser.ConfigParser()
@@ -137,7 +137,7 @@ def test_listings_start_no_jax(command):
 # --- sizes
 def counted(config: fs.SwitchConfig) -> tuple[int, int]:
     """Total and active parameters, by the shapes that the module itself declares."""
-    from flax_switch.nn.transformer import init_params
+    from flax_switch.nn.init import init_params
 
     shapes = jax.eval_shape(lambda key: init_params(fs.SwitchTransformer(config), key), jax.random.key(0))
     total = sum(leaf.size for leaf in jax.tree.leaves(shapes))

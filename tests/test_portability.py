@@ -57,8 +57,8 @@ for module in pkgutil.walk_packages(fs.__path__, "flax_switch."):
     if module.name != "flax_switch.__main__":
         importlib.import_module(module.name)
 from flax_switch.cli import main
-from flax_switch.host_memory import keep_freed_memory
-from flax_switch.nn.transformer import init_params
+from flax_switch.host.memory import keep_freed_memory
+from flax_switch.nn.init import init_params
 
 assert keep_freed_memory() is False
 config = fs.SwitchConfig(

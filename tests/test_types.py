@@ -16,19 +16,20 @@ import pytest
 import typechecking
 
 import flax_switch as fs
-from flax_switch import config, config_distillation, config_finetuning
+from flax_switch import config
+from flax_switch.config import base, distillation, finetuning
 from flax_switch.nn.layers import RMSNorm
 from flax_switch.nn.outputs import EncoderOutput
-from flax_switch.ops.routing import router_z_loss
+from flax_switch.ops.moe.routing import router_z_loss
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "flax_switch"
 MODULES = [path for name in typechecking.CHECKED for path in sorted((ROOT / name.replace(".", "/")).rglob("*.py"))]
 CONFIGS = {
     value.__name__: value
-    for module in (config, config_finetuning, config_distillation)
+    for module in (config, finetuning, distillation)
     for value in vars(module).values()
-    if isinstance(value, type) and issubclass(value, config._Section) and dataclasses.fields(value)
+    if isinstance(value, type) and issubclass(value, base._Section) and dataclasses.fields(value)
 }
 
 

@@ -15,7 +15,7 @@ os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 from beartype import BeartypeConf, beartype  # noqa: E402 - after the environment
 from jaxtyping import install_import_hook  # noqa: E402
 
-CHECKED = ("flax_switch.ops", "flax_switch.nn", "flax_switch.generation", "flax_switch.training")
+CHECKED = ("flax_switch.ops", "flax_switch.nn", "flax_switch.generation", "flax_switch.training", "flax_switch.workflows")
 # Its constructor checks what people ask for, and says it in words of its own.
 UNCHECKED = ("GenerationConfig.__init__",)
 install_import_hook(CHECKED, "typechecking.checked")

@@ -20,8 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Trains the student, then writes samples and the report; exit status 0, or 1 where a signal stopped the run before its end."""
     config = load_distillation(args).replace(teacher=args.teacher)
-    from flax_switch.training.distillation import distill
-    from flax_switch.training.finish import finish
+    from flax_switch.workflows.distill import distill
+    from flax_switch.workflows.finish import finish
 
     result = distill(config, args.workdir)
     if not result.finished:

@@ -12,7 +12,7 @@ from flax_switch.commands.options import add_recipe_arguments, load_finetuning, 
 from flax_switch.config import ConfigError
 
 if TYPE_CHECKING:
-    from flax_switch.config_finetuning import FinetuneRecipe
+    from flax_switch.config.finetuning import FinetuneRecipe
 
 __all__ = ["add_arguments", "run", "take_overrides"]
 
@@ -32,8 +32,8 @@ def run(args: argparse.Namespace) -> int:
     recipe = _recipe(args)
     from etils import epath
 
-    from flax_switch.finetuning.evaluate import describe, finetuning_config, write_predictions
-    from flax_switch.finetuning.finetune import evaluate_checkpoint
+    from flax_switch.workflows.finetune import evaluate_checkpoint
+    from flax_switch.workflows.predictions import describe, finetuning_config, write_predictions
 
     run, evaluation, predictions = evaluate_checkpoint(recipe, args.checkpoint, vocabulary=args.vocabulary)
     output = Path(args.output)
@@ -49,10 +49,10 @@ def _recipe(args: argparse.Namespace) -> FinetuneRecipe:
     """The recipe that was named, or that of the run the checkpoint belongs to."""
     if args.config or args.gin_file:
         return load_finetuning(args)
-    from flax_switch import recipes
-    from flax_switch.config_finetuning import FinetuneConfig, FinetuneRecipe
-    from flax_switch.finetuning.finetune import recipe_of
+    from flax_switch.config import recipes
+    from flax_switch.config.finetuning import FinetuneConfig, FinetuneRecipe
     from flax_switch.training.checkpoint import CONFIG_FILE, read_config
+    from flax_switch.workflows.finetune import recipe_of
 
     if args.bindings:
         raise ConfigError("--gin.… binds fields of a --gin_file; without one use --config.SECTION.FIELD=VALUE.")

@@ -26,11 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Fine-tunes, then shows predictions and writes the report; exit status 1 where a signal stopped the run before its end."""
     recipe = load_finetuning(args)
-    from flax_switch.finetuning.finetune import finetune
-    from flax_switch.finetuning.finish import finish
+    from flax_switch.workflows.finetune import finetune
+    from flax_switch.workflows.finish import finish_finetuning
 
     result = finetune(recipe, args.workdir, init=args.init, vocabulary=args.vocabulary)
     if not result.finished:
         return 1
-    finish(result, args.workdir)
+    finish_finetuning(result, args.workdir)
     return 0

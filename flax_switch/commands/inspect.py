@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
         return _show_routing(args)
     if args.target or args.plot:
         raise ConfigError("--target and --plot show how a text is routed; give a --text.")
-    from flax_switch.convert.inspect import describe, render
+    from flax_switch.inspection.checkpoint import describe, render
 
     description = describe(args.source, changes=changes_of(args), allow_missing=args.allow_missing, revision=args.revision)
     print(json.dumps(description.to_dict(), indent=2) if args.json else render(description))
@@ -39,17 +39,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _show_routing(args: argparse.Namespace) -> int:
-    from flax_switch import explore
+    from flax_switch.inspection.routing import explore, plot, render
     from flax_switch.pretrained import load_pretrained
 
     changes = changes_of(args)
     pretrained = load_pretrained(args.source, allow_missing=args.allow_missing, revision=args.revision, **changes)
-    exploration = explore.explore(pretrained, args.text, args.target)
+    exploration = explore(pretrained, args.text, args.target)
     if args.json:
         texts = [[dataclasses.asdict(stack) for stack in stacks] for stacks in exploration.texts]
         print(json.dumps({"num_experts": exploration.config.num_experts, "texts": texts}, indent=2))
     else:
-        print(explore.render(exploration))
+        print(render(exploration))
     if args.plot:
-        print(f"Wrote {explore.plot(exploration, args.plot)}", file=sys.stderr)
+        print(f"Wrote {plot(exploration, args.plot)}", file=sys.stderr)
     return 0

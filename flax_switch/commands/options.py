@@ -6,11 +6,11 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from flax_switch.config import ConfigError, ExperimentConfig
-from flax_switch.config_distillation import DistillConfig
-from flax_switch.config_finetuning import FinetuneRecipe
+from flax_switch.config.distillation import DistillConfig
+from flax_switch.config.finetuning import FinetuneRecipe
 
 if TYPE_CHECKING:
-    from flax_switch.distributed import Connection
+    from flax_switch.parallel.processes import Connection
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,7 +88,7 @@ def command_of(config: ExperimentConfig | DistillConfig | FinetuneRecipe) -> str
 
 def load_any(args: argparse.Namespace) -> ExperimentConfig | DistillConfig | FinetuneRecipe:
     """What the arguments name, of any kind."""
-    from flax_switch import recipes
+    from flax_switch.config import recipes
 
     if bool(args.config) == bool(args.gin_file):
         raise ConfigError(
@@ -126,6 +126,6 @@ def connection(args: argparse.Namespace) -> Connection | None:
         if unused:
             raise ConfigError(f"{', '.join(unused)} are for several processes: add --distributed.")
         return None
-    from flax_switch.distributed import Connection
+    from flax_switch.parallel.processes import Connection
 
     return Connection.resolved(**given)

@@ -6,8 +6,8 @@ import argparse
 import json
 
 from flax_switch.config import SwitchConfig
-from flax_switch.presets import PRESETS
-from flax_switch.sizes import count_parameters, shorten
+from flax_switch.config.presets import PRESETS
+from flax_switch.config.sizes import count_parameters, shorten
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

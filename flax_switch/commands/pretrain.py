@@ -19,11 +19,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Trains, then writes samples and the report; exit status 0, or 1 where a signal stopped the run before its end."""
     config, others = load_config(args), connection(args)
-    from flax_switch import distributed
-    from flax_switch.training.finish import finish
-    from flax_switch.training.loop import pretrain
+    from flax_switch.parallel import processes
+    from flax_switch.workflows.finish import finish
+    from flax_switch.workflows.pretrain import pretrain
 
-    with distributed.session(others):
+    with processes.session(others):
         result = pretrain(config, args.workdir)
         if result.finished:
             finish(result, args.workdir)

@@ -8,11 +8,10 @@ import re
 import textwrap
 from typing import Any
 
-from flax_switch import recipes, shipped
 from flax_switch.commands.options import command_of
-from flax_switch.config import one_of
-from flax_switch.config_finetuning import FinetuneRecipe
-from flax_switch.sizes import count_parameters, shorten
+from flax_switch.config import one_of, recipes, shipped
+from flax_switch.config.finetuning import FinetuneRecipe
+from flax_switch.config.sizes import count_parameters, shorten
 
 WIDTH = 100
 

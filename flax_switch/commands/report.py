@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Writes the report and says where."""
-    from flax_switch.training.report import write_report
+    from flax_switch.workflows.report import write_report
 
     print(f"Report: {write_report(args.workdir, args.output)}")
     return 0

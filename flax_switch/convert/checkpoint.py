@@ -12,14 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flax_switch import config_huggingface
 from flax_switch.config import SwitchConfig, check, one_of
+from flax_switch.config import huggingface as config_huggingface
 from flax_switch.convert import hub, huggingface, native, t5x, tokenizer, training_run
 from flax_switch.convert.canonical import canonical_shapes, is_router
 from flax_switch.convert.folder import DEFAULT_SHARD_SIZE, local_destination, parse_size, split_into_shards, write_folder
-from flax_switch.convert.memory import freed_memory_returned
 from flax_switch.convert.tensors import DTYPES, CheckpointError, LazyTensor, cast
-from flax_switch.data.files import in_store
+from flax_switch.host.files import in_store
+from flax_switch.host.memory import freed_memory_returned
 
 FORMATS = ("huggingface", "flax_switch")  # those that can be written
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from flax_switch.config import ConfigError
 from flax_switch.convert.safetensors_file import write_safetensors
 from flax_switch.convert.tensors import CheckpointError, LazyTensor, concatenate, narrow
-from flax_switch.data.files import in_store
+from flax_switch.host.files import in_store
 
 DEFAULT_SHARD_SIZE = "5GB"
 MARKERS = ("config.json", "flax_switch.json")  # a folder with one of them is a model

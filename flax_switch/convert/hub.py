@@ -9,7 +9,7 @@ from typing import Any
 from etils import epath
 
 from flax_switch.convert.tensors import CheckpointError
-from flax_switch.data.files import in_store
+from flax_switch.host.files import in_store
 
 _NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _SMALL = ("*.json", "spiece.model")

@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from flax_switch.convert.tensors import CheckpointError, Index, LazyTensor, contiguous
-from flax_switch.data.files import in_store
+from flax_switch.host.files import in_store
 
 MAX_HEADER_BYTES = 100_000_000  # the library's own limit
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from flax_switch.convert.safetensors_file import read_block
 from flax_switch.convert.tensors import DTYPES, CheckpointError, Index, LazyTensor, from_array
-from flax_switch.data.files import in_store
+from flax_switch.host.files import in_store
 
 
 def read_torch_bin(path: Path) -> dict[str, LazyTensor]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from flax_switch.convert.tensors import CheckpointError, Index, LazyTensor
-from flax_switch.data.files import in_store
+from flax_switch.host.files import in_store
 
 MAX_CACHE_BYTES = 128 * 2**20
 

@@ -18,8 +18,8 @@ import numpy as np
 from rich import get_console, progress
 
 from flax_switch.config import ConfigError, check
-from flax_switch.data import files
 from flax_switch.data.vocabulary import Vocabulary
+from flax_switch.host import files
 
 SPLITS = ("train", "heldout")
 _VERSION = 1  # of the format; part of the fingerprint

@@ -21,7 +21,8 @@ from importlib import metadata
 from pathlib import Path
 
 from flax_switch.config import check
-from flax_switch.data import files, prose
+from flax_switch.data import prose
+from flax_switch.host import files
 
 # Import name -> distribution, in the order they are read: earlier copies of a shared paragraph stay, later ones go.
 DEPENDENCIES = {

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from flax_switch.config import ConfigError, check
-from flax_switch.data.files import in_store
 from flax_switch.data.packed import COMPRESSIONS, ending_of, lines, opened
+from flax_switch.host.files import in_store
 
 Record = dict[Any, Any]
 Records = Iterator[tuple[Record, str]]  # (record, where it stands: file and line, row or item)

@@ -14,7 +14,7 @@ from fractions import Fraction
 import numpy as np
 from jaxtyping import Int64, Integer
 
-from flax_switch.config_finetuning import FinetuneDataConfig
+from flax_switch.config.finetuning import FinetuneDataConfig
 from flax_switch.data.loader import BatchMaker, TrainIterator
 from flax_switch.data.packing import Plan, plan_rows
 from flax_switch.data.pairs import Pairs

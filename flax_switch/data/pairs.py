@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Int32, Int64, Integer
 
 from flax_switch.config import DataConfig, check
-from flax_switch.config_finetuning import FinetuneDataConfig
+from flax_switch.config.finetuning import FinetuneDataConfig
 from flax_switch.data.batches import Batch
 from flax_switch.data.examples import Examples
 from flax_switch.data.loader import BatchMaker, TrainIterator, finite_batches

@@ -21,11 +21,12 @@ from jaxtyping import Integer
 from rich.console import Console
 
 from flax_switch.config import DataConfig, check
-from flax_switch.data import cache, corpus, files, packing, sources
+from flax_switch.data import cache, corpus, packing, sources
 from flax_switch.data.batches import Batch
 from flax_switch.data.objectives import ConcatenatedText, Mixture, SeparateDocuments
 from flax_switch.data.statistics import target_token_counts, unigram_entropy
 from flax_switch.data.vocabulary import SETTINGS_FILE, Vocabulary
+from flax_switch.host import files
 
 if TYPE_CHECKING:  # the loader brings in grain, and grain brings in jax
     from flax_switch.data.loader import BatchMaker, TrainIterator

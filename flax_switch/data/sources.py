@@ -15,8 +15,8 @@ from typing import Any
 from etils import epath
 
 from flax_switch.config import ConfigError, check
-from flax_switch.data.files import absolute, in_store
 from flax_switch.data.formats import FORMATS, WITH_FIELDS, Record, Records, describe, kind_of
+from flax_switch.host.files import absolute, in_store
 
 
 def find_files(source: str | tuple[str, ...], known: tuple[str, ...] = tuple(FORMATS), setting: str = "data.source") -> list[Path]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flax_switch.config import ConfigError, check
-from flax_switch.config_finetuning import TaskConfig
+from flax_switch.config.finetuning import TaskConfig
 from flax_switch.data import formats, packed, sources
 from flax_switch.data.formats import Records
 

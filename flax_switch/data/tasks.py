@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Integer
 
 from flax_switch.config import check
-from flax_switch.config_finetuning import FinetuneDataConfig, TaskConfig
+from flax_switch.config.finetuning import FinetuneDataConfig, TaskConfig
 from flax_switch.data.batches import Batch
 from flax_switch.data.cache import is_heldout
 from flax_switch.data.formats import Record

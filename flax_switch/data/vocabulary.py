@@ -18,7 +18,7 @@ import sentencepiece
 from etils import epath
 
 from flax_switch.config import ConfigError, check
-from flax_switch.data import files
+from flax_switch.host import files
 
 MODEL_FILE = "spiece.model"
 SETTINGS_FILE = "vocabulary.json"

@@ -18,8 +18,9 @@ from flax_switch.generation.device import Device
 from flax_switch.generation.experts import Kernels, sparse_mlp
 from flax_switch.nn.layers import Embedding, RMSNorm
 from flax_switch.nn.outputs import DecoderCache
-from flax_switch.ops.attention import MASKED, relative_position_bias
-from flax_switch.ops.experts import mlp
+from flax_switch.ops.attention import relative_position_bias
+from flax_switch.ops.kernels.attention import MASKED
+from flax_switch.ops.mlp import mlp
 
 
 @flax.struct.dataclass

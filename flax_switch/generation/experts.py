@@ -17,9 +17,9 @@ from jaxtyping import Array, Float, Int
 from flax_switch.config import SwitchConfig
 from flax_switch.generation.device import Device
 from flax_switch.nn.moe import SparseMLP
-from flax_switch.ops import routing
-from flax_switch.ops.experts import mlp
-from flax_switch.ops.moe import expert_dtype, route
+from flax_switch.ops.mlp import expert_dtype, mlp
+from flax_switch.ops.moe import routing
+from flax_switch.ops.moe.routing import route
 
 Kernels = Mapping[str, Array]
 

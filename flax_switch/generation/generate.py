@@ -16,7 +16,7 @@ from flax_switch.generation.experts import split_experts
 from flax_switch.generation.program import run_program
 from flax_switch.nn.transformer import SwitchEncoder, SwitchTransformer
 from flax_switch.ops import AnyArray
-from flax_switch.partitioning import batch_sharding, batch_ways, replicated
+from flax_switch.parallel.mesh import batch_sharding, batch_ways, replicated
 
 
 @flax.struct.dataclass

@@ -13,8 +13,8 @@ from flax_switch.nn.attention import Attention, KeyValue, RelativePositionBias, 
 from flax_switch.nn.layers import MLP, Dropout, RMSNorm
 from flax_switch.nn.moe import SparseMLP
 from flax_switch.nn.outputs import LayerCache, LayerOutput
-from flax_switch.ops.expert_parallel import EXCHANGED
-from flax_switch.partitioning import keep_batch_split
+from flax_switch.ops.moe.expert_parallel import EXCHANGED
+from flax_switch.parallel.mesh import keep_batch_split
 
 
 @flax.struct.dataclass

@@ -1,6 +1,6 @@
 """Linear, RMS norm, embedding, dropout and the dense MLP: the parts every layer is made of.
 
-Every parameter is declared with the logical names of its axes beside its shape; `flax_switch.partitioning` maps the names to
+Every parameter is declared with the logical names of its axes beside its shape; `flax_switch.parallel.mesh` maps the names to
 mesh axes.
 """
 
@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from flax_switch.config import SwitchConfig
 from flax_switch.ops.dropout import dropout
-from flax_switch.ops.projection import project
+from flax_switch.ops.kernels.projection import project
 
 Initializer = Callable[..., Any]
 Fan = Literal["fan_in", "fan_avg"]

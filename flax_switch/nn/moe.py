@@ -9,10 +9,11 @@ from jaxtyping import Array, Bool, Float
 
 from flax_switch.config import SwitchConfig
 from flax_switch.nn.layers import Initializer
-from flax_switch.ops.groups import flaxformer_replicas
-from flax_switch.ops.moe import MoEParams, moe_block
-from flax_switch.ops.routing import RouterOutput
-from flax_switch.partitioning import PmapDevices, current_devices
+from flax_switch.ops.moe.block import MoEParams, moe_block
+from flax_switch.ops.moe.groups import flaxformer_replicas
+from flax_switch.ops.moe.routing import RouterOutput
+from flax_switch.parallel.mesh import current_devices
+from flax_switch.parallel.pmap import PmapDevices
 
 
 class Kernel(nn.Module):
@@ -110,7 +111,7 @@ class SparseMLP(nn.Module):
         deterministic: bool,
         with_logits: bool = False,
     ) -> tuple[Float[Array, "B L D"], RouterOutput]:
-        """Routes and computes; see `ops.moe.moe_block`.
+        """Routes and computes; see `ops.moe.block.moe_block`.
 
         padding_mask: True for real tokens, or None. with_logits: return the router's logits too.
         """

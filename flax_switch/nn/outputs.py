@@ -6,7 +6,7 @@ import flax.struct
 from jaxtyping import Array, Float, Int
 
 from flax_switch.nn.attention import KeyValue
-from flax_switch.ops.routing import RouterOutput
+from flax_switch.ops.moe.routing import RouterOutput
 
 
 @flax.struct.dataclass

@@ -12,7 +12,7 @@ from flax_switch.nn.attention import KeyValue, RelativePositionBias
 from flax_switch.nn.layer import Layer, LayerInputs, ScanBlock, remat, zero_padding
 from flax_switch.nn.layers import Dropout, Embedding, RMSNorm
 from flax_switch.nn.outputs import DecoderCache, LayerOutput
-from flax_switch.partitioning import keep_batch_split
+from flax_switch.parallel.mesh import keep_batch_split
 
 SCAN_AXIS = 1  # of stacked parameters, as in T5X's scanned checkpoints
 

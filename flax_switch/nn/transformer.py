@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -15,7 +14,7 @@ from flax_switch.nn.layers import Embedding, Linear, scaled_init
 from flax_switch.nn.outputs import DecoderCache, DecoderOutput, EncoderOutput, LayerCache, ModelOutput
 from flax_switch.nn.stack import Stack
 from flax_switch.ops import AnyArray
-from flax_switch.ops.attention import attention_mask
+from flax_switch.ops.attention import cached_attention_mask, cross_attention_mask, self_attention_mask
 
 
 class SwitchEncoder(nn.Module):
@@ -283,63 +282,3 @@ def _as_array(x: AnyArray | None) -> Array | None:
 
 def _as_mask(x: AnyArray | None) -> Array | None:
     return None if x is None else jnp.asarray(x).astype(bool)
-
-
-def self_attention_mask(
-    config: SwitchConfig,
-    mask: Bool[Array, "B L"] | None,
-    segment_ids: Int[Array, "B L"] | None,
-    *,
-    causal: bool = False,
-    length: int = 0,
-) -> Bool[Array, "#B 1 #L L"] | None:
-    """Who attends to whom in teacher-forced self-attention.
-
-    Where the config zeroes padding, padded queries attend to nothing (flaxformer); else they attend like others (Hugging Face).
-    """
-    return attention_mask(
-        mask if config.zero_padding_activations else None,
-        mask,
-        causal_shape=(length, length) if causal else None,
-        query_segments=segment_ids,
-        key_segments=segment_ids,
-    )
-
-
-def cached_attention_mask(
-    mask: Bool[Array, "B T"] | None, index: Int[Array, ""], query_length: int, key_length: int
-) -> Bool[Array, "#B 1 Q T"]:
-    """Causality over a cache: the query at index + i sees keys up to index + i, and of those what `mask` allows."""
-    causal = jnp.arange(key_length)[None, :] <= index + jnp.arange(query_length)[:, None]
-    causal = causal[None, None]
-    return causal if mask is None else causal & mask[:, None, None, :]
-
-
-def cross_attention_mask(
-    config: SwitchConfig,
-    target_mask: Bool[Array, "B L"] | None,
-    source_mask: Bool[Array, "sources S"] | None,
-    target_segments: Int[Array, "B L"] | None,
-    source_segments: Int[Array, "sources S"] | None,
-    cached: bool,
-) -> Bool[Array, "_ 1 #L S"] | None:
-    """Which source positions a target position may attend to."""
-    query_mask = target_mask if config.zero_padding_activations and not cached else None
-    return attention_mask(query_mask, source_mask, query_segments=target_segments, key_segments=source_segments)
-
-
-def init_params(model: SwitchEncoder, rng: Array) -> dict:
-    """Fresh parameters as plain nested dicts of arrays; traceable, so that jit can lay them straight into their shardings."""
-    return model.init({"params": rng}, *example_inputs(model))["params"]
-
-
-def logical_axes(model: SwitchEncoder) -> dict:
-    """The tree of parameters with each leaf replaced by its tuple of logical axis names; allocates nothing."""
-    boxed = jax.eval_shape(lambda rng: model.init_boxed({"params": rng}, *example_inputs(model))["params"], jax.random.key(0))
-    return jax.tree.map(lambda box: tuple(box.names), boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
-
-
-def example_inputs(model: SwitchEncoder) -> tuple[Int[Array, "1 1"], ...]:
-    """The smallest inputs a model can be initialised with."""
-    ids = jnp.zeros((1, 1), jnp.int32)
-    return (ids, ids) if isinstance(model, SwitchTransformer) else (ids,)

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from flax_switch.config import SwitchConfig
 from flax_switch.ops import AnyArray
-from flax_switch.ops.routing import RouterOutput
+from flax_switch.ops.moe.routing import RouterOutput
 
 IGNORED_LABEL = -100  # targets that do not count, as in Hugging Face
 

@@ -11,10 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
-from flax_switch import partitioning
 from flax_switch.config import ExperimentConfig, check
 from flax_switch.ops.losses import seq2seq_loss
-from flax_switch.partitioning import MESH_AXES
+from flax_switch.parallel.mesh import MESH_AXES, AnyMesh, batch_sharding, batch_ways, traced_on
 from flax_switch.training.state import Run
 from flax_switch.training.step import forward
 
@@ -40,9 +39,9 @@ def abstract_mesh(shape: tuple[int, int, int]) -> AbstractMesh:
     return AbstractMesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def batch_structs(config: ExperimentConfig, mesh: partitioning.AnyMesh) -> dict[str, jax.ShapeDtypeStruct]:
+def batch_structs(config: ExperimentConfig, mesh: AnyMesh) -> dict[str, jax.ShapeDtypeStruct]:
     """The batch that a train step takes, as shapes with shardings. Raises `ConfigError` where it cannot be split evenly."""
-    data, ways = config.data, partitioning.batch_ways(mesh)
+    data, ways = config.data, batch_ways(mesh)
     pieces = config.train.microbatches
     multiple = ways * pieces
     check(
@@ -56,7 +55,7 @@ def batch_structs(config: ExperimentConfig, mesh: partitioning.AnyMesh) -> dict[
     if data.packing:
         lengths |= dict.fromkeys(("input_segment_ids", "input_positions"), data.inputs_length)
         lengths |= dict.fromkeys(("decoder_segment_ids", "decoder_positions"), data.targets_length)
-    sharding = partitioning.batch_sharding(mesh)
+    sharding = batch_sharding(mesh)
     return {name: jax.ShapeDtypeStruct((data.batch_size, length), jnp.int32, sharding=sharding) for name, length in lengths.items()}
 
 
@@ -94,10 +93,10 @@ def saved_activations(run: Run, batch: dict[str, jax.ShapeDtypeStruct]) -> int:
         return jax.vjp(loss, params)[1]
 
     plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-    with partitioning.traced_on(run.mesh):
+    with traced_on(run.mesh):
         kept = jax.tree.leaves(jax.eval_shape(pullback, plain, piece, run.abstract_state.rng))
     share = {_kind(leaf): device_bytes([leaf]) / (leaf.size * leaf.dtype.itemsize) for leaf in jax.tree.leaves(params)}
-    ways = partitioning.batch_ways(run.mesh)
+    ways = batch_ways(run.mesh)
     total = 0.0
     for leaf in _without(kept, jax.tree.leaves(params)):
         of_parameters = len(leaf.shape) > 1 and _kind(leaf) in share

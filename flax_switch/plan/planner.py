@@ -7,10 +7,10 @@ from typing import Any
 
 import jax
 
-from flax_switch import partitioning
 from flax_switch.config import ExperimentConfig, MeshConfig, check, one_of
-from flax_switch.ops.groups import Grouping, make_grouping
-from flax_switch.ops.routing import expert_capacity
+from flax_switch.ops.moe.groups import Grouping, make_grouping
+from flax_switch.ops.moe.routing import expert_capacity
+from flax_switch.parallel.mesh import MESH_AXES, create_mesh, mesh_shape
 from flax_switch.plan.advice import advise
 from flax_switch.plan.flops import train_flops
 from flax_switch.plan.memory import Memory, abstract_mesh, batch_structs, train_memory
@@ -77,14 +77,14 @@ def plan(
     machine = parse_topology(topology)
     config = config if mesh is None else config.replace(mesh=mesh)
     check(config.mesh.mode == "jit", "The planner compiles the step that runs under jit; plan with --config.mesh.mode=jit.")
-    shape = partitioning.mesh_shape(config.mesh, machine.num_devices)
+    shape = mesh_shape(config.mesh, machine.num_devices)
     run = build_run(config, abstract_mesh(shape))
     batch = batch_structs(config, run.mesh)
     memory = train_memory(run, batch)
     train = generation = why = None
     if compile:
         try:
-            devices = partitioning.create_mesh(config.mesh, compile_devices(machine))
+            devices = create_mesh(config.mesh, compile_devices(machine))
             with compiler_effort(effort):
                 train = compile_train(config, devices)
                 generation = compile_decode(config, devices) if decode else None
@@ -103,7 +103,7 @@ def plan(
     slots = slots_per_token(config)
     return Plan(
         topology=machine,
-        mesh=dict(zip(partitioning.MESH_AXES, shape, strict=True)),
+        mesh=dict(zip(MESH_AXES, shape, strict=True)),
         fsdp=config.mesh.fsdp,
         parameters=sum(jax.tree.leaves(sizes)),
         active_parameters=active_parameters(config, sizes),

@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from flax_switch import partitioning
 from flax_switch.config import ExperimentConfig
 from flax_switch.generation.decode_step import decode_step, empty_cache, prepare
 from flax_switch.generation.device import Device
 from flax_switch.generation.program import decoder_config
+from flax_switch.parallel.mesh import batch_sharding, batch_ways, use_mesh
 from flax_switch.plan.collectives import Collective, Unreadable, readable_collectives
 from flax_switch.plan.flops import program_flops
 from flax_switch.plan.hlo import UnknownText
@@ -95,8 +95,8 @@ def compile_decode(config: ExperimentConfig, mesh: Mesh) -> Program:
     model = config.model.replace(scan_layers=False)
     run = build_run(config.replace(model=model), mesh)
     model = decoder_config(model, "auto")
-    rows, length = DECODE_ROWS * partitioning.batch_ways(mesh), config.data.targets_length
-    split = partitioning.batch_sharding(mesh)
+    rows, length = DECODE_ROWS * batch_ways(mesh), config.data.targets_length
+    split = batch_sharding(mesh)
 
     def arrange(params, encoded, mask):
         decoder = prepare(
@@ -122,7 +122,7 @@ def compile_decode(config: ExperimentConfig, mesh: Mesh) -> Program:
 def _compiled(name: str, mesh: Mesh, lower: Callable[[], Any]) -> Program:
     start, cpu = time.perf_counter(), time.process_time()
     try:
-        with partitioning.use_mesh(mesh), warnings.catch_warnings():
+        with use_mesh(mesh), warnings.catch_warnings():
             # A program for a GPU that is not here enters JAX's cache, if one is kept, and cannot be read from it.
             warnings.filterwarnings("ignore", "Error reading persistent compilation cache entry")
             compiled = lower().compile()

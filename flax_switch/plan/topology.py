@@ -8,8 +8,8 @@ import os
 import re
 from typing import Any
 
-from flax_switch.compilers import can_compile_for
 from flax_switch.config import ConfigError, check
+from flax_switch.host.compilers import can_compile_for
 
 GIB, KIB = 2**30, 2**10
 GPUS_OF_A_HOST = 8

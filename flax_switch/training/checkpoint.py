@@ -19,9 +19,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from flax_switch.config import ConfigError, ExperimentConfig
-from flax_switch.config_distillation import DistillConfig
-from flax_switch.config_finetuning import FinetuneConfig
-from flax_switch.data.files import absolute, write_text
+from flax_switch.config.distillation import DistillConfig
+from flax_switch.config.finetuning import FinetuneConfig
+from flax_switch.host.files import absolute, write_text
 from flax_switch.training.state import TrainState
 
 CONFIG_FILE = "config.json"

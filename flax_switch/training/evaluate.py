@@ -7,8 +7,8 @@ from typing import Any, Self
 
 import numpy as np
 
-from flax_switch import partitioning
 from flax_switch.data import Prepared, Vocabulary, text_token_mask
+from flax_switch.parallel.mesh import batch_rows, shard_batch
 from flax_switch.training.metrics import plain
 from flax_switch.training.probe import Probe
 from flax_switch.training.probe import describe as describe_probe
@@ -38,7 +38,7 @@ class Evaluator:
         `nats_below_unigram` is how far the cross-entropy over text targets (neither sentinels nor EOS) lies below the entropy of
         the same tokens' unigram distribution, the least that a model without context can reach.
         """
-        rows = partitioning.batch_rows(self.run.mesh, self.run.config.data.batch_size)
+        rows = batch_rows(self.run.mesh, self.run.config.data.batch_size)
         batches = self.prepared.heldout_batches(self.batches, rows)
         means = mean_metrics(self.run, self.eval_step, params, batches, self.prepared.vocabulary)
         text = means["text_cross_entropy"]
@@ -74,7 +74,7 @@ def mean_metrics(
     for batch in batches:
         mask = text_token_mask(batch["labels"], vocabulary.num_pieces, vocabulary.eos_id)
         batch = {**batch, "text_mask": mask.astype(np.float32)}
-        sums = plain(eval_step(params, partitioning.shard_batch(batch, run.mesh)))
+        sums = plain(eval_step(params, shard_batch(batch, run.mesh)))
         routers.append({k: np.asarray(v) for k, v in sums.items() if k.startswith("routers/")})
         for name in ("cross_entropy", "hits", "tokens", "text_cross_entropy", "text_tokens"):
             totals[name] = totals.get(name, 0.0) + sums[name]

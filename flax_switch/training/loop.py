@@ -9,16 +9,14 @@ import jax
 import numpy as np
 from etils import epath
 
-from flax_switch import data, distributed, partitioning
 from flax_switch.config import ConfigError, ExperimentConfig
-from flax_switch.config_finetuning import FinetuneConfig
+from flax_switch.config.finetuning import FinetuneConfig
 from flax_switch.data import Vocabulary
-from flax_switch.training.checkpoint import Checkpoints, claim_workdir, flat_fields
-from flax_switch.training.evaluate import Evaluator
+from flax_switch.parallel.mesh import batch_rows
+from flax_switch.training.checkpoint import Checkpoints
 from flax_switch.training.metrics import MetricsWriter, plain
 from flax_switch.training.progress import StopSignals, Stopwatch, TrainProgress, console
-from flax_switch.training.state import Run, TrainState, build_run, init_state
-from flax_switch.training.step import compile_eval_step
+from flax_switch.training.state import Run, TrainState
 from flax_switch.training.stepper import Stepper, build_stepper
 
 Batch = dict[str, np.ndarray]
@@ -36,7 +34,7 @@ class Examples(Protocol):
 
 @runtime_checkable
 class Evaluation(Protocol):
-    """What the loop asks of an evaluator: `training.evaluate.Evaluator`, or `finetuning.evaluate.TaskEvaluator`."""
+    """What the loop asks of an evaluator: `training.evaluate.Evaluator`, or `workflows.predictions.TaskEvaluator`."""
 
     def __call__(self, params: Any) -> dict[str, Any]: ...
 
@@ -58,25 +56,6 @@ class RunResult:
     evaluation: dict[str, Any] | None  # of the last step, where it finished
 
 
-def pretrain(config: ExperimentConfig, workdir: epath.PathLike) -> RunResult:
-    """Trains a model as `config` says, in `workdir`; the same call continues a run that was stopped or killed.
-
-    After SIGTERM or Ctrl-C the state is saved and the call returns with `finished=False`. After a kill the run continues from the
-    last complete checkpoint, with the losses it would have had. Raises `ConfigError` for settings or data that cannot be used,
-    before anything is compiled. With several processes (`flax_switch.distributed`) every one of them makes this call.
-    """
-    console.quiet = jax.process_index() != 0
-    distributed.require_same({"workdir": str(workdir), "jax": jax.__version__, **flat_fields(config)})
-    workdir = distributed.first_process_first(lambda: claim_workdir(workdir, config))
-    mesh = partitioning.create_mesh(config.mesh)
-    partitioning.check_batch_size(config.data.batch_size, mesh)
-    prepared = distributed.first_process_first(lambda: data.prepare(config.data, workdir=workdir, quiet=console.quiet))
-    distributed.require_same({"corpus and vocabulary (by hash)": prepared.fingerprint})
-    check_vocabulary(config, prepared.vocabulary)
-    run = build_run(config, mesh)
-    return train(run, prepared, workdir, lambda: Evaluator.of(run, prepared, compile_eval_step(run)), init_state)
-
-
 def train(
     run: Run,
     prepared: Examples,
@@ -88,7 +67,7 @@ def train(
     """Trains from the last checkpoint in `workdir`, or from `first_state(run)`, to the end or a signal."""
     config = run.config
     checkpoints = Checkpoints(workdir, config.train.keep_last, config.train.keep_every)
-    batches = prepared.train_iterator(partitioning.batch_rows(run.mesh, config.data.batch_size))
+    batches = prepared.train_iterator(batch_rows(run.mesh, config.data.batch_size))
     if checkpoints.latest_step() is None:
         state, start = first_state(run), 0
     else:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from flax_switch.data.files import in_store, write_text
+from flax_switch.host.files import in_store, write_text
 
 METRICS_FILE = "metrics.jsonl"
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from flax_switch.config import OptimizerConfig
-from flax_switch.partitioning import pmap_devices
+from flax_switch.parallel.pmap import pmap_devices
 from flax_switch.training.adafactor import AdafactorState, adafactor, state_axes
 
 

@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_switch import partitioning
 from flax_switch.data import Prepared, text_token_mask
 from flax_switch.data.examples import OBJECTIVES
 from flax_switch.data.statistics import most_frequent_share, unigram_entropy
 from flax_switch.ops.losses import token_cross_entropy
+from flax_switch.parallel.mesh import batch_rows, batch_sharding, replicated, shard_batch, traced_on
 from flax_switch.training.metrics import plain
 from flax_switch.training.state import Run, state_shardings
 from flax_switch.training.step import Batch, forward
@@ -52,13 +52,13 @@ def compile_probe_step(run: Run) -> Callable[[Any, Batch], dict[str, jax.Array]]
     """Returns `probe_step` jitted over the run's mesh."""
 
     def step(params, batch):
-        with partitioning.traced_on(run.mesh):
+        with traced_on(run.mesh):
             return probe_step(run, params, batch)
 
     return jax.jit(
         step,
-        in_shardings=(state_shardings(run).params, partitioning.batch_sharding(run.mesh)),
-        out_shardings=partitioning.replicated(run.mesh),
+        in_shardings=(state_shardings(run).params, batch_sharding(run.mesh)),
+        out_shardings=replicated(run.mesh),
     )
 
 
@@ -99,12 +99,12 @@ class Probe:
         below the text's own unigram entropy, the share of tokens and of whole spans that come out right given the right text
         before them, and the share that the most frequent piece would get.
         """
-        rows = partitioning.batch_rows(self.run.mesh, self.run.config.data.batch_size)
+        rows = batch_rows(self.run.mesh, self.run.config.data.batch_size)
         totals: dict[str, dict[str, np.ndarray]] = {"own": {}, "other": {}}
         for own, other in self.prepared.heldout_probes(self.batches, rows):
             for name, batch in (("own", own), ("other", other)):
                 ready = self._with_classes(batch)
-                sums = plain(self.step(params, partitioning.shard_batch(ready, self.run.mesh)))
+                sums = plain(self.step(params, shard_batch(ready, self.run.mesh)))
                 totals[name] = {key: totals[name].get(key, 0.0) + np.asarray(value) for key, value in sums.items()}
         own, other = totals["own"], totals["other"]
         if not own:

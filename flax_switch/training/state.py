@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flax_switch import partitioning
 from flax_switch.config import ExperimentConfig
-from flax_switch.config_finetuning import FinetuneConfig
-from flax_switch.nn.transformer import SwitchTransformer, init_params, logical_axes
+from flax_switch.config.finetuning import FinetuneConfig
+from flax_switch.nn.init import init_params, logical_axes
+from flax_switch.nn.transformer import SwitchTransformer
+from flax_switch.parallel.mesh import AnyMesh, tree_shardings, use_mesh
 from flax_switch.training.freezing import trainable_part
 from flax_switch.training.optimizer import build_optimizer, optimizer_state_axes
 
@@ -33,11 +34,11 @@ class Run:
     config: ExperimentConfig | FinetuneConfig = flax.struct.field(pytree_node=False)
     model: SwitchTransformer = flax.struct.field(pytree_node=False)
     optimizer: optax.GradientTransformation = flax.struct.field(pytree_node=False)
-    mesh: partitioning.AnyMesh = flax.struct.field(pytree_node=False)
+    mesh: AnyMesh = flax.struct.field(pytree_node=False)
     abstract_state: TrainState  # shapes, dtypes and shardings
 
 
-def build_run(config: ExperimentConfig | FinetuneConfig, mesh: partitioning.AnyMesh) -> Run:
+def build_run(config: ExperimentConfig | FinetuneConfig, mesh: AnyMesh) -> Run:
     """Model, optimiser and the abstract state with its shardings, without allocating an array."""
     model = SwitchTransformer(config.model)
     axes = logical_axes(model)
@@ -52,7 +53,7 @@ def build_run(config: ExperimentConfig | FinetuneConfig, mesh: partitioning.AnyM
         opt_state=optimizer_state_axes(abstract.opt_state, trained, trained_axes, config.optimizer),
         rng=(None,),
     )
-    shardings = partitioning.tree_shardings(state_axes, abstract, mesh, fsdp=config.mesh.fsdp)
+    shardings = tree_shardings(state_axes, abstract, mesh, fsdp=config.mesh.fsdp)
     abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
     return Run(config, model, optimizer, mesh, abstract)
 
@@ -63,7 +64,7 @@ def init_state(run: Run, params: Any = None) -> TrainState:
     Given parameters (of a checkpoint, laid out by `state_shardings(run).params`) stay where they are.
     """
     shardings = state_shardings(run)
-    with partitioning.use_mesh(run.mesh):
+    with use_mesh(run.mesh):
         if params is None:
             return jax.jit(lambda: _fresh(run.config, run.model, run.optimizer), out_shardings=shardings)()
         rest = jax.jit(

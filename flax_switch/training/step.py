@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flax_switch import partitioning
 from flax_switch.config import SwitchConfig
 from flax_switch.nn.outputs import ModelOutput
 from flax_switch.nn.transformer import SwitchEncoder
-from flax_switch.ops.groups import rows_of_whole_groups
+from flax_switch.ops.kernels.updates import updates_after
 from flax_switch.ops.losses import IGNORED_LABEL, LossOutput, loss_weights, seq2seq_loss, token_cross_entropy
+from flax_switch.ops.moe.groups import rows_of_whole_groups
+from flax_switch.parallel.mesh import batch_sharding, replicated, traced_on
+from flax_switch.parallel.pmap import pmap_devices
 from flax_switch.training.freezing import merged, trainable_part
 from flax_switch.training.optimizer import global_norm, learning_rate_schedule
 from flax_switch.training.state import Run, TrainState, is_split, state_shardings
@@ -61,7 +63,7 @@ def loss_and_grads(run: Run, params: Any, batch: Batch, rng: jax.Array, loss_of:
     pieces = run.config.train.microbatches
     labels, segments = batch["labels"], batch.get("decoder_segment_ids")
     _, divisor = loss_weights((labels != IGNORED_LABEL).astype(jnp.float32), config.loss_normalizer, segments)
-    devices = partitioning.pmap_devices()
+    devices = pmap_devices()
     if devices is not None:  # a constant is the whole batch's; other normalisers have counted this device's part
         divisor = devices.mean(divisor) if isinstance(config.loss_normalizer, str) else divisor / devices.size
 
@@ -95,7 +97,7 @@ def loss_and_grads(run: Run, params: Any, batch: Batch, rng: jax.Array, loss_of:
 
 def _over_devices(run: Run, grads: Any, metrics: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Inside a pmap: the means over its devices; an expert's gradients, which hold every peer's, over its replicas only."""
-    devices = partitioning.pmap_devices()
+    devices = pmap_devices()
     if devices is None:
         return grads, metrics
 
@@ -114,31 +116,19 @@ def trained_leaves(run: Run) -> Any:
 def train_step(run: Run, state: TrainState, batch: Batch, loss_of: Loss | None = None) -> tuple[TrainState, dict[str, Any]]:
     """One update, of `true_loss` where no other loss is given; `state.step` counts it."""
     rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-    devices = partitioning.pmap_devices()
+    devices = pmap_devices()
     if devices is not None:  # each draws its own dropout
         rng = jax.random.fold_in(rng, jax.lax.axis_index(devices.axis))
     grads, metrics = loss_and_grads(run, state.params, batch, rng, loss_of)
     trained = trainable_part(state.params, run.config.optimizer.trainable)
     norm = global_norm(grads, jax.tree.map(is_split, trained_leaves(run)))
     updates, opt_state = run.optimizer.update(grads, state.opt_state, trained)
-    updated: Any = optax.apply_updates(trained, _after(norm, updates))
+    updated: Any = optax.apply_updates(trained, updates_after(norm, updates))
     params = merged(state.params, updated)
     schedule = learning_rate_schedule(run.config.optimizer, run.config.train.steps)
     metrics["grad_norm"] = norm
     metrics["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
     return TrainState(state.step + 1, params, opt_state, state.rng), metrics
-
-
-def _after(norm: jax.Array, updates: Any) -> Any:
-    """The updates, on a processor not before all gradients are there, whose norm this is; all NaN there if the norm is NaN.
-
-    A parameter can be updated where it lies once the backward pass has read it. XLA for processors sees that only if the update
-    cannot come earlier, and else copies the parameters in every step. The loop ends a run whose loss is not finite in any case.
-    """
-    one = jax.lax.platform_dependent(
-        norm, cpu=lambda norm: jnp.where(norm >= 0, jnp.ones_like(norm), norm), default=lambda norm: jnp.ones_like(norm)
-    )
-    return jax.tree.map(lambda update: update * one.astype(update.dtype), updates)
 
 
 def eval_step(run: Run, params: Any, batch: Batch) -> dict[str, Any]:
@@ -190,13 +180,13 @@ def compile_train_step(run: Run) -> Callable[[TrainState, Batch], tuple[TrainSta
     shardings = state_shardings(run)
 
     def step(state, batch):
-        with partitioning.traced_on(run.mesh):
+        with traced_on(run.mesh):
             return train_step(run, state, batch)
 
     return jax.jit(
         step,
-        in_shardings=(shardings, partitioning.batch_sharding(run.mesh)),
-        out_shardings=(shardings, partitioning.replicated(run.mesh)),
+        in_shardings=(shardings, batch_sharding(run.mesh)),
+        out_shardings=(shardings, replicated(run.mesh)),
         donate_argnums=0,
     )
 
@@ -205,11 +195,11 @@ def compile_eval_step(run: Run) -> Callable[[Any, Batch], dict[str, Any]]:
     """`eval_step` jitted over the run's mesh."""
 
     def step(params, batch):
-        with partitioning.traced_on(run.mesh):
+        with traced_on(run.mesh):
             return eval_step(run, params, batch)
 
     return jax.jit(
         step,
-        in_shardings=(state_shardings(run).params, partitioning.batch_sharding(run.mesh)),
-        out_shardings=partitioning.replicated(run.mesh),
+        in_shardings=(state_shardings(run).params, batch_sharding(run.mesh)),
+        out_shardings=replicated(run.mesh),
     )

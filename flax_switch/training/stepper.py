@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from flax_switch import partitioning
 from flax_switch.config import check
-from flax_switch.partitioning import PmapDevices
+from flax_switch.parallel.mesh import replicated, shard_batch
+from flax_switch.parallel.pmap import PmapDevices, inside_pmap
 from flax_switch.training.state import Run, TrainState, is_split, state_shardings
 from flax_switch.training.step import Batch, compile_train_step, train_step
 
@@ -36,7 +36,7 @@ def build_stepper(run: Run) -> Stepper:
     if run.config.mesh.mode == "pmap":
         return _pmap_stepper(run)
     step = compile_train_step(run)
-    return Stepper(lambda state, batch: step(state, partitioning.shard_batch(batch, run.mesh)))
+    return Stepper(lambda state, batch: step(state, shard_batch(batch, run.mesh)))
 
 
 def _pmap_stepper(run: Run) -> Stepper:
@@ -57,7 +57,7 @@ def _pmap_stepper(run: Run) -> Stepper:
     axes = jax.tree.map(lambda leaf: 0 if is_split(leaf) else None, abstract)
 
     def body(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
-        with partitioning.inside_pmap(devices):
+        with inside_pmap(devices):
             return train_step(run, state, batch)
 
     pmapped = jax.pmap(
@@ -83,7 +83,7 @@ def _pmap_stepper(run: Run) -> Stepper:
         return jnp.moveaxis(x[: devices.expert], 0, axis).reshape(leaf.shape)
 
     by_device = NamedSharding(mesh, PartitionSpec(("data", "expert")))
-    held = jax.tree.map(lambda leaf: by_device if is_split(leaf) else partitioning.replicated(mesh), abstract)
+    held = jax.tree.map(lambda leaf: by_device if is_split(leaf) else replicated(mesh), abstract)
     return Stepper(
         step,
         hold=jax.jit(lambda state: jax.tree.map(stack, state, abstract), out_shardings=held),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mutation.operators import changes_of, context_of, is_text
 
-ROOMS = ("ops", "nn", "training", "generation", "data", "convert")
+ROOMS = ("ops", "nn", "training", "generation", "data", "convert", "host", "inspection", "workflows")
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ QUICK = "not slow and not hardware"
 # What tells most about a JAX that is newer than the one which the whole of quick meets, in a few minutes and without PyTorch.
 NEWEST_TESTS = [
     "tests/ops", "tests/nn", "tests/plan", "tests/training/test_step.py", "tests/training/test_adafactor.py",
-    "tests/training/test_expert_parallel.py", "tests/test_config.py",
+    "tests/training/test_expert_parallel.py", "tests/config/test_config.py",
 ]  # fmt: skip
 NO_TESTS_COLLECTED = 5
 

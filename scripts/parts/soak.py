@@ -10,7 +10,7 @@ from pathlib import Path
 from parts.run import ROOT, pytest_part
 from parts.table import Part
 
-TESTS = ["tests/training/test_resume.py", "tests/training/test_processes.py", "tests/training/test_object_storage.py"]
+TESTS = ["tests/training/test_resume.py", "tests/parallel/test_processes.py", "tests/training/test_object_storage.py"]
 TESTS += ["tests/data/test_data_pipeline.py"]
 KEPT = ROOT / ".soak" / "rounds.jsonl"
 

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from flax_switch import CheckpointError, SwitchConfig, load_pretrained, partitioning
+from flax_switch import CheckpointError, SwitchConfig, load_pretrained
 from flax_switch.config import ExperimentConfig, MeshConfig
 from flax_switch.convert import convert, detect_format, hub, open_checkpoint, stack_layers
 from flax_switch.convert.canonical import canonical_shapes, flatten, unflatten
 from flax_switch.data.vocabulary import Vocabulary
+from flax_switch.parallel.mesh import create_mesh
 from flax_switch.training.checkpoint import Checkpoints, claim_workdir
 from flax_switch.training.state import TrainState
 from tests.convert import oracle
@@ -160,7 +161,7 @@ def saved(tmp_path):
 
 
 def test_parameters_land_in_the_shardings_asked_for_and_each_block_is_read_once(saved, monkeypatch):
-    mesh = partitioning.create_mesh(MeshConfig(data=1, expert=4, model=2))
+    mesh = create_mesh(MeshConfig(data=1, expert=4, model=2))
     reads = []
     fromfile = np.fromfile
     monkeypatch.setattr(np, "fromfile", lambda *args, **kwargs: (reads.append(kwargs["count"]), fromfile(*args, **kwargs))[1])
@@ -175,7 +176,7 @@ def test_parameters_land_in_the_shardings_asked_for_and_each_block_is_read_once(
 
 
 def test_shardings_can_be_a_function_or_a_tree(saved):
-    mesh = partitioning.create_mesh(MeshConfig(data=8))
+    mesh = create_mesh(MeshConfig(data=8))
     everywhere = NamedSharding(mesh, PartitionSpec())
     by_function = load_pretrained(saved, shardings=lambda path: everywhere if path.startswith("encoder") else None)
     assert len(by_function.params["encoder"]["encoder_norm"]["scale"].sharding.device_set) == 8
@@ -189,7 +190,7 @@ def test_shardings_can_be_a_function_or_a_tree(saved):
 
 
 def test_scanned_parameters_load_into_shardings_of_their_own_paths(saved):
-    mesh = partitioning.create_mesh(MeshConfig(data=2, expert=4))
+    mesh = create_mesh(MeshConfig(data=2, expert=4))
     pretrained = load_pretrained(saved, mesh=mesh, scan_layers=True)
     leaf = flatten(pretrained.params)["encoder/encoder/subblock_1/mlp/expert/wi/kernel"]
     assert leaf.shape == (4, 2, 8, 16) and leaf.sharding.spec[0] == "expert"

@@ -10,7 +10,7 @@ from flax_switch import SwitchConfig, save_pretrained
 from flax_switch.cli import main
 from flax_switch.convert import open_checkpoint
 from flax_switch.convert.canonical import canonical_shapes
-from flax_switch.convert.inspect import collapse_layers, describe
+from flax_switch.inspection.checkpoint import collapse_layers, describe
 from tests.convert import oracle, t5x_files
 
 CONFIG = SwitchConfig(

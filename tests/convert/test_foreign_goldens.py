@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from flax_switch.config import ConfigError
-from flax_switch.config_huggingface import from_huggingface
+from flax_switch.config.huggingface import from_huggingface
 from flax_switch.convert.canonical import canonical_shapes
 from flax_switch.convert.huggingface import find_architecture, rules_for, settle_embeddings
 from flax_switch.convert.mapping import to_canonical

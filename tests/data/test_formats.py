@@ -12,7 +12,7 @@ import pytest
 from pyarrow import parquet
 
 from flax_switch.config import ConfigError, DataConfig
-from flax_switch.config_finetuning import FinetuneDataConfig
+from flax_switch.config.finetuning import FinetuneDataConfig
 from flax_switch.data import formats, packed, prepare, sources
 from flax_switch.data.tasks import read_task
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flax_switch.config import ConfigError
-from flax_switch.config_finetuning import FinetuneDataConfig, TaskConfig
+from flax_switch.config.finetuning import FinetuneDataConfig, TaskConfig
 from flax_switch.data.mixtures import Turns, integer_weights, mixing_rates, mixture_iterator
 from flax_switch.data.pairs import Pairs
 

@@ -8,7 +8,7 @@ import pyarrow.parquet
 import pytest
 
 from flax_switch.config import ConfigError
-from flax_switch.config_finetuning import FinetuneDataConfig, TaskConfig
+from flax_switch.config.finetuning import FinetuneDataConfig, TaskConfig
 from flax_switch.data.tasks import Example, prepare_tasks, read_task, spread
 
 ROWS = [("ba ke", "lo"), ("mi, nu", 'ra "se"'), ("ti", "vo")]

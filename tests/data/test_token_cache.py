@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from flax_switch.config import ConfigError
-from flax_switch.data import Vocabulary, cache, files
+from flax_switch.data import Vocabulary, cache
+from flax_switch.host import files
 
 
 def tokenize(documents, vocabulary, folder, corpus="a corpus", fraction=0.2):

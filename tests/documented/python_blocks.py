@@ -39,7 +39,7 @@ def _pairs() -> dict[str, Any]:
 
 
 def _settings() -> dict[str, Any]:
-    from flax_switch.config_finetuning import FinetuneDataConfig, TaskConfig
+    from flax_switch.config.finetuning import FinetuneDataConfig, TaskConfig
 
     return {"FinetuneDataConfig": FinetuneDataConfig, "TaskConfig": TaskConfig}
 

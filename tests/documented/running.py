@@ -18,7 +18,7 @@ from documented.finding import ROOT, Command
 from documented.stand_ins import FILES, PIECES, VOCAB_SIZE, Store, place
 from flax_switch import cli
 from flax_switch.commands import options
-from flax_switch.config_finetuning import FinetuneRecipe
+from flax_switch.config.finetuning import FinetuneRecipe
 
 # What a reader would put in the place of a word in capitals.
 PLACEHOLDERS = {

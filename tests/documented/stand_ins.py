@@ -113,7 +113,7 @@ def huggingface(sparse: bool) -> Callable[[Path], None]:
         import jax
 
         import flax_switch as fs
-        from flax_switch.nn.transformer import init_params
+        from flax_switch.nn.init import init_params
 
         layers = int(sparse)
         config = fs.SwitchConfig(

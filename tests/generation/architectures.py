@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_switch.config import SwitchConfig
-from flax_switch.nn.transformer import SwitchTransformer, init_params
+from flax_switch.nn.init import init_params
+from flax_switch.nn.transformer import SwitchTransformer
 
 BASE = SwitchConfig(
     vocab_size=64, d_model=16, num_heads=2, d_kv=8, d_ff=32, num_encoder_layers=2, num_decoder_layers=2,

@@ -17,7 +17,7 @@ from architectures import AXES, BASE, CAPACITIES, TRAINING_ONLY, Uncached, combi
 from textbook import beam_search, greedy_search
 
 from flax_switch.config import SwitchConfig
-from flax_switch.config_huggingface import SEMANTICS
+from flax_switch.config.huggingface import SEMANTICS
 from flax_switch.generation import generate
 from flax_switch.generation.device import Device
 from flax_switch.nn.transformer import SwitchTransformer

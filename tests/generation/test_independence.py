@@ -11,7 +11,7 @@ from flax_switch.generation.device import Device
 from flax_switch.generation.experts import split_experts
 from flax_switch.generation.program import run_program
 from flax_switch.nn.transformer import SwitchTransformer
-from flax_switch.partitioning import create_mesh
+from flax_switch.parallel.mesh import create_mesh
 from flax_switch.pretrained import load_pretrained
 
 CONTROLS = [dict(), pytest.param(dict(num_beams=3), marks=pytest.mark.slow)]

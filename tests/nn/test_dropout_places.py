@@ -15,8 +15,9 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flax_switch.config import SwitchConfig
+from flax_switch.nn.init import init_params
 from flax_switch.nn.layer import Layer, LayerInputs
-from flax_switch.nn.transformer import SwitchTransformer, init_params
+from flax_switch.nn.transformer import SwitchTransformer
 
 B, L, D, H, F, RATE = 96, 4, 32, 4, 16, 0.3
 CONFIG = SwitchConfig(

@@ -11,7 +11,8 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flax_switch.config import SwitchConfig
-from flax_switch.nn.transformer import SwitchTransformer, init_params, logical_axes
+from flax_switch.nn.init import init_params, logical_axes
+from flax_switch.nn.transformer import SwitchTransformer
 from flax_switch.ops.losses import seq2seq_loss
 
 GOLDENS = Path(__file__).parents[1] / "goldens"

@@ -8,7 +8,7 @@ import pytest
 
 from flax_switch.config import MeshConfig, SwitchConfig
 from flax_switch.nn.moe import SparseMLP
-from flax_switch.partitioning import batch_sharding, create_mesh, use_mesh
+from flax_switch.parallel.mesh import batch_sharding, create_mesh, use_mesh
 
 MODEL = SwitchConfig(
     d_model=16, num_heads=2, d_kv=8, d_ff=16, num_encoder_layers=1, num_decoder_layers=1, num_sparse_encoder_layers=1,

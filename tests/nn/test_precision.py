@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from flax_switch.config import SwitchConfig
+from flax_switch.nn.init import init_params
 from flax_switch.nn.layers import Embedding, RMSNorm
-from flax_switch.nn.transformer import SwitchTransformer, init_params
+from flax_switch.nn.transformer import SwitchTransformer
 from flax_switch.ops.attention import dot_product_attention
 from flax_switch.ops.losses import token_cross_entropy
 

@@ -9,9 +9,10 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flax_switch.config import SwitchConfig
-from flax_switch.nn.transformer import SwitchEncoder, SwitchTransformer, init_params, logical_axes
+from flax_switch.config.presets import PRESETS
+from flax_switch.nn.init import init_params, logical_axes
+from flax_switch.nn.transformer import SwitchEncoder, SwitchTransformer
 from flax_switch.ops.losses import seq2seq_loss
-from flax_switch.presets import PRESETS
 
 CONFIG = SwitchConfig(
     vocab_size=50, d_model=16, num_heads=2, d_kv=8, d_ff=24, num_encoder_layers=2, num_decoder_layers=2,

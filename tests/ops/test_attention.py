@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_switch.ops.attention import MASKED, dot_product_attention
+from flax_switch.ops.attention import dot_product_attention
 from flax_switch.ops.dropout import keep_mask
+from flax_switch.ops.kernels.attention import MASKED
 
 B, Q, T, H, K = 3, 5, 7, 2, 4
 

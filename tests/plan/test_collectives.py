@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from flax_switch.config import MeshConfig
-from flax_switch.partitioning import create_mesh
+from flax_switch.parallel.mesh import create_mesh
 from flax_switch.plan.collectives import Collective, collectives
 
 TEXT = """HloModule jit_step, is_scheduled=true, entry_computation_layout={()->f32[]}, num_partitions=8

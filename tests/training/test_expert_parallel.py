@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_switch import partitioning
 from flax_switch.config import DataConfig, ExperimentConfig, MeshConfig, SwitchConfig
 from flax_switch.nn.moe import SparseMLP
+from flax_switch.parallel.mesh import batch_sharding, create_mesh, use_mesh
 from flax_switch.plan.collectives import collectives
 from flax_switch.training.state import build_run
 from flax_switch.training.step import compile_train_step
@@ -25,9 +25,9 @@ MODEL = SwitchConfig(
 def compiled(model, mesh_config, devices=None):
     """The HLO of a train step, and its run."""
     config = ExperimentConfig(model=model, data=DataConfig(batch_size=ROWS), mesh=mesh_config)
-    mesh = partitioning.create_mesh(mesh_config, devices)
+    mesh = create_mesh(mesh_config, devices)
     run = build_run(config, mesh)
-    ids = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32, sharding=partitioning.batch_sharding(mesh))
+    ids = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32, sharding=batch_sharding(mesh))
     names = ("input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask", "labels")
     return collectives(compile_train_step(run).lower(run.abstract_state, dict.fromkeys(names, ids)).compile().as_text()), run
 
@@ -70,11 +70,11 @@ def test_groups_that_would_lie_on_two_devices_are_left_to_the_partitioner_and_sa
     config = MODEL.replace(routing_group="tokens", group_size=48, dropout_rate=0.0)
     module, x = SparseMLP(config, "encoder"), jnp.asarray(np.random.default_rng(0).normal(size=(8, 12, 16)), jnp.float32)
     variables = nn.unbox(module.init(jax.random.key(0), x[:1], padding_mask=None, deterministic=True))
-    mesh = partitioning.create_mesh(MeshConfig(data=2, expert=4))
+    mesh = create_mesh(MeshConfig(data=2, expert=4))
     apply = jax.jit(lambda variables, x: module.apply(variables, x, padding_mask=None, deterministic=True))
     want = apply(variables, x)
-    with partitioning.use_mesh(mesh):
-        got = apply(variables, jax.device_put(x, partitioning.batch_sharding(mesh)))
+    with use_mesh(mesh):
+        got = apply(variables, jax.device_put(x, batch_sharding(mesh)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), jax.device_get(got), jax.device_get(want))
     assert "would cut through groups" in caplog.text
 

@@ -8,7 +8,7 @@ import pytest
 from flax_switch.config import SwitchConfig
 from flax_switch.data import Vocabulary
 from flax_switch.training.findings import findings
-from flax_switch.training.finish import _pieces
+from flax_switch.workflows.finish import _pieces
 
 MODEL = SwitchConfig(
     num_experts=4, num_encoder_layers=2, num_decoder_layers=2, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1

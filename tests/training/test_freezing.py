@@ -6,8 +6,9 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from flax_switch.config import ConfigError, ExperimentConfig, OptimizerConfig, SwitchConfig
-from flax_switch.nn.transformer import SwitchTransformer, init_params
-from flax_switch.partitioning import create_mesh
+from flax_switch.nn.init import init_params
+from flax_switch.nn.transformer import SwitchTransformer
+from flax_switch.parallel.mesh import create_mesh
 from flax_switch.training.freezing import PRESETS, merged, trainable_part
 from flax_switch.training.state import build_run
 

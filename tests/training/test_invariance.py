@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from flax_switch.config import ConfigError, DataConfig, ExperimentConfig, MeshConfig, OptimizerConfig, SwitchConfig, TrainConfig
-from flax_switch.partitioning import create_mesh, shard_batch, traced_on
-from flax_switch.recipes import load_recipe
-from flax_switch.training.loop import pretrain
+from flax_switch.config.recipes import load_recipe
+from flax_switch.parallel.mesh import create_mesh, shard_batch, traced_on
 from flax_switch.training.metrics import read_metrics
 from flax_switch.training.state import build_run, init_state
 from flax_switch.training.step import loss_and_grads
 from flax_switch.training.stepper import build_stepper
+from flax_switch.workflows.pretrain import pretrain
 
 MODEL = SwitchConfig(
     vocab_size=64, d_model=16, num_heads=2, d_kv=8, d_ff=16, num_encoder_layers=1, num_decoder_layers=1,

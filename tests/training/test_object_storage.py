@@ -12,12 +12,14 @@ from object_store import fake_bucket
 import flax_switch as fs
 from flax_switch.config import ConfigError, DataConfig, ExperimentConfig, MeshConfig, OptimizerConfig, SwitchConfig, TrainConfig
 from flax_switch.convert.tensors import CheckpointError
-from flax_switch.data import files, sources
-from flax_switch.nn.transformer import SwitchTransformer, init_params
-from flax_switch.training.finish import finish
-from flax_switch.training.loop import pretrain
+from flax_switch.data import sources
+from flax_switch.host import files
+from flax_switch.nn.init import init_params
+from flax_switch.nn.transformer import SwitchTransformer
 from flax_switch.training.metrics import MetricsWriter, read_metrics
-from flax_switch.training.report import write_report
+from flax_switch.workflows.finish import finish
+from flax_switch.workflows.pretrain import pretrain
+from flax_switch.workflows.report import write_report
 
 TIMING = ("seconds_per_step", "tokens_per_second", "data_wait_fraction")
 

@@ -11,7 +11,7 @@ from flax_switch.data.batches import IGNORED
 from flax_switch.data.examples import OBJECTIVES
 from flax_switch.nn.outputs import ModelOutput
 from flax_switch.nn.transformer import SwitchTransformer
-from flax_switch.partitioning import create_mesh
+from flax_switch.parallel.mesh import create_mesh
 from flax_switch.training.findings import findings
 from flax_switch.training.probe import Probe, describe
 from flax_switch.training.state import build_run, init_state

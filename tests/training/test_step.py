@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import PartitionSpec as P
 
 from flax_switch.config import ConfigError, DataConfig, ExperimentConfig, MeshConfig, OptimizerConfig, SwitchConfig, TrainConfig
-from flax_switch.partitioning import batch_ways, create_mesh, mesh_shape, partition_spec, shard_batch, use_mesh
+from flax_switch.parallel.mesh import batch_ways, create_mesh, mesh_shape, partition_spec, shard_batch, use_mesh
 from flax_switch.training.optimizer import learning_rate_schedule
 from flax_switch.training.state import build_run, init_state
 from flax_switch.training.step import compile_train_step, loss_and_grads

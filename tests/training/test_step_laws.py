@@ -9,7 +9,7 @@ from flax.traverse_util import flatten_dict
 
 from flax_switch.config import DataConfig, ExperimentConfig, MeshConfig, OptimizerConfig, SwitchConfig, TrainConfig
 from flax_switch.ops.losses import seq2seq_loss
-from flax_switch.partitioning import create_mesh
+from flax_switch.parallel.mesh import create_mesh
 from flax_switch.training.state import build_run, init_state
 from flax_switch.training.step import compile_train_step, eval_step, loss_and_grads, train_step
 from flax_switch.training.stepper import build_stepper

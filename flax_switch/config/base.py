@@ -1,0 +1,115 @@
+"""What every config dataclass shares: it checks the types of its fields, and its errors name the nearest setting."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import numbers
+import types
+import typing
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Self
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used: the message says what was expected, what came and what to change."""
+
+
+def check(condition: Any, message: str) -> None:
+    """Raises `ConfigError(message)` unless `condition` holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
+def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    """Raises unless `value` is one of `allowed`, and suggests the nearest."""
+    if value in allowed:
+        return
+    near = difflib.get_close_matches(str(value), allowed, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ConfigError(f"{name} must be one of {', '.join(map(repr, allowed))}; it is {value!r}.{hint}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Section:
+    """What all config dataclasses share: type checks, replace, to and from plain dicts, errors that name the nearest key."""
+
+    if not TYPE_CHECKING:  # type checkers know the fields from each class
+
+        def __new__(cls, *values: Any, **named: Any) -> Self:
+            """Refuses a keyword that is no field before the constructor does, and names the nearest one."""
+            reject_unknown_keys(cls, named)
+            return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        for name, hint in _type_hints(type(self)).items():
+            value = getattr(self, name)
+            check(
+                _fits(value, hint),
+                f"{type(self).__name__}.{name} must be {_describe(hint)}; it is {value!r} ({type(value).__name__}).",
+            )
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed; validated again."""
+        reject_unknown_keys(type(self), changes)
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain, JSON-able dict of every field (tuples become lists, sections become dicts)."""
+
+        def plain(value: Any) -> Any:
+            if isinstance(value, _Section):
+                return value.to_dict()
+            return [plain(v) for v in value] if isinstance(value, (tuple, list)) else value
+
+        return {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`. Unknown keys are errors that name the nearest field; absent keys take their defaults."""
+        reject_unknown_keys(cls, values)
+        sections = {f.name: f.default_factory for f in dataclasses.fields(cls) if isinstance(f.default_factory, type)}
+        built = {}
+        for key, value in values.items():
+            section = sections.get(key)
+            if isinstance(section, type) and issubclass(section, _Section):
+                built[key] = value if isinstance(value, section) else section.from_dict(value)
+            else:
+                built[key] = _tuples(value)
+        return cls(**built)
+
+
+@functools.cache
+def _type_hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value has the annotated type; an int is a fine float, and a bool is no number."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return any(_fits(value, option) for option in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        item = typing.get_args(hint)[0]
+        return isinstance(value, tuple) and all(_fits(v, item) for v in value)
+    if hint in (int, float):
+        return isinstance(value, numbers.Integral if hint is int else numbers.Real) and not isinstance(value, bool)
+    return value is None if hint is type(None) else isinstance(value, hint)
+
+
+def _describe(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("NoneType", "None")
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
+
+
+def reject_unknown_keys(cls: type, keys: Mapping[str, Any]) -> None:
+    """Raises `ConfigError` for the first key that is no field of `cls`, naming the nearest one."""
+    names = [f.name for f in dataclasses.fields(cls)]
+    for key in keys:
+        if key not in names:
+            near = difflib.get_close_matches(key, names, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else f" Its fields are: {', '.join(names)}."
+            raise ConfigError(f"{cls.__name__} has no field {key!r}.{hint}")

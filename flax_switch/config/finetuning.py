@@ -1,0 +1,209 @@
+"""Settings of fine-tuning: tasks and their mixture, evaluation by generation, and T5X's defaults for the optimiser.
+
+A recipe says what of a checkpoint's config changes (`FinetuneRecipe.model`); with the checkpoint it becomes a `FinetuneConfig`,
+which is what a run's workdir holds. Like `flax_switch.config`, this module imports nothing but the standard library.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from flax_switch.config import MeshConfig, OptimizerConfig, SwitchConfig, TrainConfig, check, one_of, reject_unknown_keys
+from flax_switch.config.base import _Section
+
+# Metric -> the scores it gives, all of them the higher the better.
+METRICS: dict[str, tuple[str, ...]] = {
+    "bleu": ("bleu",),
+    "chrf": ("chrf",),
+    "rouge": ("rouge1", "rouge2", "rougeL", "rougeLsum"),
+    "exact_match": ("exact_match",),
+    "f1": ("f1",),
+    "accuracy": ("accuracy",),
+}
+LOSS = "cross_entropy"  # of the validation targets; the one score that is better when lower
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskConfig(_Section):
+    """One text-to-text task: where its examples are, and how inputs and targets read.
+
+    `train` and `validation` name files, folders or globs of records (.jsonl, .json, .tsv, .csv, .parquet, .arrayrecord), a folder
+    that `datasets` saved, or the common stem of two plain text files whose endings are `inputs` and `targets`: corpus/train with
+    "en" and "de" means corpus/train.en and corpus/train.de.
+    """
+
+    name: str = "task"
+    train: str | tuple[str, ...] | None = None
+    validation: str | tuple[str, ...] | None = None  # None: data.validation_fraction of train
+    inputs: str | int = "inputs"  # a field (translation.en reaches inside), a column's number, or "question: {question} ..."
+    targets: str | int = "targets"  # likewise; a list of texts is several references, the first of which is learnt
+    prefix: str = ""  # before every input, such as "summarize: "
+    labels: tuple[str, ...] = ()  # the texts that whole-number targets 0, 1, ... stand for
+    metrics: tuple[str, ...] | None = None  # None: evaluation.metrics
+    rate: float | None = None  # in a mixture; None: by the number of examples
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for metric in self.metrics or ():
+            one_of(f"the metrics of {self.name!r}", metric, tuple(METRICS))
+        check(self.rate is None or self.rate > 0, f"The rate of task {self.name!r} must be positive; it is {self.rate}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneDataConfig(TaskConfig):
+    """The data of a fine-tuning run: one task, given by the fields of `TaskConfig`, or several in `tasks`; and their batches."""
+
+    tasks: tuple[TaskConfig, ...] = ()
+    mixing_limit: int | None = None  # K: a task counts as at most so many examples (T5's examples-proportional mixing)
+    mixing_temperature: float = 1.0  # T: rates are min(examples, K) ** (1/T)
+    validation_fraction: float = 0.05  # of examples, by a hash of their inputs, where a task names no validation file
+    skip_empty: bool = False  # leave out examples without inputs or targets, instead of refusing the file
+    inputs_length: int = 512  # tokens, EOS included; what is longer is cut off, and its share reported
+    targets_length: int = 128
+    batch_size: int = 128  # rows per step over all processes
+    batch_tokens: int | None = None  # source tokens per step: decides batch_size where it is set
+    packing: bool = False  # several short examples in a row, with segment ids
+    shuffle: bool = True
+    seed: int = 0
+    num_workers: int = 0
+    prefetch: int = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.batch_tokens is not None:
+            check(
+                self.batch_tokens >= self.inputs_length >= 1,
+                f"data.batch_tokens ({self.batch_tokens}) must hold at least one row of data.inputs_length ({self.inputs_length}).",
+            )
+            object.__setattr__(self, "batch_size", self.batch_tokens // self.inputs_length)
+        for name in ("inputs_length", "targets_length", "batch_size", "prefetch"):
+            check(getattr(self, name) >= 1, f"data.{name} must be at least 1; it is {getattr(self, name)}.")
+        check(self.num_workers >= 0, f"data.num_workers must not be negative; it is {self.num_workers}.")
+        check(
+            0.0 <= self.validation_fraction < 1.0, f"data.validation_fraction must lie in [0, 1); it is {self.validation_fraction}."
+        )
+        check(self.mixing_temperature > 0, f"data.mixing_temperature must be positive; it is {self.mixing_temperature}.")
+        check(
+            self.mixing_limit is None or self.mixing_limit >= 1, f"data.mixing_limit must be at least 1; it is {self.mixing_limit}."
+        )
+        names = [task.name for task in self.tasks]
+        check(len(set(names)) == len(names), f"The tasks of a mixture need different names; these are {', '.join(names)}.")
+        check(
+            not self.tasks or (self.train is None and self.validation is None),
+            "data.train and data.validation are one task's; with data.tasks each task names its own files.",
+        )
+        rated = [task.rate is not None for task in self.tasks]
+        check(all(rated) or not any(rated), "Either every task of a mixture has a rate, or none: then numbers of examples decide.")
+
+    @property
+    def mixture(self) -> tuple[TaskConfig, ...]:
+        """The tasks, of which there may be one."""
+        if self.tasks:
+            return self.tasks
+        return (TaskConfig(**{field.name: getattr(self, field.name) for field in dataclasses.fields(TaskConfig)}),)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> FinetuneDataConfig:
+        """As for every section; tasks may be dicts."""
+        tasks = tuple(task if isinstance(task, TaskConfig) else TaskConfig.from_dict(task) for task in values.get("tasks") or ())
+        return super().from_dict({**values, "tasks": tasks})
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig(_Section):
+    """Evaluation on the validation examples: generation with beams, metrics, the best checkpoint, early stopping."""
+
+    metrics: tuple[str, ...] = ()  # of METRICS
+    best: str | None = None  # the score by which the best checkpoint is kept; None: the first metric's, else cross_entropy
+    patience: int | None = None  # evaluations in a row without a new best after which training ends
+    max_examples: int | None = None  # of each task, spread evenly over its validation examples
+    batch_size: int = 32
+    num_beams: int = 4
+    brevity_penalty: float | None = 0.6  # T5X's alpha
+    max_new_tokens: int | None = None  # None: data.targets_length
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for metric in self.metrics:
+            one_of("evaluation.metrics", metric, tuple(METRICS))
+        for name in ("patience", "max_examples", "batch_size", "num_beams", "max_new_tokens"):
+            value = getattr(self, name)
+            check(value is None or value >= 1, f"evaluation.{name} must be at least 1; it is {value}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneOptimizerConfig(OptimizerConfig):
+    """The optimiser; the defaults are T5X's for fine-tuning: Adafactor at a constant 1e-3."""
+
+    schedule: str = "constant"
+    learning_rate: float = 1e-3
+    warmup_steps: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneTrainConfig(TrainConfig):
+    """The training loop; an evaluation generates, so it costs more than pre-training's."""
+
+    steps: int = 10_000
+    eval_every: int = 500
+    checkpoint_every: int = 500
+    keep_last: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneConfig(_Section):
+    """A whole fine-tuning run, with the model's config in full: what its workdir holds."""
+
+    model: SwitchConfig = dataclasses.field(default_factory=SwitchConfig)
+    data: FinetuneDataConfig = dataclasses.field(default_factory=FinetuneDataConfig)
+    optimizer: FinetuneOptimizerConfig = dataclasses.field(default_factory=FinetuneOptimizerConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    train: FinetuneTrainConfig = dataclasses.field(default_factory=FinetuneTrainConfig)
+    evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
+    init: str = ""  # where the parameters came from
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(
+            self.data.batch_size % self.train.microbatches == 0,
+            f"train.microbatches ({self.train.microbatches}) must divide data.batch_size ({self.data.batch_size}).",
+        )
+        one_of("evaluation.best", self.best, (*self.scores, LOSS))
+
+    def metrics_of(self, task: TaskConfig) -> tuple[str, ...]:
+        """The metrics a task is evaluated with."""
+        return self.evaluation.metrics if task.metrics is None else task.metrics
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """The names of the scores that evaluation gives, each once."""
+        return tuple(dict.fromkeys(score for task in self.data.mixture for m in self.metrics_of(task) for score in METRICS[m]))
+
+    @property
+    def best(self) -> str:
+        """The score by which the best checkpoint is kept."""
+        return self.evaluation.best or next(iter(self.scores), LOSS)
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneRecipe(_Section):
+    """What a fine-tuning recipe in configs/ says; `model` holds the fields of the checkpoint's config that it changes."""
+
+    model: dict = dataclasses.field(default_factory=dict)
+    data: FinetuneDataConfig = dataclasses.field(default_factory=FinetuneDataConfig)
+    optimizer: FinetuneOptimizerConfig = dataclasses.field(default_factory=FinetuneOptimizerConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    train: FinetuneTrainConfig = dataclasses.field(default_factory=FinetuneTrainConfig)
+    evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        reject_unknown_keys(SwitchConfig, self.model)
+        self.resolve(SwitchConfig())
+
+    def resolve(self, model: SwitchConfig, init: str = "") -> FinetuneConfig:
+        """The run's config, for a checkpoint whose config (with the changes made) is `model`."""
+        sections = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "model"}
+        return FinetuneConfig(model=model, init=init, **sections)

@@ -1,0 +1,313 @@
+"""Hugging Face's `config.json` as a `SwitchConfig`, and back.
+
+Two kinds of folder are understood: `switch_transformers`, and `t5` (1.0 and 1.1) for models without sparse layers. A config read
+from Hugging Face carries Hugging Face's semantics: a fixed expert capacity per sequence, padding that takes slots, probabilities
+in the activations' dtype, losses concatenated on the length axis, no z-loss on the logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from flax_switch.config import ConfigError, SwitchConfig, check, sparse_layers
+
+NEVER_DROPS = 2**31 - 1  # an expert_capacity no sequence reaches: how Hugging Face's config says "dropless"
+
+# Fields both sides have: ours, Hugging Face's, and the default transformers gives an absent key.
+_COMMON = (
+    ("vocab_size", "vocab_size", 32128),
+    ("d_kv", "d_kv", 64),
+    ("d_ff", "d_ff", 2048),
+    ("relative_attention_num_buckets", "relative_attention_num_buckets", 32),
+    ("relative_attention_max_distance", "relative_attention_max_distance", 128),
+    ("dropout_rate", "dropout_rate", 0.1),
+    ("layer_norm_epsilon", "layer_norm_epsilon", 1e-6),
+)
+_SWITCH = (
+    *_COMMON,
+    ("d_model", "d_model", 768),
+    ("num_heads", "num_heads", 12),
+    ("num_encoder_layers", "num_layers", 12),
+    ("num_sparse_encoder_layers", "num_sparse_encoder_layers", 3),
+    ("num_sparse_decoder_layers", "num_sparse_decoder_layers", 3),
+    ("num_experts", "num_experts", 8),
+    ("router_bias", "router_bias", False),
+    ("router_jitter_noise", "router_jitter_noise", 0.01),
+    ("router_dtype", "router_dtype", "float32"),
+    ("router_z_loss_coef", "router_z_loss_coef", 0.001),
+    ("load_balancing_loss_coef", "router_aux_loss_coef", 0.001),
+)
+_T5 = (
+    *_COMMON,
+    ("d_model", "d_model", 512),
+    ("num_heads", "num_heads", 8),
+    ("num_encoder_layers", "num_layers", 6),
+)
+
+# What gives a model its shape, and stands in every file that transformers writes. Where one is absent and there is a key that is
+# not known here, that key may be its new name.
+_SHAPE = ("vocab_size", "d_model", "d_kv", "d_ff", "num_heads", "num_layers", "num_experts")
+# Keys that transformers writes, now or once, and that change nothing here, or are read apart from the tables.
+_OTHER = {
+    "model_type", "num_decoder_layers", "expert_capacity", "tie_word_embeddings", "dtype", "torch_dtype", "architectures",
+    "pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "is_encoder_decoder", "is_decoder", "use_cache",
+    "dense_act_fn", "is_gated_act", "feed_forward_proj", "initializer_factor", "add_router_probs", "add_cross_attention",
+    "decoder_sparse_step", "encoder_sparse_step", "is_full_sparse", "router_type", "num_selected_experts",
+    "router_ignore_padding_tokens", "transformers_version", "n_positions", "output_past", "task_specific_params",
+    "classifier_dropout", "scale_decoder_outputs", "batch_prioritized_routing", "dropout", "gradient_checkpointing",
+}  # fmt: skip
+
+# What Hugging Face does, whatever the model: the settings of ours that say the same.
+SEMANTICS: dict[str, Any] = dict(
+    capacity_mode="fixed",
+    routing_group="sequence",
+    ignore_padding_tokens=False,
+    zero_padding_activations=False,
+    cast_router_probs=True,
+    router_loss_reduction="huggingface",
+    z_loss_coef=0.0,
+    label_smoothing=0.0,
+    expert_dropout_rate=None,
+    expert_dtype=None,
+)
+# Those of them that change the forward pass of a given model: `to_huggingface` will not drop them in silence.
+_FORWARD = ("capacity_mode", "routing_group", "ignore_padding_tokens", "zero_padding_activations")
+
+# What Hugging Face's classes cannot compute, and so a model must not have.
+_UNREPRESENTABLE = {
+    "num_selected_experts": 1,
+    "router_type": "tokens_choose",
+    "batch_prioritized_routing": False,
+    "normalize_router_weights": False,
+    "extra_mlp": False,
+    "shared_expert": False,
+    "expert_d_ff": None,
+}
+_ACTIVATION_ALIASES = {"gelu_pytorch_tanh": "gelu_new", "gelu_python": "gelu"}
+
+
+def from_huggingface(values: Mapping[str, Any]) -> SwitchConfig:
+    """The config that a transformers `config.json` describes, with Hugging Face's semantics.
+
+    Args:
+      values: the parsed file. `model_type` must be `switch_transformers` or `t5`; unknown keys are ignored, as transformers does,
+        and absent ones take transformers' defaults, but not both where the model's shape is concerned. Stale keys of released
+        files (`encoder_sparse_step`, `is_full_sparse`, `router_type`, `num_selected_experts`, `router_ignore_padding_tokens`)
+        have no effect there and none here.
+
+    Raises:
+      ConfigError: for another `model_type`, an activation we lack, several end-of-sequence ids, or a size that is absent beside a
+        key that is not known.
+    """
+    model_type = values.get("model_type", "switch_transformers")
+    check(
+        model_type in ("switch_transformers", "t5"),
+        f"config.json has model_type {model_type!r}; flax_switch reads 'switch_transformers' and, for dense models, 't5'.",
+    )
+    table = _SWITCH if model_type == "switch_transformers" else _T5
+    _check_keys(values, table)
+    fields: dict[str, Any] = {ours: values.get(theirs, default) for ours, theirs, default in table}
+    decoder_layers = values.get("num_decoder_layers")
+    # An old file has no num_decoder_layers in T5's case, and an explicit null in Switch's: both mean a symmetric model.
+    absent = 12 if model_type == "switch_transformers" and "num_decoder_layers" not in values else fields["num_encoder_layers"]
+    fields["num_decoder_layers"] = absent if decoder_layers is None else decoder_layers
+    dtype = values.get("dtype", values.get("torch_dtype")) or "float32"
+    fields["dtype"] = fields["param_dtype"] = str(dtype).removeprefix("torch.")
+    pad = values.get("pad_token_id")
+    fields["pad_token_id"] = 0 if pad is None else pad
+    fields["eos_token_id"] = _single_id(values.get("eos_token_id", 1))
+    start = values.get("decoder_start_token_id")
+    fields["decoder_start_token_id"] = fields["pad_token_id"] if start is None else start
+    if model_type == "t5":
+        return SwitchConfig(**fields, **_t5_fields(values), **SEMANTICS)
+    tied = values.get("tie_word_embeddings", True)
+    capacity = values.get("expert_capacity", 64)
+    semantics: dict[str, Any] = dict(SEMANTICS, capacity_mode="dropless" if capacity >= NEVER_DROPS else "fixed")
+    return SwitchConfig(
+        **fields,
+        **semantics,
+        expert_capacity=64 if capacity >= NEVER_DROPS else capacity,
+        mlp_activations=_switch_activations(values),
+        sparse_layout="huggingface",
+        tie_word_embeddings=tied,
+        separate_embeddings=not tied,
+    )
+
+
+def _check_keys(values: Mapping[str, Any], table: tuple[tuple[str, str, Any], ...]) -> None:
+    """Refuses a file in which a size may have a new name, rather than take the default for it."""
+    read = {theirs for _, theirs, _ in table}
+    absent = [name for name in _SHAPE if name in read and name not in values]
+    unknown = sorted(key for key in values if key not in read | _OTHER and not key.startswith("_"))
+    check(
+        not absent or not unknown,
+        f"config.json has no {', '.join(absent)}, but keys that are not known here: {', '.join(map(repr, unknown))}. If one is the "
+        "new name of the other, take a newer flax_switch (docs/versions.md); else write the size into the file, or remove the key.",
+    )
+
+
+def to_huggingface(config: SwitchConfig) -> dict[str, Any]:
+    """The `config.json` of a config: the inverse of `from_huggingface`.
+
+    A model without sparse layers becomes a T5 config, unless it was read from a `switch_transformers` one.
+
+    Raises:
+      ConfigError: naming every field that Hugging Face cannot represent. `with_huggingface_semantics` changes those that are a
+        matter of behaviour (capacity, groups, padding) and not of the weights.
+    """
+    problems = _architecture_problems(config)
+    if config.is_sparse:
+        wanted = dict(SEMANTICS, capacity_mode=("fixed", "dropless"))
+        for name in _FORWARD:
+            value, allowed = getattr(config, name), wanted[name]
+            if value != allowed and value not in (allowed if isinstance(allowed, tuple) else ()):
+                problems.append(f"{name}={value!r} (there it is {allowed!r}; see flax_switch.config.huggingface.SEMANTICS)")
+    _refuse(problems)
+    return _t5_config(config) if _is_dense(config) else _switch_config(config)
+
+
+def with_huggingface_semantics(config: SwitchConfig) -> tuple[SwitchConfig, dict[str, tuple[Any, Any]]]:
+    """The config of the same weights as Hugging Face would run them, and what changed: {field: (before, after)}.
+
+    A dropless config stays dropless. A capacity factor becomes the fixed `expert_capacity` per sequence. A sparse layout is
+    written the way Hugging Face counts it.
+
+    Raises:
+      ConfigError: naming the fields that no setting can bring over, gated experts or a second choice for instance.
+    """
+    _refuse(_architecture_problems(config))
+    changes = dict(SEMANTICS)
+    if config.capacity_mode == "dropless":
+        changes["capacity_mode"] = "dropless"
+    changed = {name: (getattr(config, name), new) for name, new in changes.items() if getattr(config, name) != new}
+    return config.replace(**changes), changed
+
+
+def _architecture_problems(config: SwitchConfig) -> list[str]:
+    """One phrase for each field that makes a model Hugging Face's classes cannot compute."""
+    problems = []
+    if config.is_sparse:
+        if config.is_gated:
+            problems.append(f"mlp_activations={config.mlp_activations!r} (its experts are not gated)")
+        for name, allowed in _UNREPRESENTABLE.items():
+            value = getattr(config, name)
+            if value != allowed and not (name == "expert_d_ff" and value == config.d_ff):
+                problems.append(f"{name}={value!r} (there it is {allowed!r})")
+        for stack in ("encoder", "decoder"):
+            if _num_sparse(config, stack) is None:
+                field = f"{stack}_sparse_layers" if getattr(config, f"{stack}_sparse_layers") is not None else "sparse_layout"
+                problems.append(f"{field}={getattr(config, field)!r}: the {stack}'s sparse layers {config.sparse_indices(stack)}")
+    elif _is_dense(config) and _feed_forward_proj(config) is None:
+        problems.append(f"mlp_activations={config.mlp_activations!r} (T5 knows an activation, or one times a linear gate)")
+    if config.relative_attention_per_layer:
+        problems.append("relative_attention_per_layer=True (the first layer's table serves all layers there)")
+    return problems
+
+
+def _refuse(problems: list[str]) -> None:
+    if problems:
+        raise ConfigError("Hugging Face's classes cannot represent " + "; ".join(problems) + ".")
+
+
+def _is_dense(config: SwitchConfig) -> bool:
+    return not config.is_sparse and config.sparse_layout != "huggingface"
+
+
+def _single_id(eos: Any) -> int:
+    if eos is None:
+        return 1
+    if isinstance(eos, (list, tuple)):
+        check(len(eos) == 1, f"eos_token_id {list(eos)!r} lists several ids; flax_switch ends a sequence at one. Keep one of them.")
+        return int(eos[0])
+    return int(eos)
+
+
+def _activation(name: str) -> str:
+    return _ACTIVATION_ALIASES.get(name, name)
+
+
+def _switch_activations(values: Mapping[str, Any]) -> tuple[str, ...]:
+    # Released files carry feed_forward_proj beside dense_act_fn; the oldest have nothing else.
+    name = values.get("dense_act_fn") or values.get("feed_forward_proj", "relu").removeprefix("gated-")
+    check(
+        not name.startswith("gated-"),
+        f"dense_act_fn={name!r}: transformers' SwitchTransformers has no gated MLP and refuses this name.",
+    )
+    return (_activation(name), "linear") if values.get("is_gated_act") else (_activation(name),)
+
+
+def _t5_fields(values: Mapping[str, Any]) -> dict[str, Any]:
+    projection = values.get("feed_forward_proj", "relu")
+    if projection == "gated-gelu":  # transformers: the tanh approximation, in this one case
+        activations = ("gelu_new", "linear")
+    elif projection.startswith("gated-"):
+        activations = (_activation(projection.removeprefix("gated-")), "linear")
+    else:
+        activations = (_activation(projection),)
+    # transformers 5 writes tie_word_embeddings=true into every T5 config and keeps what it meant in scale_decoder_outputs.
+    tied = values.get("scale_decoder_outputs", values.get("tie_word_embeddings", True))
+    return dict(
+        mlp_activations=activations,
+        tie_word_embeddings=tied,
+        num_sparse_encoder_layers=0,
+        num_sparse_decoder_layers=0,
+    )
+
+
+def _feed_forward_proj(config: SwitchConfig) -> str | None:
+    """T5's name of the activations, or None where it has none."""
+    first, *gate = config.mlp_activations
+    if not gate:
+        return first
+    if gate != ["linear"] or first == "gelu":  # "gated-gelu" means gelu_new there
+        return None
+    return "gated-gelu" if first == "gelu_new" else f"gated-{first}"
+
+
+def _num_sparse(config: SwitchConfig, stack: str) -> int | None:
+    """The number of sparse layers from which Hugging Face builds this stack's, or None where no number does."""
+    n, wanted = config.num_layers(stack), config.sparse_indices(stack)
+    asked = getattr(config, f"num_sparse_{stack}_layers")
+    for m in (asked, *range(n + 2)):
+        if sparse_layers("huggingface", n, m) == wanted:
+            return m
+    return None
+
+
+def _shared_fields(config: SwitchConfig, table) -> dict[str, Any]:
+    return {
+        **{theirs: getattr(config, ours) for ours, theirs, _ in table},
+        "num_decoder_layers": config.num_decoder_layers,
+        "pad_token_id": config.pad_token_id,
+        "eos_token_id": config.eos_token_id,
+        "decoder_start_token_id": config.decoder_start_token_id,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "dtype": config.param_dtype,
+        "is_encoder_decoder": True,
+        "use_cache": True,
+    }
+
+
+def _switch_config(config: SwitchConfig) -> dict[str, Any]:
+    return {
+        "model_type": "switch_transformers",
+        "architectures": ["SwitchTransformersForConditionalGeneration"],
+        **_shared_fields(config, _SWITCH),
+        "num_sparse_encoder_layers": _num_sparse(config, "encoder"),
+        "num_sparse_decoder_layers": _num_sparse(config, "decoder"),
+        "expert_capacity": NEVER_DROPS if config.capacity_mode == "dropless" else config.expert_capacity,
+        "dense_act_fn": config.mlp_activations[0],
+        "router_ignore_padding_tokens": False,
+    }
+
+
+def _t5_config(config: SwitchConfig) -> dict[str, Any]:
+    return {
+        "model_type": "t5",
+        "architectures": ["T5ForConditionalGeneration"],
+        **_shared_fields(config, _T5),
+        "feed_forward_proj": _feed_forward_proj(config),
+        "is_gated_act": config.is_gated,
+        "dense_act_fn": config.mlp_activations[0],
+    }

@@ -1,0 +1,263 @@
+"""The settings of a model, as a frozen dataclass that validates itself."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from flax_switch.config.base import _Section, check, one_of
+
+ACTIVATIONS = ("relu", "gelu", "gelu_new", "silu", "swish", "linear", "tanh")
+LAYOUTS = ("bottom", "middle", "mixed", "top", "huggingface")
+LOSS_NORMALIZERS = ("real_target_tokens", "total_target_tokens", "average_per_sequence")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def sparse_layers(layout: str, num_layers: int, num_sparse: int) -> tuple[int, ...]:
+    """Indices of the sparse layers of a stack of `num_layers` with `num_sparse` of them sparse.
+
+    `bottom`, `middle`, `mixed` and `top` are flaxformer's layouts. `huggingface` is transformers' rule
+    (step = num_layers // num_sparse, sparse if i % step == 1 or step == 1), odd cases included: it may build another number
+    of sparse layers than was asked for.
+    """
+    n, m = num_layers, num_sparse
+    if layout == "huggingface":
+        step = n // m if m > 0 else n
+        return tuple(i for i in range(n) if step > 0 and (i % step == 1 or step == 1))
+    check(0 <= m <= n, f"{m} sparse layers do not fit a stack of {n} layers; lower the number of sparse layers.")
+    if m == 0:
+        return ()
+    if layout == "bottom":
+        return tuple(range(m))
+    if layout == "top":
+        return tuple(range(n - m, n))
+    if layout == "middle":
+        return tuple(i for i in range(n) if n - m <= 2 * i < n + m)
+    check(
+        n % m == 0,
+        f"sparse_layout='mixed' spreads sparse layers evenly, so their number must divide the number of layers; {m} does not "
+        f"divide {n}. Change either number, or take another sparse_layout.",
+    )
+    return tuple(i for i in range(n) if i % (n // m) == n // m - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class SwitchConfig(_Section):
+    """A Switch Transformer: sizes, routing, losses, numerics. The defaults are Switch-Base with 8 experts (2101.03961).
+
+    Letters in comments are the axes used throughout (see `flax_switch.ops`): V vocabulary, D model, H heads, K head, F MLP,
+    E experts, N experts per token, S tokens per group, C capacity.
+    """
+
+    # --- sizes
+    vocab_size: int = 32128  # V, sentinels and padding to a multiple of 128 included
+    d_model: int = 768  # D
+    num_heads: int = 12  # H
+    d_kv: int = 64  # K, per head; H * K need not equal D
+    d_ff: int = 3072  # F of the dense MLPs
+    num_encoder_layers: int = 12
+    num_decoder_layers: int = 12
+    num_sparse_encoder_layers: int = 6
+    num_sparse_decoder_layers: int = 6
+    sparse_layout: str = "mixed"  # one of LAYOUTS
+    encoder_sparse_layers: tuple[int, ...] | None = None  # explicit indices; override the layout and the number
+    decoder_sparse_layers: tuple[int, ...] | None = None
+    mlp_activations: tuple[str, ...] = ("relu",)  # two names make a gated MLP: ("gelu_new", "linear") is T5 1.1's
+    extra_mlp: bool = False  # ST-MoE: a dense MLP with its own norm and residual after each sparse block
+
+    # --- experts and routing
+    num_experts: int = 8  # E
+    num_selected_experts: int = 1  # N, for tokens-choose
+    expert_d_ff: int | None = None  # F of the experts; None: d_ff
+    shared_expert: bool = False  # a dense MLP of the experts' width beside the routed ones, added to their output
+    router_type: str = "tokens_choose"  # or "experts_choose": then the encoder only, decoders always let tokens choose
+    batch_prioritized_routing: bool = False  # the encoder only: it breaks causality in a decoder (2106.05974)
+    normalize_router_weights: bool = False  # renormalise the N combine weights to sum to 1
+    capacity_mode: str = "factor"  # "factor", "fixed" (expert_capacity per group) or "dropless"
+    capacity_factor: float = 1.25  # in training: C = max(round(factor * S / E), min_expert_capacity)
+    eval_capacity_factor: float = 2.0
+    min_expert_capacity: int = 4
+    expert_capacity: int = 64  # C where capacity_mode is "fixed"
+    routing_group: str = "sequence"  # "sequence", "tokens" (group_size of them), or "flaxformer" (compatibility)
+    group_size: int = 4096  # S where routing_group is "tokens"; the largest S where it is "flaxformer"
+    ignore_padding_tokens: bool = False  # False: padding takes slots and counts in losses, as it does upstream
+    padding_semantics: str = "masked"  # how ignored padding behaves: flaxformer's "masked" or "scatter" router
+    router_bias: bool = False
+    router_jitter_noise: float = 0.0  # training only: router inputs times U(1-eps, 1+eps)
+    router_dtype: str = "float32"
+    cast_router_probs: bool = False  # Hugging Face: probabilities in the activations' dtype before argmax
+    moe_executor: str = "auto"  # "auto", "einsum", "gather" or "ragged"
+    # Dropless with experts on several devices: rows a device can receive, relative to its even share of them. What does not fit
+    # is dropped and counted (the metric choices_overflowed).
+    expert_parallel_buffer_factor: float = 2.0
+
+    # --- losses
+    load_balancing_loss_coef: float = 0.01
+    router_z_loss_coef: float = 0.0
+    router_loss_reduction: str = "layers"  # mean over sparse layers; or "huggingface": concatenated on length, by stack
+    z_loss_coef: float = 1e-4  # on the logits' normaliser
+    label_smoothing: float = 0.0
+    loss_normalizer: str | float = "real_target_tokens"  # or "total_target_tokens", "average_per_sequence", or a constant
+
+    # --- layers and numerics
+    tie_word_embeddings: bool = True
+    separate_embeddings: bool = False  # encoder and decoder embed with tables of their own, as Hugging Face's untied models do
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    relative_attention_per_layer: bool = False  # a table in every layer, as T5X's scanned checkpoints have
+    layer_norm_epsilon: float = 1e-6
+    dropout_rate: float = 0.1
+    expert_dropout_rate: float | None = None  # None: dropout_rate
+    zero_padding_activations: bool = True  # flaxformer multiplies the padding mask in before each sublayer; HF does not
+    init_scale: float = 0.1  # of variance-scaling initialisers (Switch, table 3)
+    dtype: str = "float32"  # of activations and matrix products; routers, norms, softmax and losses stay float32
+    param_dtype: str = "float32"
+    expert_dtype: str | None = None  # of activations inside the experts; None: dtype
+    scan_layers: bool = False  # one compiled block repeated, where the layout repeats
+    remat_policy: str = "none"  # "none", "minimal" (save matrix products) or "full"
+
+    # --- special tokens
+    pad_token_id: int = 0
+    eos_token_id: int = 1
+    decoder_start_token_id: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("vocab_size", "d_model", "num_heads", "d_kv", "d_ff", "min_expert_capacity", "group_size"):
+            check(getattr(self, name) >= 1, f"{name} must be at least 1; it is {getattr(self, name)}.")
+        for name in ("num_encoder_layers", "num_decoder_layers", "num_sparse_encoder_layers", "num_sparse_decoder_layers"):
+            check(getattr(self, name) >= 0, f"{name} must not be negative; it is {getattr(self, name)}.")
+        one_of("sparse_layout", self.sparse_layout, LAYOUTS)
+        one_of("router_type", self.router_type, ("tokens_choose", "experts_choose"))
+        one_of("capacity_mode", self.capacity_mode, ("factor", "fixed", "dropless"))
+        one_of("routing_group", self.routing_group, ("sequence", "tokens", "flaxformer"))
+        one_of("padding_semantics", self.padding_semantics, ("masked", "scatter"))
+        one_of("moe_executor", self.moe_executor, ("auto", "einsum", "gather", "ragged"))
+        one_of("router_loss_reduction", self.router_loss_reduction, ("layers", "huggingface"))
+        if isinstance(self.loss_normalizer, str):
+            one_of("loss_normalizer", self.loss_normalizer, LOSS_NORMALIZERS)
+        one_of("remat_policy", self.remat_policy, ("none", "minimal", "full"))
+        for name in ("dtype", "param_dtype", "router_dtype", "expert_dtype"):
+            if getattr(self, name) is not None:
+                one_of(name, getattr(self, name), DTYPES)
+        check(
+            isinstance(self.mlp_activations, tuple) and 1 <= len(self.mlp_activations) <= 2,
+            f"mlp_activations must be one name, or two for a gated MLP; it is {self.mlp_activations!r}.",
+        )
+        for name in self.mlp_activations:
+            one_of("mlp_activations", name, ACTIVATIONS)
+        check(
+            not (self.separate_embeddings and self.tie_word_embeddings),
+            "separate_embeddings gives encoder and decoder tables of their own, so none is left to tie the head to; set "
+            "tie_word_embeddings=False.",
+        )
+        self._check_stack("encoder")
+        self._check_stack("decoder")
+        if self.is_sparse:
+            self._check_routing()
+        for name in ("dropout_rate", "expert_dropout_rate", "label_smoothing", "router_jitter_noise"):
+            rate = getattr(self, name)
+            check(rate is None or 0.0 <= rate < 1.0, f"{name} must lie in [0, 1); it is {rate}.")
+        check(
+            self.relative_attention_num_buckets >= 4 and self.relative_attention_num_buckets % 2 == 0,
+            f"relative_attention_num_buckets must be even and at least 4; it is {self.relative_attention_num_buckets}.",
+        )
+        check(
+            self.relative_attention_max_distance > self.relative_attention_num_buckets // 2,
+            f"relative_attention_max_distance ({self.relative_attention_max_distance}) must be larger than half the number of "
+            f"buckets ({self.relative_attention_num_buckets}).",
+        )
+        for name in ("pad_token_id", "eos_token_id", "decoder_start_token_id"):
+            check(
+                0 <= getattr(self, name) < self.vocab_size,
+                f"{name}={getattr(self, name)} is outside the vocabulary of {self.vocab_size}.",
+            )
+        if self.scan_layers:
+            for stack in ("encoder", "decoder"):
+                check(
+                    self.scan_blocks(stack) is not None,
+                    f"scan_layers repeats one block, but the {stack}'s sparse layers {self.sparse_indices(stack)} of "
+                    f"{self.num_layers(stack)} do not repeat; use sparse_layout='mixed' or scan_layers=False.",
+                )
+
+    def _check_stack(self, stack: str) -> None:
+        explicit = getattr(self, f"{stack}_sparse_layers")
+        n = self.num_layers(stack)
+        if explicit is None:
+            sparse_layers(self.sparse_layout, n, getattr(self, f"num_sparse_{stack}_layers"))
+            return
+        check(
+            list(explicit) == sorted(set(explicit)) and all(0 <= i < n for i in explicit),
+            f"{stack}_sparse_layers must be ascending layer indices below {n}; it is {explicit!r}.",
+        )
+
+    def _check_routing(self) -> None:
+        check(self.num_experts >= 1, f"num_experts must be at least 1; it is {self.num_experts}.")
+        check(
+            1 <= self.num_selected_experts <= self.num_experts,
+            f"num_selected_experts must lie between 1 and num_experts ({self.num_experts}); it is {self.num_selected_experts}.",
+        )
+        for name in ("capacity_factor", "eval_capacity_factor", "expert_parallel_buffer_factor"):
+            check(getattr(self, name) > 0, f"{name} must be positive; it is {getattr(self, name)}.")
+        check(self.expert_capacity >= 1, f"expert_capacity must be at least 1; it is {self.expert_capacity}.")
+        check(self.expert_d_ff is None or self.expert_d_ff >= 1, f"expert_d_ff must be at least 1; it is {self.expert_d_ff}.")
+        if self.router_type == "experts_choose":
+            check(
+                self.capacity_mode != "dropless",
+                "router_type='experts_choose' has every expert take a fixed number of tokens, so it cannot be dropless; set "
+                "capacity_mode='factor' or 'fixed'.",
+            )
+            check(
+                not self.batch_prioritized_routing,
+                "batch_prioritized_routing orders tokens that choose; with router_type='experts_choose' set it to False.",
+            )
+
+    # --- derived
+    def num_layers(self, stack: str) -> int:
+        """Number of layers of the `encoder` or `decoder`."""
+        return self.num_encoder_layers if stack == "encoder" else self.num_decoder_layers
+
+    def sparse_indices(self, stack: str) -> tuple[int, ...]:
+        """Indices of the sparse layers of the `encoder` or `decoder`."""
+        explicit = getattr(self, f"{stack}_sparse_layers")
+        if explicit is not None:
+            return explicit
+        return sparse_layers(self.sparse_layout, self.num_layers(stack), getattr(self, f"num_sparse_{stack}_layers"))
+
+    def scan_blocks(self, stack: str) -> int | None:
+        """How many times one block of layers repeats in a stack, or None where the layout does not repeat."""
+        n, sparse = self.num_layers(stack), self.sparse_indices(stack)
+        if not sparse:
+            return n
+        block = n // len(sparse)
+        repeats = n % len(sparse) == 0 and sparse == tuple(range(block - 1, n, block))
+        return len(sparse) if repeats else None
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether any layer is sparse."""
+        return bool(self.sparse_indices("encoder") or self.sparse_indices("decoder"))
+
+    @property
+    def expert_width(self) -> int:
+        """F of the experts."""
+        return self.d_ff if self.expert_d_ff is None else self.expert_d_ff
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether MLPs multiply two projections."""
+        return len(self.mlp_activations) == 2
+
+    @classmethod
+    def from_huggingface(cls, values: Mapping[str, Any]) -> SwitchConfig:
+        """The config that a transformers `config.json` describes, with Hugging Face's semantics."""
+        from flax_switch.config import huggingface
+
+        return huggingface.from_huggingface(values)
+
+    def to_huggingface(self) -> dict[str, Any]:
+        """The inverse of `from_huggingface`; raises `ConfigError` naming the field Hugging Face cannot represent."""
+        from flax_switch.config import huggingface
+
+        return huggingface.to_huggingface(self)

@@ -1,0 +1,149 @@
+"""Recipes from Python files (ml_collections) or gin files, with overrides from the command line: an `ExperimentConfig` for
+pre-training, or a `FinetuneRecipe`, which a section `evaluation` tells apart.
+
+tiny                            one that comes with the package (flax_switch.config.shipped)
+configs/tiny.py                 a file: def get_config() returns to_config_dict(ExperimentConfig(...))
+--config.train.steps=500        changes one field
+configs/gin/tiny.gin            recipe.base = 'configs/tiny.py' and bindings such as train.steps = 500
+--gin.train.steps=500           changes one binding
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib.util
+import runpy
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from flax_switch.config import ConfigError, ExperimentConfig, shipped
+from flax_switch.config.distillation import DistillConfig
+from flax_switch.config.finetuning import FinetuneRecipe
+
+SECTIONS = ("model", "data", "optimizer", "mesh", "train", "distillation", "evaluation")  # the last is fine-tuning's
+
+Recipe = ExperimentConfig | DistillConfig | FinetuneRecipe
+
+
+def to_config_dict(config: Recipe) -> ml_collections.ConfigDict:
+    """What a recipe's `get_config` returns: the same fields as a ConfigDict, usable with ml_collections' flags and sweeps."""
+    return ml_collections.ConfigDict(config.to_dict(), convert_dict=True)
+
+
+def from_config_dict(values: ml_collections.ConfigDict) -> Recipe:
+    """The validated config; unknown keys raise `ConfigError` with the nearest name."""
+    return _kind(values).from_dict(values.to_dict())
+
+
+def _kind(values: ml_collections.ConfigDict) -> type[Recipe]:
+    if "evaluation" in values:
+        return FinetuneRecipe
+    return DistillConfig if "distillation" in values else ExperimentConfig
+
+
+def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """The config of a recipe, a file or a name such as 'tiny', with overrides like 'train.steps=500' applied in order."""
+    return from_config_dict(override(_config_dict(path), overrides))
+
+
+def load_gin(paths: Sequence[str | Path], bindings: Iterable[str] = ()) -> Recipe:
+    """The config of gin files, by path or name: `recipe.base` names a recipe, bindings of the sections change its fields.
+
+    A relative base is looked for from the working directory, then from the gin file's folder upwards; one of a gin file that comes
+    with the package is the package's. Needs the extra `gin`.
+    """
+    if importlib.util.find_spec("gin") is None:
+        raise ConfigError(
+            "gin files need gin-config: pip install 'flax_switch[gin]'. The same recipes exist in Python: use --config."
+        )
+    import gin
+
+    paths = [shipped.find(path, ".gin") for path in paths]
+    with gin.unlock_config():
+        gin.clear_config()
+        sections = _gin_sections()
+        try:
+            gin.parse_config_files_and_bindings([str(p) for p in paths], list(bindings))
+        except (ValueError, SyntaxError) as error:
+            raise ConfigError(f"The gin configuration cannot be read: {error}") from error
+        base = sections["recipe"]().get("base")
+        if base is None:
+            raise ConfigError("A gin file names the recipe it changes: recipe.base = 'tiny'.")
+        values = _config_dict(_find_base(base, paths))
+        for name in SECTIONS:
+            for key, value in sections[name]().items():
+                _set(values, f"{name}.{key}", value)
+        gin.clear_config()
+    return from_config_dict(values)
+
+
+@functools.cache
+def _gin_sections() -> dict[str, Any]:
+    """Gin configurables, registered once, that return their bindings."""
+    import gin
+
+    def returning_bindings(name: str) -> Any:
+        def section(**bindings):
+            return bindings
+
+        register: Any = gin.configurable(name, module="flax_switch")
+        return register(section)
+
+    return {name: returning_bindings(name) for name in (*SECTIONS, "recipe")}
+
+
+def _find_base(base: str, gin_paths: Sequence[Path]) -> Path:
+    places = [parent for path in gin_paths for parent in path.resolve().parents]
+    if not all(shipped.holds(path) for path in gin_paths):
+        places = [Path.cwd(), *places]
+    for place in places:
+        if (place / base).is_file():
+            return place / base
+    try:
+        return shipped.find(base)
+    except ConfigError as error:
+        raise ConfigError(f"recipe.base = {base!r} is no file from here, nor from the gin file's folder upwards. {error}") from None
+
+
+def _config_dict(given: str | Path) -> ml_collections.ConfigDict:
+    path = shipped.find(given)
+    module = runpy.run_path(str(path))
+    if "get_config" not in module:
+        raise ConfigError(f"{path} is no recipe: it defines no get_config().")
+    return module["get_config"]()
+
+
+def override(values: ml_collections.ConfigDict, overrides: Iterable[str]) -> ml_collections.ConfigDict:
+    """`values` with overrides like 'model.num_experts=16' applied; values are Python literals, true, false, none or text."""
+    for text in overrides:
+        key, separator, value = text.partition("=")
+        if not separator:
+            raise ConfigError(f"An override has the form section.field=value; {text!r} has no '='.")
+        _set(values, key, parse_value(value))
+    return values
+
+
+def parse_value(text: str) -> Any:
+    """A Python literal, true/false/none in any case, or the text itself."""
+    named = {"true": True, "false": False, "none": None}
+    if text.lower() in named:
+        return named[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _set(values: ml_collections.ConfigDict, key: str, value: Any) -> None:
+    section, _, field = key.partition(".")
+    if section not in values or not field:
+        _kind(values).from_dict({section: {}})  # an unknown section is an error with the nearest name
+        raise ConfigError(f"{key!r} names no field; write section.field, with the section one of {', '.join(values)}.")
+    with values.ignore_type(), values.unlocked():
+        # Whether the field exists and the value fits is for the dataclass to say.
+        fields: Any = values[section]
+        fields[field] = value

@@ -1,0 +1,147 @@
+"""The settings of a run besides its model: data, optimiser, mesh and training loop, and all of them together."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from flax_switch.config.base import _Section, check, one_of
+from flax_switch.config.model import SwitchConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig(_Section):
+    """What text is read and how examples are made of it."""
+
+    source: str | tuple[str, ...] = "default"  # "default": the embedded corpus; else files, folders or globs
+    text_field: str = "text"  # the field or column of JSON, tables, parquet and ArrayRecord
+    document_separator: str = "line"  # of .txt: "line" (one document a line) or "blank_line"
+    heldout_fraction: float = 0.02  # of documents, chosen by a hash of their text
+    vocabulary: str | None = None  # a SentencePiece .model; None: train one of vocabulary_size pieces on the corpus
+    vocabulary_size: int = 32000  # pieces, before sentinels
+    num_sentinels: int = 100
+    span_corruption_rate: float = 1.0  # rates of the objectives in the mixture; they need not sum to 1
+    prefix_lm_rate: float = 0.0
+    infilling_rate: float = 0.0  # inputs of span corruption, but the whole text as targets (BART's text infilling)
+    noise_density: float = 0.15
+    mean_noise_span_length: float = 3.0
+    inputs_length: int = 512  # tokens, sentinels and EOS included
+    targets_length: int = 114
+    batch_size: int = 128  # examples per step over all processes
+    packing: bool = False  # put several short examples in a row, with segment ids
+    shuffle: bool = True
+    seed: int = 0
+    num_workers: int = 0  # processes that prepare batches; the order never depends on it
+    prefetch: int = 8  # batches held ready
+    cache_dir: str | None = None  # of tokenised text; None: a folder in the user's cache directory
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("vocabulary_size", "inputs_length", "targets_length", "batch_size", "prefetch"):
+            check(getattr(self, name) >= 1, f"data.{name} must be at least 1; it is {getattr(self, name)}.")
+        check(self.num_sentinels >= 0 and self.num_workers >= 0, "data.num_sentinels and data.num_workers must not be negative.")
+        one_of("data.document_separator", self.document_separator, ("line", "blank_line"))
+        check(0.0 < self.noise_density < 1.0, f"data.noise_density must lie in (0, 1); it is {self.noise_density}.")
+        check(
+            self.mean_noise_span_length >= 1.0,
+            f"data.mean_noise_span_length must be at least 1; it is {self.mean_noise_span_length}.",
+        )
+        rates = (self.span_corruption_rate, self.prefix_lm_rate, self.infilling_rate)
+        check(
+            min(rates) >= 0 and sum(rates) > 0,
+            "data.span_corruption_rate, data.prefix_lm_rate and data.infilling_rate must not be negative, and one of them must be "
+            f"positive; they are {', '.join(map(str, rates))}.",
+        )
+        check(0.0 < self.heldout_fraction < 1.0, f"data.heldout_fraction must lie in (0, 1); it is {self.heldout_fraction}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig(_Section):
+    """The optimiser and its schedule. The defaults are T5X's for pre-training."""
+
+    name: str = "adafactor"  # or "adamw"
+    schedule: str = "rsqrt"  # learning_rate * rsqrt(max(step, warmup_steps)); or "constant", "linear", "cosine"
+    learning_rate: float = 1.0  # the factor in rsqrt; else the peak
+    warmup_steps: int = 10_000  # rsqrt: constant until then; others: linear from 0
+    final_learning_rate: float = 0.0  # of linear and cosine, at the last step
+    decay_rate: float = 0.8  # Adafactor's second moments: 1 - step**-decay_rate
+    multiply_by_parameter_scale: bool = True
+    min_dim_size_to_factor: int = 128
+    clipping_threshold: float | None = 1.0  # Adafactor's, on the update's RMS, per expert
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_global_norm: float | None = None
+    trainable: str = ".*"  # a regular expression over parameter paths, or a name in training/freezing; others stay as they are
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("optimizer.name", self.name, ("adafactor", "adamw"))
+        one_of("optimizer.schedule", self.schedule, ("rsqrt", "constant", "linear", "cosine"))
+        check(self.learning_rate > 0, f"optimizer.learning_rate must be positive; it is {self.learning_rate}.")
+        check(self.warmup_steps >= 0, f"optimizer.warmup_steps must not be negative; it is {self.warmup_steps}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig(_Section):
+    """How devices are laid out: axes ('data', 'expert', 'model'); one of them may be -1, which takes what is left."""
+
+    data: int = -1
+    expert: int = 1
+    model: int = 1
+    fsdp: bool = False  # parameters and optimiser state also sharded over data
+    mode: str = "jit"  # or "pmap": the same train step under jax.pmap, for data and expert parallelism
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("mesh.mode", self.mode, ("jit", "pmap"))
+        check(
+            self.mode == "jit" or (self.model == 1 and not self.fsdp),
+            "mesh.mode='pmap' holds all parameters but the experts' whole on each device, so it needs model=1 and fsdp=False; they "
+            f"are model={self.model} and fsdp={self.fsdp}. Set mesh.mode='jit' to split parameters over these axes.",
+        )
+        axes = (self.data, self.expert, self.model)
+        check(
+            all(a == -1 or a >= 1 for a in axes) and axes.count(-1) <= 1,
+            f"mesh axes must be positive, at most one of them -1; they are data={self.data}, expert={self.expert}, "
+            f"model={self.model}.",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(_Section):
+    """The training loop."""
+
+    steps: int = 524_288
+    seed: int = 0
+    microbatches: int = 1  # a batch is split into this many; the update equals the unsplit batch's
+    log_every: int = 100
+    eval_every: int = 1000
+    eval_batches: int = 20
+    checkpoint_every: int = 1000
+    keep_last: int = 3
+    keep_every: int | None = None  # keep checkpoints whose step is a multiple of it for good
+    sample_spans: int = 4  # held-out examples shown at the end: with masked spans filled in, or beside predictions
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("steps", "microbatches", "log_every", "eval_every", "eval_batches", "checkpoint_every", "keep_last"):
+            check(getattr(self, name) >= 1, f"train.{name} must be at least 1; it is {getattr(self, name)}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExperimentConfig(_Section):
+    """A whole run: what a recipe in configs/ returns and what a checkpoint carries."""
+
+    model: SwitchConfig = dataclasses.field(default_factory=SwitchConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(
+            self.data.batch_size % self.train.microbatches == 0,
+            f"train.microbatches ({self.train.microbatches}) must divide data.batch_size ({self.data.batch_size}).",
+        )

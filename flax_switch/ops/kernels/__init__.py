@@ -1,0 +1,1 @@
+"""Operations with an implementation for each platform: the one place of `ops` that asks what a program is compiled for."""

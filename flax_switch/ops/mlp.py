@@ -1,0 +1,63 @@
+"""What an expert computes: the MLP's mathematics, once, for every executor."""
+
+import functools
+import operator
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PRNGKeyArray
+
+from flax_switch.config import SwitchConfig
+from flax_switch.ops.dropout import dropout
+
+ExpertKernels = Mapping[str, Array]  # {"wi" | "wi_0", "wi_1": [E, D, F], "wo": [E, F, D]}
+
+_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "relu": jax.nn.relu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "linear": lambda x: x,
+    "tanh": jnp.tanh,
+}
+
+
+def activation(name: str) -> Callable[[Array], Array]:
+    """The activation function called `name` in a config: "gelu" is exact, "gelu_new" its tanh approximation."""
+    return _ACTIVATIONS[name]
+
+
+def mlp(
+    x: Array,
+    kernels: ExpertKernels,
+    activations: tuple[str, ...],
+    matmul: Callable[[Array, Array], Array],
+    *,
+    dropout_rate: float = 0.0,
+    dropout_rng: PRNGKeyArray | None = None,
+) -> Array:
+    """`act(x wi) wo`, or `act(x wi_0) * act(x wi_1)` before `wo` where `activations` names two.
+
+    `matmul(x, kernel)` says how rows meet experts: a batched product over an expert axis, a grouped product over sorted rows,
+    or a plain one; so every executor shares these lines. Everything is computed in x's dtype. Dropout draws every
+    element by itself: flaxformer shares one draw among all tokens of an expert, which drops a unit for the whole batch.
+    """
+    names = ("wi",) if len(activations) == 1 else ("wi_0", "wi_1")
+    branches = [
+        activation(function)(matmul(x, kernels[name].astype(x.dtype))) for name, function in zip(names, activations, strict=True)
+    ]
+    hidden = dropout(functools.reduce(operator.mul, branches), dropout_rate, dropout_rng)
+    return matmul(hidden, kernels["wo"].astype(x.dtype))
+
+
+def expert_dtype(config: SwitchConfig) -> jnp.dtype:
+    """The dtype that experts compute in, and that tokens travel in."""
+    return jnp.dtype(config.expert_dtype or config.dtype)
+
+
+def expert_function(config: SwitchConfig, dropout_rng: PRNGKeyArray | None) -> Callable[..., Array]:
+    """`mlp` with all but rows, kernels and product settled."""
+    rate = config.dropout_rate if config.expert_dropout_rate is None else config.expert_dropout_rate
+    return functools.partial(mlp, activations=config.mlp_activations, dropout_rate=rate, dropout_rng=dropout_rng)

@@ -1,0 +1,155 @@
+"""A sparse MLP as one pure function: group, route, execute, and report."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from flax_switch.config import SwitchConfig
+from flax_switch.ops.kernels.grouped import batched_matmul, grouped_matmul
+from flax_switch.ops.mlp import expert_dtype, expert_function
+from flax_switch.ops.moe.exchange import Peers
+from flax_switch.ops.moe.executors import ExpertFunction, SortedExperts, execute_buffers, execute_ragged, pick_executor
+from flax_switch.ops.moe.expert_parallel import exchange_buffers, execute_dropless, fits_mesh, over_mesh, own_groups, pmap_peers
+from flax_switch.ops.moe.groups import Grouping, make_grouping
+from flax_switch.ops.moe.routing import Routed, RouterOutput, RoutingPlan, report, route, router_logits
+from flax_switch.parallel.pmap import PmapDevices
+
+
+@flax.struct.dataclass
+class MoEParams:
+    """The arrays of one sparse MLP."""
+
+    router_kernel: Float[Array, "D E"]
+    router_bias: Float[Array, " E"] | None
+    expert: Mapping[str, Array]  # {"wi" | "wi_0", "wi_1": [E, D, F], "wo": [E, F, D]}
+    shared_expert: Mapping[str, Array] | None = None  # the same without E
+
+
+def moe_block(
+    params: MoEParams,
+    x: Float[Array, "B L D"],
+    *,
+    config: SwitchConfig,
+    stack: str,
+    padding_mask: Bool[Array, "B L"] | None,
+    deterministic: bool,
+    jitter_rng: PRNGKeyArray | None = None,
+    dropout_rng: PRNGKeyArray | None = None,
+    replicas: int = 1,
+    with_logits: bool = False,
+    devices: AbstractMesh | PmapDevices | None = None,
+) -> tuple[Float[Array, "B L D"], RouterOutput]:
+    """Routes each token to its experts and returns their weighted answers, zero for tokens that no expert took.
+
+    config, stack: the stack ("encoder" or "decoder") matters because experts-choose and batch-prioritised routing would let a
+    decoder look ahead; there tokens choose, in order. padding_mask: True for real tokens; used only where
+    `config.ignore_padding_tokens`. deterministic: evaluation's capacity, no jitter, no dropout. The generators are needed only
+    where the config's rates are not 0. replicas: see `ops.moe.groups`. devices: where the program runs, if on several: groups are
+    then routed where they lie and tokens sent to the devices of their experts (`ops.moe.expert_parallel`). Inside a pmap x and the
+    experts' kernels are a device's own, losses are those of its own groups, and metrics those of all devices.
+    """
+    if deterministic:
+        jitter_rng = dropout_rng = None
+    parts = devices.size if isinstance(devices, PmapDevices) else 1
+    grouping = make_grouping(config, x.shape[0] * parts, x.shape[1], replicas=replicas)
+    mask = padding_mask if config.ignore_padding_tokens else None
+    arrays = (dataclasses.replace(params, shared_expert=None), x, mask, jitter_rng, dropout_rng)
+    body = functools.partial(route_and_execute, config=config, stack=stack, deterministic=deterministic)
+    total = {}
+    if isinstance(devices, PmapDevices):
+        grouping = own_groups(grouping, parts)
+        total = {"total": devices.sum}
+        y, routed = body(*arrays, grouping=grouping, peers=pmap_peers(devices))
+    elif devices is not None and fits_mesh(grouping, devices):
+        y, routed = over_mesh(body, arrays, devices, grouping, dtype=expert_dtype(config))
+    else:
+        y, routed = body(*arrays, grouping=grouping)
+    if params.shared_expert is not None:
+        experts = expert_function(config, None if dropout_rng is None else jax.random.fold_in(dropout_rng, 1))
+        y = y + experts(x.astype(expert_dtype(config)), params.shared_expert, matmul=jnp.matmul).astype(x.dtype)
+    return y, report(routed, grouping, with_logits=with_logits, **total)
+
+
+def route_and_execute(
+    params: MoEParams,
+    x: Float[Array, "B L D"],
+    mask: Bool[Array, "B L"] | None,
+    jitter_rng: PRNGKeyArray | None,
+    dropout_rng: PRNGKeyArray | None,
+    *,
+    config: SwitchConfig,
+    stack: str,
+    deterministic: bool,
+    grouping: Grouping,
+    peers: Peers | None = None,
+) -> tuple[Float[Array, "B L D"], Routed]:
+    """The SPMD body: what one device does with its tokens, alone or with the `peers` among which experts are split."""
+    tokens = grouping.group(x)
+    logits = router_logits(
+        tokens,
+        params.router_kernel,
+        params.router_bias,
+        dtype=config.router_dtype,
+        jitter=config.router_jitter_noise,
+        jitter_rng=jitter_rng,
+    )
+    routed = route(
+        logits,
+        config=config,
+        stack=stack,
+        counted=grouping.counted(),
+        mask=None if mask is None else grouping.group(mask),
+        deterministic=deterministic,
+        dtype=x.dtype,
+    )
+    executor = pick_executor(config.moe_executor, routed.plan)
+    tokens, experts = tokens.astype(expert_dtype(config)), expert_function(config, dropout_rng)
+    if peers is None or peers.ways == 1:
+        run = functools.partial(execute, routed.plan, kernels=params.expert, experts=experts)
+        if config.moe_executor == "auto" and mostly_empty(routed.plan, config.num_experts):
+            y = jax.lax.platform_dependent(
+                tokens, cpu=functools.partial(run, executor="ragged"), default=functools.partial(run, executor=executor)
+            )
+        else:
+            y = run(tokens, executor=executor)
+    elif routed.plan.capacity is None and executor == "ragged":
+        run, factor = grouped_experts(experts, params.expert), config.expert_parallel_buffer_factor
+        y, plan = execute_dropless(routed.plan, tokens, run, peers, buffer_factor=factor)
+        overflowed = (routed.plan.kept & ~plan.kept).sum((1, 2)).astype(jnp.float32)
+        routed = dataclasses.replace(routed, plan=plan, overflowed=overflowed)
+    else:  # whatever has a capacity travels in buffers
+        run = exchange_buffers(buffered_experts(experts, params.expert), peers)
+        y = execute_buffers(routed.plan, tokens, run, executor="einsum" if executor == "einsum" else "gather")
+    return grouping.ungroup(y).astype(x.dtype), routed
+
+
+def mostly_empty(plan: RoutingPlan, num_experts: int) -> bool:
+    """Whether buffers have more than 1.5 places for each choice, so that a processor does better to sort the tokens.
+
+    Hugging Face's fixed capacity of 64 tokens is such a case: 8 experts have 512 places for a sequence of 256.
+    """
+    _, S, N = plan.expert.shape
+    return plan.tokens_choose and plan.capacity is not None and num_experts * plan.capacity > 1.5 * S * N
+
+
+def execute(plan: RoutingPlan, x: Float[Array, "G S D"], kernels: Mapping[str, Array], experts, *, executor: str):
+    """Runs the plan with one of the executors; `experts` is `ops.mlp.mlp` with all but its product settled."""
+    if executor == "ragged":
+        return execute_ragged(plan, x, grouped_experts(experts, kernels))
+    return execute_buffers(plan, x, buffered_experts(experts, kernels), executor=executor)
+
+
+def grouped_experts(experts, kernels: Mapping[str, Array]) -> SortedExperts:
+    """`experts` as a function of sorted rows and their group sizes."""
+    return lambda rows, sizes: experts(rows, kernels, matmul=functools.partial(grouped_matmul, group_sizes=sizes))
+
+
+def buffered_experts(experts, kernels: Mapping[str, Array]) -> ExpertFunction:
+    """`experts` as a function of buffers of equal size."""
+    return functools.partial(experts, kernels=kernels, matmul=batched_matmul)

@@ -1,0 +1,140 @@
+"""Executing a routing plan: tokens to experts and back. Three executors, one result, one set of gradients.
+
+    einsum    one-hot masks: the readable reference
+    gather    rows by index into buffers of static capacity, one batched product over the experts
+    ragged    dropless: rows sorted by expert and grouped products (`execute_ragged`)
+
+`einsum` and `gather` fill the same buffers `[G, E, C, D]`; dispatch and combine are apart so that an expert-parallel body can
+exchange buffers between devices in between.
+"""
+
+import functools
+import logging
+from collections.abc import Callable
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, Num
+
+from flax_switch.config import check, one_of
+from flax_switch.ops.moe.routing import RoutingPlan
+from flax_switch.ops.moe.rows import sum_rows, take_rows
+
+log = logging.getLogger(__name__)
+
+EXECUTORS = ("einsum", "gather", "ragged")
+
+
+@flax.struct.dataclass
+class SlotView:
+    """The plan seen from the experts' slots, R = E * C of them in a row, slot c of expert e at e * C + c."""
+
+    token: Int[Array, "G R"]  # the token in the slot; S where empty
+    choice: Int[Array, "G R"]  # which of its choices, s * N + n; S * N where empty
+    slot_of_token: Int[Array, "G S N"] | None  # the inverse of `token`, R where dropped; None where experts choose
+    slot_of_choice: Int[Array, "G SN 1"]  # the inverse of `choice`
+
+
+def slot_view(plan: RoutingPlan) -> SlotView:
+    """Turns "token s is in slot c of expert e" around: which token is in it."""
+    G, S, N = plan.expert.shape
+    num_slots = plan.num_experts * plan.buffer_size
+    position = jnp.where(plan.kept, plan.expert * plan.buffer_size + plan.slot, num_slots)
+    choices = jnp.arange(S * N, dtype=jnp.int32)
+    fill = jax.vmap(lambda p: jnp.full(num_slots, S * N, jnp.int32).at[p].set(choices, mode="drop"))
+    choice = fill(position.reshape(G, S * N))
+    # Where experts choose, N is E: gathering every expert's answer for every token would move E / C times too many rows.
+    inverse = position if plan.tokens_choose else None
+    return SlotView(choice // N, choice, inverse, position.reshape(G, S * N, 1))
+
+
+def slot_weights(plan: RoutingPlan, view: SlotView) -> Float[Array, "G R 1"]:
+    """The combine weight of the choice in each slot; 0 where empty."""
+    return take_rows(plan.weight.reshape(plan.weight.shape[0], -1, 1), view.choice, view.slot_of_choice)
+
+
+def gather_dispatch(plan: RoutingPlan, view: SlotView, x: Float[Array, "G S D"]) -> Float[Array, "G E C D"]:
+    """Copies every token into its slots; empty slots are zero."""
+    rows = take_rows(x, view.token, view.slot_of_token)
+    return rows.reshape(x.shape[0], plan.num_experts, plan.buffer_size, x.shape[-1])
+
+
+def gather_combine(plan: RoutingPlan, view: SlotView, buffers: Float[Array, "G E C D"]) -> Float[Array, "G S D"]:
+    """Adds up what the experts answered each token, weighted, in float32."""
+    rows = buffers.reshape(buffers.shape[0], -1, buffers.shape[-1])
+    return sum_rows(rows * slot_weights(plan, view), view.token, view.slot_of_token, plan.expert.shape[1])
+
+
+def einsum_masks(plan: RoutingPlan, dtype: DTypeLike) -> tuple[Num[Array, "G S E C"], Float[Array, "G S E C"]]:
+    """The dispatch mask (1 where token s is in slot c of expert e) in `dtype`, and in float32 the same times the weights."""
+    if plan.tokens_choose:
+        chosen = jax.nn.one_hot(plan.expert, plan.num_experts, dtype=bool) & plan.kept[..., None]  # [G, S, N, E]
+        position = jnp.where(chosen, plan.slot[..., None], 0).sum(2)
+        weight = jnp.where(chosen, plan.weight[..., None], 0.0).sum(2)
+        taken = chosen.any(2)
+    else:
+        position, weight, taken = plan.slot, plan.weight, plan.kept
+    mask = taken[..., None] & jax.nn.one_hot(position, plan.buffer_size, dtype=bool)
+    return mask.astype(dtype), jnp.where(mask, weight[..., None], 0.0)
+
+
+ExpertFunction = Callable[[Float[Array, "G E C D"]], Float[Array, "G E C D"]]
+
+
+def execute_buffers(
+    plan: RoutingPlan, x: Float[Array, "G S D"], experts: ExpertFunction, *, executor: str
+) -> Float[Array, "G S D"]:
+    """Runs `einsum` or `gather`: dispatch, `experts` on the buffers, combine. The result has x's dtype."""
+    if executor == "einsum":
+        dispatch_mask, combine_weights = einsum_masks(plan, x.dtype)
+        answers = experts(jnp.einsum("GSEC,GSD->GECD", dispatch_mask, x))
+        return jnp.einsum("GSEC,GECD->GSD", combine_weights, answers.astype(jnp.float32)).astype(x.dtype)
+    check(executor == "gather", f"buffers are filled by 'einsum' or 'gather', not by {executor!r}.")
+    view = slot_view(plan)
+    return gather_combine(plan, view, experts(gather_dispatch(plan, view, x))).astype(x.dtype)
+
+
+SortedExperts = Callable[[Float[Array, "R D"], Int[Array, " E"]], Float[Array, "R D"]]  # rows and group sizes to answers
+
+
+def execute_ragged(plan: RoutingPlan, x: Float[Array, "G S D"], experts: SortedExperts) -> Float[Array, "G S D"]:
+    """Sorts the kept choices of all groups by expert, runs `experts` on the sorted rows, and adds up the answers."""
+    G, S, N = plan.expert.shape
+    num_choices = G * S * N
+    num_rows = num_choices if plan.tokens_choose else G * plan.num_experts * plan.buffer_size
+    key = jnp.where(plan.kept, plan.expert, plan.num_experts).reshape(num_choices)
+    choice = jnp.argsort(key, stable=True)[:num_rows].astype(jnp.int32)  # what was not kept comes last
+    group_sizes = jax.nn.one_hot(key, plan.num_experts, dtype=jnp.int32).sum(0)
+    rows = jnp.arange(num_rows, dtype=jnp.int32)
+    used = rows < group_sizes.sum()
+    choice = jnp.where(used, choice, num_choices)
+    row_of_choice = jnp.full(num_choices, num_rows, jnp.int32).at[choice].set(rows, mode="drop")
+    token, row_of_token = choice[None] // N, None
+    if plan.tokens_choose:
+        row_of_token = row_of_choice.reshape(1, G * S, N)
+
+    sorted_rows = take_rows(x.reshape(1, G * S, -1), token, row_of_token)[0]
+    answers = experts(sorted_rows, group_sizes)
+    weight = take_rows(plan.weight.reshape(1, -1, 1), choice[None], row_of_choice.reshape(1, -1, 1))
+    return sum_rows(answers[None] * weight, token, row_of_token, G * S).reshape(x.shape).astype(x.dtype)
+
+
+def pick_executor(executor: str, plan: RoutingPlan) -> str:
+    """The executor that `executor` names; for "auto" the one that suits the plan, told once in the log.
+
+    How each runs on a backend is settled below, in `ops.kernels.grouped`, when a program is compiled for it.
+    """
+    one_of("moe_executor", executor, ("auto", *EXECUTORS))
+    if executor != "auto":
+        return executor
+    if plan.capacity is None:
+        return _announce("ragged", "the plan is dropless")
+    return _announce("gather", "experts have a static capacity")
+
+
+@functools.cache
+def _announce(executor: str, reason: str) -> str:
+    log.info("moe_executor='auto' runs %r on %s: %s.", executor, jax.default_backend(), reason)
+    return executor

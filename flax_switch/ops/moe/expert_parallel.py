@@ -1,0 +1,192 @@
+"""Experts on several devices: tokens travel to their experts and back; the experts' weights stay where they are.
+
+One SPMD body, the same under `jax.shard_map` and `jax.pmap`. A device routes its own groups and talks to its peers only here:
+
+    capacity    buffers [G, E, C, D] go out by one all-to-all, and the answers come back by another
+    dropless    rows sorted by expert go out and come back by ragged all-to-alls, after each device has told how many it has
+
+Gradients take the same ways backwards. What was received is named, so that remat policies keep it and nothing is sent again.
+`over_mesh` and `pmap_peers` lay the body over a mesh or a pmap: which part of what each device sees.
+"""
+
+import dataclasses
+import functools
+import logging
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import AbstractMesh, PartitionSpec
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from flax_switch.config import check
+from flax_switch.ops.moe.exchange import Peers, locate, send_rows, starts
+from flax_switch.ops.moe.executors import ExpertFunction, SortedExperts, execute_ragged
+from flax_switch.ops.moe.groups import Grouping
+from flax_switch.ops.moe.routing import RoutingPlan
+from flax_switch.ops.moe.rows import take_rows
+from flax_switch.parallel.mesh import BATCH_AXES, partition_spec
+from flax_switch.parallel.pmap import PmapDevices
+
+log = logging.getLogger(__name__)
+
+# Names of the activations that crossed devices.
+EXCHANGED = ("tokens_at_their_experts", "answers_at_their_tokens")
+
+_STRADDLE = (
+    "a batch of %d x %d in routing groups of %d tokens, cut into %d parts, would cut through groups. Make the tokens of a part a "
+    "multiple of model.group_size, or use model.routing_group='sequence'"
+)
+
+
+def exchange_buffers(experts: ExpertFunction, peers: Peers) -> ExpertFunction:
+    """`experts`, which knows this device's share of the experts, as a function of buffers for all of them."""
+
+    def run(buffers: Float[Array, "G E C D"]) -> Float[Array, "G E C D"]:
+        received = peers.all_to_all(buffers, 1, 0)  # [ways * G, E / ways, C, D]
+        answers = experts(checkpoint_name(received, EXCHANGED[0]))
+        return checkpoint_name(peers.all_to_all(answers, 0, 1), EXCHANGED[1])
+
+    return run
+
+
+def execute_dropless(
+    plan: RoutingPlan, x: Float[Array, "G S D"], experts: SortedExperts, peers: Peers, *, buffer_factor: float
+) -> tuple[Float[Array, "G S D"], RoutingPlan]:
+    """Executes a dropless plan of tokens that choose; `experts` is for this device's share of them.
+
+    A device holds room for `buffer_factor` times its even share of rows. Choices beyond it are dropped, the last sender's first:
+    they are not kept in the plan that is returned.
+    """
+    num_choices = math.prod(plan.expert.shape)
+    room = min(peers.ways * num_choices, 8 * math.ceil(buffer_factor * num_choices / 8))
+    plan, counts = admit(plan, peers, room)
+    local = lax.dynamic_index_in_dim(counts.reshape(peers.ways, peers.ways, -1), peers.index(), 1, keepdims=False)
+    between = counts.reshape(peers.ways, peers.ways, -1).sum(-1)  # [sender, receiver]
+
+    def run(rows: Float[Array, "R D"], _: Int[Array, " E"]) -> Float[Array, "R D"]:
+        received = checkpoint_name(send_rows(rows, between, room, peers), EXCHANGED[0])
+        order, inverse = by_expert(local, room)
+        sorted_rows = take_rows(received[None], order[None], inverse[None, :, None])[0]
+        answers = experts(sorted_rows, local.sum(0, dtype=jnp.int32))
+        answers = take_rows(answers[None], inverse[None], order[None, :, None])[0]
+        return checkpoint_name(send_rows(answers, between.T, rows.shape[0], peers), EXCHANGED[1])
+
+    return execute_ragged(plan, x, run), plan
+
+
+def admit(plan: RoutingPlan, peers: Peers, room: int) -> tuple[RoutingPlan, Int[Array, "P E"]]:
+    """The plan without the choices for which their experts' device has no room, and the rows every peer sends each expert."""
+    G, _, N = plan.expert.shape
+    chosen = jax.nn.one_hot(jnp.where(plan.kept, plan.expert, plan.num_experts).reshape(G, -1), plan.num_experts, dtype=bool)
+    by_group = chosen.sum(1, dtype=jnp.int32)  # [G, E]
+    wanted = peers.all_gather(by_group.sum(0, dtype=jnp.int32))  # [P, E]
+    # A receiver takes senders in order, and of each its experts in order, until it is full.
+    by_receiver = wanted.reshape(peers.ways, peers.ways, -1).swapaxes(0, 1)  # [receiver, sender, experts of the receiver]
+    flat = by_receiver.reshape(peers.ways, -1)
+    admitted = jnp.clip(room - starts(flat), 0, flat).reshape(by_receiver.shape).swapaxes(0, 1).reshape(wanted.shape)
+    # A choice's place among all that this device sends its expert: its slot counts those of its own group only.
+    earlier_groups = starts(by_group, axis=0)
+    place = plan.slot + _at_expert(earlier_groups, plan)
+    limit = lax.dynamic_index_in_dim(admitted, peers.index(), 0, keepdims=True)
+    kept = plan.kept & (place < _at_expert(jnp.broadcast_to(limit, by_group.shape), plan))
+    return dataclasses.replace(plan, kept=kept), admitted
+
+
+def _at_expert(values: Int[Array, "G E"], plan: RoutingPlan) -> Int[Array, "G S N"]:
+    """`values[g, expert[g, s, n]]`."""
+    G, S, N = plan.expert.shape
+    return jnp.take_along_axis(values, plan.expert.reshape(G, S * N), axis=1).reshape(G, S, N)
+
+
+def by_expert(counts: Int[Array, "P E"], num_rows: int) -> tuple[Int[Array, " R"], Int[Array, " R"]]:
+    """The order that puts rows that lie by sender and then expert into the order of experts and then senders, and its inverse.
+
+    counts: rows from each sender to each expert of this device. Rows behind the last are `num_rows` in both.
+    """
+
+    def reorder(counts: Int[Array, "a b"]) -> Int[Array, " R"]:
+        """For rows in the order of b and then a, where each is in the order of a and then b."""
+        other = jnp.append(starts(counts.reshape(-1)).reshape(counts.shape).T.reshape(-1), 0)
+        part, place = locate(counts.T.reshape(-1), num_rows)
+        return jnp.where(part < counts.size, other[part] + place, num_rows)
+
+    return reorder(counts), reorder(counts.T)
+
+
+def fits_mesh(grouping: Grouping, mesh: AbstractMesh) -> bool:
+    """Whether every device of a mesh has whole groups.
+
+    Otherwise the body runs as one program that GSPMD splits: the same results, with more communication. That is right for single
+    sequences, as in initialisation and generation; for a batch it is said once in the log.
+    """
+    ways = math.prod(mesh.shape[a] for a in BATCH_AXES)
+    fits = grouping.splits(ways)
+    if not fits and grouping.batch % ways == 0:
+        _warn(_STRADDLE % (grouping.batch, grouping.length, grouping.group_size, ways))
+    return fits
+
+
+@functools.cache
+def _warn(message: str) -> None:
+    log.warning("Experts are not exchanged expert-parallel: %s.", message)
+
+
+def over_mesh(
+    body: Callable[..., tuple[Array, Any]], arrays: tuple, mesh: AbstractMesh, grouping: Grouping, *, dtype: DTypeLike
+) -> tuple[Array, Any]:
+    """Runs `ops.moe.block.route_and_execute` on every device of a mesh.
+
+    The batch is cut over ('expert', 'data'), experts over 'expert', their F over 'model'. arrays: its global arguments (params, x,
+    mask, jitter_rng, dropout_rng). The result is global too. Generators are made each device's own, so draws differ from one mesh
+    to another. Devices along 'model' hold slices of each expert and the same tokens; their answers, combined, are added up at the
+    end: that moves the fewest bytes, a token's D once however many slots it takes.
+    """
+    params, *others = arrays
+    # Cast before they are handed over: what fsdp gathers, and what gradients add up over data, is in the experts' dtype.
+    params = dataclasses.replace(params, expert={name: kernel.astype(dtype) for name, kernel in params.expert.items()})
+    kernels = {
+        name: partition_spec(("expert", "mlp", "embed") if name == "wo" else ("expert", "embed", "mlp"), kernel.shape, mesh)
+        for name, kernel in params.expert.items()
+    }
+    sliced = "model" in kernels["wo"]
+    batch, whole = PartitionSpec(BATCH_AXES), PartitionSpec()
+    peers = Peers("expert", mesh.shape["expert"])
+    own = grouping.part(math.prod(mesh.shape[a] for a in BATCH_AXES))
+
+    def on_device(params, x, mask, jitter_rng, dropout_rng):
+        rank = lax.axis_index(BATCH_AXES)
+        fold = lambda rng, index: None if rng is None else jax.random.fold_in(rng, index)  # noqa: E731
+        jitter_rng, dropout_rng = fold(jitter_rng, rank), fold(fold(dropout_rng, rank), lax.axis_index("model"))
+        y, routed = body(params, x, mask, jitter_rng, dropout_rng, grouping=own, peers=peers)
+        return y[None], routed
+
+    # check_vma would ask every loop and custom gradient below to state over which axes it varies. Without it a psum's transpose
+    # is a psum: there is none in the body.
+    y, routed = jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=(dataclasses.replace(params, router_kernel=whole, router_bias=whole, expert=kernels), batch, batch, whole, whole),
+        out_specs=(PartitionSpec("model" if sliced else None, *batch), batch),
+        check_vma=False,
+    )(params, *others)
+    return lax.reduce_sum(y, (0,)), routed  # jnp.sum would send bfloat16 as float32
+
+
+def own_groups(grouping: Grouping, ways: int) -> Grouping:
+    """A device's part of the groups of all devices' batches; raises `ConfigError` where one lies on several of them."""
+    check(
+        grouping.splits(ways),
+        "With mesh.mode='pmap' " + _STRADDLE % (grouping.batch, grouping.length, grouping.group_size, ways) + ".",
+    )
+    return grouping.part(ways)
+
+
+def pmap_peers(devices: PmapDevices) -> Peers:
+    """The devices of a pmap among which experts are split."""
+    return Peers(devices.axis, devices.expert, devices.expert_groups)

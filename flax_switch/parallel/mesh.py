@@ -1,0 +1,173 @@
+"""The mesh, and the one table that maps logical axis names to mesh axes.
+
+Parameters are declared with logical axis names (`flax_switch.nn.layers`); `RULES` says which mesh axis each name is split over.
+Batches are split over the expert and data axes together, so that expert parallelism costs no batch size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from flax_switch.config import MeshConfig, check
+from flax_switch.parallel.pmap import PmapDevices, pmap_devices
+
+MESH_AXES = ("data", "expert", "model")
+AnyMesh = Mesh | AbstractMesh  # the planner has shapes and shardings without devices
+
+# Logical axis -> mesh axis, None for replicated. With fsdp, "embed" of parameters goes over "data" too.
+BATCH_AXES = ("expert", "data")
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    "batch": BATCH_AXES,
+    "expert": "expert",
+    "mlp": "model",
+    "heads": "model",
+    "joined_kv": "model",
+    "vocab": "model",
+    "embed": None,
+    "length": None,
+    "layers": None,
+    "relpos_buckets": None,
+    "unmodeled": None,
+}
+
+
+def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
+    """Sizes of the axes (data, expert, model), -1 resolved; they must multiply to the number of devices."""
+    sizes = [config.data, config.expert, config.model]
+    if -1 in sizes:
+        rest = math.prod(s for s in sizes if s != -1)
+        check(
+            num_devices % rest == 0,
+            f"mesh axes data={config.data}, expert={config.expert}, model={config.model} do not fit {num_devices} devices: "
+            f"{rest} does not divide {num_devices}.",
+        )
+        sizes[sizes.index(-1)] = num_devices // rest
+    check(
+        math.prod(sizes) == num_devices,
+        f"mesh axes {dict(zip(MESH_AXES, sizes, strict=True))} need {math.prod(sizes)} devices; there are {num_devices}. "
+        f"Set one axis to -1 to take what is left.",
+    )
+    data, expert, model = sizes
+    return data, expert, model
+
+
+def create_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh over all devices (or those given), laid out for the interconnect."""
+    devices = jax.devices() if devices is None else list(devices)
+    shape = mesh_shape(config, len(devices))
+    array = mesh_utils.create_device_mesh(shape, devices=devices, allow_split_physical_axes=True)
+    # Auto axes: GSPMD propagates the shardings; make_mesh's default of explicit axes would put them into the types.
+    return Mesh(array, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: AnyMesh, *, fsdp: bool = False) -> PartitionSpec:
+    """The partition of an array with these logical axes.
+
+    An axis whose size the mesh axis does not divide stays whole, except "expert", where that is an error: experts are never
+    split unevenly.
+    """
+    entries: list[str | tuple[str, ...] | None] = []
+    for name, size in zip(axes, shape, strict=True):
+        rule = "data" if fsdp and name == "embed" and "data" not in entries else RULES[name] if name else None
+        ways = math.prod(mesh.shape[a] for a in ((rule,) if isinstance(rule, str) else rule or ()))
+        check(
+            name != "expert" or size % ways == 0,
+            f"{size} experts cannot be split over an expert axis of {ways}; set mesh.expert to a divisor of num_experts.",
+        )
+        # A mesh axis can split one dimension only: attention's relative table has heads, kernels joined_kv; never both.
+        entries.append(rule if ways > 1 and size % ways == 0 and rule not in entries else None)
+    while entries and entries[-1] is None:
+        entries.pop()
+    return PartitionSpec(*entries)
+
+
+def tree_shardings(axes: Any, shapes: Any, mesh: AnyMesh, *, fsdp: bool = False) -> Any:
+    """The tree of `NamedSharding`s for a tree of logical axes (tuples) and one of shapes (anything with `.shape`)."""
+    return jax.tree.map(
+        lambda names, leaf: NamedSharding(mesh, partition_spec(names, leaf.shape, mesh, fsdp=fsdp)),
+        axes,
+        shapes,
+        is_leaf=lambda x: type(x) is tuple and all(isinstance(n, str) or n is None for n in x),  # no NamedTuple
+    )
+
+
+def replicated(mesh: AnyMesh) -> NamedSharding:
+    """The sharding of what every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: AnyMesh) -> NamedSharding:
+    """The sharding of a batch over its first axis."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def batch_ways(mesh: AnyMesh) -> int:
+    """Into how many parts a batch is split."""
+    return math.prod(mesh.shape[a] for a in BATCH_AXES)
+
+
+def check_batch_size(size: int, mesh: AnyMesh) -> None:
+    """Raises `ConfigError` unless the mesh splits batches of `size` rows evenly."""
+    check(
+        size % batch_ways(mesh) == 0,
+        f"data.batch_size ({size}) must be a multiple of the {batch_ways(mesh)} devices the batch is split over (mesh data x "
+        "expert).",
+    )
+
+
+def batch_rows(mesh: AnyMesh, batch_size: int) -> np.ndarray:
+    """Which rows of a batch [B, ...] this process's devices hold, ascending.
+
+    They need not lie together, and processes that only the model axis divides hold the same ones.
+    """
+    held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[index] for index in held]))
+
+
+def shard_batch(batch: dict[str, np.ndarray], mesh: AnyMesh) -> dict[str, jax.Array]:
+    """Puts this process's part of a batch, its `batch_rows`, onto the mesh as global arrays [B, ...]."""
+    sharding = batch_sharding(mesh)
+    return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
+
+
+@contextlib.contextmanager
+def use_mesh(mesh: AnyMesh) -> Iterator[AnyMesh]:
+    """Makes `mesh` the current one for `shard_map` and sharding constraints inside jit."""
+    assert isinstance(mesh, Mesh)  # arrays lie on devices
+    with jax.set_mesh(mesh):
+        yield mesh
+
+
+@contextlib.contextmanager
+def traced_on(mesh: AnyMesh) -> Iterator[None]:
+    """Inside a function that jit traces: makes `mesh` the current one, whoever calls."""
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        yield
+
+
+def keep_batch_split(x: jax.Array) -> jax.Array:
+    """Says that activations [B, ...] lie like the batch, on the mesh being traced for, where their rows divide.
+
+    Without it GSPMD may prefer to cut activations like fsdp's parameters, and move every row to do so.
+    """
+    mesh = current_devices()
+    if not isinstance(mesh, AbstractMesh) or x.shape[0] % math.prod(mesh.shape[a] for a in BATCH_AXES):
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
+
+
+def current_devices() -> AbstractMesh | PmapDevices | None:
+    """Where the program being traced will run: a pmap's devices, or a mesh of several with our axes; None: nothing is known."""
+    if (devices := pmap_devices()) is not None:
+        return devices
+    mesh = jax.sharding.get_abstract_mesh()
+    ours = mesh.axis_names == MESH_AXES and mesh.size > 1 and not mesh.manual_axes
+    return mesh if ours else None

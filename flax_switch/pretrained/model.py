@@ -1,0 +1,316 @@
+"""A model with its parameters and vocabulary: loaded from any format, called the way Hugging Face's are, saved again."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, Sharding
+from jaxtyping import Array, Float, Int
+
+from flax_switch.config import SwitchConfig, check, one_of
+from flax_switch.convert import checkpoint as checkpoints
+from flax_switch.convert import tokenizer
+from flax_switch.convert.canonical import canonical_shapes, flatten, is_router, unflatten
+from flax_switch.convert.folder import DEFAULT_SHARD_SIZE, local_destination
+from flax_switch.convert.mapping import SAME_NAMES, to_canonical
+from flax_switch.convert.scan import stack_layers, unstack_layers
+from flax_switch.convert.tensors import DTYPES, LazyTensor, cast, from_array
+from flax_switch.nn.init import init_params, logical_axes
+from flax_switch.nn.outputs import EncoderOutput
+from flax_switch.nn.transformer import SwitchEncoder, SwitchTransformer
+from flax_switch.ops import AnyArray
+from flax_switch.parallel.mesh import tree_shardings
+from flax_switch.pretrained import outputs
+
+if TYPE_CHECKING:
+    from flax_switch.data.vocabulary import Vocabulary
+    from flax_switch.generation.generate import GenerationOutput
+
+Shardings = Callable[[str], Sharding | None] | Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """A config, a model, its parameters and (where the checkpoint had one) its vocabulary.
+
+    Calling it runs the model with Hugging Face's argument and output names. `architecture` says what of a model it is: "full",
+    "headless" (`SwitchTransformersModel`, which returns hidden states) or "encoder" (`SwitchTransformersEncoderModel`).
+    """
+
+    config: SwitchConfig
+    model: SwitchEncoder
+    params: dict[str, Any]
+    vocabulary: Vocabulary | None = None
+    architecture: str = "full"
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed: the parameters after an update, for instance."""
+        return dataclasses.replace(self, **changes)
+
+    def __call__(
+        self,
+        input_ids: Int[AnyArray, "B S"] | None = None,
+        attention_mask: Int[AnyArray, "B S"] | None = None,
+        decoder_input_ids: Int[AnyArray, "B L"] | None = None,
+        decoder_attention_mask: Int[AnyArray, "B L"] | None = None,
+        *,
+        encoder_outputs: Any = None,
+        inputs_embeds: Float[AnyArray, "B S D"] | None = None,
+        decoder_inputs_embeds: Float[AnyArray, "B L D"] | None = None,
+        labels: Int[AnyArray, "B L"] | None = None,
+        output_router_logits: bool = False,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        deterministic: bool = True,
+        rngs: Mapping[str, Array] | None = None,
+    ) -> outputs.Seq2SeqLMOutput | outputs.Seq2SeqModelOutput | outputs.EncoderModelOutput:
+        """Runs the model; arguments and outputs are named as in transformers.
+
+        Args:
+          encoder_outputs: of an earlier call or `encode`, instead of input_ids.
+          labels: target ids, -100 where they do not count. The decoder's inputs are made from them unless given.
+          output_router_logits: return the routers' logits and losses, and add the latter to the loss.
+          deterministic: False for training; `rngs` then holds the streams "dropout" and "jitter".
+        """
+        options = dict(
+            deterministic=deterministic,
+            output_router_logits=output_router_logits,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+        )
+        check(
+            input_ids is None or inputs_embeds is None,
+            "Give input_ids or inputs_embeds, not both: the embeddings stand in place of the ids.",
+        )
+        if self.architecture == "encoder":
+            encoded = _encode(self.model, self.params, input_ids, attention_mask, inputs_embeds, rngs, **options)
+            return outputs.encoder_output(encoded)
+        if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
+            decoder_input_ids = outputs.shift_right(jnp.asarray(labels), self.config)
+        check(
+            decoder_input_ids is not None or decoder_inputs_embeds is not None,
+            "The decoder has no input: give labels, decoder_input_ids or decoder_inputs_embeds (or call .encode).",
+        )
+        output = _run(
+            self.model, self.params, input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, inputs_embeds,
+            decoder_inputs_embeds, _as_encoder_output(encoder_outputs), rngs, **options,
+        )  # fmt: skip
+        if self.architecture == "headless":
+            return outputs.model_output(output)
+        return outputs.lm_output(output, None if labels is None else jnp.asarray(labels), self.config, output_router_logits)
+
+    def encode(
+        self, input_ids: Int[AnyArray, "B S"] | None = None, attention_mask: Int[AnyArray, "B S"] | None = None, **options: Any
+    ) -> outputs.EncoderModelOutput:
+        """The encoder alone; options as for the call (inputs_embeds, output_hidden_states, ...)."""
+        defaults = dict(
+            deterministic=True, output_router_logits=False, output_hidden_states=False, output_attentions=False,
+        )  # fmt: skip
+        embeds, rngs = options.pop("inputs_embeds", None), options.pop("rngs", None)
+        encoded = _encode(self.model, self.params, input_ids, attention_mask, embeds, rngs, **{**defaults, **options})
+        return outputs.encoder_output(encoded)
+
+    def generate(
+        self, input_ids: Int[AnyArray, "B S"], attention_mask: Int[AnyArray, "B S"] | None = None, **controls: Any
+    ) -> GenerationOutput:
+        """`flax_switch.generate` with this model and its parameters."""
+        from flax_switch.generation import generate
+
+        return generate(self.model, self.params, input_ids, attention_mask=attention_mask, **controls)
+
+    def save_pretrained(self, path: str | Path, format: str = "huggingface", **options: Any) -> Path:
+        """Saves it; see `flax_switch.save_pretrained`."""
+        return save_pretrained(path, self.config, self.params, self.vocabulary, format, **options)
+
+
+_OPTIONS = ("deterministic", "output_router_logits", "output_hidden_states", "output_attentions")
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames=_OPTIONS)
+def _encode(model, params, input_ids, attention_mask, inputs_embeds, rngs, **options):
+    return model.apply(
+        {"params": params}, input_ids, attention_mask, inputs_embeds=inputs_embeds, rngs=rngs, method="encode", **options
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames=_OPTIONS)
+def _run(
+    model, params, input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, inputs_embeds, decoder_inputs_embeds,
+    encoder_output, rngs, **options,
+):  # fmt: skip
+    return model.apply(
+        {"params": params},
+        input_ids,
+        decoder_input_ids,
+        attention_mask,
+        decoder_attention_mask,
+        inputs_embeds=inputs_embeds,
+        decoder_inputs_embeds=decoder_inputs_embeds,
+        encoder_output=encoder_output,
+        rngs=rngs,
+        **options,
+    )
+
+
+def _as_encoder_output(value: Any) -> EncoderOutput | None:
+    """An encoder's output in any of its shapes: ours, under Hugging Face's names, or a tuple that begins with the states."""
+    if value is None or isinstance(value, EncoderOutput):
+        return value
+    states = value[0] if isinstance(value, (tuple, list)) else value.last_hidden_state
+    return EncoderOutput(
+        last_hidden_state=jnp.asarray(states),
+        hidden_states=getattr(value, "hidden_states", None),
+        attentions=getattr(value, "attentions", None),
+    )
+
+
+def load_pretrained(
+    path: str | Path,
+    *,
+    shardings: Shardings | None = None,
+    mesh: Mesh | None = None,
+    dtype: str | None = None,
+    allow_missing: Sequence[str] = (),
+    revision: str | None = None,
+    seed: int = 0,
+    **changes: Any,
+) -> Pretrained:
+    """Loads a model from a Hugging Face folder or hub name, a T5X checkpoint, a training run or a folder of our own.
+
+    Tensors are read one at a time, and each process reads only the blocks its devices hold.
+
+    Args:
+      path: a folder, or a name on the hub such as "google/switch-base-8" (extra `hub`).
+      shardings: where parameters go: a function from their path ("encoder/layers_0/...", or the scanned path) to a sharding or
+        None, or a tree of shardings. By default the default device.
+      mesh: instead of shardings: lay parameters out over this mesh by the library's rules.
+      dtype: of the parameters; None keeps each tensor's. Routers keep theirs.
+      allow_missing: patterns of tensors that may be missing; they are freshly initialised (with `seed`).
+      changes: fields of the config to change, such as scan_layers=True or dropout_rate=0.0.
+
+    Raises:
+      CheckpointError: naming what is wrong with the checkpoint.
+      ConfigError: if a change does not fit the parameters.
+    """
+    opened = checkpoints.open_checkpoint(path, changes=changes, allow_missing=allow_missing, revision=revision)
+    return from_checkpoint(opened, shardings=shardings, mesh=mesh, dtype=dtype, seed=seed)
+
+
+def from_checkpoint(
+    opened: checkpoints.Checkpoint,
+    *,
+    shardings: Shardings | None = None,
+    mesh: Mesh | None = None,
+    dtype: str | None = None,
+    seed: int = 0,
+) -> Pretrained:
+    """The model of a checkpoint that is open; parameters of its config that it lacks are freshly initialised with `seed`.
+
+    Arguments are those of `load_pretrained`.
+    """
+    config = opened.config
+    if dtype is not None:
+        one_of("dtype", dtype, tuple(DTYPES))
+        config = config.replace(param_dtype=dtype)
+    tensors = {p: t if dtype is None or is_router(p) else cast(t, DTYPES[dtype]) for p, t in opened.tensors.items()}
+    if opened.architecture == "encoder":
+        model = SwitchEncoder(config)
+    else:
+        model = SwitchTransformer(config, head=opened.architecture == "full")
+    missing = canonical_shapes(config, opened.architecture).keys() - tensors.keys()
+    tensors |= _fresh(model, missing, seed)
+    if config.scan_layers:
+        tensors = stack_layers(tensors, config)
+    place = _placement(shardings, mesh, model, tensors)
+    params = unflatten({name: _to_device(tensor, place(name)) for name, tensor in tensors.items()})
+    return Pretrained(config, model, params, tokenizer.load_vocabulary(opened.path), opened.architecture)
+
+
+def save_pretrained(
+    path: str | Path,
+    config: SwitchConfig,
+    params: Mapping[str, Any],
+    vocabulary: Vocabulary | None = None,
+    format: str = "huggingface",
+    *,
+    max_shard_size: str | int = DEFAULT_SHARD_SIZE,
+    overwrite: bool = True,
+) -> Path:
+    """Saves a model so that `load_pretrained`, and in the format "huggingface" transformers, opens it.
+
+    Args:
+      path: a folder; it holds the model when the last file is written. A model that is there is replaced, unless overwrite=False.
+      params: the model's parameters, scanned or not as the config says; dtypes are kept. Of an encoder alone, or of an untied
+        model without its head, too.
+      vocabulary: written as `spiece.model` and, for Hugging Face, a tokenizer_config.json so that AutoTokenizer opens it.
+      format: "huggingface" or "flax_switch".
+
+    Raises:
+      ConfigError: naming the fields that Hugging Face cannot represent.
+      CheckpointError: if the parameters do not fit the config.
+    """
+    one_of("format", format, checkpoints.FORMATS)
+    destination = local_destination(path)
+    flat = {name: from_array(leaf) for name, leaf in flatten(dict(params)).items()}
+    if config.scan_layers:
+        flat = unstack_layers(flat, config)
+    if not any(name.startswith("decoder/") for name in flat):
+        architecture = "encoder"
+    else:
+        untied = not config.tie_word_embeddings
+        architecture = "headless" if untied and "decoder/logits_dense/kernel" not in flat else "full"
+    tensors = to_canonical(flat, SAME_NAMES, canonical_shapes(config, architecture))
+    saved = checkpoints.Checkpoint(format, destination, config, architecture, tensors)
+    files = {} if vocabulary is None else tokenizer.vocabulary_files(vocabulary)
+    return checkpoints.write_checkpoint(
+        saved, destination, to=format, files=files, max_shard_size=max_shard_size, overwrite=overwrite
+    )
+
+
+def _fresh(model: SwitchEncoder, paths: set[str], seed: int) -> dict[str, LazyTensor]:
+    """Freshly initialised parameters for paths a checkpoint lacks; nothing else of the model is computed."""
+    if not paths:
+        return {}
+    unscanned = model.clone(config=model.config.replace(scan_layers=False))
+    pick = jax.jit(lambda rng: {path: leaf for path, leaf in flatten(init_params(unscanned, rng)).items() if path in paths})
+    return {path: from_array(leaf) for path, leaf in pick(jax.random.key(seed)).items()}
+
+
+def _placement(
+    shardings: Shardings | None, mesh: Mesh | None, model: SwitchEncoder, tensors: Mapping[str, LazyTensor]
+) -> Callable[[str], Sharding | None]:
+    check(shardings is None or mesh is None, "Give shardings or a mesh, not both.")
+    if mesh is not None:
+        axes = flatten(logical_axes(model))
+        shardings = tree_shardings({path: axes[path] for path in tensors}, dict(tensors), mesh)
+    if shardings is None:
+        return lambda path: None
+    if callable(shardings):
+        return shardings
+    flat = flatten(dict(shardings))
+    lacking = sorted(tensors.keys() - flat.keys())
+    check(not lacking, f"the tree of shardings lacks {', '.join(lacking[:5])}.")
+    return flat.__getitem__
+
+
+def _to_device(tensor: LazyTensor, sharding: Sharding | None) -> Array:
+    if sharding is None:
+        return jnp.asarray(tensor.numpy())
+
+    @functools.cache  # devices that hold the same block share one read
+    def block(bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
+        return tensor.read(tuple(itertools.starmap(slice, bounds)))
+
+    def read(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None  # JAX passes none for no array
+        return block(tuple((s.start or 0, size if s.stop is None else s.stop) for s, size in zip(index, tensor.shape, strict=True)))
+
+    return jax.make_array_from_callback(tensor.shape, sharding, read)

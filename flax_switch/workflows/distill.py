@@ -1,0 +1,184 @@
+"""Distillation (2101.03961, section 4.2): a dense student learns from the text and from a sparse teacher's probabilities.
+
+The student starts from the teacher's weights wherever both have them, which is everywhere but in the layers of experts. Its targets
+are a mixture of the true token and of the teacher's whole distribution, at temperature 1.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from jaxtyping import Array, Float
+
+from flax_switch import data
+from flax_switch.config import SwitchConfig, check
+from flax_switch.config.distillation import DistillConfig
+from flax_switch.convert.canonical import canonical_shapes, is_expert, is_router
+from flax_switch.convert.checkpoint import Checkpoint, open_checkpoint
+from flax_switch.convert.tensors import LazyTensor
+from flax_switch.data import Vocabulary
+from flax_switch.nn.outputs import ModelOutput
+from flax_switch.ops.losses import IGNORED_LABEL, LossOutput, loss_weights
+from flax_switch.parallel.mesh import batch_sharding, check_batch_size, create_mesh, replicated, shard_batch, traced_on
+from flax_switch.pretrained import Pretrained, from_checkpoint
+from flax_switch.training.checkpoint import claim_workdir
+from flax_switch.training.evaluate import Evaluator
+from flax_switch.training.loop import RunResult, check_vocabulary, train
+from flax_switch.training.state import Run, TrainState, build_run, init_state, state_shardings
+from flax_switch.training.step import Batch, Loss, compile_eval_step, forward, train_step, true_loss
+from flax_switch.training.stepper import Stepper
+
+
+def distill(config: DistillConfig, workdir: epath.PathLike) -> RunResult:
+    """Trains a student of the teacher in `config.teacher`, in `workdir`; the same call continues a run that was stopped.
+
+    The teacher is any checkpoint `load_pretrained` opens. Its parameters are laid out over the run's mesh, are never updated, and
+    are not part of the run's checkpoints. Raises `ConfigError` for settings, data or a teacher that cannot be used, before anything
+    is compiled.
+    """
+    check(bool(config.teacher), "Distillation needs a teacher: a checkpoint that load_pretrained opens.")
+    teachers = open_checkpoint(config.teacher)
+    check_teacher(config, teachers.config, teachers.architecture)
+    copied = copied_weights(teachers, config.model) if config.distillation.copy_weights else {}
+    check(
+        config.mesh.mode == "jit" and jax.process_count() == 1,
+        "Distillation runs under jit in one process, on any number of its devices; set mesh.mode='jit' and start one process.",
+    )
+    mesh = create_mesh(config.mesh)
+    check_batch_size(config.data.batch_size, mesh)
+    workdir = claim_workdir(workdir, config)
+    teacher = from_checkpoint(teachers, mesh=mesh)
+    prepared = data.prepare(config.data, workdir=workdir, vocabulary=shared_vocabulary(config, teacher.vocabulary))
+    check_vocabulary(config, prepared.vocabulary)
+    run = build_run(config, mesh)
+
+    def first_state(run: Run) -> TrainState:
+        if not copied:
+            return init_state(run)
+        student = dataclasses.replace(teachers, config=config.model, tensors=copied, huggingface=None)
+        started = from_checkpoint(student, mesh=mesh, dtype=config.model.param_dtype, seed=config.train.seed)
+        return init_state(run, started.params)
+
+    return train(
+        run,
+        prepared,
+        workdir,
+        lambda: Evaluator.of(run, prepared, compile_eval_step(run)),
+        first_state,
+        lambda run: distillation_stepper(run, teacher),
+    )
+
+
+# --- teacher and student
+def check_teacher(config: DistillConfig, teacher: SwitchConfig, architecture: str = "full") -> None:
+    """Raises `ConfigError` unless the teacher gives probabilities over the student's own token ids."""
+    check(
+        architecture == "full",
+        f"The teacher {config.teacher} is an {architecture} model: it gives no probabilities. Name one with its decoder and head.",
+    )
+    for name in ("vocab_size", "pad_token_id", "eos_token_id", "decoder_start_token_id"):
+        own, theirs = getattr(config.model, name), getattr(teacher, name)
+        check(
+            own == theirs,
+            f"Teacher and student must have one vocabulary, token for token: {name} is {theirs} in {config.teacher} and {own} for "
+            f"the student; set model.{name}={theirs}.",
+        )
+
+
+def shared_vocabulary(config: DistillConfig, teachers: Vocabulary | None) -> Vocabulary | None:
+    """The vocabulary of both: the teacher's; None, where its checkpoint has none, stands for what `config.data` says.
+
+    Raises `ConfigError` where `config.data.vocabulary` names another one.
+    """
+    if teachers is None or config.data.vocabulary is None:
+        return teachers
+    own = Vocabulary.from_sentencepiece(config.data.vocabulary, config.data.num_sentinels)
+    check(
+        own.fingerprint == teachers.fingerprint,
+        f"Teacher and student must have one vocabulary, token for token: data.vocabulary={config.data.vocabulary} has {own!r}, the "
+        f"teacher {teachers!r}. Leave data.vocabulary out to take the teacher's.",
+    )
+    return teachers
+
+
+def copied_weights(teacher: Checkpoint, student: SwitchConfig) -> dict[str, LazyTensor]:
+    """The teacher's tensors that a student starts from: all it has a place for, but routers, experts and what stands for them.
+
+    A student's layer is the teacher's layer of the same number. Raises `ConfigError` for a parameter, outside of the MLPs that
+    are experts in the teacher, that the teacher lacks or has in another shape.
+    """
+    copied = {}
+    for path, shape in canonical_shapes(student).items():
+        if is_expert(path) or is_router(path) or _is_sparse_mlp(path, teacher.config):
+            continue
+        tensor = teacher.tensors.get(path)
+        check(
+            tensor is not None and tuple(tensor.shape) == tuple(shape),
+            f"The student's {path} has the shape {tuple(shape)}, the teacher's "
+            f"{'does not exist' if tensor is None else f'has {tuple(tensor.shape)}'}, so it cannot start from it. Give the student "
+            "the teacher's layers and sizes (model.d_model, num_heads, d_ff, ...), or set distillation.copy_weights=false.",
+        )
+        copied[path] = tensor
+    return copied
+
+
+def _is_sparse_mlp(path: str, teacher: SwitchConfig) -> bool:
+    """Whether a path lies in the MLP of a layer that is sparse in the teacher."""
+    return any(
+        path.startswith(f"{stack}/layers_{i}/mlp/") for stack in ("encoder", "decoder") for i in teacher.sparse_indices(stack)
+    )
+
+
+# --- loss and step
+def distillation_loss(
+    loss: LossOutput,
+    logits: Float[Array, "B L V"],
+    teacher_logits: Float[Array, "B L V"],
+    weights: Float[Array, "B L"],
+    divisor: Float[Array, ""],
+    teacher_weight: float,
+) -> LossOutput:
+    """`loss` with its cross-entropy taken, for a share of `teacher_weight`, against the teacher's probabilities.
+
+    Cross-entropy is linear in the targets, so this is the cross-entropy against the mixture of both. z-loss and the routers' losses
+    stay, and so does `cross_entropy`: what is reported is the true tokens'. No gradient reaches the teacher.
+    """
+    teacher_probs = jax.nn.softmax(jax.lax.stop_gradient(teacher_logits).astype(jnp.float32))
+    log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
+    soft = -((teacher_probs * log_probs).sum(-1) * weights).sum() / jnp.maximum(divisor, 1e-9)
+    return dataclasses.replace(loss, loss=loss.loss + teacher_weight * (soft - loss.cross_entropy))
+
+
+def teachers_loss(run: Run, teacher: Pretrained, params: Any) -> Loss:
+    """The loss of a student's output on a batch, beside what the teacher says of that batch in evaluation mode."""
+    config = run.config
+    assert isinstance(config, DistillConfig)
+
+    def loss_of(output: ModelOutput, batch: Batch, divisor: Array) -> LossOutput:
+        loss = true_loss(config.model)(output, batch, divisor)
+        teacher_output = forward(teacher.model, params, batch, None)
+        counted = (batch["labels"] != IGNORED_LABEL).astype(jnp.float32)
+        weights, _ = loss_weights(counted, config.model.loss_normalizer, batch.get("decoder_segment_ids"))
+        assert output.logits is not None and teacher_output.logits is not None  # `check_teacher` has refused models without a head
+        return distillation_loss(loss, output.logits, teacher_output.logits, weights, divisor, config.distillation.teacher_weight)
+
+    return loss_of
+
+
+def distillation_stepper(run: Run, teacher: Pretrained) -> Stepper:
+    """`train_step` against the teacher, jitted over the run's mesh; the teacher's parameters stay where they are."""
+    shardings = state_shardings(run)
+
+    def step(params: Any, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
+        with traced_on(run.mesh):
+            return train_step(run, state, batch, teachers_loss(run, teacher, params))
+
+    compiled = jax.jit(
+        step,
+        in_shardings=(jax.tree.map(lambda leaf: leaf.sharding, teacher.params), shardings, batch_sharding(run.mesh)),
+        out_shardings=(shardings, replicated(run.mesh)),
+        donate_argnums=1,
+    )
+    return Stepper(lambda state, batch: compiled(teacher.params, state, shard_batch(batch, run.mesh)))

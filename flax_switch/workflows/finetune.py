@@ -1,0 +1,91 @@
+"""`finetune` and `evaluate_checkpoint`: what the commands of these names do."""
+
+import json
+from typing import Any
+
+import jax
+from etils import epath
+from jax.sharding import Mesh
+
+from flax_switch.config import check
+from flax_switch.config.finetuning import FinetuneConfig, FinetuneRecipe
+from flax_switch.data.tasks import prepare_tasks
+from flax_switch.data.vocabulary import SETTINGS_FILE
+from flax_switch.host.files import write_text
+from flax_switch.parallel.mesh import check_batch_size, create_mesh
+from flax_switch.training.checkpoint import claim_workdir
+from flax_switch.training.freezing import trainable_part
+from flax_switch.training.loop import RunResult, check_vocabulary, train
+from flax_switch.training.progress import console
+from flax_switch.training.state import Run, build_run
+from flax_switch.training.step import compile_eval_step
+from flax_switch.workflows import scores
+from flax_switch.workflows.predictions import Prediction, TaskEvaluator, evaluate
+from flax_switch.workflows.start import open_start
+
+TASKS_FILE = "tasks.json"
+
+
+def finetune(
+    recipe: FinetuneRecipe, workdir: epath.PathLike, *, init: str, vocabulary: str | None = None, mesh: Mesh | None = None
+) -> RunResult:
+    """Fine-tunes the checkpoint `init` as the recipe says, in `workdir`; the same call continues a run that was stopped or killed.
+
+    Args:
+      init: anything `load_pretrained` opens, or "random:" before it (or before a preset's name) for random parameters.
+      vocabulary: a SentencePiece model or a folder with a vocabulary, in place of the checkpoint's.
+      mesh: by default one over all devices, as `recipe.mesh` says.
+
+    Raises:
+      ConfigError: for settings, files or metrics that cannot be used, before anything is compiled.
+    """
+    start = open_start(init, recipe.model, vocabulary)
+    config = recipe.resolve(start.config, init)
+    mesh = _checked(config, mesh)
+    check_vocabulary(config, start.vocabulary)
+    prepared = prepare_tasks(config.data, start.vocabulary, say=console.print)
+    run = build_run(config, mesh)
+    workdir = claim_workdir(workdir, config)
+    if not (workdir / "vocabulary" / SETTINGS_FILE).exists():
+        start.vocabulary.save(workdir / "vocabulary")
+    write_text(workdir / TASKS_FILE, json.dumps(prepared.describe(), indent=2) + "\n")
+    if config.optimizer.trainable != ".*":
+        trained = trainable_part(run.abstract_state.params, config.optimizer.trainable)
+        console.print(f"Training {_count(trained):,} of {_count(run.abstract_state.params):,} parameters.")
+    return train(run, prepared, workdir, lambda: TaskEvaluator(run, prepared, compile_eval_step(run), workdir), start.state)
+
+
+def evaluate_checkpoint(
+    recipe: FinetuneRecipe, checkpoint: str, *, vocabulary: str | None = None, mesh: Mesh | None = None
+) -> tuple[Run, dict[str, Any], list[Prediction]]:
+    """(the run, metrics by name, predictions) of a checkpoint on the validation examples of the recipe's tasks."""
+    start = open_start(checkpoint, recipe.model, vocabulary)
+    config = recipe.resolve(start.config, checkpoint)
+    mesh = _checked(config, mesh)
+    check_vocabulary(config, start.vocabulary)
+    prepared = prepare_tasks(config.data, start.vocabulary, train=False, say=console.print)
+    check(prepared.num_validation > 0, "There is nothing to evaluate on; set data.validation=FILE.")
+    run = build_run(config, mesh)
+    return run, *evaluate(run, prepared, compile_eval_step(run), start.state(run).params)
+
+
+def _checked(config: FinetuneConfig, mesh: Mesh | None) -> Mesh:
+    """The mesh; raises for metrics that are not installed and a batch that the mesh cannot split."""
+    check(
+        jax.process_count() == 1,
+        f"Fine-tuning and evaluation run in one process, on all its devices; there are {jax.process_count()} processes.",
+    )
+    scores.require(dict.fromkeys(m for task in config.data.mixture for m in config.metrics_of(task)))
+    mesh = create_mesh(config.mesh) if mesh is None else mesh
+    check_batch_size(config.data.batch_size, mesh)
+    return mesh
+
+
+def recipe_of(config: FinetuneConfig) -> FinetuneRecipe:
+    """The recipe that makes this config of its checkpoint, which has the model's settings already."""
+    sections = {name: getattr(config, name) for name in ("data", "optimizer", "mesh", "train", "evaluation")}
+    return FinetuneRecipe(**sections)
+
+
+def _count(params: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -1,0 +1,180 @@
+"""The end of a run: spans filled in or predictions as text, the report, and where everything lies."""
+
+import importlib.util
+import itertools
+import json
+import shlex
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from flax_switch.data import Prepared, Vocabulary
+from flax_switch.data.tasks import spread
+from flax_switch.generation import generate
+from flax_switch.training.evaluate import describe
+from flax_switch.training.findings import findings
+from flax_switch.training.loop import RunResult
+from flax_switch.training.metrics import read_metrics
+from flax_switch.training.progress import console
+from flax_switch.workflows.predictions import BEST, PREDICTIONS, best_of, finetuning_config
+from flax_switch.workflows.predictions import describe as describe_scores
+from flax_switch.workflows.report import SAMPLES_FILE, write_report
+
+
+def finish(result: RunResult, workdir: epath.PathLike) -> None:
+    """Fills masked spans of held-out text, writes the report, and tells the person what there is and what to try next."""
+    if jax.process_index() != 0:
+        return  # one process writes
+    workdir = epath.Path(workdir)
+    # Generating is a program of all processes where the parameters are spread over them; here is only one.
+    samples = fill_spans(result, result.run.config.train.sample_spans) if jax.process_count() == 1 else []
+    (workdir / SAMPLES_FILE).write_text(json.dumps(samples, indent=2) + "\n")
+    if samples:
+        console.print("\nHeld-out text with masked spans filled in, [model's -> text's]:")
+    for sample in samples:
+        shown = (p if isinstance(p, str) else f"[{p['model']} -> {p['text']}]" for p in sample["pieces"])
+        console.print("  " + " ".join(shown))
+    if result.evaluation is not None:
+        console.print(f"\n{describe(result.evaluation)}")
+        for finding in findings(result.run.config.model, result.evaluation):
+            console.print(finding, style="yellow")
+    if importlib.util.find_spec("matplotlib") is not None:
+        console.print(f"\nReport, with plots:  {write_report(workdir)}")
+    else:
+        console.print("\nFor plots: pip install 'flax_switch[plots]', then flax-switch report " + shlex.quote(str(workdir)))
+    console.print(
+        f"Metrics:             {workdir / 'metrics.jsonl'}\n"
+        f"Checkpoints:         {workdir / 'checkpoints'}\n"
+        f"Vocabulary:          {workdir / 'vocabulary'}\n\n"
+        f"Next: train on with --config.train.steps=..., on your own text with --config.data.source=TEXT.txt and a new --workdir,\n"
+        f"compare with a dense model of equal FLOPs with --config t5_tiny, or generate:\n"
+        f"  echo 'Return the <extra_id_0> of the list.' | flax-switch generate --checkpoint {workdir}"
+    )
+    sys.stdout.flush()
+
+
+def fill_spans(result: RunResult, count: int) -> list[dict[str, Any]]:
+    """Greedy predictions for the masked spans of `count` held-out examples, beside the text that was there.
+
+    Each sample is {"pieces": [text, {"model": ..., "text": ...}, text, ...]} in the order of the source.
+    """
+    config, vocabulary = result.run.config, result.prepared.vocabulary
+    assert isinstance(result.prepared, Prepared)  # of pre-training
+    batch = next(iter(result.prepared.heldout_batches(1)))
+    masked, spelled = ((np.asarray(batch[name]) >= vocabulary.num_pieces).any(1) for name in ("input_ids", "labels"))
+    whole = np.flatnonzero(masked & ~spelled)  # of infilling; a sentence says more than its gaps
+    spans = (whole if len(whole) else np.flatnonzero(masked))[:count]
+    if not len(spans):
+        return []
+    inputs, masks, labels = (np.asarray(batch[name])[spans] for name in ("input_ids", "attention_mask", "labels"))
+    output = generate(result.run.model, result.state.params, inputs, masks, max_new_tokens=config.data.targets_length, num_beams=1)
+    rows = zip(inputs, np.asarray(output.sequences), labels, strict=True)
+    return [{"pieces": _pieces(vocabulary, source, predicted, target)} for source, predicted, target in rows]
+
+
+def _pieces(vocabulary: Vocabulary, source: np.ndarray, predicted: np.ndarray, target: np.ndarray) -> list[Any]:
+    if (target >= vocabulary.num_pieces).any():  # spans are spelled out behind their sentinels
+        model, text = _by_sentinel(vocabulary, predicted), _by_sentinel(vocabulary, target)
+    else:
+        model, text = (_fills(vocabulary, source, ids) for ids in (predicted, target))
+    if model is None or text is None:  # what the source shows did not come back: show all of it
+        return [
+            vocabulary.decode(source[source > vocabulary.eos_id], skip_special_tokens=False),
+            *_whole(vocabulary, predicted, target),
+        ]
+    pieces: list[Any] = []
+    for special, ids in itertools.groupby(source.tolist(), key=lambda i: i >= vocabulary.num_pieces):
+        for group in [[i] for i in ids] if special else [list(ids)]:
+            if special:
+                pieces.append({"model": model.get(group[0], ""), "text": text.get(group[0], "")})
+            elif decoded := vocabulary.decode(group):
+                pieces.append(decoded)
+    return pieces
+
+
+def _whole(vocabulary: Vocabulary, predicted: np.ndarray, target: np.ndarray) -> list[dict[str, str]]:
+    model, text = (vocabulary.decode([i for i in ids.tolist() if i > vocabulary.unk_id]) for ids in (predicted, target))
+    return [{"model": model, "text": text}]
+
+
+def _fills(vocabulary: Vocabulary, source: np.ndarray, ids: np.ndarray) -> dict[int, str] | None:
+    """Returns the text for each sentinel of a source out of the whole text; None where that does not hold what the source shows."""
+    text = [i for i in ids.tolist() if i > vocabulary.eos_id]
+    fills: dict[int, list[int]] = {}
+    place = 0
+    for sentinel, piece in _shown(vocabulary, source):
+        found = _find(text, piece, place) if piece else len(text)
+        if found is None or (sentinel is None and found != 0):
+            return None
+        if sentinel is not None:
+            fills[sentinel] = text[place:found]
+        place = found + len(piece)
+    return {sentinel: vocabulary.decode(fill) for sentinel, fill in fills.items()} if place == len(text) else None
+
+
+def _shown(vocabulary: Vocabulary, source: np.ndarray) -> list[tuple[int | None, list[int]]]:
+    """Returns the shown pieces of a source, each with the sentinel before it; the first may have none."""
+    pieces: list[tuple[int | None, list[int]]] = [(None, [])]
+    for i in source.tolist():
+        if i >= vocabulary.num_pieces:
+            pieces.append((i, []))
+        elif i > vocabulary.eos_id:
+            pieces[-1][1].append(i)
+    return pieces if pieces[0][1] else pieces[1:]
+
+
+def _find(text: list[int], piece: list[int], start: int) -> int | None:
+    """Returns where `piece` first stands in `text` from `start` on; None where it does not."""
+    places = (i for i in range(start, len(text) - len(piece) + 1) if text[i : i + len(piece)] == piece)
+    return next(places, None)
+
+
+def _by_sentinel(vocabulary: Vocabulary, ids: np.ndarray) -> dict[int, str]:
+    """The text behind each sentinel of a target."""
+    spans: dict[int, list[int]] = {}
+    current = None
+    for i in ids.tolist():
+        if i >= vocabulary.num_pieces:
+            current = spans.setdefault(i, [])
+        elif i > vocabulary.unk_id and current is not None:
+            current.append(i)
+    return {sentinel: vocabulary.decode(span) for sentinel, span in spans.items()}
+
+
+def finish_finetuning(result: RunResult, workdir: epath.PathLike) -> None:
+    """Shows predictions of the best checkpoint, writes the report, and says what there is and what to try next."""
+    if jax.process_index() != 0:
+        return
+    workdir, config = epath.Path(workdir), finetuning_config(result.run)
+    history = {line["step"]: line for line in read_metrics(workdir) if line["kind"] == "eval" and config.best in line}
+    if history:
+        step, _ = best_of([(step, line[config.best]) for step, line in history.items()], config.best)
+        samples = _predictions(workdir / PREDICTIONS / f"step_{step}.jsonl", config.train.sample_spans)
+        (workdir / SAMPLES_FILE).write_text(json.dumps(samples, indent=2) + "\n")
+        for inputs, answer in (sample["pieces"] for sample in samples):
+            shown = inputs if len(inputs) <= 300 else f"{inputs[:300]} ..."
+            console.print(f"\n  {shown}\n  -> {answer['model']}\n  should be: {answer['text']}")
+        console.print(f"\nBest by {config.best}, step {step}: {describe_scores(config, history[step])}")
+    if importlib.util.find_spec("matplotlib") is not None:
+        console.print(f"\nReport, with plots:  {write_report(workdir)}")
+    model = workdir / BEST if history else workdir
+    quoted = shlex.quote(str(model))
+    console.print(
+        f"Metrics:             {workdir / 'metrics.jsonl'}\n"
+        f"Predictions:         {workdir / PREDICTIONS}\n"
+        f"Model:               {model}\n\n"
+        f"Next: evaluate it on other examples, generate with it, or export it:\n"
+        f"  flax-switch evaluate --checkpoint {quoted} --config.data.validation=test.jsonl\n"
+        f"  flax-switch generate --checkpoint {quoted} --input texts.txt --num_beams 4\n"
+        f"  flax-switch convert {quoted} exported --to huggingface"
+    )
+
+
+def _predictions(path: epath.Path, count: int) -> list[dict[str, list]]:
+    """Some predictions in the report's form: the inputs, then the model's text in place of the reference."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    chosen = [lines[i] for i in spread(lines, count)] if count else []
+    return [{"pieces": [p["inputs"], {"model": p["prediction"], "text": p["references"][0]}]} for p in chosen]

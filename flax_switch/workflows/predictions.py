@@ -1,0 +1,158 @@
+"""Evaluation on validation examples: cross-entropy, generation with beams, scores, predictions beside references."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from flax_switch.config.finetuning import LOSS, FinetuneConfig
+from flax_switch.data.tasks import PreparedTask, PreparedTasks, spread
+from flax_switch.generation.text import generate_batches
+from flax_switch.parallel.mesh import batch_rows
+from flax_switch.pretrained import save_pretrained
+from flax_switch.training.evaluate import mean_metrics
+from flax_switch.training.metrics import read_metrics
+from flax_switch.training.state import Run
+from flax_switch.workflows.scores import score
+
+PREDICTIONS = "predictions"
+BEST = "best"
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """A line of a predictions file."""
+
+    task: str
+    inputs: str
+    prediction: str
+    references: tuple[str, ...]
+
+
+@dataclasses.dataclass
+class TaskEvaluator:
+    """Evaluates parameters, writes predictions and keeps the best checkpoint in `workdir/best`."""
+
+    run: Run
+    prepared: PreparedTasks
+    eval_step: Callable[[Any, Any], dict[str, Any]]
+    workdir: epath.Path
+    predictions: list[Prediction] = dataclasses.field(default_factory=list)  # of the last call
+    history: list[tuple[int, float]] = dataclasses.field(default_factory=list)  # (step, the score that decides)
+
+    def __call__(self, params: Any) -> dict[str, Any]:
+        """Scores by name; with several tasks "task/score" too, and their means under the scores' own names."""
+        if not self.prepared.num_validation:
+            return {}
+        evaluation, self.predictions = evaluate(self.run, self.prepared, self.eval_step, params)
+        return evaluation
+
+    def describe(self, evaluation: dict[str, Any]) -> str:
+        """The scores as a line."""
+        return describe(finetuning_config(self.run), evaluation)
+
+    def conclude(self, step: int, params: Any, evaluation: dict[str, Any] | None) -> str | None:
+        """Writes predictions, keeps the best parameters, and says when there has been no better one for long enough.
+
+        What came before this call is read from the run's metrics, so that a resumed run ends where an undisturbed one would.
+        """
+        if not self.prepared.num_validation:
+            return None
+        config = finetuning_config(self.run)
+        name, patience = config.best, config.evaluation.patience
+        if evaluation is None:
+            self.history = [(line["step"], line[name]) for line in read_metrics(self.workdir) if line["kind"] == "eval"]
+        else:
+            self.history.append((step, evaluation[name]))
+            self._keep(step, params)
+        if not self.history:
+            return None
+        best_step, best_value = best_of(self.history, name)
+        since = sum(1 for at, _ in self.history if at > best_step)
+        if patience is not None and since >= patience:
+            return f"{name} has not improved on its {best_value:.3f} of step {best_step} in {since} evaluations"
+        return None
+
+    def _keep(self, step: int, params: Any) -> None:
+        if jax.process_index() == 0:
+            write_predictions(self.workdir / PREDICTIONS / f"step_{step}.jsonl", self.predictions)
+        if best_of(self.history, finetuning_config(self.run).best)[0] == step:
+            save_pretrained(str(self.workdir / BEST), self.run.config.model, params, self.prepared.vocabulary, format="flax_switch")
+
+
+def finetuning_config(run: Run) -> FinetuneConfig:
+    """The config of a run that fine-tunes."""
+    assert isinstance(run.config, FinetuneConfig)
+    return run.config
+
+
+def best_of(history: Sequence[tuple[int, float]], name: str) -> tuple[int, float]:
+    """(step, value) of the first best of (step, value) pairs; of cross_entropy the lowest, of scores the highest."""
+    sign = -1.0 if name == LOSS else 1.0
+    return max(history, key=lambda entry: (sign * entry[1], -entry[0]))
+
+
+def describe(config: FinetuneConfig, evaluation: dict[str, Any]) -> str:
+    """An evaluation as a line: cross-entropy and scores."""
+    if not evaluation:
+        return "no validation examples"
+    tasks = [f"{task.name}/" for task in config.data.tasks] if len(config.data.mixture) > 1 else []
+    names = [name for prefix in ("", *tasks) for name in (prefix + s for s in config.scores) if name in evaluation]
+    return "  ".join([f"{LOSS} {evaluation[LOSS]:.3f}", *(f"{name} {evaluation[name]:.2f}" for name in names)])
+
+
+def evaluate(
+    run: Run, prepared: PreparedTasks, eval_step: Callable[[Any, Any], dict[str, Any]], params: Any
+) -> tuple[dict[str, Any], list[Prediction]]:
+    """Metrics and predictions. The cross-entropy is over `train.eval_batches` batches, scores over all chosen examples."""
+    rows = batch_rows(run.mesh, run.config.data.batch_size)
+    batches = prepared.validation_batches(run.config.train.eval_batches, rows)
+    means = mean_metrics(run, eval_step, params, batches, prepared.vocabulary)
+    means["token_accuracy"] = means.pop("accuracy")
+    del means["text_cross_entropy"]
+    by_task, predictions = [], []
+    for task in prepared.tasks:
+        wanted = finetuning_config(run).metrics_of(task.config)
+        if wanted and task.validation:
+            made = predict(run, prepared, task, params)
+            texts, references = [p.prediction for p in made], [p.references for p in made]
+            by_task.append({name: value for m in wanted for name, value in score(m, texts, references).items()})
+            predictions += made
+            if len(prepared.tasks) > 1:
+                means |= {f"{task.config.name}/{name}": value for name, value in by_task[-1].items()}
+    names = dict.fromkeys(name for scores in by_task for name in scores)
+    return means | {name: float(np.mean([s[name] for s in by_task if name in s])) for name in names}, predictions
+
+
+def predict(run: Run, prepared: PreparedTasks, task: PreparedTask, params: Any) -> list[Prediction]:
+    """What the model answers to a task's validation examples, of which `evaluation.max_examples` are taken."""
+    settings, config = finetuning_config(run).evaluation, run.config.data
+    chosen = spread(task.validation, settings.max_examples)
+    examples = task.validation_pairs.examples(np.array(chosen), np.zeros(len(chosen), np.int64))
+    sources = ((i, examples.inputs[i, :length].tolist()) for i, length in enumerate(examples.input_lengths))
+    beams: dict[str, Any] = {"brevity_penalty": settings.brevity_penalty} if settings.num_beams > 1 else {}
+    texts: dict[int, str] = {}
+    for numbers, sequences, _ in generate_batches(
+        run.model,
+        params,
+        sources,
+        batch_size=settings.batch_size,
+        longest=config.inputs_length,
+        max_new_tokens=settings.max_new_tokens or config.targets_length,
+        num_beams=settings.num_beams,
+        **beams,
+    ):
+        texts |= {i: prepared.vocabulary.decode(rows[0]) for i, rows in zip(numbers, sequences, strict=True)}
+    pairs = ((task.validation[index], texts[i]) for i, index in enumerate(chosen))
+    return [Prediction(task.config.name, example.inputs, text, example.references) for example, text in pairs]
+
+
+def write_predictions(path: epath.Path, predictions: Sequence[Prediction]) -> None:
+    """Writes JSON lines {"task", "inputs", "prediction", "references"}."""
+    if predictions:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(dataclasses.asdict(p), ensure_ascii=False) + "\n" for p in predictions))

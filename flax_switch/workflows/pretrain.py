@@ -1,0 +1,34 @@
+"""Pre-training: from a config to a trained model in a folder."""
+
+import jax
+from etils import epath
+
+from flax_switch import data
+from flax_switch.config import ExperimentConfig
+from flax_switch.parallel import processes
+from flax_switch.parallel.mesh import check_batch_size, create_mesh
+from flax_switch.training.checkpoint import claim_workdir, flat_fields
+from flax_switch.training.evaluate import Evaluator
+from flax_switch.training.loop import RunResult, check_vocabulary, train
+from flax_switch.training.progress import console
+from flax_switch.training.state import build_run, init_state
+from flax_switch.training.step import compile_eval_step
+
+
+def pretrain(config: ExperimentConfig, workdir: epath.PathLike) -> RunResult:
+    """Trains a model as `config` says, in `workdir`; the same call continues a run that was stopped or killed.
+
+    After SIGTERM or Ctrl-C the state is saved and the call returns with `finished=False`. After a kill the run continues from the
+    last complete checkpoint, with the losses it would have had. Raises `ConfigError` for settings or data that cannot be used,
+    before anything is compiled. With several processes (`flax_switch.parallel.processes`) every one of them makes this call.
+    """
+    console.quiet = jax.process_index() != 0
+    processes.require_same({"workdir": str(workdir), "jax": jax.__version__, **flat_fields(config)})
+    workdir = processes.first_process_first(lambda: claim_workdir(workdir, config))
+    mesh = create_mesh(config.mesh)
+    check_batch_size(config.data.batch_size, mesh)
+    prepared = processes.first_process_first(lambda: data.prepare(config.data, workdir=workdir, quiet=console.quiet))
+    processes.require_same({"corpus and vocabulary (by hash)": prepared.fingerprint})
+    check_vocabulary(config, prepared.vocabulary)
+    run = build_run(config, mesh)
+    return train(run, prepared, workdir, lambda: Evaluator.of(run, prepared, compile_eval_step(run)), init_state)

@@ -1,0 +1,89 @@
+"""What fine-tuning starts from: a checkpoint's parameters, laid straight into their shardings, or random ones in its place."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from flax_switch.config import ConfigError, SwitchConfig, check
+from flax_switch.config.presets import PRESETS
+from flax_switch.convert.checkpoint import open_checkpoint
+from flax_switch.convert.tokenizer import load_vocabulary
+from flax_switch.data.vocabulary import Vocabulary
+from flax_switch.pretrained import load_pretrained
+from flax_switch.training.state import Run, TrainState, init_state, state_shardings
+
+RANDOM = "random:"
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """A checkpoint whose headers are read and whose parameters are not yet; `source` is None for random parameters."""
+
+    config: SwitchConfig
+    vocabulary: Vocabulary
+    source: str | None
+    changes: Mapping[str, Any]
+
+    def params(self, run: Run) -> Any:
+        """The checkpoint's parameters in the run's shardings and dtypes; each process reads what its devices hold."""
+        shardings, dtype = state_shardings(run).params, run.config.model.param_dtype
+        assert self.source is not None  # random parameters are made, not read
+        loaded = load_pretrained(self.source, shardings=shardings, dtype=dtype, **self.changes).params
+        abstract = run.abstract_state.params
+        return jax.tree.map(lambda p, a: p if p.dtype == a.dtype else p.astype(a.dtype), loaded, abstract)
+
+    def state(self, run: Run) -> TrainState:
+        """The state of step 0."""
+        return init_state(run) if self.source is None else init_state(run, self.params(run))
+
+
+def open_start(init: str, changes: Mapping[str, Any], vocabulary: str | None = None) -> Start:
+    """Opens what `--init` names.
+
+    Args:
+      init: anything `load_pretrained` opens, or "random:" and such a thing or a preset's name: random parameters of that shape.
+      changes: fields of the config to change.
+      vocabulary: a SentencePiece model or a folder with a vocabulary, in place of the checkpoint's own.
+
+    Raises:
+      ConfigError: where there is no such checkpoint, it lacks a decoder or head, or no vocabulary is known.
+    """
+    source = init.removeprefix(RANDOM)
+    random = source != init
+    found = None
+    if random and source in PRESETS:
+        config = PRESETS[source].replace(**changes)
+    else:
+        try:
+            opened = open_checkpoint(source, changes=changes)
+        except ConfigError as error:
+            hint = f" (or a preset: {', '.join(PRESETS)})" if random else ""
+            raise ConfigError(f"--init {init}: {error}{hint}") from error
+        check(
+            opened.architecture == "full",
+            f"--init {init}: text-to-text tasks need a decoder and a head; this checkpoint is {opened.architecture!r}.",
+        )
+        config = opened.config
+        found = load_vocabulary(opened.path) if vocabulary is None else None
+    if vocabulary is not None:
+        found = read_vocabulary(vocabulary)
+    if found is None:
+        raise ConfigError(
+            f"--init {init} comes without a vocabulary; name one with --vocabulary: a spiece.model, or a folder that has one."
+        )
+    return Start(config, found, None if random else source, dict(changes))
+
+
+def read_vocabulary(path: str) -> Vocabulary:
+    """The vocabulary in a SentencePiece model's file or in a folder (a run's, a model's). Raises `ConfigError` if there is none."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        return Vocabulary.from_sentencepiece(path)
+    for place in (folder, folder / "vocabulary"):
+        found = load_vocabulary(place)
+        if found is not None:
+            return found
+    raise ConfigError(f"--vocabulary {path}: the folder holds no spiece.model, vocabulary.json or tokenizer.json.")

@@ -1,0 +1,73 @@
+"""Recipes load, from Python and from gin, and overrides change what they name."""
+
+from pathlib import Path
+
+import pytest
+
+from flax_switch.config import ConfigError
+from flax_switch.config.recipes import load_gin, load_recipe
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+RECIPES = sorted(p.stem for p in CONFIGS.glob("*.py"))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_loads_and_says_how_to_run_it(name):
+    path = CONFIGS / f"{name}.py"
+    load_recipe(path)
+    text = path.read_text().split('"""')[1]
+    for part in (f"--config configs/{name}.py", "Hardware:", "Expect:"):
+        assert part in text
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_gin_files_describe_the_same_runs(name):
+    assert load_gin([CONFIGS / "gin" / f"{name}.gin"]) == load_recipe(CONFIGS / f"{name}.py")
+
+
+def test_overrides_and_bindings_agree():
+    python = load_recipe(
+        CONFIGS / "tiny.py", ["train.steps=7", "model.num_experts=4", "data.source=('a', 'b')", "data.shuffle=false"]
+    )
+    gin = load_gin(
+        [CONFIGS / "gin" / "tiny.gin"],
+        ["train.steps = 7", "model.num_experts = 4", "data.source = ('a', 'b')", "data.shuffle = False"],
+    )
+    assert python == gin
+    assert (python.train.steps, python.model.num_experts, python.data.source) == (7, 4, ("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.step=7", "Did you mean 'steps'"),
+        ("trian.steps=7", "Did you mean 'train'"),
+        ("train=7", "write section.field"),
+        ("train.steps", "has no '='"),
+        ("train.steps=soon", "must be int; it is 'soon'"),
+        ("model.num_experts=2.5", "must be int"),
+    ],
+)
+def test_bad_overrides_are_errors_that_say_what_was_meant(override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(CONFIGS / "tiny.py", [override])
+
+
+def test_a_missing_recipe_names_those_there_are():
+    with pytest.raises(ConfigError, match="tiny"):
+        load_recipe(CONFIGS / "tinny.py")
+
+
+def test_bad_gin_files_are_clear_errors(tmp_path):
+    with pytest.raises(ConfigError, match="no gin file"):
+        load_gin([tmp_path / "none.gin"])
+    path = tmp_path / "a.gin"
+    path.write_text("train.steps = 5\n")
+    with pytest.raises(ConfigError, match="recipe.base"):
+        load_gin([path])
+    path.write_text(f"recipe.base = '{CONFIGS / 'tiny.py'}'\ntrain.stepps = 5\n")
+    with pytest.raises(ConfigError, match="Did you mean 'steps'"):
+        load_gin([path])
+    path.write_text("trian.steps = 5\n")
+    with pytest.raises(ConfigError, match="trian"):
+        load_gin([path])

@@ -1,0 +1,61 @@
+"""Scores are those of sacrebleu and rouge-score themselves, and SQuAD's by its definition."""
+
+import importlib.util
+
+import pytest
+import sacrebleu
+from rouge_score import rouge_scorer
+
+from flax_switch.config import ConfigError
+from flax_switch.workflows import scores
+
+PREDICTIONS = ["the cat sat on the mat.", "and slept.\nA dog barked at night,", "nothing in common"]
+REFERENCES = [("the cat sat on a mat.",), ("The dog barked at night,\nthen slept.", "a dog barked"), ("quite different words",)]
+
+
+def test_bleu_and_chrf_equal_sacrebleu():
+    streams = [[r[0] for r in REFERENCES], [None, REFERENCES[1][1], None]]
+    assert scores.score("bleu", PREDICTIONS, REFERENCES) == {"bleu": sacrebleu.corpus_bleu(PREDICTIONS, streams).score}
+    assert scores.score("chrf", PREDICTIONS, REFERENCES) == {"chrf": sacrebleu.corpus_chrf(PREDICTIONS, streams).score}
+    single = [r[:1] for r in REFERENCES]
+    assert scores.score("bleu", PREDICTIONS, single)["bleu"] == sacrebleu.corpus_bleu(PREDICTIONS, streams[:1]).score > 5
+
+
+def test_rouge_equals_the_mean_of_rouge_scores_own_f_measures():
+    names = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
+    scorer = rouge_scorer.RougeScorer(names)
+    expected = [scorer.score_multi(refs, text) for text, refs in zip(PREDICTIONS, REFERENCES, strict=True)]
+    found = scores.score("rouge", PREDICTIONS, REFERENCES)
+    assert list(found) == names
+    for name, value in found.items():
+        assert value == pytest.approx(100 * sum(s[name].fmeasure for s in expected) / 3, abs=1e-12)
+    assert found["rougeL"] != found["rougeLsum"]
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "same", "f1"),
+    [
+        ("The Eiffel-Tower!", "eiffeltower", 1, 1.0),
+        ("an apple a day", "Apple, day", 1, 1.0),
+        ("in Paris", "Paris", 0, 2 / 3),
+        ("red red blue", "red green", 0, 2 * (1 / 3) * (1 / 2) / (1 / 3 + 1 / 2)),
+        ("", "the", 1, 1.0),
+        ("", "word", 0, 0.0),
+    ],
+)
+def test_answers_are_compared_as_squad_does(prediction, reference, same, f1):
+    assert scores.exact_match(prediction, reference) == same
+    assert scores.token_f1(prediction, reference) == pytest.approx(f1)
+
+
+def test_answers_count_against_their_best_reference_and_labels_must_be_exact():
+    assert scores.score("exact_match", ["Paris", "Rome"], [("London", "paris"), ("Oslo",)]) == {"exact_match": 50.0}
+    assert scores.score("f1", ["in Paris"], [("x", "Paris")])["f1"] == pytest.approx(200 / 3)
+    assert scores.score("accuracy", ["positive", "Negative"], [("positive",), ("negative",)]) == {"accuracy": 50.0}
+
+
+def test_a_metric_whose_package_is_missing_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "rouge_score" else True)
+    scores.require(("bleu", "accuracy"))
+    with pytest.raises(ConfigError, match=r"'rouge' needs rouge_score: pip install 'flax_switch\[eval\]'"):
+        scores.require(("bleu", "rouge"))

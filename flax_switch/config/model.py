@@ -11,6 +11,7 @@ from flax_switch.config.base import _Section, check, one_of
 ACTIVATIONS = ("relu", "gelu", "gelu_new", "silu", "swish", "linear", "tanh")
 LAYOUTS = ("bottom", "middle", "mixed", "top", "huggingface")
 LOSS_NORMALIZERS = ("real_target_tokens", "total_target_tokens", "average_per_sequence")
+EXECUTORS = ("einsum", "gather", "ragged", "hit")  # see `ops.moe.executors`
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -87,7 +88,7 @@ class SwitchConfig(_Section):
     router_jitter_noise: float = 0.0  # training only: router inputs times U(1-eps, 1+eps)
     router_dtype: str = "float32"
     cast_router_probs: bool = False  # Hugging Face: probabilities in the activations' dtype before argmax
-    moe_executor: str = "auto"  # "auto", "einsum", "gather" or "ragged"
+    moe_executor: str = "auto"  # "auto" or one of EXECUTORS
     # Dropless with experts on several devices: rows a device can receive, relative to its even share of them. What does not fit
     # is dropped and counted (the metric choices_overflowed).
     expert_parallel_buffer_factor: float = 2.0
@@ -133,7 +134,7 @@ class SwitchConfig(_Section):
         one_of("capacity_mode", self.capacity_mode, ("factor", "fixed", "dropless"))
         one_of("routing_group", self.routing_group, ("sequence", "tokens", "flaxformer"))
         one_of("padding_semantics", self.padding_semantics, ("masked", "scatter"))
-        one_of("moe_executor", self.moe_executor, ("auto", "einsum", "gather", "ragged"))
+        one_of("moe_executor", self.moe_executor, ("auto", *EXECUTORS))
         one_of("router_loss_reduction", self.router_loss_reduction, ("layers", "huggingface"))
         if isinstance(self.loss_normalizer, str):
             one_of("loss_normalizer", self.loss_normalizer, LOSS_NORMALIZERS)

@@ -11,11 +11,10 @@ from jaxtyping import Bool, Float, Int
 from flax_switch.config import SwitchConfig, check
 from flax_switch.convert.scan import unstack_layers
 from flax_switch.generation.controls import GenerationConfig, make_controls, split_numbers
-from flax_switch.generation.device import Device, device_of
-from flax_switch.generation.experts import split_experts
 from flax_switch.generation.program import run_program
 from flax_switch.nn.transformer import SwitchEncoder, SwitchTransformer
 from flax_switch.ops import AnyArray
+from flax_switch.ops.kernels.few_rows import unstacked_experts
 from flax_switch.parallel.mesh import batch_sharding, batch_ways, replicated
 
 
@@ -73,15 +72,17 @@ def generate(
     seeds = check_seeds(seed, B)
     if config.scan_layers:
         params, config = unstack_layers(params, config), config.replace(scan_layers=False)
-    device = device_of(params)
-    inputs = (ids, mask, prefix, seeds)
-    if device is Device.MESH:
-        mesh = jax.tree.leaves(params)[0].sharding.mesh
+    inputs, sharding = (ids, mask, prefix, seeds), getattr(jax.tree.leaves(params)[0], "sharding", None)
+    sharded = sharding is not None and len(sharding.device_set) > 1
+    if sharded:
+        mesh = sharding.mesh
         sharding = batch_sharding(mesh) if B % batch_ways(mesh) == 0 else replicated(mesh)
         inputs = tuple(jax.device_put(x, sharding) for x in inputs)
-    experts = split_experts(params, config) if device is Device.PROCESSOR else None
+    variables = {"params": params}
+    if unstacked := unstacked_experts(params, config.sparse_indices("decoder"), config.num_experts):
+        variables["unstacked"] = unstacked
     program, numbers = split_numbers(settings)
-    output = jax.device_get(run_program(config, program, params, experts, *inputs, numbers, device=device))
+    output = jax.device_get(run_program(config, program, variables, *inputs, numbers, sharded=sharded))
     return GenerationOutput(
         sequences=output.tokens[:, : prefix.shape[1] + int(output.new_tokens)],
         scores=output.scores,

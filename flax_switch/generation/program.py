@@ -1,5 +1,6 @@
 """The compiled program: the encoder once, a prefix in one pass, then a loop of single tokens until every row is finished."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -12,13 +13,11 @@ from jaxtyping import Array, Bool, Float, Int, Integer
 from flax_switch.config import SwitchConfig
 from flax_switch.generation.beam_search import extend_beams, start_beams
 from flax_switch.generation.controls import GenerationConfig
-from flax_switch.generation.decode_step import decode_step, empty_cache, filled_cache, prepare
-from flax_switch.generation.device import Device
-from flax_switch.generation.experts import Kernels, cast_experts
 from flax_switch.generation.logits import History
 from flax_switch.generation.sampling import Rows, extend_rows, start_rows
-from flax_switch.nn.outputs import DecoderOutput
+from flax_switch.nn.cache import DecoderCache
 from flax_switch.nn.transformer import SwitchTransformer
+from flax_switch.ops.mlp import expert_dtype
 
 
 @flax.struct.dataclass
@@ -49,38 +48,43 @@ def decoder_config(config: SwitchConfig, routing: str) -> SwitchConfig:
     return encoder_config(config, routing)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), static_argnames="device")
+def on_devices(config: SwitchConfig, sharded: bool) -> SwitchConfig:
+    """The config with the executor of training where several devices hold the experts, whose kernels no device can pick from."""
+    if not sharded or config.moe_executor != "auto":
+        return config
+    return config.replace(moe_executor="ragged" if config.capacity_mode == "dropless" else "gather")
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), static_argnames="sharded")
 def run_program(
     config: SwitchConfig,
     controls: GenerationConfig,
-    params: Mapping[str, Any],
-    experts: tuple[tuple[Kernels, ...], ...] | None,
+    variables: Mapping[str, Any],
     input_ids: Int[Array, "B S"],
     mask: Bool[Array, "B S"],
     prefix: Int[Array, "B P"],
     seeds: Integer[Array, "B 2"],
     numbers: Mapping[str, Array],
     *,
-    device: Device,
+    sharded: bool = False,
 ) -> ProgramOutput:
     """Encodes, decodes until all rows are finished, and returns what was found.
 
-    controls, numbers: from `controls.split_numbers`. experts: from `experts.split_experts`. device: where the parameters
-    lie.
+    Args:
+      controls, numbers: from `controls.split_numbers`.
+      variables: "params" and, where it is faster to read experts one by one, those of `few_rows.unstacked_experts`.
+      sharded: whether parameters lie on several devices.
     """
     B, P = prefix.shape
     max_length = P + controls.max_new_tokens
-    encoded = _encode(encoder_config(config, controls.routing), params, input_ids, mask, device)
-    config = decoder_config(config, controls.routing)
-    beams = controls.num_beams
-    rows = B * controls.rows_per_source
-    if experts is not None:
-        experts = tuple(cast_experts(layer, config) for layer in experts)
-    decoder = prepare(params, experts, encoded, mask, config, max_length=max_length, rows=rows, beams=beams, device=device)
+    encoder = SwitchTransformer(on_devices(encoder_config(config, controls.routing), sharded))
+    encoded = encoder.apply(variables, input_ids, mask, method="encode").last_hidden_state
+    config = on_devices(decoder_config(config, controls.routing), sharded)
+    model, variables = SwitchTransformer(config), in_compute_dtype(variables, config)
+    beams, rows = controls.num_beams, B * controls.rows_per_source
     keys = jax.vmap(lambda s: jax.random.fold_in(jax.random.key(s[0]), s[1]))(seeds)
     # In dropless mode nothing depends on padding; with Hugging Face's capacity n-grams count it too, as there.
-    as_there = config.capacity_mode == "fixed"
-    source = (input_ids, None if as_there else mask)
+    source = (input_ids, None if config.capacity_mode == "fixed" else mask)
     if beams > 1:
         state, extend = start_beams(prefix, keys, controls, config.vocab_size), extend_beams
     else:
@@ -92,19 +96,17 @@ def run_program(
         history = History(state.tokens.reshape(rows, -1), state.length, P, *source)
         return extend(state, logits, history, controls, numbers)
 
-    if P == 1:
-        cache = empty_cache(decoder, max_length)
-    else:
-        output = _prefill(config, params, encoded, mask, prefix)
-        cache = filled_cache(decoder, output.cache, max_length)
-        assert output.logits is not None  # `generate` takes models with a head only
-        state = extended(state, jnp.repeat(output.logits[:, -1], rows // B, axis=0))
+    cache = start_cache(model, variables, encoded, max_length, controls.rows_per_source, beams)
+    if P > 1:  # the whole prefix in one pass and, with a capacity, one chunk
+        logits, before = decode(model, variables, prefix, mask, start_cache(model, variables, encoded, P))
+        cache = cache.after(before)
+        state = extended(state, jnp.repeat(logits, rows // B, axis=0))
 
     def body(carry):
         state, cache = carry
-        ancestors = None if state.ancestors is None else state.ancestors.reshape(rows, -1)
-        logits, cache = decode_step(decoder, state.newest, cache, ancestors)
-        return extended(state, logits), cache
+        cache = dataclasses.replace(cache, ancestors=state.ancestors)
+        logits, cache = decode(model, variables, state.newest[:, None], mask, cache)
+        return extended(state, logits), dataclasses.replace(cache, ancestors=None)
 
     state, _ = jax.lax.while_loop(lambda carry: ~carry[0].done, body, (state, cache))
     steps = state.length - P
@@ -120,16 +122,37 @@ def run_program(
     )
 
 
-def _encode(config: SwitchConfig, params, input_ids, mask, device: Device) -> Float[Array, "B S D"]:
-    if device is Device.PROCESSOR and config.moe_executor == "auto":
-        # Buffers of a whole capacity are mostly empty, which costs a processor more than sorting the tokens does.
-        config = config.replace(moe_executor="ragged")
-    model = SwitchTransformer(config)
-    return model.apply({"params": params}, input_ids, mask, method="encode").last_hidden_state
+def start_cache(
+    model: SwitchTransformer,
+    variables: Mapping[str, Any],
+    encoded: Float[Array, "B S D"],
+    max_length: int,
+    rows_per_source: int = 1,
+    beams: int = 1,
+) -> DecoderCache:
+    """`SwitchTransformer.init_cache`."""
+    return model.apply(variables, encoded, max_length, rows_per_source, beams=beams, method="init_cache")
 
 
-def _prefill(config: SwitchConfig, params, encoded, mask, prefix) -> DecoderOutput:
-    """Logits and cache of the whole prefix, in one pass and, with a capacity, one chunk."""
-    model = SwitchTransformer(config)
-    cache = model.apply({"params": params}, encoded, prefix.shape[1], method="init_cache")
-    return model.apply({"params": params}, prefix, None, mask, cache=cache, method="decode")
+def decode(
+    model: SwitchTransformer, variables: Mapping[str, Any], tokens: Int[Array, "R L"], mask: Bool[Array, "B S"], cache: DecoderCache
+) -> tuple[Float[Array, "R V"], DecoderCache]:
+    """Logits (float32) after the last of some more tokens of each row, and the cache with them."""
+    output = model.apply(variables, tokens, None, mask, cache=cache, method="decode")
+    return output.logits[:, -1], output.cache
+
+
+def in_compute_dtype(variables: Mapping[str, Any], config: SwitchConfig) -> dict[str, Any]:
+    """Variables with the kernels of products in the dtype of these, once instead of in every step.
+
+    Embeddings, norms, biases, the router and an untied head compute in dtypes of their own.
+    """
+
+    def cast(path: tuple, leaf: Array) -> Array:
+        names = [str(getattr(key, "key", key)) for key in path]
+        if "router" in names or "logits_dense" in names or not {"kernel", "experts"} & {*names}:
+            return leaf
+        own = {"expert", "experts", "shared_expert"} & {*names}
+        return leaf.astype(expert_dtype(config) if own else jnp.dtype(config.dtype))
+
+    return jax.tree_util.tree_map_with_path(cast, dict(variables))

@@ -1,22 +1,14 @@
-"""Multi-head attention with an explicit key/value cache, and the relative position table."""
+"""Multi-head attention over keys and values given to it, and the relative position table."""
 
 import flax.linen as nn
-import flax.struct
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from flax_switch.config import SwitchConfig
+from flax_switch.nn.cache import KeyValue, KeyValueCache, bias_table
 from flax_switch.nn.layers import Initializer, Linear, scaled_init
 from flax_switch.ops.attention import dot_product_attention, relative_position_bias
-
-
-@flax.struct.dataclass
-class KeyValue:
-    """Keys and values of one attention, [B, T, H, K] each."""
-
-    key: Float[Array, "B T H K"]
-    value: Float[Array, "B T H K"]
+from flax_switch.ops.kernels.attention import cached_attention
 
 
 class RelativePositionBias(nn.Module):
@@ -25,20 +17,24 @@ class RelativePositionBias(nn.Module):
     config: SwitchConfig
     bidirectional: bool
 
-    @nn.compact
-    def __call__(self, query_length: int, key_length: int, query_offset: Int[Array, ""] | int = 0) -> Float[Array, "1 H Q T"]:
+    def setup(self) -> None:
         config = self.config
         init: Initializer = nn.with_logical_partitioning(scaled_init(config, "fan_avg", "uniform"), ("heads", "relpos_buckets"))
         shape = (config.num_heads, config.relative_attention_num_buckets)
-        table = self.param("rel_embedding", init, shape, jnp.dtype(config.param_dtype))
+        self.rel_embedding = self.param("rel_embedding", init, shape, jnp.dtype(config.param_dtype))
+
+    def __call__(self, query_length: int, key_length: int) -> Float[Array, "1 H Q T"]:
         return relative_position_bias(
-            table,
+            self.rel_embedding,
             query_length,
             key_length,
             bidirectional=self.bidirectional,
-            max_distance=config.relative_attention_max_distance,
-            query_offset=query_offset,
+            max_distance=self.config.relative_attention_max_distance,
         )
+
+    def for_cache(self, max_length: int) -> Float[Array, "H relative"]:
+        """The table that a cache of `max_length` places reads its biases from."""
+        return bias_table(self.rel_embedding, max_length, self.config.relative_attention_max_distance)
 
 
 class Attention(nn.Module):
@@ -69,22 +65,26 @@ class Attention(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B Q D"],
-        keys_values: KeyValue,
+        keys_values: KeyValue | KeyValueCache,
         *,
-        bias: Float[Array, "#B H Q T"] | None,
-        mask: Bool[Array, "#sources 1 #Q T"] | None,
+        bias: Float[Array, "1 H Q T"] | None,
+        mask: Bool[Array, "#G 1 #Q T"] | None,
         deterministic: bool,
     ) -> tuple[Float[Array, "B Q D"], Float[Array, "B H Q T"]]:
         """Attends from `x` to given keys and values; returns outputs and attention probabilities.
 
-        Where `x` has a multiple n of the keys' batch (beams of one source), the n rows are read as more queries of that
-        source, so that its keys are not copied; such calls take no bias, and a mask that is the same for all queries.
+        Where `x` has a multiple n of the keys' batch (beams of one source), the n rows are more queries of that source, whose
+        keys are not copied.
         """
         query = self._split(self.query(x))
         batch, length = query.shape[:2]
-        sources = keys_values.key.shape[0]
-        if sources != batch:
-            query = query.reshape(sources, batch // sources * length, *query.shape[2:])
+        if isinstance(keys_values, KeyValue) and keys_values.key.shape[0] != batch:
+            keys_values = KeyValueCache.of(keys_values)
+        if isinstance(keys_values, KeyValueCache):
+            if not deterministic:
+                raise ValueError("Decoding with a cache has no dropout; call it with deterministic=True.")
+            output, probs = cached_attention(query, keys_values.key, keys_values.value, bias=bias, mask=mask)
+            return self.out(output.reshape(batch, length, -1)), probs
         rng = None
         if not deterministic and self.config.dropout_rate > 0.0:
             rng = self.make_rng("dropout")
@@ -97,12 +97,4 @@ class Attention(nn.Module):
             dropout_rate=self.config.dropout_rate,
             dropout_rng=rng,
         )
-        if sources != batch:
-            probs = probs.reshape(sources, probs.shape[1], batch // sources, length, -1)
-            probs = jnp.swapaxes(probs, 1, 2).reshape(batch, -1, length, probs.shape[-1])
         return self.out(output.reshape(batch, length, -1)), probs
-
-
-def write_cache(cache: KeyValue, new: KeyValue, index: Int[Array, ""] | int) -> KeyValue:
-    """`cache` with `new` written from position `index` on."""
-    return jax.tree.map(lambda old, x: jax.lax.dynamic_update_slice_in_dim(old, x.astype(old.dtype), index, axis=1), cache, new)

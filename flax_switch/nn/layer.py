@@ -9,10 +9,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from flax_switch.config import SwitchConfig
-from flax_switch.nn.attention import Attention, KeyValue, RelativePositionBias, write_cache
+from flax_switch.nn.attention import Attention, RelativePositionBias
+from flax_switch.nn.cache import KeyValue, LayerCache
 from flax_switch.nn.layers import MLP, Dropout, RMSNorm
 from flax_switch.nn.moe import SparseMLP
-from flax_switch.nn.outputs import LayerCache, LayerOutput
+from flax_switch.nn.outputs import LayerOutput
 from flax_switch.ops.moe.expert_parallel import EXCHANGED
 from flax_switch.parallel.mesh import keep_batch_split
 
@@ -21,12 +22,12 @@ from flax_switch.parallel.mesh import keep_batch_split
 class LayerInputs:
     """What every layer of a stack is given alike. Masks are True where there is something."""
 
-    bias: Float[Array, "1 H Q T"] | None  # relative position bias of a shared table
-    mask: Bool[Array, "#B 1 #Q T"] | None  # of self-attention
+    bias: Float[Array, "1 H Q T"] | None  # relative position bias, where it is not of the layer's own table
+    mask: Bool[Array, "#G 1 #Q T"] | None  # of self-attention
     padding_mask: Bool[Array, "B Q"] | None  # which positions hold tokens
     encoded: Float[Array, "B S D"] | None = None
     cross_mask: Bool[Array, "#sources 1 #Q S"] | None = None
-    cache_index: Int[Array, ""] | int = 0
+    cache_index: Int[Array, ""] | None = None  # of the first token's place in the cache
     deterministic: bool = flax.struct.field(pytree_node=False, default=True)
     output_router_logits: bool = flax.struct.field(pytree_node=False, default=False)
     output_attentions: bool = flax.struct.field(pytree_node=False, default=False)
@@ -74,11 +75,11 @@ class Layer(nn.Module):
         attention = self.attention if encoder else self.self_attention
         keys_values = attention.keys_values(y)
         if cache is not None:
-            keys_values = write_cache(cache.self_attention, keys_values, inputs.cache_index)
-            cache = dataclasses.replace(cache, self_attention=keys_values)
+            keys_values = cache.past.append(keys_values, inputs.cache_index)
+            cache = dataclasses.replace(cache, past=keys_values)
         bias = inputs.bias
-        if self.config.relative_attention_per_layer:
-            bias = self.relpos_bias(y.shape[1], keys_values.key.shape[1], inputs.cache_index)
+        if cache is None and self.config.relative_attention_per_layer:
+            bias = self.relpos_bias(y.shape[1], y.shape[1])
         y, probs = attention(y, keys_values, bias=bias, mask=inputs.mask, deterministic=deterministic)
         x += self.dropout(y, deterministic=deterministic)
 
@@ -86,7 +87,7 @@ class Layer(nn.Module):
         if not encoder:
             y = self._normed(self.pre_cross_attention_layer_norm, x, inputs)
             if cache is not None:
-                cross = cache.cross_attention
+                cross = cache.source
             elif inputs.encoded is not None:
                 cross = self.cross_keys_values(inputs.encoded)
             else:

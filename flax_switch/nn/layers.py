@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from flax_switch.config import SwitchConfig
 from flax_switch.ops.dropout import dropout
-from flax_switch.ops.kernels.projection import project
+from flax_switch.ops.kernels.projection import project, project_transposed
 
 Initializer = Callable[..., Any]
 Fan = Literal["fan_in", "fan_avg"]
@@ -87,7 +87,7 @@ class Embedding(nn.Module):
     def attend(self, x: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
         """Logits in float32: h * D**-0.5 @ E^T. bfloat16 logits make training unstable."""
         x = x.astype(jnp.float32) * self.config.d_model**-0.5
-        return x @ self.embedding.astype(jnp.float32).T
+        return project_transposed(x, self.embedding.astype(jnp.float32))
 
 
 class Dropout(nn.Module):

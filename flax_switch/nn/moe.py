@@ -121,9 +121,10 @@ class SparseMLP(nn.Module):
         own_experts = config.num_experts // (devices.expert if isinstance(devices, PmapDevices) else 1)
         expert = MLPKernels(config, own_experts, name="expert")()
         shared = MLPKernels(config, name="shared_expert")() if config.shared_expert else None
+        unstacked = self.get_variable("unstacked", "experts") if self.has_variable("unstacked", "experts") else None
         dropout_rate = config.dropout_rate if config.expert_dropout_rate is None else config.expert_dropout_rate
         return moe_block(
-            MoEParams(router_kernel, router_bias, expert, shared),
+            MoEParams(router_kernel, router_bias, expert, shared, unstacked),
             x,
             config=config,
             stack=self.stack,

@@ -1,32 +1,10 @@
-"""What the model returns, and the caches decoding carries along."""
-
-from typing import Any
+"""What the model returns."""
 
 import flax.struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from flax_switch.nn.attention import KeyValue
+from flax_switch.nn.cache import DecoderCache, LayerCache
 from flax_switch.ops.moe.routing import RouterOutput
-
-
-@flax.struct.dataclass
-class LayerCache:
-    """Keys and values of one decoder layer: its own past, [B, T, H, K] with T fixed, and the encoder's, computed once."""
-
-    self_attention: KeyValue
-    cross_attention: KeyValue
-
-
-@flax.struct.dataclass
-class DecoderCache:
-    """The caches of all decoder layers, and how many positions are filled.
-
-    The batch of the cross-attention's keys may be smaller than that of the tokens by a whole factor: rows that share a source
-    (beams) then share its keys.
-    """
-
-    layers: tuple[LayerCache, ...]
-    index: Int[Array, ""]
 
 
 @flax.struct.dataclass
@@ -63,7 +41,7 @@ class DecoderOutput:
     hidden_states: tuple[Array, ...] | None = None
     attentions: tuple[Array, ...] | None = None
     cross_attentions: tuple[Array, ...] | None = None
-    cache: Any = None
+    cache: DecoderCache | None = None
 
 
 @flax.struct.dataclass

@@ -8,10 +8,11 @@ import jax
 from jaxtyping import Array, Float
 
 from flax_switch.config import SwitchConfig
-from flax_switch.nn.attention import KeyValue, RelativePositionBias
+from flax_switch.nn.attention import RelativePositionBias
+from flax_switch.nn.cache import DecoderCache, KeyValue
 from flax_switch.nn.layer import Layer, LayerInputs, ScanBlock, remat, zero_padding
 from flax_switch.nn.layers import Dropout, Embedding, RMSNorm
-from flax_switch.nn.outputs import DecoderCache, LayerOutput
+from flax_switch.nn.outputs import LayerOutput
 from flax_switch.parallel.mesh import keep_batch_split
 
 SCAN_AXIS = 1  # of stacked parameters, as in T5X's scanned checkpoints
@@ -57,9 +58,8 @@ class Stack(nn.Module):
     ) -> tuple[Float[Array, "B Q D"], list[LayerOutput], tuple[Array, ...] | None]:
         """Runs all layers; returns the normalised output, the layers' outputs and, if asked for, their hidden states."""
         config = self.config
-        if not config.relative_attention_per_layer:
-            key_length = x.shape[1] if cache is None else cache.layers[0].self_attention.key.shape[1]
-            inputs = dataclasses.replace(inputs, bias=self.relpos_bias(x.shape[1], key_length, inputs.cache_index))
+        if cache is None and not config.relative_attention_per_layer:
+            inputs = dataclasses.replace(inputs, bias=self.relpos_bias(x.shape[1], x.shape[1]))
         x = self.dropout(x, deterministic=inputs.deterministic)
         hidden_states: list[Array | None] = [x]
         if config.scan_layers:
@@ -74,6 +74,8 @@ class Stack(nn.Module):
         else:
             outputs = []
             for i, layer in enumerate(self.layers):
+                if cache is not None:
+                    inputs = dataclasses.replace(inputs, bias=cache.bias(i, x.shape[1]))
                 x, output = layer(x, inputs, None if cache is None else cache.layers[i])
                 outputs.append(output)
                 hidden_states.append(x)
@@ -86,6 +88,11 @@ class Stack(nn.Module):
     def cross_keys_values(self, encoded: Float[Array, "B S D"]) -> tuple[KeyValue, ...]:
         """Every layer's keys and values of the encoder's output."""
         return tuple(layer.cross_keys_values(encoded) for layer in self.layers)
+
+    def bias_tables(self, max_length: int) -> tuple[Float[Array, "H relative"], ...]:
+        """Every layer's table of relative position biases for a cache of `max_length` places, or the one that they share."""
+        holders = self.layers if self.config.relative_attention_per_layer else (self,)
+        return tuple(holder.relpos_bias.for_cache(max_length) for holder in holders)
 
 
 def _unstack(stacked: tuple, blocks: int | None) -> tuple[list[LayerOutput], list[Array | None]]:

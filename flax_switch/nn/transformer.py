@@ -8,13 +8,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from flax_switch.config import SwitchConfig
-from flax_switch.nn.attention import KeyValue
+from flax_switch.nn.cache import DecoderCache, KeyValueCache, LayerCache
 from flax_switch.nn.layer import LayerInputs
 from flax_switch.nn.layers import Embedding, Linear, scaled_init
-from flax_switch.nn.outputs import DecoderCache, DecoderOutput, EncoderOutput, LayerCache, ModelOutput
+from flax_switch.nn.outputs import DecoderOutput, EncoderOutput, ModelOutput
 from flax_switch.nn.stack import Stack
 from flax_switch.ops import AnyArray
-from flax_switch.ops.attention import cached_attention_mask, cross_attention_mask, self_attention_mask
+from flax_switch.ops.attention import cross_attention_mask, self_attention_mask
 
 
 class SwitchEncoder(nn.Module):
@@ -164,20 +164,19 @@ class SwitchTransformer(SwitchEncoder):
         mask, source_mask = _as_mask(decoder_attention_mask), _as_mask(attention_mask)
         padding_mask = _as_mask(decoder_padding_mask)
         source_segments, target_segments = _as_array(segment_ids), _as_array(decoder_segment_ids)
-        index = jnp.zeros((), jnp.int32) if cache is None else cache.index
         if cache is None:
             if padding_mask is None:
                 padding_mask = mask
             self_mask = self_attention_mask(config, mask, target_segments, causal=True, length=x.shape[1])
         else:
-            self_mask = cached_attention_mask(mask, index, x.shape[1], cache.layers[0].self_attention.key.shape[1])
+            self_mask = cache.visible(mask, x.shape[1])
         inputs = LayerInputs(
             bias=None,
             mask=self_mask,
             padding_mask=padding_mask,
             encoded=_as_array(encoded),
             cross_mask=cross_attention_mask(config, mask, source_mask, target_segments, source_segments, cache is not None),
-            cache_index=0 if cache is None else index,
+            cache_index=None if cache is None else cache.index,
             deterministic=deterministic,
             output_router_logits=output_router_logits,
             output_attentions=output_attentions,
@@ -187,7 +186,7 @@ class SwitchTransformer(SwitchEncoder):
         if self.head:
             logits = self.token_embedder.attend(x) if config.tie_word_embeddings else self.decoder.logits(x)
         if cache is not None:
-            cache = DecoderCache(tuple(o.cache for o in outputs if o.cache is not None), index + x.shape[1])
+            cache = cache.advanced(tuple(o.cache for o in outputs if o.cache is not None), x.shape[1])
         cross_attentions = tuple(o.cross_attention for o in outputs if o.cross_attention is not None)
         return DecoderOutput(
             logits=logits,
@@ -199,15 +198,19 @@ class SwitchTransformer(SwitchEncoder):
             cache=cache,
         )
 
-    def init_cache(self, encoded: Float[Array, "B S D"], max_length: int, rows_per_source: int = 1) -> DecoderCache:
-        """An empty cache for `max_length` target positions of B * rows_per_source rows, with the source's keys computed."""
+    def init_cache(
+        self, encoded: Float[Array, "B S D"], max_length: int, rows_per_source: int = 1, *, beams: int = 1
+    ) -> DecoderCache:
+        """An empty cache for `max_length` tokens of B * rows_per_source rows, with the source's keys computed.
+
+        beams: rows of a source, neighbours, whose past may be exchanged by `DecoderCache.ancestors`; divides rows_per_source.
+        """
         config = self.config
-        shape = (encoded.shape[0] * rows_per_source, max_length, config.num_heads, config.d_kv)
-        layers = []
-        for cross in self.decoder.cross_keys_values(encoded):
-            empty = KeyValue(jnp.zeros(shape, cross.key.dtype), jnp.zeros(shape, cross.key.dtype))
-            layers.append(LayerCache(empty, cross))
-        return DecoderCache(tuple(layers), jnp.zeros((), jnp.int32))
+        groups = encoded.shape[0] * rows_per_source // beams
+        dtype = jnp.dtype(config.dtype)
+        past = KeyValueCache.empty(groups, config.num_heads, config.d_kv, max_length * beams, dtype)
+        layers = tuple(LayerCache(past, KeyValueCache.of(cross)) for cross in self.decoder.cross_keys_values(encoded))
+        return DecoderCache(layers, self.decoder.bias_tables(max_length), jnp.zeros((), jnp.int32), beams=beams)
 
     def __call__(
         self,

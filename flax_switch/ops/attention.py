@@ -104,15 +104,6 @@ def self_attention_mask(
     )
 
 
-def cached_attention_mask(
-    mask: Bool[Array, "B T"] | None, index: Int[Array, ""], query_length: int, key_length: int
-) -> Bool[Array, "#B 1 Q T"]:
-    """Causality over a cache: the query at index + i sees keys up to index + i, and of those what `mask` allows."""
-    causal = jnp.arange(key_length)[None, :] <= index + jnp.arange(query_length)[:, None]
-    causal = causal[None, None]
-    return causal if mask is None else causal & mask[:, None, None, :]
-
-
 def cross_attention_mask(
     config: SwitchConfig,
     target_mask: Bool[Array, "B L"] | None,

@@ -15,9 +15,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from flax_switch.config import ExperimentConfig
-from flax_switch.generation.decode_step import decode_step, empty_cache, prepare
-from flax_switch.generation.device import Device
-from flax_switch.generation.program import decoder_config
+from flax_switch.generation.program import decode, decoder_config, in_compute_dtype, on_devices, start_cache
+from flax_switch.nn.transformer import SwitchTransformer
 from flax_switch.parallel.mesh import batch_sharding, batch_ways, use_mesh
 from flax_switch.plan.collectives import Collective, Unreadable, readable_collectives
 from flax_switch.plan.flops import program_flops
@@ -90,31 +89,33 @@ def compile_train(config: ExperimentConfig, mesh: Mesh) -> Program:
 def compile_decode(config: ExperimentConfig, mesh: Mesh) -> Program:
     """One step of generation: a new token for each of `DECODE_ROWS` sequences a part of the batch, over a whole source and cache.
 
-    Generation arranges the parameters once and lets the compiler place what comes of it; the step starts from there.
+    Generation casts the parameters and projects the source once, and lets the compiler place what comes of it; the step starts
+    from there.
     """
     model = config.model.replace(scan_layers=False)
     run = build_run(config.replace(model=model), mesh)
-    model = decoder_config(model, "auto")
+    decoder = SwitchTransformer(on_devices(decoder_config(model, "auto"), sharded=True))
     rows, length = DECODE_ROWS * batch_ways(mesh), config.data.targets_length
     split = batch_sharding(mesh)
 
-    def arrange(params, encoded, mask):
-        decoder = prepare(
-            params, None, encoded, mask, model, max_length=length, rows=rows, beams=1, device=Device.MESH
-        )  # fmt: skip
-        return decoder, empty_cache(decoder, length)
+    def start(params, encoded):
+        variables = in_compute_dtype({"params": params}, decoder.config)
+        return variables, start_cache(decoder, variables, encoded, length)
+
+    def step(variables, tokens, mask, cache):
+        return decode(decoder, variables, tokens, mask, cache)
 
     def struct(shape, dtype):
         return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=split)
 
     source = config.data.inputs_length
-    inputs = (run.abstract_state.params, struct((source, model.d_model), jnp.dtype(model.dtype)), struct((source,), bool))
+    inputs = (run.abstract_state.params, struct((source, model.d_model), jnp.dtype(model.dtype)))
 
     def lower():
-        arranged = jax.jit(arrange).lower(*inputs).compile()
+        started = jax.jit(start).lower(*inputs).compile()
         place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
-        decoder, cache = jax.tree.map(place, jax.eval_shape(arrange, *inputs), arranged.output_shardings)
-        return jax.jit(decode_step, donate_argnums=2).lower(decoder, struct((), jnp.int32), cache)
+        variables, cache = jax.tree.map(place, jax.eval_shape(start, *inputs), started.output_shardings)
+        return jax.jit(step, donate_argnums=3).lower(variables, struct((1,), jnp.int32), struct((source,), bool), cache)
 
     return _compiled("decode step", mesh, lower)
 

@@ -7,10 +7,9 @@ import pytest
 from flax_switch.config import MeshConfig
 from flax_switch.generation import generate
 from flax_switch.generation.controls import make_controls, split_numbers
-from flax_switch.generation.device import Device
-from flax_switch.generation.experts import split_experts
 from flax_switch.generation.program import run_program
 from flax_switch.nn.transformer import SwitchTransformer
+from flax_switch.ops.kernels.few_rows import unstacked_experts
 from flax_switch.parallel.mesh import create_mesh
 from flax_switch.pretrained import load_pretrained
 
@@ -83,8 +82,9 @@ def test_beams_do_not_copy_the_sources_keys(trained):
     def temporaries(num_beams):
         program, numbers = split_numbers(make_controls(dict(max_new_tokens=4, num_beams=num_beams), config))
         inputs = np.ones((1, S), np.int32), np.ones((1, S), bool), np.zeros((1, 1), np.int32), np.zeros((1, 2), np.uint32)
-        experts = split_experts(trained.params, config)
-        lowered = run_program.lower(config, program, trained.params, experts, *inputs, numbers, device=Device.PROCESSOR)
+        unstacked = unstacked_experts(trained.params, config.sparse_indices("decoder"), config.num_experts)
+        variables = {"params": trained.params, "unstacked": unstacked}
+        lowered = run_program.lower(config, program, variables, *inputs, numbers)
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
     keys_and_values = 2 * config.num_decoder_layers * config.num_heads * config.d_kv * S * 4

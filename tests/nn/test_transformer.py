@@ -105,7 +105,7 @@ def test_beams_share_the_keys_of_their_source(params):
     ids = jax.random.randint(jax.random.key(5), (6, 1), 2, 50)
     shared = jax.jit(lambda e: model.apply(variables, e, 4, rows_per_source=2, method="init_cache"))(encoded)
     copied = jax.jit(lambda e: model.apply(variables, e, 4, method="init_cache"))(encoded.repeat(2, 0))
-    assert shared.layers[0].cross_attention.key.shape[0] == 3
+    assert shared.layers[0].source.key.shape[0] == 3
     step = jax.jit(
         lambda cache, mask: model.apply(variables, ids, None, mask, cache=cache, method="decode", output_attentions=True)
     )

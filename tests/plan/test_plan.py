@@ -225,7 +225,7 @@ def test_the_decode_steps_arrangement_may_be_refused_too(monkeypatch):
             "available HBM (15.75G)."
         )
 
-    monkeypatch.setattr(program, "prepare", refuse)
+    monkeypatch.setattr(program, "start_cache", refuse)
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), ("data", "expert", "model"))
     refused = program.compile_decode(CONFIG, mesh)
     assert refused.name == "decode step" and refused.required == round(28.38 * 2**30) and "28.38G" in refused.refusal

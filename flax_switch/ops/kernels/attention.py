@@ -88,3 +88,28 @@ def _sum_to(x: Float[Array, "B H Q T"], shape: tuple[int, ...]) -> Float[Array, 
         by_product = lambda x: jnp.einsum("B,BHQT->HQT", jnp.ones(x.shape[0], x.dtype), x)  # noqa: E731
         x = jax.lax.platform_dependent(x, cpu=by_product, default=lambda x: x.sum(0))[None]
     return x.sum(1, keepdims=True) if shape[1] == 1 < x.shape[1] else x
+
+
+def cached_attention(
+    query: Float[Array, "R Q H K"],
+    key: Float[Array, "G H K T"],
+    value: Float[Array, "G H K T"],
+    *,
+    bias: Float[Array, "1 H Q T"] | None = None,
+    mask: Bool[Array, "#G 1 #queries T"] | None = None,
+) -> tuple[Float[Array, "R Q H K"], Float[Array, "R H Q T"]]:
+    """`dot_product_attention` of few queries over keys and values laid out for them, columns last.
+
+    The R rows are G groups of neighbours that read the same columns. mask: by group and, for all rows of a group one after the
+    other, by query.
+    """
+    (R, Q, H, K), G = query.shape, key.shape[0]
+    query = query.reshape(G, -1, H, K)
+    logits = jnp.einsum("GQHK,GHKT->GHQT", query, key, preferred_element_type=jnp.float32)
+    if bias is not None:
+        logits += bias if Q == 1 else jnp.tile(bias, (1, 1, R // G, 1))
+    if mask is not None:
+        logits = jnp.where(mask, logits, MASKED)
+    probs = jax.nn.softmax(logits, axis=-1)
+    output = jnp.einsum("GHQT,GHKT->GQHK", probs.astype(value.dtype), value).reshape(R, Q, H, K)
+    return output, probs.reshape(G, H, R // G, Q, -1).swapaxes(1, 2).reshape(R, H, Q, -1)

@@ -1,10 +1,14 @@
-"""A product of rows with one kernel, and the kernel's gradient in the form that a processor is fast at."""
+"""Products of rows with one kernel, and its gradient, in the forms that a CPU is fast at."""
+
+import math
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
+
+FEW_ROWS = 64
 
 
 @jax.custom_vjp
@@ -41,3 +45,16 @@ def kernel_gradient(x: Float[Array, "*B D"], gradient: Float[Array, "*B F"], dty
     # Transposing x costs a pass over it, which a wide gradient pays for.
     on_cpu = transposed_first if x.shape[-1] <= gradient.shape[-1] else product
     return lax.platform_dependent(x, gradient, cpu=on_cpu, default=product)
+
+
+def project_transposed(x: Float[Array, "*B D"], kernel: Float[Array, "V D"]) -> Float[Array, "*B V"]:
+    """`x @ kernel.T`; a CPU reads a kernel where it lies, for few rows, when it is the left factor."""
+
+    def product(x, kernel):
+        return x @ kernel.T
+
+    def kernel_first(x, kernel):
+        return (kernel @ x.reshape(-1, x.shape[-1]).T).T.reshape(*x.shape[:-1], -1)
+
+    few = math.prod(x.shape[:-1]) <= FEW_ROWS
+    return lax.platform_dependent(x, kernel, cpu=kernel_first, default=product) if few else product(x, kernel)

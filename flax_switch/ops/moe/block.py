@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import flax.struct
 import jax
@@ -11,10 +11,12 @@ from jax.sharding import AbstractMesh
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from flax_switch.config import SwitchConfig
+from flax_switch.ops.kernels.choice import choose, run_chosen
+from flax_switch.ops.kernels.few_rows import by_gather, by_switch
 from flax_switch.ops.kernels.grouped import batched_matmul, grouped_matmul
 from flax_switch.ops.mlp import expert_dtype, expert_function
 from flax_switch.ops.moe.exchange import Peers
-from flax_switch.ops.moe.executors import ExpertFunction, SortedExperts, execute_buffers, execute_ragged, pick_executor
+from flax_switch.ops.moe.executors import ExpertFunction, SortedExperts, execute_buffers, execute_hit, execute_ragged
 from flax_switch.ops.moe.expert_parallel import exchange_buffers, execute_dropless, fits_mesh, over_mesh, own_groups, pmap_peers
 from flax_switch.ops.moe.groups import Grouping, make_grouping
 from flax_switch.ops.moe.routing import Routed, RouterOutput, RoutingPlan, report, route, router_logits
@@ -29,6 +31,7 @@ class MoEParams:
     router_bias: Float[Array, " E"] | None
     expert: Mapping[str, Array]  # {"wi" | "wi_0", "wi_1": [E, D, F], "wo": [E, F, D]}
     shared_expert: Mapping[str, Array] | None = None  # the same without E
+    unstacked: tuple[Mapping[str, Array], ...] | None = None  # `expert` once more, each an array of its own
 
 
 def moe_block(
@@ -108,40 +111,46 @@ def route_and_execute(
         deterministic=deterministic,
         dtype=x.dtype,
     )
-    executor = pick_executor(config.moe_executor, routed.plan)
+    plan, alone = routed.plan, peers is None or peers.ways == 1
+    executor = choose(
+        config.moe_executor,
+        groups=plan.expert.shape,
+        capacity=plan.capacity,
+        num_experts=config.num_experts,
+        unstacked=params.unstacked is not None,
+        among_peers=not alone,
+    )
     tokens, experts = tokens.astype(expert_dtype(config)), expert_function(config, dropout_rng)
-    if peers is None or peers.ways == 1:
-        run = functools.partial(execute, routed.plan, kernels=params.expert, experts=experts)
-        if config.moe_executor == "auto" and mostly_empty(routed.plan, config.num_experts):
-            y = jax.lax.platform_dependent(
-                tokens, cpu=functools.partial(run, executor="ragged"), default=functools.partial(run, executor=executor)
-            )
-        else:
-            y = run(tokens, executor=executor)
-    elif routed.plan.capacity is None and executor == "ragged":
+    if alone:
+        run = functools.partial(execute, plan, kernels=params.expert, experts=experts, unstacked=params.unstacked)
+        y = run_chosen(executor, lambda name: functools.partial(run, executor=name), tokens)
+    elif plan.capacity is None and executor.elsewhere == "ragged":
         run, factor = grouped_experts(experts, params.expert), config.expert_parallel_buffer_factor
-        y, plan = execute_dropless(routed.plan, tokens, run, peers, buffer_factor=factor)
+        y, plan = execute_dropless(plan, tokens, run, peers, buffer_factor=factor)
         overflowed = (routed.plan.kept & ~plan.kept).sum((1, 2)).astype(jnp.float32)
         routed = dataclasses.replace(routed, plan=plan, overflowed=overflowed)
     else:  # whatever has a capacity travels in buffers
         run = exchange_buffers(buffered_experts(experts, params.expert), peers)
-        y = execute_buffers(routed.plan, tokens, run, executor="einsum" if executor == "einsum" else "gather")
+        y = execute_buffers(plan, tokens, run, executor="einsum" if executor.elsewhere == "einsum" else "gather")
     return grouping.ungroup(y).astype(x.dtype), routed
 
 
-def mostly_empty(plan: RoutingPlan, num_experts: int) -> bool:
-    """Whether buffers have more than 1.5 places for each choice, so that a processor does better to sort the tokens.
-
-    Hugging Face's fixed capacity of 64 tokens is such a case: 8 experts have 512 places for a sequence of 256.
-    """
-    _, S, N = plan.expert.shape
-    return plan.tokens_choose and plan.capacity is not None and num_experts * plan.capacity > 1.5 * S * N
-
-
-def execute(plan: RoutingPlan, x: Float[Array, "G S D"], kernels: Mapping[str, Array], experts, *, executor: str):
+def execute(
+    plan: RoutingPlan,
+    x: Float[Array, "G S D"],
+    kernels: Mapping[str, Array],
+    experts,
+    *,
+    executor: str,
+    unstacked: Sequence[Mapping[str, Array]] | None = None,
+) -> Float[Array, "G S D"]:
     """Runs the plan with one of the executors; `experts` is `ops.mlp.mlp` with all but its product settled."""
     if executor == "ragged":
         return execute_ragged(plan, x, grouped_experts(experts, kernels))
+    if executor == "hit":
+        if unstacked is not None:
+            return execute_hit(plan, x, functools.partial(by_switch, experts=unstacked, mlp=experts))
+        return execute_hit(plan, x, functools.partial(by_gather, stacked=kernels, mlp=experts))
     return execute_buffers(plan, x, buffered_experts(experts, kernels), executor=executor)
 
 

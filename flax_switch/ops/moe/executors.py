@@ -1,15 +1,14 @@
-"""Executing a routing plan: tokens to experts and back. Three executors, one result, one set of gradients.
+"""Executing a routing plan: tokens to experts and back. Four executors, one result, one set of gradients.
 
     einsum    one-hot masks: the readable reference
     gather    rows by index into buffers of static capacity, one batched product over the experts
-    ragged    dropless: rows sorted by expert and grouped products (`execute_ragged`)
+    ragged    dropless: rows sorted by expert and grouped products
+    hit       a few tokens, as in decoding: only the experts that are hit are read
 
 `einsum` and `gather` fill the same buffers `[G, E, C, D]`; dispatch and combine are apart so that an expert-parallel body can
 exchange buffers between devices in between.
 """
 
-import functools
-import logging
 from collections.abc import Callable
 
 import flax.struct
@@ -18,13 +17,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Num
 
-from flax_switch.config import check, one_of
+from flax_switch.config import check
 from flax_switch.ops.moe.routing import RoutingPlan
 from flax_switch.ops.moe.rows import sum_rows, take_rows
-
-log = logging.getLogger(__name__)
-
-EXECUTORS = ("einsum", "gather", "ragged")
 
 
 @flax.struct.dataclass
@@ -121,20 +116,12 @@ def execute_ragged(plan: RoutingPlan, x: Float[Array, "G S D"], experts: SortedE
     return sum_rows(answers[None] * weight, token, row_of_token, G * S).reshape(x.shape).astype(x.dtype)
 
 
-def pick_executor(executor: str, plan: RoutingPlan) -> str:
-    """The executor that `executor` names; for "auto" the one that suits the plan, told once in the log.
-
-    How each runs on a backend is settled below, in `ops.kernels.grouped`, when a program is compiled for it.
-    """
-    one_of("moe_executor", executor, ("auto", *EXECUTORS))
-    if executor != "auto":
-        return executor
-    if plan.capacity is None:
-        return _announce("ragged", "the plan is dropless")
-    return _announce("gather", "experts have a static capacity")
+HitExperts = Callable[[Float[Array, "R D"], Int[Array, "R N"]], Float[Array, "R N D"]]  # rows and their experts to outputs
 
 
-@functools.cache
-def _announce(executor: str, reason: str) -> str:
-    log.info("moe_executor='auto' runs %r on %s: %s.", executor, jax.default_backend(), reason)
-    return executor
+def execute_hit(plan: RoutingPlan, x: Float[Array, "G S D"], experts: HitExperts) -> Float[Array, "G S D"]:
+    """Runs `experts` on every choice of every token, kept or not, and adds up the outputs of those kept. For few tokens."""
+    G, S, N = plan.expert.shape
+    weight = jnp.where(plan.kept, plan.weight, 0.0).reshape(G * S, N, 1)
+    outputs = experts(x.reshape(G * S, -1), plan.expert.reshape(G * S, N))
+    return (outputs * weight).sum(1).reshape(x.shape).astype(x.dtype)

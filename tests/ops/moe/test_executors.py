@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_switch.config import ConfigError, SwitchConfig
+from flax_switch.config import EXECUTORS, ConfigError, SwitchConfig
+from flax_switch.ops.kernels import choice
 from flax_switch.ops.mlp import mlp
 from flax_switch.ops.moe import executors
 from flax_switch.ops.moe.block import MoEParams, execute, moe_block
@@ -76,7 +77,7 @@ def wanted(case, dtype):
     return values_and_gradients(lambda p, x: oracle(p, x, config, mask), params, x, cotangent)
 
 
-@pytest.mark.parametrize("executor", executors.EXECUTORS)
+@pytest.mark.parametrize("executor", EXECUTORS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("case", CASES)
 def test_values_and_gradients_equal_the_oracles(case, dtype, executor):
@@ -129,23 +130,39 @@ def test_an_empty_slot_holds_zeros_and_a_slot_the_token_that_the_plan_says():
     np.testing.assert_array_equal(np.einsum("GSEC,GSD->GECD", mask, x), want)
 
 
-def test_auto_picks_by_the_plan_and_says_so_once(caplog):
-    logits = jnp.zeros((1, 8, 4))
-    dropless = route(logits, config=CONFIG.replace(capacity_mode="dropless"), stack="encoder").plan
-    limited = route(logits, config=CONFIG, stack="encoder").plan
-    executors._announce.cache_clear()
+CHOICES = {  # G, S and N, capacity, experts one by one: what runs on CPU, and elsewhere
+    "dropless": ((2, 8, 1), None, False, ("ragged", "ragged")),
+    "a static capacity": ((2, 8, 1), 2, False, ("gather", "gather")),
+    "mostly empty buffers": ((2, 8, 1), 4, False, ("ragged", "gather")),
+    "a few single tokens": ((3, 1, 1), None, False, ("ragged", "hit")),
+    "a few single tokens, experts one by one": ((3, 1, 1), None, True, ("hit", "hit")),
+    "as many single tokens as experts": ((4, 1, 1), None, True, ("hit", "ragged")),
+}
+
+
+@pytest.mark.parametrize("case", CHOICES)
+def test_auto_picks_by_shape_and_platform_and_says_so_once(case, caplog):
+    groups, capacity, unstacked, expected = CHOICES[case]
+    settings = dict(groups=groups, capacity=capacity, num_experts=4, unstacked=unstacked)
+    choice._announce.cache_clear()
     with caplog.at_level("INFO"):
-        for _ in range(2):
-            assert executors.pick_executor("auto", dropless) == "ragged"
-            assert executors.pick_executor("auto", limited) == "gather"
-    assert [("ragged" in r.message, "gather" in r.message) for r in caplog.records] == [(True, False), (False, True)]
-    assert executors.pick_executor("einsum", dropless) == "einsum"
+        assert choice.choose("auto", **settings) == choice.choose("auto", **settings) == expected
+    (record,) = caplog.records
+    assert f"{expected[0]!r} on CPU and {expected[1]!r} elsewhere" in record.getMessage()
+    usual = "gather" if capacity else "ragged"
+    assert choice.choose("auto", **settings, among_peers=True) == (usual, usual), "no device has all experts"
+
+
+def test_an_executor_asked_for_runs_where_it_can():
+    settings = dict(capacity=None, num_experts=4, unstacked=True)
+    assert choice.choose("einsum", groups=(3, 1, 1), **settings) == ("einsum", "einsum")
+    assert choice.choose("hit", groups=(9, 1, 1), **settings) == ("hit", "hit")
+    assert choice.choose("hit", groups=(1, 9, 1), **settings) == ("ragged", "ragged"), "not for whole sequences"
 
 
 def test_an_unknown_executor_is_an_error_that_names_the_known_ones():
-    plan = route(jnp.zeros((1, 8, 4)), config=CONFIG, stack="encoder").plan
     with pytest.raises(ConfigError, match="Did you mean 'ragged'"):
-        executors.pick_executor("raged", plan)
+        CONFIG.replace(moe_executor="raged")
 
 
 def test_dropout_inside_experts_leaves_the_mean_and_needs_a_generator():
@@ -161,13 +178,13 @@ def test_execute_runs_a_plan_made_by_hand_on_experts_made_by_hand():
     plan = route(jnp.eye(4)[None] * 9, config=CONFIG.replace(capacity_mode="dropless"), stack="decoder").plan
     kernels = {"wi": jnp.arange(1.0, 5.0)[:, None, None], "wo": jnp.ones((4, 1, 1))}
     experts = functools.partial(mlp, activations=("relu",))
-    for executor in executors.EXECUTORS:
+    for executor in EXECUTORS:
         run = jax.jit(functools.partial(execute, experts=experts, executor=executor))
         y = run(plan, jnp.ones((1, 4, 1)), kernels)
         np.testing.assert_allclose(y[0, :, 0], plan.weight[0, :, 0] * jnp.arange(1.0, 5.0), rtol=1e-6)
 
 
-@pytest.mark.parametrize("executor", executors.EXECUTORS)
+@pytest.mark.parametrize("executor", EXECUTORS)
 @pytest.mark.parametrize("shared", [False, True])
 def test_experts_compute_in_their_own_dtype(executor, shared):
     """1 + 2**-10 is no number of bfloat16: experts that hand on what they are given give 1 there, and it itself in float32."""
@@ -186,7 +203,7 @@ def test_experts_compute_in_their_own_dtype(executor, shared):
     assert got == {None: both * (1 + 2**-10), "bfloat16": both * 1.0}
 
 
-@pytest.mark.parametrize("executor", executors.EXECUTORS)
+@pytest.mark.parametrize("executor", EXECUTORS)
 def test_a_bfloat16_model_routes_in_float32(executor):
     """The experts' logits differ by less than bfloat16 can tell: rounded they would tie, and the first expert would win."""
     x = jnp.ones((1, 4, 2), jnp.bfloat16)

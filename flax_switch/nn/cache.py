@@ -1,0 +1,128 @@
+"""Keys and values: as they are projected, and as the decoder's cache holds them, laid out for products with few queries.
+
+R rows decode in G groups of J (`beams`) whose past may be exchanged; without beams every row is a group. The T places of a group
+hold a token of each of its rows: place t of row j is column t * J + j.
+"""
+
+import dataclasses
+from typing import Self
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from flax_switch.ops.attention import relative_position_bias
+
+
+@flax.struct.dataclass
+class KeyValue:
+    """Keys and values of one attention as they are projected."""
+
+    key: Float[Array, "B T H K"]
+    value: Float[Array, "B T H K"]
+
+
+@flax.struct.dataclass
+class KeyValueCache:
+    """Keys and values of one attention, columns last: those of the source, [B, H, K, S], or of a group's past."""
+
+    key: Float[Array, "G H K T"]
+    value: Float[Array, "G H K T"]
+
+    @classmethod
+    def of(cls, new: KeyValue) -> Self:
+        """Holds what was projected, each row as a group."""
+        return cls(new.key.transpose(0, 2, 3, 1), new.value.transpose(0, 2, 3, 1))
+
+    @classmethod
+    def empty(cls, groups: int, heads: int, width: int, columns: int, dtype: DTypeLike) -> Self:
+        """A cache of zeros."""
+        zeros = jnp.zeros((groups, heads, width, columns), dtype)
+        return cls(zeros, zeros)
+
+    def append(self, new: KeyValue, index: Int[Array, ""]) -> Self:
+        """Writes the keys and values of L more tokens of each row from place `index` on."""
+        beams = new.key.shape[0] // self.key.shape[0]
+
+        def written(columns: Float[Array, "G H K T"], x: Float[Array, "R L H K"]) -> Float[Array, "G H K T"]:
+            x = x.reshape(-1, beams, *x.shape[1:]).transpose(0, 3, 4, 2, 1)  # [G, H, K, L, J]
+            x = x.reshape(*x.shape[:3], -1).astype(columns.dtype)
+            return jax.lax.dynamic_update_slice_in_dim(columns, x, index * beams, axis=3)
+
+        return dataclasses.replace(self, key=written(self.key, new.key), value=written(self.value, new.value))
+
+    def spread(self, groups: int, beams: int, columns: int) -> Self:
+        """Copies the past of each row to its groups, at beam 0 of `beams`, with room for as many columns as `columns`."""
+
+        def copied(x: Float[Array, "B H K P"]) -> Float[Array, "G H K T"]:
+            x = jnp.repeat(x, groups // x.shape[0], axis=0)
+            x = jnp.zeros((*x.shape, beams), x.dtype).at[..., 0].set(x).reshape(*x.shape[:3], -1)
+            return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, columns - x.shape[-1])))
+
+        return dataclasses.replace(self, key=copied(self.key), value=copied(self.value))
+
+
+@flax.struct.dataclass
+class LayerCache:
+    """What one decoder layer keeps: its own past, and the source's keys and values, which are computed once."""
+
+    past: KeyValueCache  # [G, H, K, T * J]
+    source: KeyValueCache  # [B, H, K, S]; rows that share a source share them
+
+
+@flax.struct.dataclass
+class DecoderCache:
+    """The caches of all decoder layers, and what a step must know of them.
+
+    ancestors: with beams, whose column a row reads at each place: the number, within its group, of the row that held its past
+      there. Exchanging beams changes these numbers instead of moving keys.
+    """
+
+    layers: tuple[LayerCache, ...]
+    biases: tuple[Float[Array, "H relative"], ...]  # of `bias_table`: one for every layer, or one for all
+    index: Int[Array, ""]  # places filled
+    ancestors: Int[Array, "G J T"] | None = None
+    beams: int = flax.struct.field(pytree_node=False, default=1)  # J
+
+    @property
+    def max_length(self) -> int:
+        """T, the places of each row."""
+        return self.layers[0].past.key.shape[-1] // self.beams
+
+    def advanced(self, layers: tuple[LayerCache, ...], length: int) -> Self:
+        """The cache after `length` more tokens of each row, which `layers` hold."""
+        return dataclasses.replace(self, layers=layers, index=self.index + length)
+
+    def after(self, prefix: "DecoderCache") -> Self:
+        """This empty cache with what one row of each source has decoded: beams find it at beam 0, samples get a copy each."""
+        layers = tuple(
+            dataclasses.replace(layer, past=before.past.spread(layer.past.key.shape[0], self.beams, layer.past.key.shape[-1]))
+            for layer, before in zip(self.layers, prefix.layers, strict=True)
+        )
+        return dataclasses.replace(self, layers=layers, index=prefix.index)
+
+    def bias(self, layer: int, length: int) -> Float[Array, "1 H length TJ"]:
+        """The relative position biases of the next `length` tokens in a layer, for every column."""
+        table, T = self.biases[layer if len(self.biases) > 1 else 0], self.max_length
+        if length == 1:
+            bias = jax.lax.dynamic_slice_in_dim(table, T - 1 - self.index, T, axis=1)[:, None]
+        else:
+            bias = table[:, T - 1 - self.index + jnp.arange(T)[None] - jnp.arange(length)[:, None]]
+        return jnp.repeat(bias, self.beams, axis=2)[None]
+
+    def visible(self, mask: Bool[Array, "R T"] | None, length: int) -> Bool[Array, "#G 1 #queries TJ"]:
+        """Which columns the next `length` tokens of a group's rows see, themselves included, of those that `mask` allows."""
+        T, J = self.max_length, self.beams
+        seen = jnp.arange(T)[None] <= self.index + jnp.arange(length)[:, None]  # [L, T]
+        seen = seen[None, None] if mask is None else seen & mask.reshape(-1, J, 1, T)  # [G, J, L, T]
+        if self.ancestors is not None:
+            seen = seen[..., None] & jax.nn.one_hot(self.ancestors, J, dtype=bool)[:, :, None]  # [G, J, L, T, J]
+        return seen.reshape(seen.shape[0], 1, -1, T * J)
+
+
+def bias_table(table: Float[Array, "H buckets"], max_length: int, max_distance: int) -> Float[Array, "H relative"]:
+    """Biases by distance: column T - 1 - d is that of the key d places before the query, and later keys, on the right, have 0."""
+    bias = relative_position_bias(table, 1, max_length, bidirectional=False, max_distance=max_distance, query_offset=max_length - 1)
+    return jnp.pad(bias[0, :, 0], ((0, 0), (0, max_length)))

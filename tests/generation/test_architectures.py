@@ -9,6 +9,7 @@ import itertools
 import sys
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -66,7 +67,7 @@ def case(request):
     eos = (config.eos_token_id, *EARLY_ENDS[1:])
     room = 1 + len(PREFIX) + NEW
     exact = None  # the same in float32, where the architecture rounds
-    if "bfloat16" in (config.dtype, config.expert_dtype, config.router_dtype):
+    if config.dtype == "bfloat16" or (config.is_sparse and "bfloat16" in (config.expert_dtype, config.router_dtype)):
         unrounded = config.replace(dtype="float32", expert_dtype=None, router_dtype="float32")
         exact = Uncached(unrounded, params, ids, mask, room, BEAMS)
     uncached = Uncached(config, params, ids, mask, room, BEAMS)
@@ -77,6 +78,7 @@ def case(request):
         yield SimpleNamespace(
             config=config, model=model, params=params, ids=ids, mask=mask, eos=eos, uncached=uncached, exact=exact
         )  # fmt: skip
+    jax.clear_caches()  # all programs of all architectures need more memory mappings than a process may have
 
 
 def greedy(case, rows=(0, 1, 2, 3)):
@@ -92,36 +94,50 @@ def beams(case, rows=(0, 1, 2, 3)):
 
 
 def rounding(case, source, tokens):
-    """By how much bfloat16 changes logits along some tokens, root mean square; None in float32."""
+    """By how much bfloat16 changes the logits of each step along some tokens, root mean square; None in float32."""
     if case.exact is None:
         return None
     rough, exact = (model.logits(source, [tokens])[0, : len(tokens)] for model in (case.uncached, case.exact))
-    return float(np.sqrt(np.square(rough - exact).mean()))
+    return rms(rough - exact)
+
+
+def rms(x):
+    """Root mean square over the vocabulary."""
+    return np.sqrt(np.square(x).mean(-1))
+
+
+def typical_rounding(case):
+    """The median over sources and steps of what bfloat16 changes; a mean would be that of a router's few other choices."""
+    start = case.config.decoder_start_token_id
+    paths = [greedy_search(case.uncached.log_probs(i), (start,), max_new_tokens=NEW, eos=case.eos) for i in range(len(case.ids))]
+    return float(np.median(np.concatenate([rounding(case, i, path)[:-1] for i, path in enumerate(paths)])))
 
 
 def assert_same_path(case, source, found, expected, scores, expected_scores):
     """The same tokens with the same logits (scores: of each new token).
 
-    What was rounded to bfloat16 may differ by less than rounding itself does, and then in a token that is nearly as good.
+    Rounded to bfloat16, every step may be as far from the expected one as rounding itself is, and then differ in a token that is
+    nearly as good. Where one of two routers that round otherwise takes another expert, the step is near the float32 model's.
     """
-    error = rounding(case, source, found)
     first = next((t for t, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), None)
     steps = min(len(found), len(expected)) - 1 if first is None else first
     scores, expected_scores = scores[:steps], expected_scores[:steps]
-    if error is None:
+    if case.exact is None:
         assert found == expected
         np.testing.assert_allclose(scores, expected_scores, rtol=1e-4, atol=1e-4)
         return
-    assert np.sqrt(np.square(scores - expected_scores).mean()) <= 0.5 * error
+    error = typical_rounding(case)
+    exact = case.exact.logits(source, [found])[0, :steps]
+    assert (np.minimum(rms(scores - expected_scores), rms(scores - exact)) <= 2 * error).all()
     if first is None:
         assert found == expected
     else:
-        assert expected_scores[-1].max() - expected_scores[-1, found[first]] <= 4 * error
+        assert min(logits[-1].max() - logits[-1, found[first]] for logits in (expected_scores, exact)) <= 8 * error
 
 
 def test_greedy_search_says_what_the_whole_model_says(case):
     output = greedy(case)
-    assert len({tuple(row) for row in output.sequences}) >= 3, "sources that are answered alike test little"
+    assert output.step_scores[0].std(axis=0).max() > 0.05, "sources that are answered alike test little"
     start = (case.config.decoder_start_token_id,)
     for i, row in enumerate(output.sequences.tolist()):
         found = upto_end(row, 1, case.eos)
@@ -139,15 +155,18 @@ def test_beams_say_what_the_whole_model_says(case):
         scores = output.scores.reshape(-1, BEAMS)[i]
         sequences = output.sequences.reshape(len(case.ids), BEAMS, -1)[i]
         found = [upto_end(row.tolist(), len(prefix), case.eos) for row in sequences]
-        error = rounding(case, i, found[0])
-        if error is None:
+        if case.exact is None:
             assert found == [tokens for tokens, _ in book]
             np.testing.assert_allclose(scores, [score for _, score in book], rtol=1e-4, atol=1e-4)
             continue
+        error = 2 * typical_rounding(case)
         for tokens, score in zip(found, scores, strict=True):
-            steps = [log_probs([tokens[:t]])[0, tokens[t]] for t in range(len(prefix), len(tokens))]
-            assert score == pytest.approx(np.mean(steps), abs=error)
-        assert scores[0] >= book[0][1] - 4 * error
+            steps = [
+                [said([tokens[:t]])[0, tokens[t]] for t in range(len(prefix), len(tokens))]
+                for said in (log_probs, case.exact.log_probs(i))
+            ]
+            assert np.min(steps, axis=0).mean() - error <= score <= np.max(steps, axis=0).mean() + error
+        assert scores[0] >= book[0][1] - 4 * max(error, float(rms(rounding(case, i, found[0]))))
 
 
 def upto_end(tokens, prefix_length, eos):
@@ -166,13 +185,12 @@ def test_a_row_says_what_it_says_alone_and_in_other_company(case, company, reque
         return  # another program, which takes seconds to compile
     together, alone = beams(case), beams(case, rows)
     scores, expected = alone.scores[:BEAMS], together.scores[BEAMS : 2 * BEAMS]
-    error = rounding(case, 1, found)
-    if error is None:
+    if case.exact is None:
         T = min(together.sequences.shape[1], alone.sequences.shape[1])
         np.testing.assert_array_equal(alone.sequences[:BEAMS, :T], together.sequences[BEAMS : 2 * BEAMS, :T])
         np.testing.assert_allclose(scores, expected, rtol=1e-5, atol=1e-5)
     else:
-        np.testing.assert_allclose(scores[0], expected[0], atol=4 * error)
+        np.testing.assert_allclose(scores[0], expected[0], atol=8 * typical_rounding(case))
 
 
 def test_samples_of_a_source_continue_its_prefix_each_by_itself(monkeypatch):

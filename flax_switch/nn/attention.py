@@ -68,7 +68,7 @@ class Attention(nn.Module):
         keys_values: KeyValue | KeyValueCache,
         *,
         bias: Float[Array, "1 H Q T"] | None,
-        mask: Bool[Array, "#G 1 #Q T"] | None,
+        mask: Bool[Array, "#G 1 #queries T"] | None,
         deterministic: bool,
     ) -> tuple[Float[Array, "B Q D"], Float[Array, "B H Q T"]]:
         """Attends from `x` to given keys and values; returns outputs and attention probabilities.

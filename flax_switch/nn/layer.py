@@ -23,7 +23,7 @@ class LayerInputs:
     """What every layer of a stack is given alike. Masks are True where there is something."""
 
     bias: Float[Array, "1 H Q T"] | None  # relative position bias, where it is not of the layer's own table
-    mask: Bool[Array, "#G 1 #Q T"] | None  # of self-attention
+    mask: Bool[Array, "#G 1 #queries T"] | None  # of self-attention
     padding_mask: Bool[Array, "B Q"] | None  # which positions hold tokens
     encoded: Float[Array, "B S D"] | None = None
     cross_mask: Bool[Array, "#sources 1 #Q S"] | None = None

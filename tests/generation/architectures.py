@@ -47,8 +47,10 @@ AXES = {
         dict(),
         dict(routing_group="flaxformer", group_size=16),
     ],
-    "executor": [dict(moe_executor="einsum"), dict(), dict(moe_executor="gather"), dict(moe_executor="ragged")],
-    "hardware": [dict(), dict()],  # experts are read as on a CPU, or as on an accelerator
+    # "hit" reads experts as an accelerator does, "auto" one by one.
+    "executor": [
+        dict(), dict(moe_executor="hit"), dict(moe_executor="einsum"), dict(moe_executor="gather"), dict(moe_executor="ragged"),
+    ],
 }  # fmt: skip
 
 # What must not change a token: losses, training, and capacities where nothing is dropped.

@@ -20,7 +20,6 @@ from textbook import beam_search, greedy_search
 from flax_switch.config import SwitchConfig
 from flax_switch.config.huggingface import SEMANTICS
 from flax_switch.generation import generate
-from flax_switch.generation.device import Device
 from flax_switch.nn.transformer import SwitchTransformer
 from flax_switch.pretrained import save_pretrained
 
@@ -31,7 +30,7 @@ QUICK = {
     "scanned": dict.fromkeys(AXES, 0),
     "experts choose in bfloat16": {
         "who chooses": 1, "dtype": 1, "layers": 3, "experts": 0, "choices": 2, "biases": 2, "router": 2, "head": 2,
-        "activations": 2, "executor": 2, "groups": 2,
+        "activations": 2, "executor": 1, "groups": 2,
     },
     "dense": {"layers": 2, "activations": 3, "dtype": 3, "sizes": 2, "norms": 2},
 }  # fmt: skip
@@ -72,13 +71,18 @@ def case(request):
         exact = Uncached(unrounded, params, ids, mask, room, BEAMS)
     uncached = Uncached(config, params, ids, mask, room, BEAMS)
     with pytest.MonkeyPatch.context() as patch:
-        if request.param.get("hardware"):
-            patch.setattr(sys.modules["flax_switch.generation.generate"], "device_of", lambda params: Device.ACCELERATOR)
+        if config.moe_executor == "hit":
+            keep_experts_stacked(patch)
         model = SwitchTransformer(config)
         yield SimpleNamespace(
             config=config, model=model, params=params, ids=ids, mask=mask, eos=eos, uncached=uncached, exact=exact
         )  # fmt: skip
     jax.clear_caches()  # all programs of all architectures need more memory mappings than a process may have
+
+
+def keep_experts_stacked(patch):
+    """Has generation read experts as where it does not run on one CPU."""
+    patch.setattr(sys.modules["flax_switch.generation.generate"], "unstacked_experts", lambda *args: None)
 
 
 def greedy(case, rows=(0, 1, 2, 3)):
@@ -116,8 +120,9 @@ def typical_rounding(case):
 def assert_same_path(case, source, found, expected, scores, expected_scores):
     """The same tokens with the same logits (scores: of each new token).
 
-    Rounded to bfloat16, every step may be as far from the expected one as rounding itself is, and then differ in a token that is
-    nearly as good. Where one of two routers that round otherwise takes another expert, the step is near the float32 model's.
+    Rounded to bfloat16, every step may be as far from the expected one, or from the float32 model's, as rounding itself is, and then
+    differ in a token that is nearly as good. Where a router's choice is nearly a tie, another way of rounding takes another expert:
+    that may happen as often as between bfloat16 and float32, or once.
     """
     first = next((t for t, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), None)
     steps = min(len(found), len(expected)) - 1 if first is None else first
@@ -128,10 +133,12 @@ def assert_same_path(case, source, found, expected, scores, expected_scores):
         return
     error = typical_rounding(case)
     exact = case.exact.logits(source, [found])[0, :steps]
-    assert (np.minimum(rms(scores - expected_scores), rms(scores - exact)) <= 2 * error).all()
+    elsewhere = np.minimum(rms(scores - expected_scores), rms(scores - exact)) > 2 * error
+    ties = rms(expected_scores - exact) > 2 * error
+    assert elsewhere.sum() <= (max(1, ties.sum()) if case.config.is_sparse else 0)
     if first is None:
         assert found == expected
-    else:
+    elif not elsewhere[-1]:
         assert min(logits[-1].max() - logits[-1, found[first]] for logits in (expected_scores, exact)) <= 8 * error
 
 
@@ -195,12 +202,12 @@ def test_a_row_says_what_it_says_alone_and_in_other_company(case, company, reque
 
 def test_samples_of_a_source_continue_its_prefix_each_by_itself(monkeypatch):
     """With more experts than tokens, of which an accelerator then gathers those that are hit."""
-    config = BASE.replace(num_experts=13)
+    config = BASE.replace(num_experts=13, moe_executor="hit")
     params, (ids, mask) = lively_params(config), sources(config)
     uncached = Uncached(config, params, ids, mask, 1 + len(PREFIX) + NEW)
     prefixes = np.arange(8, 8 + 2 * len(ids)).reshape(len(ids), 2)
     controls = dict(do_sample=True, top_k=0, num_return_sequences=2, output_scores=True, decoder_input_ids=prefixes)
-    monkeypatch.setattr(sys.modules["flax_switch.generation.generate"], "device_of", lambda params: Device.ACCELERATOR)
+    keep_experts_stacked(monkeypatch)
     output = generate(SwitchTransformer(config), params, ids, mask, max_new_tokens=NEW, eos_token_id=EARLY_ENDS, **controls)
     assert len({tuple(row) for row in output.sequences}) == 2 * len(ids)
     for row, tokens in enumerate(output.sequences.tolist()):

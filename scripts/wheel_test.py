@@ -192,8 +192,8 @@ def use_editable(scripts: Path, source: Path, empty: Path) -> None:
     """Names and paths of an editable install: names anywhere, paths from the checkout."""
     env, python = clean_environment(empty.with_name("home")), str(scripts / "python")
     for folder, recipe, gin in ((empty, "tiny", "tiny"), (source, "configs/tiny.py", "configs/gin/tiny.gin")):
-        code = f"from flax_switch import recipes as r; print(r.load_recipe({recipe!r}) == r.load_gin([{gin!r}]), r.__file__)"
-        expect(run([python, "-c", code], cwd=folder, env=env) == f"True {source / 'flax_switch' / 'recipes.py'}\n", recipe)
+        code = f"from flax_switch.config import recipes as r; print(r.load_recipe({recipe!r}) == r.load_gin([{gin!r}]), r.__file__)"
+        expect(run([python, "-c", code], cwd=folder, env=env) == f"True {source / 'flax_switch/config/recipes.py'}\n", recipe)
     expect(run([str(scripts / "flax-switch"), "--version"], cwd=empty, env=env) == f"flax_switch {version()}\n", "--version")
 
 

@@ -2,20 +2,23 @@
 
 import json
 import shutil
-from types import SimpleNamespace
+from unittest.mock import Mock
 
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from flax.traverse_util import flatten_dict
 
 from flax_switch import cli
 from flax_switch.config import ConfigError, MeshConfig, SwitchConfig
 from flax_switch.config.finetuning import EvaluationConfig, FinetuneConfig
 from flax_switch.config.recipes import to_config_dict
+from flax_switch.data.tasks import PreparedTasks
 from flax_switch.parallel.mesh import create_mesh
 from flax_switch.pretrained import load_pretrained
 from flax_switch.training.metrics import MetricsWriter, read_metrics
+from flax_switch.training.state import Run
 from flax_switch.workflows.finetune import evaluate_checkpoint, finetune
 from flax_switch.workflows.predictions import BEST, PREDICTIONS, TaskEvaluator, best_of
 from flax_switch.workflows.start import open_start
@@ -153,12 +156,12 @@ def test_the_best_is_the_first_of_the_highest_scores_or_of_the_lowest_losses():
 
 def test_patience_counts_evaluations_since_the_best_also_after_resuming(tmp_path):
     config = FinetuneConfig(model=SwitchConfig(), evaluation=EvaluationConfig(patience=2))
-    run, prepared = SimpleNamespace(config=config), SimpleNamespace(num_validation=1)
+    run, prepared = Mock(spec=Run, config=config), Mock(spec=PreparedTasks, num_validation=1)
     writer = MetricsWriter(tmp_path)
     ends = []
     for step, loss in ((2, 3.0), (4, 2.0), (6, 2.5), (8, 2.0)):
         writer.write(step, "eval", {"cross_entropy": loss})
-        ends.append(TaskEvaluator(run, prepared, None, tmp_path).conclude(step, None, None))
+        ends.append(TaskEvaluator(run, prepared, lambda params, batch: {}, epath.Path(tmp_path)).conclude(step, None, None))
     writer.close()
     assert ends[:3] == [None] * 3
     assert ends[3] == "cross_entropy has not improved on its 2.000 of step 4 in 2 evaluations"

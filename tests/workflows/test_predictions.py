@@ -1,17 +1,20 @@
 """Predictions, inputs, references and scores belong to the same example, and outputs of `generate` to the same line."""
 
 import json
-from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
+from etils import epath
 
 from flax_switch import cli
 from flax_switch.config import SwitchConfig
 from flax_switch.config.finetuning import EvaluationConfig, FinetuneConfig, FinetuneDataConfig, TaskConfig
 from flax_switch.data.tasks import prepare_tasks
 from flax_switch.generation import GenerationOutput, text
+from flax_switch.training.loop import RunResult
 from flax_switch.training.metrics import MetricsWriter
+from flax_switch.training.state import Run
 from flax_switch.workflows import finish
 from flax_switch.workflows import predictions as evaluation
 from flax_switch.workflows.report import SAMPLES_FILE
@@ -53,11 +56,9 @@ def evaluated(folder, recipe, vocabulary, mesh, *tasks, **changes):
         named.append(TaskConfig(name=f"task{number}", validation=str(path), inputs="list", targets="copy"))
     config = FinetuneDataConfig(tasks=tuple(named), inputs_length=32, targets_length=32, batch_size=8)
     settings = EvaluationConfig(**{"metrics": ("accuracy",), "batch_size": 3, "num_beams": 2, **changes})
-    run = SimpleNamespace(
-        mesh=mesh, model=None, config=FinetuneConfig(data=config, evaluation=settings, train=recipe.train)
-    )  # fmt: skip
+    run = Mock(spec=Run, mesh=mesh, model=None, config=FinetuneConfig(data=config, evaluation=settings, train=recipe.train))
     prepared = prepare_tasks(config, vocabulary, train=False)
-    return evaluation.evaluate(run, prepared, None, None)
+    return evaluation.evaluate(run, prepared, lambda params, batch: {}, None)
 
 
 def test_every_prediction_is_of_its_own_example(tmp_path, recipe, vocabulary, mesh):
@@ -123,9 +124,9 @@ def test_the_report_shows_the_best_step_s_predictions_beside_their_references(tm
     for step, accuracy in ((2, 40.0), (4, 80.0), (6, 60.0)):
         writer.write(step, "eval", {"accuracy": accuracy, "cross_entropy": 1.0})
         made = [evaluation.Prediction("task", f"in {i}", f"said {i} at {step}", (f"right {i}", "other")) for i in range(5)]
-        evaluation.write_predictions(tmp_path / evaluation.PREDICTIONS / f"step_{step}.jsonl", made)
+        evaluation.write_predictions(epath.Path(tmp_path) / evaluation.PREDICTIONS / f"step_{step}.jsonl", made)
     writer.close()
-    finish.finish_finetuning(SimpleNamespace(run=SimpleNamespace(config=recipe.resolve(SwitchConfig()))), tmp_path)
+    finish.finish_finetuning(Mock(spec=RunResult, run=Mock(spec=Run, config=recipe.resolve(SwitchConfig()))), tmp_path)
     samples = json.loads((tmp_path / SAMPLES_FILE).read_text())
     assert samples == [{"pieces": [f"in {i}", {"model": f"said {i} at 4", "text": f"right {i}"}]} for i in (0, 4)]
     shown = " ".join(capsys.readouterr().out.split())

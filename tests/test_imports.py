@@ -21,7 +21,7 @@ ALLOWED = {
     "generation": {"config", "convert", "nn", "ops", "parallel"},
     "training": {"config", "data", "host", "nn", "ops", "parallel"},
     "pretrained": {"config", "convert", "data", "generation", "nn", "ops", "parallel"},
-    "plan": {"config", "generation", "host", "ops", "parallel", "training"},
+    "plan": {"config", "generation", "host", "nn", "ops", "parallel", "training"},
     "inspection": {"config", "convert", "nn", "ops", "pretrained"},
     "workflows": {"config", "convert", "data", "generation", "host", "nn", "ops", "parallel", "pretrained", "training"},
 }

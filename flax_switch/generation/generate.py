@@ -6,6 +6,7 @@ from typing import Any
 import flax.struct
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 from jaxtyping import Bool, Float, Int
 
 from flax_switch.config import SwitchConfig, check
@@ -72,17 +73,16 @@ def generate(
     seeds = check_seeds(seed, B)
     if config.scan_layers:
         params, config = unstack_layers(params, config), config.replace(scan_layers=False)
-    inputs, sharding = (ids, mask, prefix, seeds), getattr(jax.tree.leaves(params)[0], "sharding", None)
-    sharded = sharding is not None and len(sharding.device_set) > 1
-    if sharded:
-        mesh = sharding.mesh
+    inputs, where = (ids, mask, prefix, seeds), getattr(jax.tree.leaves(params)[0], "sharding", None)
+    mesh = where.mesh if isinstance(where, NamedSharding) and where.mesh.size > 1 else None
+    if mesh is not None:
         sharding = batch_sharding(mesh) if B % batch_ways(mesh) == 0 else replicated(mesh)
         inputs = tuple(jax.device_put(x, sharding) for x in inputs)
     variables = {"params": params}
     if unstacked := unstacked_experts(params, config.sparse_indices("decoder"), config.num_experts):
         variables["unstacked"] = unstacked
     program, numbers = split_numbers(settings)
-    output = jax.device_get(run_program(config, program, variables, *inputs, numbers, sharded=sharded))
+    output = jax.device_get(run_program(config, program, variables, *inputs, numbers, sharded=mesh is not None))
     return GenerationOutput(
         sequences=output.tokens[:, : prefix.shape[1] + int(output.new_tokens)],
         scores=output.scores,

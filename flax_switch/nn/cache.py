@@ -42,7 +42,7 @@ class KeyValueCache:
         zeros = jnp.zeros((groups, heads, width, columns), dtype)
         return cls(zeros, zeros)
 
-    def append(self, new: KeyValue, index: Int[Array, ""]) -> Self:
+    def append(self, new: KeyValue, index: Int[Array, ""] | int) -> Self:
         """Writes the keys and values of L more tokens of each row from place `index` on."""
         beams = new.key.shape[0] // self.key.shape[0]
 

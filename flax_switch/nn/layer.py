@@ -27,7 +27,7 @@ class LayerInputs:
     padding_mask: Bool[Array, "B Q"] | None  # which positions hold tokens
     encoded: Float[Array, "B S D"] | None = None
     cross_mask: Bool[Array, "#sources 1 #Q S"] | None = None
-    cache_index: Int[Array, ""] | None = None  # of the first token's place in the cache
+    cache_index: Int[Array, ""] | int = 0  # the first token's place in the cache
     deterministic: bool = flax.struct.field(pytree_node=False, default=True)
     output_router_logits: bool = flax.struct.field(pytree_node=False, default=False)
     output_attentions: bool = flax.struct.field(pytree_node=False, default=False)

@@ -176,7 +176,7 @@ class SwitchTransformer(SwitchEncoder):
             padding_mask=padding_mask,
             encoded=_as_array(encoded),
             cross_mask=cross_attention_mask(config, mask, source_mask, target_segments, source_segments, cache is not None),
-            cache_index=None if cache is None else cache.index,
+            cache_index=0 if cache is None else cache.index,
             deterministic=deterministic,
             output_router_logits=output_router_logits,
             output_attentions=output_attentions,

@@ -120,9 +120,9 @@ def typical_rounding(case):
 def assert_same_path(case, source, found, expected, scores, expected_scores):
     """The same tokens with the same logits (scores: of each new token).
 
-    Rounded to bfloat16, every step may be as far from the expected one, or from the float32 model's, as rounding itself is, and then
-    differ in a token that is nearly as good. Where a router's choice is nearly a tie, another way of rounding takes another expert:
-    that may happen as often as between bfloat16 and float32, or once.
+    Rounded to bfloat16, every step may be as far from the expected one, or from the float32 model's, as rounding itself is, and
+    then differ in a token that is nearly as good. Where a router's choice is nearly a tie, another way of rounding takes
+    another expert: that may happen as often as between bfloat16 and float32, or once.
     """
     first = next((t for t, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), None)
     steps = min(len(found), len(expected)) - 1 if first is None else first

@@ -21,7 +21,7 @@ class Choice(NamedTuple):
 def choose(
     executor: str,
     *,
-    groups: tuple[int, int, int],
+    groups: tuple[int, ...],
     capacity: int | None,
     num_experts: int,
     unstacked: bool,

@@ -111,17 +111,19 @@ def route_and_execute(
         deterministic=deterministic,
         dtype=x.dtype,
     )
-    plan, alone = routed.plan, peers is None or peers.ways == 1
+    plan = routed.plan
+    if peers is not None and peers.ways == 1:
+        peers = None
     executor = choose(
         config.moe_executor,
         groups=plan.expert.shape,
         capacity=plan.capacity,
         num_experts=config.num_experts,
         unstacked=params.unstacked is not None,
-        among_peers=not alone,
+        among_peers=peers is not None,
     )
     tokens, experts = tokens.astype(expert_dtype(config)), expert_function(config, dropout_rng)
-    if alone:
+    if peers is None:
         run = functools.partial(execute, plan, kernels=params.expert, experts=experts, unstacked=params.unstacked)
         y = run_chosen(executor, lambda name: functools.partial(run, executor=name), tokens)
     elif plan.capacity is None and executor.elsewhere == "ragged":

@@ -18,7 +18,7 @@ ALLOWED = {
     "nn": {"config", "ops", "parallel"},
     "data": {"config", "host"},
     "convert": {"config", "data", "host"},
-    "generation": {"config", "convert", "nn", "ops", "parallel"},
+    "generation": {"config", "convert", "host", "nn", "ops", "parallel"},
     "training": {"config", "data", "host", "nn", "ops", "parallel"},
     "pretrained": {"config", "convert", "data", "generation", "nn", "ops", "parallel"},
     "plan": {"config", "generation", "host", "nn", "ops", "parallel", "training"},

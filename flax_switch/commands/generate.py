@@ -53,9 +53,9 @@ def run(args: argparse.Namespace) -> int:
     if args.input == "-" and sys.stdin.isatty():
         return _converse(pretrained, options)
     try:
-        with open(args.input, encoding="utf-8") if args.input != "-" else sys.stdin as file:
+        with open(args.input, "rb") if args.input != "-" else sys.stdin.buffer as file:  # bytes: a bad line is one line's error
             lines = read_lines(file, args.field)
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise ConfigError(f"Cannot read {args.input}: {error}.") from error
     started, done = time.perf_counter(), [0, 0]
 

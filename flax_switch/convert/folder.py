@@ -13,10 +13,11 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from flax_switch.config import ConfigError
+from flax_switch.config import ConfigError, check
 from flax_switch.convert.safetensors_file import write_safetensors
 from flax_switch.convert.tensors import CheckpointError, LazyTensor, concatenate, narrow
 from flax_switch.host.files import in_store
+from flax_switch.host.json_text import field, read_json
 
 DEFAULT_SHARD_SIZE = "5GB"
 MARKERS = ("config.json", "flax_switch.json")  # a folder with one of them is a model
@@ -197,10 +198,11 @@ def read_folder(folder: Path, stem: str, read_file: Callable[[Path], dict[str, L
     if not index_path.exists():
         return read_file(folder / f"{stem}.{suffix}")
     try:
-        weight_map = json.loads(index_path.read_text())["weight_map"]
+        weight_map = field(read_json(index_path), "weight_map", dict, str(index_path))
+        check(all(isinstance(name, str) for name in weight_map.values()), "a name of a file is no text")
         files = sorted(set(weight_map.values()))
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index_path} is no index: it needs a JSON object with a 'weight_map'") from error
+    except ConfigError as error:
+        raise CheckpointError(f"{index_path} is no index: it needs a JSON object with a 'weight_map' ({error})") from error
     absent = [name for name in files if not (folder / plain_name(name, index_path)).is_file()]
     if absent:
         raise CheckpointError(f"{index_path} names {', '.join(absent[:5])}: not in the folder. Fetch the missing shards.")

@@ -6,16 +6,16 @@ Read are safetensors and torch's .bin, one file or shards with an index, written
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from flax_switch.config import SwitchConfig
+from flax_switch.config import ConfigError, SwitchConfig
 from flax_switch.convert.canonical import canonical_shapes
 from flax_switch.convert.folder import read_folder
 from flax_switch.convert.mapping import TRANSPOSE, Rule, to_canonical, to_foreign
 from flax_switch.convert.safetensors_file import read_safetensors
 from flax_switch.convert.tensors import CheckpointError, LazyTensor, same_bits
+from flax_switch.host import json_text
 
 _ATTENTIONS = {
     "encoder/layers_{i}/attention": "encoder.block.{i}.layer.0.SelfAttention",
@@ -123,12 +123,9 @@ def read_tensors(folder: Path) -> dict[str, LazyTensor]:
 def read_json(path: Path) -> dict:
     """A JSON object from a file; a CheckpointError if it is none."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} is no JSON object")
-    return values
+        return json_text.read_json(path)
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def find_architecture(values: Mapping, tensors: Mapping[str, LazyTensor]) -> str:

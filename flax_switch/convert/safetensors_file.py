@@ -17,8 +17,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from flax_switch.config import ConfigError
 from flax_switch.convert.tensors import CheckpointError, Index, LazyTensor, contiguous
 from flax_switch.host.files import in_store
+from flax_switch.host.json_text import parse_json
 
 MAX_HEADER_BYTES = 100_000_000  # the library's own limit
 
@@ -73,17 +75,10 @@ def read_safetensors(path: Path) -> dict[str, LazyTensor]:
 
 
 def _parse_header(path: Path, text: bytes) -> dict:
-    def unique(pairs: list[tuple[str, object]]) -> dict:
-        names = [name for name, _ in pairs]
-        twice = {name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else set()
-        if twice:
-            raise CheckpointError(f"{path} holds tensors twice: {', '.join(sorted(twice))}")
-        return dict(pairs)
-
     try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is corrupt: its header is not JSON ({error})") from error
+        header = parse_json(text, f"{path} is corrupt, its header")
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path} is corrupt: its header is no JSON object")
     return header

@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import base64
+import binascii
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flax_switch.config import ConfigError
+from flax_switch.config import ConfigError, check
 from flax_switch.convert.training_run import vocabulary_folder
+from flax_switch.host.json_text import field, read_json, valid_text
 
 if TYPE_CHECKING:
-    from flax_switch.data.vocabulary import Vocabulary
+    from flax_switch.data.vocabulary import AddedToken, Vocabulary
 
 DEFAULT_SENTINELS = 100  # T5's
 _SENTINEL = re.compile(r"<extra_id_\d+>")
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 log = logging.getLogger(__name__)
 
 
 def load_vocabulary(folder: Path) -> Vocabulary | None:
     """The vocabulary of a model's folder, or None where it has none (or one that is no T5 tokenizer, which is logged)."""
+    from flax_switch.data.foreign_vocabulary import ForeignVocabulary
     from flax_switch.data.vocabulary import Vocabulary
 
     folder = vocabulary_folder(folder)
@@ -31,30 +35,92 @@ def load_vocabulary(folder: Path) -> Vocabulary | None:
     try:
         if (folder / "vocabulary.json").is_file():
             return Vocabulary.load(folder)
+        values = read_json(tokenizer) if tokenizer.is_file() else None
+        if values is not None and (strange := strange_parts(values)):
+            log.info("The tokenizer in %s is run by the package tokenizers: it has %s.", folder, ", ".join(strange))
+            return ForeignVocabulary(tokenizer.read_bytes())
         if spiece.is_file():
-            return Vocabulary.from_sentencepiece(spiece, count_sentinels(folder))
-        if tokenizer.is_file():
-            model, num_sentinels = sentencepiece_model(json.loads(tokenizer.read_text(encoding="utf-8")))
-            return Vocabulary.from_sentencepiece(model, num_sentinels)
-    except (ConfigError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            added = () if values is None else users_tokens(values)
+            return Vocabulary.from_sentencepiece(spiece, count_sentinels(folder), added)
+        if values is not None:
+            return Vocabulary(*sentencepiece_model(values), users_tokens(values))
+    except ConfigError as error:
         log.warning("The tokenizer in %s is not used: %s", folder, error)
     return None
+
+
+def users_tokens(tokenizer: Mapping[str, Any]) -> list[AddedToken]:
+    """Returns the tokens of a `tokenizer.json` that a user has added to what T5's vocabulary has."""
+    from flax_switch.data.vocabulary import added_tokens
+
+    known = {"<pad>", "</s>", "<unk>"}
+    entries = [
+        entry
+        for entry in field(tokenizer, "added_tokens", list, "tokenizer.json", [])
+        if not (isinstance(entry, dict) and (entry.get("content") in known or _SENTINEL.fullmatch(str(entry.get("content")))))
+    ]
+    return added_tokens(entries, "tokenizer.json")
+
+
+# How T5's tokenizers cut text, in the spellings of several versions of transformers. Everything else gives other ids.
+_WHITESPACE = {"type": "WhitespaceSplit"}
+_NORMALIZERS = (
+    {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "},
+    {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": "\u2581"},
+    {"type": "Strip", "strip_left": False, "strip_right": True},
+)
+
+
+def strange_parts(tokenizer: Mapping[str, Any]) -> list[str]:
+    """Returns the parts of a `tokenizer.json` that no SentencePiece model has: normalisers, pre-tokenisers, flags of tokens."""
+    normalizers, cutters = (
+        _parts(tokenizer.get("normalizer"), "normalizers"),
+        _parts(tokenizer.get("pre_tokenizer"), "pretokenizers"),
+    )
+    strange = [f"a normaliser {_shown(p)}" for p in normalizers if p.get("type") != "Precompiled" and p not in _NORMALIZERS]
+    strange += [f"a pre-tokeniser {_shown(part)}" for part in cutters if part != _WHITESPACE and not _is_t5s(part)]
+    for token in field(tokenizer, "added_tokens", list, "tokenizer.json", []):
+        flags = [flag for flag in ("lstrip", "rstrip", "single_word") if isinstance(token, Mapping) and token.get(flag)]
+        strange += [f"the added token {token['content']!r} with {flag}" for flag in flags]
+    return strange
+
+
+def _is_t5s(part: Mapping[str, Any]) -> bool:
+    always = part.get("prepend_scheme", "always" if part.get("add_prefix_space", True) else "never") == "always"
+    return part.get("type") == "Metaspace" and part.get("replacement") == "\u2581" and always and part.get("split", True) is True
+
+
+def _parts(value: Any, plural: str) -> list[Mapping[str, Any]]:
+    """The parts of a sequence of them, of one, or of none."""
+    if value is None:
+        return []
+    parts = value.get(plural, [value]) if isinstance(value, Mapping) else [value]
+    check(
+        isinstance(parts, list) and all(isinstance(part, Mapping) for part in parts),
+        f"tokenizer.json: {plural} must be objects; they are {_shown(parts)}",
+    )
+    return [inner for part in parts for inner in (_parts(part, plural) if plural in part else [part])]
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def count_sentinels(folder: Path) -> int:
     """How many sentinels a folder's tokenizer_config.json asks for; T5's 100 where it does not say."""
     path = folder / "tokenizer_config.json"
-    values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if "extra_ids" in values:
-        return int(values["extra_ids"])
-    named = values.get("additional_special_tokens") or []
-    texts = [token if isinstance(token, str) else token.get("content", "") for token in named]
+    values = read_json(path) if path.is_file() else {}
+    if values.get("extra_ids") is not None:
+        return field(values, "extra_ids", int, str(path))
+    named = field(values, "additional_special_tokens", (list, type(None)), str(path), []) or []
+    texts = [token if isinstance(token, str) else str(token.get("content")) for token in named if isinstance(token, str | dict)]
     return sum(1 for text in texts if _SENTINEL.fullmatch(text)) or DEFAULT_SENTINELS
 
 
-def tokenizer_config(num_sentinels: int) -> bytes:
-    """The tokenizer_config.json that makes AutoTokenizer open a `spiece.model` as T5's, with this many sentinels."""
-    values = {
+def tokenizer_config(num_sentinels: int, added: Sequence[AddedToken] = ()) -> bytes:
+    """The tokenizer_config.json that makes AutoTokenizer open a `spiece.model` as T5's, with sentinels and added tokens."""
+    values: dict[str, Any] = {
         "tokenizer_class": "T5Tokenizer",
         "eos_token": "</s>",
         "unk_token": "<unk>",
@@ -62,6 +128,10 @@ def tokenizer_config(num_sentinels: int) -> bytes:
         "extra_ids": num_sentinels,
         "additional_special_tokens": [f"<extra_id_{i}>" for i in range(num_sentinels)],
     }
+    if added:
+        flags = dict(lstrip=False, rstrip=False, single_word=False)
+        entries = {str(t.id): dict(content=t.content, special=t.special, normalized=t.normalized, **flags) for t in added}
+        values["added_tokens_decoder"] = entries
     return (json.dumps(values, indent=2) + "\n").encode()
 
 
@@ -72,7 +142,10 @@ def vocabulary_files(vocabulary: Vocabulary) -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as folder:
         vocabulary.save(folder)
         files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
-    return {**files, "tokenizer_config.json": tokenizer_config(vocabulary.num_sentinels)}
+    if vocabulary.file_name != "spiece.model":
+        values = dict(tokenizer_class="PreTrainedTokenizerFast", eos_token="</s>", unk_token="<unk>", pad_token="<pad>")
+        return {**files, "tokenizer_config.json": (json.dumps(values, indent=2) + "\n").encode()}
+    return {**files, "tokenizer_config.json": tokenizer_config(vocabulary.num_sentinels, vocabulary.added)}
 
 
 def complete_files(files: Mapping[str, bytes], folder: Path) -> dict[str, bytes]:
@@ -95,19 +168,27 @@ def sentencepiece_model(tokenizer: Mapping[str, Any]) -> tuple[bytes, int]:
     from sentencepiece import sentencepiece_model_pb2
 
     proto: Any = sentencepiece_model_pb2  # protocol buffers make its classes when it is imported
-    model = tokenizer.get("model") or {}
+    model = field(tokenizer, "model", dict, "tokenizer.json", {})
     vocab = model.get("vocab")
     if model.get("type", "Unigram") != "Unigram" or not isinstance(vocab, list) or len(vocab) < 3:
         raise ConfigError("tokenizer.json holds no unigram model, which T5's tokenizer is")
-    pieces = [(str(piece), float(score)) for piece, score in vocab]
-    added = {token["content"] for token in tokenizer.get("added_tokens", ())}
+    try:
+        pieces = [(valid_text(str(piece)), float(score)) for piece, score in vocab]
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"tokenizer.json: the vocabulary must be pairs of text and score ({error})") from error
+    entries = field(tokenizer, "added_tokens", list, "tokenizer.json", [])
+    added = {str(token.get("content")) for token in entries if isinstance(token, dict)}
     while pieces and _SENTINEL.fullmatch(pieces[-1][0]):
         added.add(pieces.pop()[0])
     spm = proto.ModelProto()
     kinds = proto.ModelProto.SentencePiece
     special = {"<pad>": kinds.CONTROL, "</s>": kinds.CONTROL, "<unk>": kinds.UNKNOWN}
     for i, (piece, score) in enumerate(pieces):
-        spm.pieces.add(piece=piece, score=score, type=special.get(piece, kinds.NORMAL) if i < 3 else kinds.NORMAL)
+        kind = special.get(piece, kinds.NORMAL) if i < 3 else kinds.NORMAL
+        if model.get("byte_fallback") and _BYTE.fullmatch(piece):
+            kind = kinds.BYTE
+        spm.pieces.add(piece=piece, score=score, type=kind)
+    spm.trainer_spec.byte_fallback = bool(model.get("byte_fallback"))
     spm.trainer_spec.model_type = proto.TrainerSpec.UNIGRAM
     spm.trainer_spec.vocab_size = len(pieces)
     spm.trainer_spec.pad_id, spm.trainer_spec.eos_id, spm.trainer_spec.unk_id, spm.trainer_spec.bos_id = 0, 1, 2, -1
@@ -116,11 +197,12 @@ def sentencepiece_model(tokenizer: Mapping[str, Any]) -> tuple[bytes, int]:
     return spm.SerializeToString(), sum(1 for text in added if _SENTINEL.fullmatch(text))
 
 
-def _charsmap(normalizer: Mapping[str, Any] | None) -> bytes:
+def _charsmap(normalizer: Any) -> bytes:
     """The precompiled character map among a tokenizer.json's normalisers; none means the text stays as it is."""
-    if not normalizer:
-        return b""
-    for part in normalizer.get("normalizers", [normalizer]):
+    for part in _parts(normalizer, "normalizers"):
         if part.get("type") == "Precompiled":
-            return base64.b64decode(part["precompiled_charsmap"])
+            try:
+                return base64.b64decode(field(part, "precompiled_charsmap", str, "tokenizer.json"), validate=True)
+            except binascii.Error as error:
+                raise ConfigError(f"tokenizer.json: the precompiled character map is no base64 ({error})") from error
     return b""

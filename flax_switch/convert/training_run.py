@@ -10,12 +10,13 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from flax_switch.config import SwitchConfig
+from flax_switch.config import ConfigError, SwitchConfig
 from flax_switch.convert.canonical import canonical_shapes
 from flax_switch.convert.mapping import SAME_NAMES, to_canonical
 from flax_switch.convert.scan import unstack_layers
 from flax_switch.convert.tensors import CheckpointError, LazyTensor
 from flax_switch.convert.zarr import key_value_store, open_array
+from flax_switch.host.json_text import field, parse_json, read_json
 
 _METADATA = "_METADATA"
 
@@ -34,10 +35,9 @@ def find_checkpoint(folder: Path) -> Path | None:
 def is_run(folder: Path) -> bool:
     """Whether a folder is a run's, with a checkpoint in it or not yet."""
     try:
-        values = json.loads((folder / "config.json").read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+        return {"model", "train"} <= read_json(folder / "config.json").keys()
+    except ConfigError:
         return False
-    return isinstance(values, dict) and {"model", "train"} <= values.keys()
 
 
 def vocabulary_folder(folder: Path) -> Path:
@@ -50,8 +50,8 @@ def read_run(step: Path, *, allow_missing: Sequence[str] = ()) -> tuple[SwitchCo
     """The config, architecture and canonical tensors of a step folder."""
     config_file = step.parent.parent / "config.json"
     try:
-        config = SwitchConfig.from_dict(json.loads(config_file.read_text())["model"])
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError) as error:
+        config = SwitchConfig.from_dict(field(read_json(config_file), "model", dict, str(config_file)))
+    except ConfigError as error:
         raise CheckpointError(f"{step} is a training checkpoint, but its run's config cannot be read: {error}") from error
     tensors = unstack_layers(read_params(step / "params"))
     try:
@@ -79,7 +79,7 @@ def parse_metadata(text: str) -> tuple[bool, list[list[str]]]:
 
     Raises `ValueError` that quotes what is not known: another store than OCDBT, or entries that are no arrays below named keys.
     """
-    metadata = json.loads(text)
+    metadata = parse_json(text, "the text")
     known = isinstance(metadata, dict) and isinstance(metadata.get("tree_metadata"), dict)
     if not known or metadata.get("use_ocdbt") is not True or not isinstance(metadata.get("use_zarr3"), bool):
         settings = {**metadata, "tree_metadata": "..."} if known else metadata

@@ -12,6 +12,7 @@ import numpy as np
 
 from flax_switch.convert.tensors import CheckpointError, Index, LazyTensor
 from flax_switch.host.files import in_store
+from flax_switch.host.json_text import parse_json
 
 MAX_CACHE_BYTES = 128 * 2**20
 
@@ -48,4 +49,6 @@ def _open(spec: str, cache_bytes: int) -> Any:
     import tensorstore as ts
 
     context = ts.Context({"cache_pool": {"total_bytes_limit": cache_bytes}})
-    return ts.open({**json.loads(spec), "recheck_cached_data": "open"}, read=True, context=context).result()
+    return ts.open(
+        {**parse_json(spec, "a store's description"), "recheck_cached_data": "open"}, read=True, context=context
+    ).result()

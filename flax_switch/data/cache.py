@@ -8,9 +8,11 @@ A cache is a folder of four arrays and a `meta.json`. Its name is a fingerprint 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from rich import get_console, progress
 from flax_switch.config import ConfigError, check
 from flax_switch.data.vocabulary import Vocabulary
 from flax_switch.host import files
+from flax_switch.host.json_text import read_json
 
 SPLITS = ("train", "heldout")
 _VERSION = 1  # of the format; part of the fingerprint
@@ -32,12 +35,15 @@ class TokenStore:
     def __init__(self, folder: Path, split: str):
         self.folder, self.split = Path(folder), split
         try:
-            meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
+            meta = read_json(self.folder / "meta.json")
             counts = meta["splits"][split]
             self.fingerprint: str = meta["fingerprint"]
-            self.tokens = _mapped(self.folder / f"{split}.tokens", np.dtype(meta["dtype"]), counts["tokens"])
+            dtype = np.dtype(str(meta["dtype"]))
+            check(dtype in (np.uint16, np.uint32), f"its tokens are {meta['dtype']!r}")
+            self.tokens = _mapped(self.folder / f"{split}.tokens", dtype, counts["tokens"])
             self.offsets = _mapped(self.folder / f"{split}.offsets", np.dtype(np.int64), counts["documents"] + 1)
-        except (OSError, KeyError, ValueError) as error:
+            _check_contents(self.folder, meta.get("crc32", {}))
+        except (OSError, KeyError, TypeError, ValueError) as error:
             raise ConfigError(
                 f"The token cache {self.folder} is damaged ({error}); delete that folder and it is made anew."
             ) from error
@@ -62,6 +68,24 @@ def _mapped(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
     if path.stat().st_size != count * dtype.itemsize:
         raise ValueError(f"{path.name} has {path.stat().st_size} bytes instead of {count * dtype.itemsize}")
     return np.memmap(path, dtype, mode="r", shape=(count,)) if count else np.zeros(0, dtype)
+
+
+def _check_contents(folder: Path, checksums: dict[str, int]) -> None:
+    """Raises `ValueError` for a file whose bytes are not those that were written; caches of 0.1.0 have no checksums."""
+    for name, expected in checksums.items():
+        status = (folder / name).stat()
+        if _crc32(folder / name, status.st_size, status.st_mtime_ns) != expected:
+            raise ValueError(f"the contents of {name} have changed")
+
+
+@functools.lru_cache(maxsize=64)
+def _crc32(path: Path, size: int, changed: int) -> int:
+    """Returns the checksum of a file, computed once for each size and time of change."""
+    checksum = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
 
 
 def is_heldout(document: str, fraction: float) -> bool:
@@ -119,6 +143,7 @@ def _write(
     meta = {
         "fingerprint": digest.hexdigest(),
         "dtype": dtype.name,
+        "crc32": {path.name: _crc32(path, -1, -1) for path in sorted(folder.iterdir())},
         "splits": {split: {"documents": len(ends[split]) - 1, "tokens": ends[split][-1]} for split in SPLITS},
     }
     (folder / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ from typing import IO, Any, NamedTuple
 from flax_switch.config import ConfigError, check
 from flax_switch.data.packed import COMPRESSIONS, ending_of, lines, opened
 from flax_switch.host.files import in_store
+from flax_switch.host.json_text import json_object, parse_json
 
 Record = dict[Any, Any]
 Records = Iterator[tuple[Record, str]]  # (record, where it stands: file and line, row or item)
@@ -57,12 +57,7 @@ def _json_lines(path: Path, hint: str = "") -> Records:
         if not line or line.isspace():
             continue
         where = f"{path}, line {number}"
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{where}: not JSON ({error.msg} at character {error.colno}).{hint}") from error
-        check(isinstance(record, dict), f"{where}: a line must be a JSON object; it is a {type(record).__name__}.{hint}")
-        yield record, where
+        yield json_object(line, where, hint, "a line"), where
 
 
 def _json(path: Path) -> Records:
@@ -73,11 +68,7 @@ def _json(path: Path) -> Records:
     if not beginning.startswith(b"["):
         yield from _json_lines(path, hint)
         return
-    try:
-        array = json.loads("\n".join(lines(path)))
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}, line {error.lineno}: not JSON ({error.msg} at character {error.colno}).{hint}") from error
-    for number, record in enumerate(array, start=1):
+    for number, record in enumerate(parse_json("\n".join(lines(path)), str(path), hint), start=1):
         where = f"{path}, item {number}"
         check(isinstance(record, dict), f"{where}: an item must be a JSON object; it is a {type(record).__name__}.{hint}")
         yield record, where
@@ -156,13 +147,7 @@ def _array_records(path: Path) -> Records:
     try:
         for number in range(reader.num_records()):
             where = f"{path}, record {number + 1}"
-            content = reader.read([number])[0]
-            try:
-                record = json.loads(content)
-            except (UnicodeDecodeError, json.JSONDecodeError) as error:
-                raise ConfigError(f"{where}: records must be JSON objects in UTF-8 ({error}).") from error
-            check(isinstance(record, dict), f"{where}: records must be JSON objects; this is a {type(record).__name__}.")
-            yield record, where
+            yield json_object(reader.read([number])[0], f"{where}: records must be JSON objects"), where
     finally:
         reader.close()
 

@@ -39,7 +39,7 @@ class Mixture:
         names = [field.name for field in dataclasses.fields(cls)][:7]
         return cls(
             **{name: getattr(config, name) for name in names},
-            top_sentinel=vocabulary.size - 1,
+            top_sentinel=vocabulary.num_pieces + vocabulary.num_sentinels - 1,
             eos_id=vocabulary.eos_id,
             raw_length=_raw_length(config, vocabulary.num_sentinels),
         )

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import glob
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from flax_switch.config import ConfigError, check
 from flax_switch.config.finetuning import TaskConfig
 from flax_switch.data import formats, packed, sources
 from flax_switch.data.formats import Records
+from flax_switch.host.json_text import field, read_json
 
 
 def task_records(source: str | tuple[str, ...], task: TaskConfig, split: str, setting: str) -> Records:
@@ -84,24 +83,21 @@ def _saved_dataset(folder: Path, split: str, setting: str) -> Records:
     except ImportError as error:
         raise ConfigError(f"Reading the data set {folder} needs pyarrow: pip install 'flax_switch[datasets]'.") from error
     if (folder / "dataset_dict.json").is_file():
-        splits = _json(folder / "dataset_dict.json").get("splits", [])
+        splits = field(read_json(folder / "dataset_dict.json"), "splits", list, str(folder))
         check(
             split in splits,
             f"{setting}: {folder} has the splits {', '.join(splits) or 'none'}, and no {split!r}; name the folder of one of them.",
         )
         folder = folder / split
     row = 0
-    for file in _json(folder / "state.json").get("_data_files", []):
-        with _reported(folder, (ArrowException, OSError)), open(folder / file["filename"], "rb") as stream:
+    for file in field(read_json(folder / "state.json"), "_data_files", list, str(folder / "state.json")):
+        name = field(file if isinstance(file, dict) else {}, "filename", str, str(folder / "state.json"))
+        check(Path(name).name == name, f"{folder / 'state.json'} names the file {name!r}: it must lie in the data set's folder.")
+        with _reported(folder, (ArrowException, OSError)), open(folder / name, "rb") as stream:
             for batch in ipc.open_stream(stream):
                 for record in batch.to_pylist():
                     row += 1
                     yield record, f"{folder}, row {row}"
-
-
-def _json(path: Path) -> dict[str, Any]:
-    with _reported(path, (OSError, UnicodeDecodeError, json.JSONDecodeError)):
-        return json.loads(path.read_text(encoding="utf-8"))
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ prepared.tasks[0].validation                      # texts with their references,
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
@@ -164,9 +165,14 @@ def _read(task: TaskConfig, source: str | tuple[str, ...], split: str, setting: 
             _texts(record, task.inputs, task, where, "inputs"),
             _texts(record, task.targets, task, where, "targets"),
         )
-        empty = [name for name, texts in (("inputs", [inputs]), ("targets", references)) if not all(t.strip() for t in texts)]
+        both = (("inputs", [inputs]), ("targets", references))
+        empty = [name for name, texts in both if not texts or not all(t.strip() for t in texts)]
         if empty and skip_empty:
             continue
+        check(
+            references,
+            f"{where}: field {task.targets!r} is an empty list; mend the file, or set data.skip_empty=true.",
+        )
         check(not empty, f"{where}: the {' and '.join(empty)} are empty; mend the file, or set data.skip_empty=true.")
         examples.append(Example(task.prefix + inputs, tuple(references)))
     return examples
@@ -178,7 +184,6 @@ def _texts(record: Record, field: str | int, task: TaskConfig, where: str, setti
         return [_TEMPLATE_FIELD.sub(lambda match: _texts(record, match[1], task, where, setting)[0], field)]
     value = _value(record, field, where, setting)
     values = value if isinstance(value, list) and setting == "targets" else [value]
-    check(bool(values), f"{where}: field {field!r} is an empty list; targets need at least one text.")
     return [_text(v, field, task.labels if setting == "targets" else (), where) for v in values]
 
 
@@ -204,11 +209,10 @@ def _text(value: Any, field: str | int, labels: tuple[str, ...], where: str) -> 
             f"{where}: field {field!r} must be a number below {len(labels)}, as data.labels names so many; it is {value!r}.",
         )
         return labels[int(value)]
-    check(
-        value is None or isinstance(value, str | int | float),
-        f"{where}: field {field!r} must be text; it is a {type(value).__name__}.",
-    )
-    return "" if value is None else str(value)
+    if value is None or (isinstance(value, float) and math.isnan(value)):  # how tables write that a value is missing
+        return ""
+    check(isinstance(value, str | int | float), f"{where}: field {field!r} must be text; it is a {type(value).__name__}.")
+    return str(value)
 
 
 def _encode(examples: Sequence[Example], vocabulary: Vocabulary, config: FinetuneDataConfig) -> Pairs:

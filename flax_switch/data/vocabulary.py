@@ -7,18 +7,22 @@ training a model needs no reserved symbols.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import hashlib
 import io
 import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import sentencepiece
 from etils import epath
 
 from flax_switch.config import ConfigError, check
 from flax_switch.host import files
+from flax_switch.host.json_text import field, read_json, valid_text
 
 MODEL_FILE = "spiece.model"
 SETTINGS_FILE = "vocabulary.json"
@@ -27,14 +31,28 @@ _TRAINING_CHARACTERS = 20_000_000  # more text does not change a vocabulary, onl
 _TRAINING_LINE = 4000  # characters; SentencePiece leaves longer lines out
 
 
-class Vocabulary:
-    """Text to token ids and back. Ids: pad 0, EOS 1, unk 2, pieces, then the sentinels in descending order."""
+@dataclasses.dataclass(frozen=True)
+class AddedToken:
+    """A token that a user added to a tokenizer: wherever its text stands, it is this id, whatever stands around it.
 
+    special: left out of decoded text like EOS. normalized: looked for in the text as SentencePiece normalises it.
+    """
+
+    content: str
+    id: int
+    special: bool = False
+    normalized: bool = True
+
+
+class Vocabulary:
+    """Text to token ids and back. Ids: pad 0, EOS 1, unk 2, pieces, then the sentinels in descending order, then added tokens."""
+
+    file_name = MODEL_FILE
     pad_id = 0
     eos_id = 1
     unk_id = 2
 
-    def __init__(self, model: bytes, num_sentinels: int = 100):
+    def __init__(self, model: bytes, num_sentinels: int = 100, added: Sequence[AddedToken] = ()):
         """Takes a serialised SentencePiece model; see `from_sentencepiece`."""
         check(num_sentinels >= 0, f"num_sentinels must not be negative; it is {num_sentinels}.")
         self.model = model
@@ -46,6 +64,10 @@ class Vocabulary:
             raise ConfigError(f"This is no SentencePiece model: {error}") from error
         self.num_pieces = self._pieces.GetPieceSize()
         self._check_ids()
+        self.added = tuple(sorted(added, key=lambda token: token.id))
+        self._added = {token.id: token for token in self.added}
+        self._exact = _finder(token for token in self.added if not token.normalized)
+        self._normalized = _finder(token for token in self.added if token.normalized)
 
     def _check_ids(self) -> None:
         for name, expected, found in (
@@ -67,7 +89,9 @@ class Vocabulary:
 
     # --- making one
     @classmethod
-    def from_sentencepiece(cls, model: bytes | epath.PathLike, num_sentinels: int = 100) -> Vocabulary:
+    def from_sentencepiece(
+        cls, model: bytes | epath.PathLike, num_sentinels: int = 100, added: Sequence[AddedToken] = ()
+    ) -> Vocabulary:
         """A vocabulary from a SentencePiece model: its bytes, or the path of a `.model` file such as T5's `spiece.model`.
 
         Raises `ConfigError` where the file cannot be read, is no such model, or its ids are not T5's.
@@ -77,7 +101,7 @@ class Vocabulary:
                 model = epath.Path(model).expanduser().read_bytes()
             except OSError as error:
                 raise ConfigError(f"Cannot read the SentencePiece model {model}: {error.strerror or error}.") from error
-        return cls(model, num_sentinels)
+        return cls(model, num_sentinels, added)
 
     @classmethod
     def train(cls, documents: Iterable[str], size: int, num_sentinels: int = 100) -> Vocabulary:
@@ -125,7 +149,11 @@ class Vocabulary:
     # --- sizes and ids
     @property
     def size(self) -> int:
-        """Pieces and sentinels."""
+        """One more than the highest id: pieces, sentinels and, if there are any, added tokens."""
+        return max([self._end_of_sentinels, *(token.id + 1 for token in self.added)])
+
+    @property
+    def _end_of_sentinels(self) -> int:
         return self.num_pieces + self.num_sentinels
 
     @property
@@ -136,58 +164,98 @@ class Vocabulary:
     def sentinel_id(self, i: int) -> int:
         """The id of `<extra_id_i>`: the top id for 0, one less for each next."""
         check(0 <= i < self.num_sentinels, f"There are {self.num_sentinels} sentinels; <extra_id_{i}> is not one of them.")
-        return self.size - 1 - i
+        return self._end_of_sentinels - 1 - i
 
     @property
     def fingerprint(self) -> str:
-        """Changes with the pieces and the number of sentinels."""
+        """Changes with the pieces, the number of sentinels and the added tokens."""
         digest = hashlib.blake2b(self.model, digest_size=8)
         digest.update(f"sentinels {self.num_sentinels}".encode())
+        if self.added:
+            digest.update(repr(self.added).encode())
         return digest.hexdigest()
 
     # --- text to ids and back
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without EOS, equal to transformers' T5Tokenizer's.
 
-        `<extra_id_i>` in the text becomes the sentinel's id, and `</s>`, `<pad>` and `<unk>` theirs.
+        `<extra_id_i>` in the text becomes the sentinel's id, `</s>`, `<pad>` and `<unk>` theirs, and an added token its own.
         """
+        text = valid_text(text)
         ids: list[int] = []
         end = 0
-        for match in _SPECIAL.finditer(text):
+        for match in (self._exact or _SPECIAL).finditer(text):
             special = self._special_id(match)
             if special is not None:
-                ids += self._pieces.EncodeAsIds(text[end : match.start()])
+                ids += self._plain_ids(text[end : match.start()])
                 ids.append(special)
                 end = match.end()
+        return ids + self._plain_ids(text[end:])
+
+    def _plain_ids(self, text: str) -> list[int]:
+        """Token ids of text between special tokens."""
+        if self._normalized is None:
+            return self._pieces.EncodeAsIds(text)
+        ids: list[int] = []
+        end, text = 0, self._normalizer.normalize(text)
+        for match in self._normalized.finditer(text):
+            ids += [*self._pieces.EncodeAsIds(text[end : match.start()]), self._id_of[match[0]]]
+            end = match.end()
         return ids + self._pieces.EncodeAsIds(text[end:])
 
+    @functools.cached_property
+    def _id_of(self) -> dict[str, int]:
+        return {token.content: token.id for token in self.added}
+
+    @functools.cached_property
+    def _normalizer(self) -> Any:
+        """Replaces characters as SentencePiece does, and leaves blanks as they are."""
+        options: Any = dict(add_dummy_prefix=False, escape_whitespaces=False, remove_extra_whitespaces=False)
+        return sentencepiece.SentencePieceNormalizer(model_proto=self.model, **options)
+
     def _special_id(self, match: re.Match[str]) -> int | None:
+        if match[0] in self._id_of:
+            return self._id_of[match[0]]
         if match[1] is None:
             return {"<pad>": self.pad_id, "</s>": self.eos_id, "<unk>": self.unk_id}[match[0]]
         return self.sentinel_id(int(match[1])) if int(match[1]) < self.num_sentinels else None
 
     def encode_documents(self, documents: Sequence[str]) -> list[list[int]]:
         """Token ids of many texts, in parallel. Sentinels in them are plain characters here: corpus text has none."""
-        return self._pieces.Encode(list(documents), out_type=int, num_threads=-1)
+        if self.added:
+            return [self.encode(text) for text in documents]
+        return self._pieces.Encode([valid_text(text) for text in documents], out_type=int, num_threads=-1)
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids. Special tokens (pad, EOS, unk, sentinels, ids past the end) are left out or named.
 
         As in transformers' T5 tokenizer, a name follows what comes before it without a space: `Thank you<extra_id_0> me</s>`.
         """
-        text = "".join(
-            self._special_name(i) if self._is_special(i) else self._pieces.IdToPiece(i).replace("\u2581", " ")
-            for i in map(int, ids)
-            if not (skip_special_tokens and self._is_special(i))
-        )
-        return text.removeprefix(" ")
+        shown = [i for i in map(int, ids) if not (skip_special_tokens and self._is_special(i))]
+        texts = []
+        for in_bytes, run in itertools.groupby(shown, key=self._is_byte):
+            if in_bytes:  # of models with byte_fallback: "<0xE6>" is a byte of a character that is no piece
+                texts.append(bytes(int(self._pieces.IdToPiece(i)[1:-1], 16) for i in run).decode("utf-8", "replace"))
+            else:
+                texts += [self._text_of(i) for i in run]
+        return "".join(texts).removeprefix(" ")
+
+    def _is_byte(self, i: int) -> bool:
+        return 0 <= i < self.num_pieces and self._pieces.IsByte(i)
 
     def _is_special(self, i: int) -> bool:
+        if i in self._added:
+            return self._added[i].special
         return i in (self.pad_id, self.eos_id, self.unk_id) or not 0 <= i < self.num_pieces
 
+    def _text_of(self, i: int) -> str:
+        if i in self._added:
+            return self._added[i].content
+        return self._special_name(i) if self._is_special(i) else self._pieces.IdToPiece(i).replace("\u2581", " ")
+
     def _special_name(self, i: int) -> str:
-        if self.num_pieces <= i < self.size:
-            return f"<extra_id_{self.size - 1 - i}>"
+        if self.num_pieces <= i < self._end_of_sentinels:
+            return f"<extra_id_{self._end_of_sentinels - 1 - i}>"
         return self._pieces.IdToPiece(i if 0 <= i < self.num_pieces else self.unk_id)
 
     def __repr__(self) -> str:
@@ -195,9 +263,13 @@ class Vocabulary:
 
     # --- on disk
     def save(self, folder: epath.PathLike) -> None:
-        """Writes `spiece.model` and a small `vocabulary.json` into the folder."""
-        files.write_bytes(epath.Path(folder) / MODEL_FILE, self.model)
-        settings = {"num_sentinels": self.num_sentinels, "size": self.size, "fingerprint": self.fingerprint}
+        """Writes `spiece.model` (or a foreign vocabulary's `tokenizer.json`) and a small `vocabulary.json` into the folder."""
+        files.write_bytes(epath.Path(folder) / self.file_name, self.model)
+        settings: dict[str, Any] = {"num_sentinels": self.num_sentinels, "size": self.size, "fingerprint": self.fingerprint}
+        if self.file_name != MODEL_FILE:
+            settings["file"] = self.file_name
+        if self.added:
+            settings["added_tokens"] = [dataclasses.asdict(token) for token in self.added]
         files.write_text(epath.Path(folder) / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")
 
     @classmethod
@@ -205,15 +277,49 @@ class Vocabulary:
         """The inverse of `save`. Raises `ConfigError` where files are missing or do not belong together."""
         path = epath.Path(folder) / SETTINGS_FILE
         try:
-            settings = json.loads(path.read_text(encoding="utf-8"))
-            vocabulary = cls.from_sentencepiece(epath.Path(folder) / MODEL_FILE, settings["num_sentinels"])
-        except (OSError, KeyError, json.JSONDecodeError) as error:
-            raise ConfigError(f"{folder} holds no saved vocabulary: {path} cannot be used ({error}).") from error
+            settings = read_json(path)
+            sentinels = field(settings, "num_sentinels", int, str(path))
+            added = added_tokens(field(settings, "added_tokens", list, str(path), []), str(path))
+        except ConfigError as error:
+            raise ConfigError(f"{folder} holds no saved vocabulary: {error}") from error
+        if "file" in settings:
+            from flax_switch.data.foreign_vocabulary import ForeignVocabulary
+
+            vocabulary = ForeignVocabulary((epath.Path(folder) / ForeignVocabulary.file_name).read_bytes())
+        else:
+            vocabulary = cls.from_sentencepiece(epath.Path(folder) / MODEL_FILE, sentinels, added)
         check(
             vocabulary.fingerprint == settings.get("fingerprint"),
-            f"{folder}: {MODEL_FILE} and {SETTINGS_FILE} do not belong together; copy both from the same run.",
+            f"{folder}: {vocabulary.file_name} and {SETTINGS_FILE} do not belong together; copy both from the same run.",
         )
         return vocabulary
+
+
+def added_tokens(entries: Sequence[Any], where: str) -> list[AddedToken]:
+    """Returns the tokens of a list in a tokenizer's file.
+
+    Raises `ConfigError` that names a token which takes blanks around it or whole words alone: those are not supported.
+    """
+    found = []
+    for entry in entries:
+        check(isinstance(entry, dict), f"{where}: added tokens must be objects; one is {entry!r}.")
+        content, number = field(entry, "content", str, where), field(entry, "id", int, where)
+        for flag in ("lstrip", "rstrip", "single_word"):
+            check(
+                not field(entry, flag, bool, where, False),
+                f"{where}: the added token {content!r} has {flag}, which is not supported.",
+            )
+        check(bool(content) and number >= 0, f"{where}: an added token needs a text and an id; this is {entry!r}.")
+        found.append(
+            AddedToken(content, number, field(entry, "special", bool, where, False), field(entry, "normalized", bool, where, True))
+        )
+    return found
+
+
+def _finder(tokens: Iterable[AddedToken]) -> re.Pattern[str] | None:
+    """Matches added tokens, the longest first, and the special ones; None where there is none."""
+    contents = sorted((token.content for token in tokens), key=len, reverse=True)
+    return re.compile("|".join([*map(re.escape, contents), _SPECIAL.pattern])) if contents else None
 
 
 def _limited(documents: Iterable[str]) -> Iterator[str]:
@@ -221,7 +327,7 @@ def _limited(documents: Iterable[str]) -> Iterator[str]:
     characters = 0
     for document in documents:
         for start in range(0, len(document), _TRAINING_LINE):
-            line = document[start : start + _TRAINING_LINE].replace("\n", " ").strip()
+            line = valid_text(document[start : start + _TRAINING_LINE]).replace("\n", " ").strip()
             if line:
                 yield line
                 characters += len(line)

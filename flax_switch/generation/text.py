@@ -1,15 +1,15 @@
 """Text in, text out: lines are tokenised, batched by length buckets so that few programs compile, and returned in order."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from flax_switch.config import check
+from flax_switch.config import ConfigError, check
 from flax_switch.generation.generate import check_seeds, generate
+from flax_switch.host.json_text import json_object, valid_text
 
 SMALLEST_BUCKET = 16
 
@@ -23,24 +23,30 @@ class Line:
     error: str | None = None
 
 
-def read_lines(lines: Iterable[str], field: str = "text") -> list[Line]:
-    """Text lines, or JSON lines (those that begin with '{') whose `field` is the text; blank lines are left out."""
-    read = []
-    for number, raw in enumerate(lines, 1):
-        text, error = raw.rstrip("\r\n"), None
-        if not text.strip():
-            continue
-        if text.lstrip().startswith("{"):
-            try:
-                values = json.loads(text)
-                if isinstance(values.get(field), str):
-                    text = values[field]
-                else:
-                    error = f"there is no text under {field!r}; the fields are: {', '.join(values) or 'none'}"
-            except json.JSONDecodeError as problem:
-                error = f"malformed JSON at column {problem.colno}: {problem.msg}"
-        read.append(Line(number, text, error))
-    return read
+def read_lines(lines: Iterable[str | bytes], field: str = "text") -> list[Line]:
+    """Reads text lines, or JSON lines (those that begin with '{') whose `field` is the text; blank lines are left out.
+
+    A byte order mark at the beginning is no text. A line that cannot be used says why in its place, and costs no other.
+    """
+    read = [_line(number, raw, field) for number, raw in enumerate(lines, 1)]
+    return [line for line in read if line.error or line.text.strip()]
+
+
+def _line(number: int, raw: str | bytes, field: str) -> Line:
+    try:
+        text = raw.decode("utf-8") if isinstance(raw, bytes) else valid_text(raw)
+    except UnicodeDecodeError as problem:
+        return Line(number, error=f"byte {problem.start + 1} (0x{problem.object[problem.start]:02x}) is not UTF-8")
+    text = text.rstrip("\r\n").removeprefix("\ufeff" if number == 1 else "")
+    if not text.lstrip().startswith("{"):
+        return Line(number, text)
+    try:
+        values = json_object(text, "malformed JSON")
+    except ConfigError as problem:
+        return Line(number, error=str(problem).removesuffix("."))
+    if isinstance(values.get(field), str):
+        return Line(number, values[field])
+    return Line(number, error=f"there is no text under {field!r}; the fields are: {', '.join(values) or 'none'}")
 
 
 def bucket_of(length: int, longest: int) -> int:

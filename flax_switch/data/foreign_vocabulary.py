@@ -1,0 +1,50 @@
+"""A vocabulary that a `tokenizer.json` describes in ways that SentencePiece has not, run by the library that wrote it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from flax_switch.config import ConfigError, check
+from flax_switch.data.vocabulary import Vocabulary
+from flax_switch.host.json_text import valid_text
+
+
+class ForeignVocabulary(Vocabulary):
+    """Text to token ids and back as `tokenizers` has it, with T5's ids for pad, EOS and unk, and sentinels, if any, at the top."""
+
+    file_name = "tokenizer.json"
+
+    def __init__(self, model: bytes) -> None:
+        """Takes the contents of a `tokenizer.json`. Raises `ConfigError` where it cannot be used, or the extra is missing."""
+        try:
+            from tokenizers import Tokenizer
+        except ImportError as error:
+            raise ConfigError("it needs the package tokenizers: pip install 'flax_switch[tokenizers]'") from error
+        try:
+            self._tokenizer: Any = Tokenizer.from_str(model.decode("utf-8"))
+        except Exception as error:  # the library raises plain exceptions
+            raise ConfigError(f"tokenizer.json cannot be used: {error}") from error
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self.model, self.added = model, ()
+        size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self.num_sentinels = next(i for i in itertools.count() if self._tokenizer.token_to_id(f"<extra_id_{i}>") != size - 1 - i)
+        self.num_pieces = size - self.num_sentinels
+        for name, expected in (("<pad>", self.pad_id), ("</s>", self.eos_id), ("<unk>", self.unk_id)):
+            found = self._tokenizer.token_to_id(name)
+            check(found == expected, f"{name} has the id {found}, but T5's ids are needed: <pad> 0, </s> 1, <unk> 2.")
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the token ids of a text, without EOS."""
+        return self._tokenizer.encode(valid_text(text), add_special_tokens=False).ids
+
+    def encode_documents(self, documents: Sequence[str]) -> list[list[int]]:
+        """Returns the token ids of many texts, in parallel."""
+        encoded = self._tokenizer.encode_batch([valid_text(text) for text in documents], add_special_tokens=False)
+        return [one.ids for one in encoded]
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """Returns the text of token ids; special tokens are left out or named."""
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)

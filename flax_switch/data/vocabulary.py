@@ -66,8 +66,8 @@ class Vocabulary:
         self._check_ids()
         self.added = tuple(sorted(added, key=lambda token: token.id))
         self._added = {token.id: token for token in self.added}
-        self._exact = _finder(token for token in self.added if not token.normalized)
-        self._normalized = _finder(token for token in self.added if token.normalized)
+        self._exact = _finder([token for token in self.added if not token.normalized], _SPECIAL.pattern)
+        self._normalized = _finder([token for token in self.added if token.normalized])
 
     def _check_ids(self) -> None:
         for name, expected, found in (
@@ -235,7 +235,8 @@ class Vocabulary:
         texts = []
         for in_bytes, run in itertools.groupby(shown, key=self._is_byte):
             if in_bytes:  # of models with byte_fallback: "<0xE6>" is a byte of a character that is no piece
-                texts.append(bytes(int(self._pieces.IdToPiece(i)[1:-1], 16) for i in run).decode("utf-8", "replace"))
+                content = bytes(int(self._pieces.IdToPiece(i)[1:-1], 16) for i in run)
+                texts.append(valid_text(content.decode("utf-8", "surrogateescape")))  # U+FFFD for each byte of half a character
             else:
                 texts += [self._text_of(i) for i in run]
         return "".join(texts).removeprefix(" ")
@@ -316,10 +317,10 @@ def added_tokens(entries: Sequence[Any], where: str) -> list[AddedToken]:
     return found
 
 
-def _finder(tokens: Iterable[AddedToken]) -> re.Pattern[str] | None:
-    """Matches added tokens, the longest first, and the special ones; None where there is none."""
+def _finder(tokens: Sequence[AddedToken], *others: str) -> re.Pattern[str] | None:
+    """Matches added tokens, the longest first, and other patterns; None where there is no token."""
     contents = sorted((token.content for token in tokens), key=len, reverse=True)
-    return re.compile("|".join([*map(re.escape, contents), _SPECIAL.pattern])) if contents else None
+    return re.compile("|".join([*map(re.escape, contents), *others])) if contents else None
 
 
 def _limited(documents: Iterable[str]) -> Iterator[str]:

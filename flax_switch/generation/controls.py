@@ -12,8 +12,8 @@ from flax_switch.config import SwitchConfig, check, one_of, reject_unknown_keys
 ROUTINGS = ("auto", "dropless", "as_trained")
 
 # Neutral values, with which a control changes nothing. Only sampling, or only beams, heed these controls.
-_SAMPLING_ONLY = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": None, "typical_p": 1.0}
-_BEAMS_ONLY = {"length_penalty": 1.0, "brevity_penalty": None, "early_stopping": False}
+SAMPLING_ONLY = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": None, "typical_p": 1.0}
+BEAMS_ONLY = {"length_penalty": 1.0, "brevity_penalty": None, "early_stopping": False}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ class GenerationConfig:
 
     def __post_init__(self) -> None:
         for name in ("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "forced_eos_token_id", "eos_token_id"):
-            object.__setattr__(self, name, _tuples(getattr(self, name)))
+            object.__setattr__(self, name, tuples(getattr(self, name)))
         for name, least in _INTEGERS.items():
             value = getattr(self, name)
             check(
@@ -85,8 +85,8 @@ class GenerationConfig:
             self.min_new_tokens <= self.max_new_tokens,
             f"min_new_tokens ({self.min_new_tokens}) is more than max_new_tokens ({self.max_new_tokens}).",
         )
-        for needed, controls in (("do_sample=True", _SAMPLING_ONLY), ("num_beams of at least 2", _BEAMS_ONLY)):
-            if self.do_sample if controls is _SAMPLING_ONLY else self.num_beams > 1:
+        for needed, controls in (("do_sample=True", SAMPLING_ONLY), ("num_beams of at least 2", BEAMS_ONLY)):
+            if self.do_sample if controls is SAMPLING_ONLY else self.num_beams > 1:
                 continue
             for name, neutral in controls.items():
                 check(
@@ -224,10 +224,11 @@ def _interval(low: float, high: float, low_included: bool) -> str:
     return (above + (" and" if above and below else "") + below).strip() or "that is finite"
 
 
-def _tuples(value: Any) -> Any:
+def tuples(value: Any) -> Any:
+    """Returns lists and arrays as tuples, so that controls can be hashed."""
     if isinstance(value, np.ndarray):
         value = value.tolist()
-    return tuple(_tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
+    return tuple(tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
 
 
 def _flat(value: Any) -> list[Any]:

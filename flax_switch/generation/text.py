@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from flax_switch.config import ConfigError, check
+from flax_switch.generation.defaults import with_defaults
 from flax_switch.generation.generate import check_seeds, generate
 from flax_switch.host.json_text import json_object, valid_text
 
@@ -74,6 +75,7 @@ def generate_lines(
     vocabulary and for controls that cannot be.
     """
     vocabulary, config = pretrained.vocabulary, pretrained.config
+    controls = with_defaults(getattr(pretrained, "generation_defaults", {}), controls)
     check(
         vocabulary is not None,
         "The checkpoint has no vocabulary to tokenise text with; put its spiece.model into the folder.",

@@ -23,6 +23,7 @@ from flax_switch.convert.folder import DEFAULT_SHARD_SIZE, local_destination
 from flax_switch.convert.mapping import SAME_NAMES, to_canonical
 from flax_switch.convert.scan import stack_layers, unstack_layers
 from flax_switch.convert.tensors import DTYPES, LazyTensor, cast, from_array
+from flax_switch.generation.defaults import read_defaults, with_defaults
 from flax_switch.nn.init import init_params, logical_axes
 from flax_switch.nn.outputs import EncoderOutput
 from flax_switch.nn.transformer import SwitchEncoder, SwitchTransformer
@@ -43,6 +44,7 @@ class Pretrained:
 
     Calling it runs the model with Hugging Face's argument and output names. `architecture` says what of a model it is: "full",
     "headless" (`SwitchTransformersModel`, which returns hidden states) or "encoder" (`SwitchTransformersEncoderModel`).
+    `generation_defaults` are the controls that its generation_config.json asks for.
     """
 
     config: SwitchConfig
@@ -50,6 +52,7 @@ class Pretrained:
     params: dict[str, Any]
     vocabulary: Vocabulary | None = None
     architecture: str = "full"
+    generation_defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed: the parameters after an update, for instance."""
@@ -121,9 +124,10 @@ class Pretrained:
     def generate(
         self, input_ids: Int[AnyArray, "B S"], attention_mask: Int[AnyArray, "B S"] | None = None, **controls: Any
     ) -> GenerationOutput:
-        """`flax_switch.generate` with this model and its parameters."""
+        """`flax_switch.generate` with this model, its parameters and, where no control is given, its defaults."""
         from flax_switch.generation import generate
 
+        controls = with_defaults(self.generation_defaults, controls)
         return generate(self.model, self.params, input_ids, attention_mask=attention_mask, **controls)
 
     def save_pretrained(self, path: str | Path, format: str = "huggingface", **options: Any) -> Path:
@@ -231,7 +235,8 @@ def from_checkpoint(
         tensors = stack_layers(tensors, config)
     place = _placement(shardings, mesh, model, tensors)
     params = unflatten({name: _to_device(tensor, place(name)) for name, tensor in tensors.items()})
-    return Pretrained(config, model, params, tokenizer.load_vocabulary(opened.path), opened.architecture)
+    defaults = read_defaults(opened.path)
+    return Pretrained(config, model, params, tokenizer.load_vocabulary(opened.path), opened.architecture, defaults)
 
 
 def save_pretrained(

@@ -1,5 +1,6 @@
 """Ids are those of transformers' T5Tokenizer, from a spiece.model or a tokenizer.json, and the export opens there."""
 
+import io
 import json
 
 import hypothesis.strategies as st
@@ -91,3 +92,92 @@ def test_a_tokenizer_of_another_kind_is_logged_and_left_out(tmp_path, caplog):
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE", "vocab": {"a": 0}}}))
     assert tokenizer.load_vocabulary(tmp_path) is None
     assert "unigram" in caplog.text
+
+
+ADDED = ["{", "}", "<new tok>", "the"]
+
+
+@pytest.fixture(scope="module")
+def extended(vocabulary, theirs, tmp_path_factory):
+    """transformers' tokenizer with tokens that a user added, and the vocabulary we read from its folder."""
+    folder = tmp_path_factory.mktemp("extended")
+    for name, contents in tokenizer.vocabulary_files(vocabulary).items():
+        if name != "vocabulary.json":
+            (folder / name).write_bytes(contents)
+    grown = transformers.AutoTokenizer.from_pretrained(folder)
+    grown.add_tokens(ADDED)
+    grown.add_tokens(["<sep>"], special_tokens=True)
+    grown.save_pretrained(folder)
+    return grown, tokenizer.load_vocabulary(folder), folder
+
+
+ADDED_TEXTS = (
+    "class {x}", " { the }  x", "the other {{the}}", "a<new tok>b  the<extra_id_3> { y", "\uff5b wide", "a<sep> b</s>", "th\u200be",
+    "{",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("text", [*ADDED_TEXTS, *TEXTS])
+def test_added_tokens_have_their_ids_and_their_text(extended, text):
+    grown, ours, _ = extended
+    ids = grown(text, add_special_tokens=False).input_ids
+    assert ours.encode(text) == ids
+    assert ours.encode_documents([text]) == [ids] or "<extra_id" in text or "</s>" in text
+    assert ours.decode(ids, skip_special_tokens=False) == grown.decode(ids)
+    assert ours.decode(ids) == grown.decode(ids, skip_special_tokens=True)
+
+
+def test_added_tokens_survive_our_files_and_open_in_transformers(extended, tmp_path):
+    grown, ours, _ = extended
+    assert ours.size == len(grown)
+    assert ours.sentinel_id(0) == grown.convert_tokens_to_ids("<extra_id_0>")
+    ours.save(tmp_path / "ours")
+    again = Vocabulary.load(tmp_path / "ours")
+    assert again.added == ours.added and again.fingerprint == ours.fingerprint
+    (tmp_path / "theirs").mkdir()
+    for name, contents in tokenizer.vocabulary_files(ours).items():
+        (tmp_path / "theirs" / name).write_bytes(contents)
+    opened = transformers.AutoTokenizer.from_pretrained(tmp_path / "theirs")
+    for text in ADDED_TEXTS:
+        assert opened(text, add_special_tokens=False).input_ids == again.encode(text) == ours.encode(text), text
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t.update(normalizer={"type": "Lowercase"}),
+        lambda t: t.update(normalizer={"type": "Sequence", "normalizers": [t["normalizer"], {"type": "Lowercase"}]}),
+        lambda t: t.update(pre_tokenizer={"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "never", "split": True}),
+        lambda t: t["pre_tokenizer"]["pretokenizers"].append({"type": "Digits", "individual_digits": True}),
+        lambda t: t["added_tokens"][-1].update(lstrip=True),
+    ],
+    ids=["lowercase", "more lowercase", "no prefix", "digits", "a token that takes blanks"],
+)
+def test_parts_that_sentencepiece_has_not_give_the_tokenizers_own_ids(extended, tmp_path, change):
+    from tokenizers import Tokenizer
+
+    values = json.loads((extended[2] / "tokenizer.json").read_text())
+    change(values)
+    values["added_tokens"] = [token for token in values["added_tokens"] if "extra_id" in token["content"] or token["id"] < 3]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    oracle, ours = Tokenizer.from_file(str(tmp_path / "tokenizer.json")), tokenizer.load_vocabulary(tmp_path)
+    for text in TEXTS:
+        assert ours.encode(text) == oracle.encode(text, add_special_tokens=False).ids, text
+    assert (ours.num_sentinels, ours.sentinel_id(0)) == (SENTINELS, oracle.token_to_id("<extra_id_0>"))
+    ours.save(tmp_path / "saved")
+    again = Vocabulary.load(tmp_path / "saved")
+    assert again.encode("The quick 37 fox") == ours.encode("The quick 37 fox")
+    assert again.decode(ours.encode("quick fox")) == oracle.decode(ours.encode("quick fox"))
+
+
+def test_byte_pieces_are_decoded_as_sentencepiece_does():
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.Train(
+        sentence_iterator=iter(["the quick brown fox jumps over the lazy dog"] * 20), model_writer=model, vocab_size=290, pad_id=0,
+        eos_id=1, unk_id=2, bos_id=-1, byte_fallback=True, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    ours, oracle = Vocabulary(model.getvalue(), 4), sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    for text in ("caf\u00e9 fox", "\u65e5\u672c \U0001f600", "the fox"):
+        ids = ours.encode(text)
+        assert ours.decode(ids) == oracle.decode(ids) == text
+        assert ours.decode(ids[:-1]) == oracle.decode(ids[:-1])  # half a character, too

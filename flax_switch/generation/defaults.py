@@ -1,0 +1,71 @@
+"""Defaults of generation that come with a model: its `generation_config.json`, as far as we have the controls."""
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flax_switch.config import ConfigError
+from flax_switch.generation.controls import BEAMS_ONLY, SAMPLING_ONLY, GenerationConfig, tuples
+from flax_switch.host.json_text import read_json
+
+log = logging.getLogger(__name__)
+
+FILE = "generation_config.json"
+_OURS = {one.name for one in dataclasses.fields(GenerationConfig)} - {"output_scores", "routing", "brevity_penalty"}
+# What says nothing about tokens, and values of what we have not that change none.
+_SILENT = {
+    "transformers_version", "_from_model_config", "use_cache", "return_dict_in_generate", "output_scores", "output_logits",
+    "output_attentions", "output_hidden_states", "bos_token_id", "cache_implementation", "trust_remote_code",
+}  # fmt: skip
+_COUNTS = ("num_beams", "num_return_sequences", "min_new_tokens", "max_new_tokens")
+_NEUTRAL = {
+    "num_beam_groups": 1, "diversity_penalty": 0.0, "penalty_alpha": None, "renormalize_logits": False, "guidance_scale": 1.0,
+    "encoder_repetition_penalty": 1.0, "remove_invalid_values": False, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "top_h": None,
+}  # fmt: skip
+
+
+def read_defaults(folder: Path) -> dict[str, Any]:
+    """Returns the controls that a model's folder asks for; what it asks for and we have not is named in the log.
+
+    max_length and min_length, which count the start token, become max_new_tokens and min_new_tokens. Raises `ConfigError` for a
+    file that cannot be read, or a value that cannot be.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        return {}
+    values = {name: value for name, value in read_json(path).items() if value is not None and name not in _SILENT}
+    for old, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+        length = values.pop(old, None)
+        if isinstance(length, int) and length > 0:
+            values.setdefault(new, max(length - 1, int(old == "max_length")))
+    unknown = {name: value for name, value in values.items() if name not in _OURS and _NEUTRAL.get(name) != value}
+    if unknown:
+        shown = ", ".join(f"{name}={value!r}" for name, value in unknown.items())
+        log.warning("%s asks for what is not followed: %s.", path, shown)
+    found = {name: tuples(value) for name, value in values.items() if name in _OURS}
+    try:
+        GenerationConfig(**with_defaults(found, {}))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    return found
+
+
+def with_defaults(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the controls that were given over a model's defaults, of which those that then have no effect are left out."""
+    merged = {**defaults, **given}
+    if not all(isinstance(merged.get(name, 1), int) for name in _COUNTS):
+        return merged  # `GenerationConfig` says what is wrong
+    idle: set[str] = set()
+    if not merged.get("do_sample"):
+        idle |= {*SAMPLING_ONLY}
+    if merged.get("num_beams", 1) == 1:
+        idle |= {*BEAMS_ONLY} | (set() if merged.get("do_sample") else {"num_return_sequences"})
+    elif merged.get("num_return_sequences", 1) > merged["num_beams"]:
+        idle.add("num_return_sequences")
+    if "brevity_penalty" in given:
+        idle.add("length_penalty")
+    if merged.get("min_new_tokens", 0) > merged.get("max_new_tokens", GenerationConfig.max_new_tokens):
+        idle.add("min_new_tokens")
+    return {name: value for name, value in merged.items() if name in given or name not in idle}

@@ -22,6 +22,8 @@ METRICS: dict[str, tuple[str, ...]] = {
     "f1": ("f1",),
     "accuracy": ("accuracy",),
 }
+# What counts as a word in ROUGE and BLEU. "auto": by the script of the references.
+SCORE_TOKENIZERS = ("auto", "latin", "unicode", "characters")
 LOSS = "cross_entropy"  # of the validation targets; the one score that is better when lower
 
 
@@ -116,6 +118,7 @@ class EvaluationConfig(_Section):
     """Evaluation on the validation examples: generation with beams, metrics, the best checkpoint, early stopping."""
 
     metrics: tuple[str, ...] = ()  # of METRICS
+    tokenizer: str = "auto"  # of ROUGE and BLEU, of SCORE_TOKENIZERS; "latin" is theirs, for the Latin alphabet
     best: str | None = None  # the score by which the best checkpoint is kept; None: the first metric's, else cross_entropy
     patience: int | None = None  # evaluations in a row without a new best after which training ends
     max_examples: int | None = None  # of each task, spread evenly over its validation examples
@@ -128,6 +131,7 @@ class EvaluationConfig(_Section):
         super().__post_init__()
         for metric in self.metrics:
             one_of("evaluation.metrics", metric, tuple(METRICS))
+        one_of("evaluation.tokenizer", self.tokenizer, SCORE_TOKENIZERS)
         for name in ("patience", "max_examples", "batch_size", "num_beams", "max_new_tokens"):
             value = getattr(self, name)
             check(value is None or value >= 1, f"evaluation.{name} must be at least 1; it is {value}.")

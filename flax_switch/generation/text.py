@@ -71,7 +71,7 @@ def generate_lines(
 
     Sources are sorted into length buckets and every batch is filled up to `batch_size`, so that a program compiles once per bucket.
     `on_batch(lines, tokens)` is called after each batch with the numbers it finished. With sampling, what a line draws depends on
-    the seed and its place among the lines, not on the batch it fell into. Raises `ConfigError` for a checkpoint without a
+    the seed and its number, not on the batch it fell into. Raises `ConfigError` for a checkpoint without a
     vocabulary and for controls that cannot be.
     """
     vocabulary, config = pretrained.vocabulary, pretrained.config
@@ -96,7 +96,13 @@ def generate_lines(
     if not sources:
         return [results[i] for i in range(len(lines))]
     for batch, rows, scores in generate_batches(
-        pretrained.model, pretrained.params, sources, batch_size=batch_size, longest=max_source_length, **controls
+        pretrained.model,
+        pretrained.params,
+        sources,
+        batch_size=batch_size,
+        longest=max_source_length,
+        draw_of=lambda i: lines[i].number,
+        **controls,
     ):
         for row, i in enumerate(batch):
             outputs = [vocabulary.decode(sequence, skip_special_tokens=False) for sequence in map(_visible(config), rows[row])]
@@ -115,11 +121,12 @@ def generate_batches(
     batch_size: int,
     longest: int,
     seed: int = 0,
+    draw_of: Callable[[int], int] = lambda number: number,
     **controls: Any,
 ) -> Iterator[tuple[list[int], Int[np.ndarray, "b n T"], Float[np.ndarray, "b n"] | None]]:
     """Yields (numbers, sequences, scores) of sources given as (number, ids), batch by batch, by length buckets up to `longest`.
 
-    `seed` and its number decide what a source draws.
+    `seed` and `draw_of` of its number decide what a source draws.
     """
     check_seeds(seed, 1)
     buckets: dict[int, list[tuple[int, Sequence[int]]]] = {}
@@ -129,7 +136,7 @@ def generate_batches(
         for start in range(0, len(same), batch_size):
             batch = same[start : start + batch_size]
             filled = batch + batch[-1:] * (batch_size - len(batch))
-            seeds = [_source_seed(seed, number) for number, _ in filled]
+            seeds = [_source_seed(seed, draw_of(number)) for number, _ in filled]
             output = generate(model, params, *_pad(filled, length), seed=seeds, **controls)
             rows = np.asarray(output.sequences).reshape(batch_size, -1, output.sequences.shape[-1])
             scores = None if output.scores is None else np.asarray(output.scores).reshape(batch_size, -1)[: len(batch)]

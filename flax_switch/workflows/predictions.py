@@ -120,7 +120,8 @@ def evaluate(
         if wanted and task.validation:
             made = predict(run, prepared, task, params)
             texts, references = [p.prediction for p in made], [p.references for p in made]
-            by_task.append({name: value for m in wanted for name, value in score(m, texts, references).items()})
+            tokenizer = finetuning_config(run).evaluation.tokenizer
+            by_task.append({name: value for m in wanted for name, value in score(m, texts, references, tokenizer).items()})
             predictions += made
             if len(prepared.tasks) > 1:
                 means |= {f"{task.config.name}/{name}": value for name, value in by_task[-1].items()}

@@ -8,11 +8,13 @@ import importlib.util
 import re
 import string
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
 from flax_switch.config import ConfigError
 from flax_switch.config.finetuning import METRICS
+from flax_switch.workflows.words import RougeWords, bleu_tokenizer, resolve, warn_of_empty
 
 References = Sequence[Sequence[str]]
 
@@ -28,31 +30,41 @@ def require(metrics: Iterable[str]) -> None:
             raise ConfigError(f"The metric {metric!r} needs {package}: pip install 'flax_switch[eval]'.")
 
 
-def score(metric: str, predictions: Sequence[str], references: References) -> dict[str, float]:
-    """The scores of one metric of `METRICS` by name, each from 0 to 100."""
-    if metric in ("bleu", "chrf"):
+def score(metric: str, predictions: Sequence[str], references: References, tokenizer: str = "auto") -> dict[str, float]:
+    """Returns the scores of one metric of `METRICS` by name, each from 0 to 100.
+
+    tokenizer: what counts as a word in ROUGE and BLEU, one of `SCORE_TOKENIZERS`.
+    """
+    if metric == "chrf":
         import sacrebleu
 
-        function = {"bleu": sacrebleu.corpus_bleu, "chrf": sacrebleu.corpus_chrf}[metric]
-        return {metric: function(list(predictions), _streams(references)).score}
+        return {metric: sacrebleu.corpus_chrf(list(predictions), _streams(references)).score}
+    if metric == "bleu":
+        import sacrebleu
+
+        words = bleu_tokenizer(resolve(tokenizer, references))
+        return {metric: sacrebleu.corpus_bleu(list(predictions), _streams(references), tokenize=words).score}
     if metric == "rouge":
-        return _rouge(predictions, references)
+        return _rouge(predictions, references, resolve(tokenizer, references))
     each = {"exact_match": exact_match, "f1": token_f1, "accuracy": _same_text}[metric]
     return {metric: 100.0 * _mean_of_best(each, predictions, references)}
 
 
-def _streams(references: References) -> list[list[str | None]]:
+def _streams(references: References) -> Any:
     """sacreBLEU's form: the first reference of every example, then the second, ...; None where an example has fewer."""
     most = max(map(len, references))
     return [[refs[i] if i < len(refs) else None for refs in references] for i in range(most)]
 
 
-def _rouge(predictions: Sequence[str], references: References) -> dict[str, float]:
+def _rouge(predictions: Sequence[str], references: References, tokenizer: str) -> dict[str, float]:
     """Means of F measures by rouge-score, without stemming, as T5 reports them."""
     from rouge_score.rouge_scorer import RougeScorer
+    from rouge_score.tokenizers import DefaultTokenizer
 
     names = METRICS["rouge"]
-    scorer = RougeScorer(list(names))
+    words = DefaultTokenizer(use_stemmer=False) if tokenizer == "latin" else RougeWords(tokenizer)
+    warn_of_empty(((text, words.tokenize(text)) for texts in references for text in texts), "ROUGE", tokenizer)
+    scorer = RougeScorer(list(names), tokenizer=words)
     scores = [scorer.score_multi(list(refs), text) for text, refs in zip(predictions, references, strict=True)]
     return {name: 100.0 * float(np.mean([s[name].fmeasure for s in scores])) for name in names}
 

@@ -143,3 +143,18 @@ def test_shuffled_lines_have_the_outputs_of_their_lines_with_a_real_model():
     ids = np.array([[*Letters().encode(lines[1].text), 1]])
     alone = generate(model, params, ids, max_new_tokens=5, num_beams=2, num_return_sequences=2)
     np.testing.assert_allclose(results[1]["scores"], alone.scores, rtol=1e-5)
+
+
+def test_a_lines_draws_follow_its_number(monkeypatch):
+    """The turns of a conversation, each alone, draw what lines with the same numbers draw in one batch, and each otherwise."""
+
+    def seeds(batches):
+        calls = []
+        monkeypatch.setattr(text, "generate", reversing(1, calls))
+        for lines in batches:
+            generate_lines(pretrained(), lines, batch_size=len(lines), seed=5)
+        return [seed for _, batch in calls for seed in batch]
+
+    lines = [text.Line(number, "abc") for number in (1, 2, 7)]
+    apart = seeds([[line] for line in lines])
+    assert apart == seeds([lines]) and len(set(apart)) == 3

@@ -2,12 +2,14 @@
 
 import importlib.util
 
+import numpy as np
 import pytest
 import sacrebleu
 from rouge_score import rouge_scorer
 
 from flax_switch.config import ConfigError
-from flax_switch.workflows import scores
+from flax_switch.workflows import scores, words
+from flax_switch.workflows.scores import score
 
 PREDICTIONS = ["the cat sat on the mat.", "and slept.\nA dog barked at night,", "nothing in common"]
 REFERENCES = [("the cat sat on a mat.",), ("The dog barked at night,\nthen slept.", "a dog barked"), ("quite different words",)]
@@ -59,3 +61,39 @@ def test_a_metric_whose_package_is_missing_says_what_to_install(monkeypatch):
     scores.require(("bleu", "accuracy"))
     with pytest.raises(ConfigError, match=r"'rouge' needs rouge_score: pip install 'flax_switch\[eval\]'"):
         scores.require(("bleu", "rouge"))
+
+
+# A sentence and its first words in scripts with and without blanks, and in the Latin alphabet with accents.
+SCRIPTS = {
+    "latin": ("der kleine Fuchs läuft über die Straße", "der kleine Fuchs läuft"),
+    "unicode": ("маленькая лиса бежит через большую дорогу домой", "маленькая лиса бежит через большую"),
+    "characters": ("小さな狐が道を走って渡ります", "小さな狐が道を走って"),
+}
+
+
+@pytest.mark.parametrize("kind", SCRIPTS)
+def test_words_of_every_script_count(kind, caplog):
+    text, beginning = SCRIPTS[kind]
+    assert words.resolve("auto", [[text]]) == kind
+    for metric in ("rouge", "bleu"):
+        perfect = score(metric, [text], [[text]])
+        assert all(value == pytest.approx(100.0) for value in perfect.values()), metric
+        part = score(metric, [beginning], [[text]])
+        assert all(0 < value < 100 for value in part.values()), metric
+        nothing = score(metric, ["42 42 42"], [[text]])
+        assert all(value < 5 for value in nothing.values()), metric
+    assert not caplog.records
+
+
+def test_a_reference_without_a_word_is_warned_of(caplog):
+    score("rouge", ["маленькая лиса"], [["маленькая лиса"]], tokenizer="latin")
+    assert "1 references have no word under evaluation.tokenizer='latin'" in caplog.text
+
+
+def test_plain_latin_text_is_scored_as_rouge_score_and_sacrebleu_do():
+    texts, references = ["the cat sat on the mat_1", "a dog"], [["The cat, sat on a mat_1!"], ["the dog ran"]]
+    theirs = rouge_scorer.RougeScorer(["rouge1"])
+    expected = 100 * np.mean([theirs.score(r[0], t)["rouge1"].fmeasure for t, r in zip(texts, references, strict=True)])
+    assert score("rouge", texts, references)["rouge1"] == pytest.approx(expected)
+    assert score("rouge", texts, references, tokenizer="unicode")["rouge1"] == pytest.approx(expected)
+    assert score("bleu", texts, references)["bleu"] == sacrebleu.corpus_bleu(texts, [[r[0] for r in references]]).score

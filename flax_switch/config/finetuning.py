@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from flax_switch.config import MeshConfig, OptimizerConfig, SwitchConfig, TrainConfig, check, one_of, reject_unknown_keys
 from flax_switch.config.base import _Section
@@ -156,6 +156,8 @@ class FinetuneTrainConfig(TrainConfig):
 class FinetuneConfig(_Section):
     """A whole fine-tuning run, with the model's config in full: what its workdir holds."""
 
+    kind: ClassVar[str] = "finetuning"
+
     model: SwitchConfig = dataclasses.field(default_factory=SwitchConfig)
     data: FinetuneDataConfig = dataclasses.field(default_factory=FinetuneDataConfig)
     optimizer: FinetuneOptimizerConfig = dataclasses.field(default_factory=FinetuneOptimizerConfig)
@@ -190,6 +192,8 @@ class FinetuneConfig(_Section):
 @dataclasses.dataclass(frozen=True)
 class FinetuneRecipe(_Section):
     """What a fine-tuning recipe in configs/ says; `model` holds the fields of the checkpoint's config that it changes."""
+
+    kind: ClassVar[str] = "finetuning"
 
     model: dict = dataclasses.field(default_factory=dict)
     data: FinetuneDataConfig = dataclasses.field(default_factory=FinetuneDataConfig)

@@ -1,5 +1,4 @@
-"""Recipes from Python files (ml_collections) or gin files, with overrides from the command line: an `ExperimentConfig` for
-pre-training, or a `FinetuneRecipe`, which a section `evaluation` tells apart.
+"""Recipes from Python files (ml_collections) or gin files, with overrides from the command line: whole configs of any kind.
 
 tiny                            one that comes with the package (flax_switch.config.shipped)
 configs/tiny.py                 a file: def get_config() returns to_config_dict(ExperimentConfig(...))
@@ -20,13 +19,10 @@ from typing import Any
 
 import ml_collections
 
-from flax_switch.config import ConfigError, ExperimentConfig, shipped
-from flax_switch.config.distillation import DistillConfig
-from flax_switch.config.finetuning import FinetuneRecipe
+from flax_switch.config import ConfigError, shipped
+from flax_switch.config.kinds import RECIPES, Recipe, kind_of
 
 SECTIONS = ("model", "data", "optimizer", "mesh", "train", "distillation", "evaluation")  # the last is fine-tuning's
-
-Recipe = ExperimentConfig | DistillConfig | FinetuneRecipe
 
 
 def to_config_dict(config: Recipe) -> ml_collections.ConfigDict:
@@ -36,13 +32,8 @@ def to_config_dict(config: Recipe) -> ml_collections.ConfigDict:
 
 def from_config_dict(values: ml_collections.ConfigDict) -> Recipe:
     """The validated config; unknown keys raise `ConfigError` with the nearest name."""
-    return _kind(values).from_dict(values.to_dict())
-
-
-def _kind(values: ml_collections.ConfigDict) -> type[Recipe]:
-    if "evaluation" in values:
-        return FinetuneRecipe
-    return DistillConfig if "distillation" in values else ExperimentConfig
+    plain = values.to_dict()
+    return RECIPES[kind_of(plain)].from_dict(plain)
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -140,9 +131,11 @@ def parse_value(text: str) -> Any:
 
 def _set(values: ml_collections.ConfigDict, key: str, value: Any) -> None:
     section, _, field = key.partition(".")
-    if section not in values or not field:
-        _kind(values).from_dict({section: {}})  # an unknown section is an error with the nearest name
-        raise ConfigError(f"{key!r} names no field; write section.field, with the section one of {', '.join(values)}.")
+    sections = [name for name in values if name in SECTIONS]
+    if section not in sections or not field:
+        if section != "kind":
+            RECIPES[kind_of(values.to_dict())].from_dict({section: {}})  # an unknown section is an error with the nearest name
+        raise ConfigError(f"{key!r} names no field; write section.field, with the section one of {', '.join(sections)}.")
     with values.ignore_type(), values.unlocked():
         # Whether the field exists and the value fits is for the dataclass to say.
         fields: Any = values[section]

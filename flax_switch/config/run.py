@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 from flax_switch.config.base import _Section, check, one_of
 from flax_switch.config.model import SwitchConfig
@@ -132,6 +133,8 @@ class TrainConfig(_Section):
 @dataclasses.dataclass(frozen=True)
 class ExperimentConfig(_Section):
     """A whole run: what a recipe in configs/ returns and what a checkpoint carries."""
+
+    kind: ClassVar[str] = "pretraining"
 
     model: SwitchConfig = dataclasses.field(default_factory=SwitchConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)

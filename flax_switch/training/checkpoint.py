@@ -2,7 +2,7 @@
 
 A workdir holds
 
-    config.json                    the run's ExperimentConfig
+    config.json                    the run's config, its kind first
     vocabulary/                    its vocabulary
     checkpoints/<step>/            params, opt_state, meta (step, rng, position in the data), each complete or not there
     metrics.jsonl, events...       what `flax_switch.training.metrics` writes
@@ -18,9 +18,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from flax_switch.config import ConfigError, ExperimentConfig
-from flax_switch.config.distillation import DistillConfig
-from flax_switch.config.finetuning import FinetuneConfig
+from flax_switch.config import ConfigError
+from flax_switch.config.kinds import RUNS, RunConfig, kind_of
 from flax_switch.host.files import absolute, write_text
 from flax_switch.training.state import TrainState
 
@@ -48,8 +47,6 @@ _MAY_CHANGE = (
     "evaluation.batch_size",
     "model.expert_parallel_buffer_factor",
 )
-
-RunConfig = ExperimentConfig | FinetuneConfig
 
 
 class Checkpoints:
@@ -203,8 +200,7 @@ def read_config(workdir: epath.PathLike) -> RunConfig:
     path = epath.Path(workdir) / CONFIG_FILE
     try:
         values = json.loads(path.read_text())
-        kinds = {"evaluation": FinetuneConfig, "distillation": DistillConfig}  # by the section that no other kind has
-        return next((kind for section, kind in kinds.items() if section in values), ExperimentConfig).from_dict(values)
+        return RUNS[kind_of(values)].from_dict(values)
     except FileNotFoundError:
         raise ConfigError(f"{workdir} is no workdir of a run: it has no {CONFIG_FILE}.") from None
     except json.JSONDecodeError as error:

@@ -31,6 +31,14 @@ def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     raise ConfigError(f"{name} must be one of {', '.join(map(repr, allowed))}; it is {value!r}.{hint}")
 
 
+def may_change(default: Any) -> Any:
+    """Declares a field, or a section given by its class, in which a resumed run may differ from the one it continues."""
+    metadata = {"may_change": True}
+    if isinstance(default, type):
+        return dataclasses.field(default_factory=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Section:
     """What all config dataclasses share: type checks, replace, to and from plain dicts, errors that name the nearest key."""

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from flax_switch.config import MeshConfig, OptimizerConfig, SwitchConfig, TrainConfig, check, one_of, reject_unknown_keys
-from flax_switch.config.base import _Section
+from flax_switch.config.base import _Section, may_change
 
 # Metric -> the scores it gives, all of them the higher the better.
 METRICS: dict[str, tuple[str, ...]] = {
@@ -67,8 +67,8 @@ class FinetuneDataConfig(TaskConfig):
     packing: bool = False  # several short examples in a row, with segment ids
     shuffle: bool = True
     seed: int = 0
-    num_workers: int = 0
-    prefetch: int = 8
+    num_workers: int = may_change(0)
+    prefetch: int = may_change(8)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -117,9 +117,9 @@ class EvaluationConfig(_Section):
 
     metrics: tuple[str, ...] = ()  # of METRICS
     best: str | None = None  # the score by which the best checkpoint is kept; None: the first metric's, else cross_entropy
-    patience: int | None = None  # evaluations in a row without a new best after which training ends
+    patience: int | None = may_change(None)  # evaluations in a row without a new best after which training ends
     max_examples: int | None = None  # of each task, spread evenly over its validation examples
-    batch_size: int = 32
+    batch_size: int = may_change(32)
     num_beams: int = 4
     brevity_penalty: float | None = 0.6  # T5X's alpha
     max_new_tokens: int | None = None  # None: data.targets_length
@@ -146,10 +146,10 @@ class FinetuneOptimizerConfig(OptimizerConfig):
 class FinetuneTrainConfig(TrainConfig):
     """The training loop; an evaluation generates, so it costs more than pre-training's."""
 
-    steps: int = 10_000
-    eval_every: int = 500
-    checkpoint_every: int = 500
-    keep_last: int = 1
+    steps: int = may_change(10_000)
+    eval_every: int = may_change(500)
+    checkpoint_every: int = may_change(500)
+    keep_last: int = may_change(1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +161,7 @@ class FinetuneConfig(_Section):
     model: SwitchConfig = dataclasses.field(default_factory=SwitchConfig)
     data: FinetuneDataConfig = dataclasses.field(default_factory=FinetuneDataConfig)
     optimizer: FinetuneOptimizerConfig = dataclasses.field(default_factory=FinetuneOptimizerConfig)
-    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    mesh: MeshConfig = may_change(MeshConfig)
     train: FinetuneTrainConfig = dataclasses.field(default_factory=FinetuneTrainConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
     init: str = ""  # where the parameters came from

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from flax_switch.config.base import _Section, check, one_of
+from flax_switch.config.base import _Section, check, may_change, one_of
 
 ACTIVATIONS = ("relu", "gelu", "gelu_new", "silu", "swish", "linear", "tanh")
 LAYOUTS = ("bottom", "middle", "mixed", "top", "huggingface")
@@ -88,10 +88,10 @@ class SwitchConfig(_Section):
     router_jitter_noise: float = 0.0  # training only: router inputs times U(1-eps, 1+eps)
     router_dtype: str = "float32"
     cast_router_probs: bool = False  # Hugging Face: probabilities in the activations' dtype before argmax
-    moe_executor: str = "auto"  # "auto" or one of EXECUTORS
+    moe_executor: str = may_change("auto")  # "auto" or one of EXECUTORS
     # Dropless with experts on several devices: rows a device can receive, relative to its even share of them. What does not fit
     # is dropped and counted (the metric choices_overflowed).
-    expert_parallel_buffer_factor: float = 2.0
+    expert_parallel_buffer_factor: float = may_change(2.0)
 
     # --- losses
     load_balancing_loss_coef: float = 0.01
@@ -116,7 +116,7 @@ class SwitchConfig(_Section):
     param_dtype: str = "float32"
     expert_dtype: str | None = None  # of activations inside the experts; None: dtype
     scan_layers: bool = False  # one compiled block repeated, where the layout repeats
-    remat_policy: str = "none"  # "none", "minimal" (save matrix products) or "full"
+    remat_policy: str = may_change("none")  # "none", "minimal" (save matrix products) or "full"
 
     # --- special tokens
     pad_token_id: int = 0

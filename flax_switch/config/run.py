@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-from flax_switch.config.base import _Section, check, one_of
+from flax_switch.config.base import _Section, check, may_change, one_of
 from flax_switch.config.model import SwitchConfig
 
 
@@ -31,9 +31,9 @@ class DataConfig(_Section):
     packing: bool = False  # put several short examples in a row, with segment ids
     shuffle: bool = True
     seed: int = 0
-    num_workers: int = 0  # processes that prepare batches; the order never depends on it
-    prefetch: int = 8  # batches held ready
-    cache_dir: str | None = None  # of tokenised text; None: a folder in the user's cache directory
+    num_workers: int = may_change(0)  # processes that prepare batches; the order never depends on it
+    prefetch: int = may_change(8)  # batches held ready
+    cache_dir: str | None = may_change(None)  # of tokenised text; None: a folder in the user's cache directory
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -113,16 +113,16 @@ class MeshConfig(_Section):
 class TrainConfig(_Section):
     """The training loop."""
 
-    steps: int = 524_288
+    steps: int = may_change(524_288)
     seed: int = 0
     microbatches: int = 1  # a batch is split into this many; the update equals the unsplit batch's
-    log_every: int = 100
-    eval_every: int = 1000
-    eval_batches: int = 20
-    checkpoint_every: int = 1000
-    keep_last: int = 3
-    keep_every: int | None = None  # keep checkpoints whose step is a multiple of it for good
-    sample_spans: int = 4  # held-out examples shown at the end: with masked spans filled in, or beside predictions
+    log_every: int = may_change(100)
+    eval_every: int = may_change(1000)
+    eval_batches: int = may_change(20)
+    checkpoint_every: int = may_change(1000)
+    keep_last: int = may_change(3)
+    keep_every: int | None = may_change(None)  # keep checkpoints whose step is a multiple of it for good
+    sample_spans: int = may_change(4)  # held-out examples shown at the end: with masked spans filled in, or beside predictions
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -139,7 +139,7 @@ class ExperimentConfig(_Section):
     model: SwitchConfig = dataclasses.field(default_factory=SwitchConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
-    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    mesh: MeshConfig = may_change(MeshConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:

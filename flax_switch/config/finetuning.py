@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from flax_switch.config import MeshConfig, OptimizerConfig, SwitchConfig, TrainConfig, check, one_of, reject_unknown_keys
 from flax_switch.config.base import _Section, may_change
+from flax_switch.config.run import BatchConfig
 
 # Metric -> the scores it gives, all of them the higher the better.
 METRICS: dict[str, tuple[str, ...]] = {
@@ -52,7 +53,7 @@ class TaskConfig(_Section):
 
 
 @dataclasses.dataclass(frozen=True)
-class FinetuneDataConfig(TaskConfig):
+class FinetuneDataConfig(TaskConfig, BatchConfig):
     """The data of a fine-tuning run: one task, given by the fields of `TaskConfig`, or several in `tasks`; and their batches."""
 
     tasks: tuple[TaskConfig, ...] = ()
@@ -60,27 +61,16 @@ class FinetuneDataConfig(TaskConfig):
     mixing_temperature: float = 1.0  # T: rates are min(examples, K) ** (1/T)
     validation_fraction: float = 0.05  # of examples, by a hash of their inputs, where a task names no validation file
     skip_empty: bool = False  # leave out examples without inputs or targets, instead of refusing the file
-    inputs_length: int = 512  # tokens, EOS included; what is longer is cut off, and its share reported
-    targets_length: int = 128
-    batch_size: int = 128  # rows per step over all processes
     batch_tokens: int | None = None  # source tokens per step: decides batch_size where it is set
-    packing: bool = False  # several short examples in a row, with segment ids
-    shuffle: bool = True
-    seed: int = 0
-    num_workers: int = may_change(0)
-    prefetch: int = may_change(8)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.batch_tokens is not None:
             check(
-                self.batch_tokens >= self.inputs_length >= 1,
+                self.batch_tokens >= self.inputs_length,
                 f"data.batch_tokens ({self.batch_tokens}) must hold at least one row of data.inputs_length ({self.inputs_length}).",
             )
             object.__setattr__(self, "batch_size", self.batch_tokens // self.inputs_length)
-        for name in ("inputs_length", "targets_length", "batch_size", "prefetch"):
-            check(getattr(self, name) >= 1, f"data.{name} must be at least 1; it is {getattr(self, name)}.")
-        check(self.num_workers >= 0, f"data.num_workers must not be negative; it is {self.num_workers}.")
         check(
             0.0 <= self.validation_fraction < 1.0, f"data.validation_fraction must lie in [0, 1); it is {self.validation_fraction}."
         )

@@ -1,11 +1,22 @@
 """Configs validate themselves, name what is wrong, and survive a round trip through plain dicts."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
-from flax_switch.config import ConfigError, DataConfig, ExperimentConfig, MeshConfig, OptimizerConfig, SwitchConfig, sparse_layers
+from flax_switch.config import (
+    BatchConfig,
+    ConfigError,
+    DataConfig,
+    ExperimentConfig,
+    MeshConfig,
+    OptimizerConfig,
+    SwitchConfig,
+    sparse_layers,
+)
+from flax_switch.config.finetuning import FinetuneDataConfig, TaskConfig
 from flax_switch.config.presets import PRESETS
 
 
@@ -88,3 +99,17 @@ def test_impossible_experiments_are_refused_with_the_reason():
         ExperimentConfig.from_dict({"train": {"microbatches": 3}})
     with pytest.raises(ConfigError, match="Did you mean 'optimizer'"):
         ExperimentConfig.from_dict({"optimiser": {}})
+
+
+def test_data_of_pretraining_and_finetuning_share_the_fields_of_batches_and_their_checks():
+    assert {field.name for field in dataclasses.fields(DataConfig)} & {
+        field.name for field in dataclasses.fields(FinetuneDataConfig)
+    } == {field.name for field in dataclasses.fields(BatchConfig)}
+    assert (DataConfig().targets_length, FinetuneDataConfig().targets_length) == (114, 128)
+    for section in (BatchConfig, DataConfig, FinetuneDataConfig):
+        for name in ("inputs_length", "targets_length", "batch_size", "prefetch"):
+            with pytest.raises(ConfigError, match=f"data.{name} must be at least 1; it is 0"):
+                section(**{name: 0})
+        with pytest.raises(ConfigError, match="num_workers must not be negative"):
+            section(num_workers=-1)
+    assert not {field.name for field in dataclasses.fields(TaskConfig)} & {field.name for field in dataclasses.fields(BatchConfig)}

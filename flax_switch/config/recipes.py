@@ -9,7 +9,6 @@ configs/gin/tiny.gin            recipe.base = 'configs/tiny.py' and bindings suc
 
 from __future__ import annotations
 
-import ast
 import functools
 import importlib.util
 import runpy
@@ -21,6 +20,7 @@ import ml_collections
 
 from flax_switch.config import ConfigError, shipped
 from flax_switch.config.kinds import RECIPES, Recipe, kind_of
+from flax_switch.config.values import parse_assignment
 
 SECTIONS = ("model", "data", "optimizer", "mesh", "train", "distillation", "evaluation")  # the last is fine-tuning's
 
@@ -109,24 +109,10 @@ def _config_dict(given: str | Path) -> ml_collections.ConfigDict:
 
 
 def override(values: ml_collections.ConfigDict, overrides: Iterable[str]) -> ml_collections.ConfigDict:
-    """`values` with overrides like 'model.num_experts=16' applied; values are Python literals, true, false, none or text."""
+    """Applies overrides like 'model.num_experts=16' to `values`, and returns them."""
     for text in overrides:
-        key, separator, value = text.partition("=")
-        if not separator:
-            raise ConfigError(f"An override has the form section.field=value; {text!r} has no '='.")
-        _set(values, key, parse_value(value))
+        _set(values, *parse_assignment(text, "An override has the form section.field=value"))
     return values
-
-
-def parse_value(text: str) -> Any:
-    """A Python literal, true/false/none in any case, or the text itself."""
-    named = {"true": True, "false": False, "none": None}
-    if text.lower() in named:
-        return named[text.lower()]
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
 
 
 def _set(values: ml_collections.ConfigDict, key: str, value: Any) -> None:

@@ -20,7 +20,7 @@ def parse_value(text: str) -> Any:
 
 
 def parse_assignment(text: str, form: str) -> tuple[str, Any]:
-    """Reads 'name=value' as (name, value); where there is no '=', raises `ConfigError` that begins with `form`, what was expected."""
+    """Reads 'name=value' as (name, value). Without an '=' raises `ConfigError`, which begins with `form`: what was expected."""
     name, equals, value = text.partition("=")
     check(equals, f"{form}; {text!r} has no '='.")
     return name, parse_value(value)

@@ -13,6 +13,7 @@ from flax_switch.config import (
     ExperimentConfig,
     MeshConfig,
     OptimizerConfig,
+    StackConfig,
     SwitchConfig,
     sparse_layers,
 )
@@ -54,7 +55,17 @@ def test_layouts_are_flaxformers(row):
         num_decoder_layers=1, num_sparse_decoder_layers=0,
     )  # fmt: skip
     if row["num_scan_blocks"] is not None:
-        assert config.scan_blocks("encoder") == row["num_scan_blocks"]
+        assert config.encoder.num_blocks == row["num_scan_blocks"]
+
+
+def test_a_view_of_a_stack_says_its_layers_and_which_block_repeats():
+    config = SwitchConfig(num_encoder_layers=6, num_sparse_encoder_layers=2, num_decoder_layers=4, decoder_sparse_layers=(0, 3))
+    assert config.stacks == (config.encoder, config.decoder)
+    assert config.encoder == StackConfig("encoder", 6, (2, 5))
+    assert (config.encoder.num_sparse, config.encoder.block_size, config.encoder.num_blocks) == (2, 3, 2)
+    assert (config.decoder.sparse_layers, config.decoder.block_size, config.decoder.num_blocks) == ((0, 3), None, None)
+    dense = config.replace(num_sparse_encoder_layers=0).encoder
+    assert (dense.sparse_layers, dense.block_size, dense.num_blocks) == ((), 1, 6)
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,10 @@ def from_config_dict(values: ml_collections.ConfigDict) -> Recipe:
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-    """The config of a recipe, a file or a name such as 'tiny', with overrides like 'train.steps=500' applied in order."""
+    """The config of a recipe, a file or a name such as 'tiny', with overrides like 'train.steps=500' applied in order.
+
+    Recipes inherit with it: `load_recipe("tiny").replace(...)` is the one that comes with the package, changed.
+    """
     return from_config_dict(override(_config_dict(path), overrides))
 
 

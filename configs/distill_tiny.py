@@ -6,14 +6,12 @@ Hardware:  2 CPU cores.
 Expect:    docs/distillation.md has the student beside the same model trained alone.
 """
 
-import pathlib
-import runpy
-
 from flax_switch.config.distillation import DistillConfig
-from flax_switch.config.recipes import to_config_dict
-
-ALONE = runpy.run_path(str(pathlib.Path(__file__).with_name("t5_tiny.py")))
+from flax_switch.config.recipes import load_recipe, to_config_dict
 
 
 def get_config():
-    return to_config_dict(DistillConfig.from_dict(ALONE["get_config"]().to_dict()))
+    alone = load_recipe("t5_tiny")
+    return to_config_dict(
+        DistillConfig(model=alone.model, data=alone.data, optimizer=alone.optimizer, mesh=alone.mesh, train=alone.train)
+    )

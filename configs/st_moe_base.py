@@ -6,15 +6,9 @@ Hardware:  written for 16 or more accelerators, with --config.mesh.expert=16.
 Expect:    steady training: the paper's point is that the router z-loss keeps runs from diverging without costing quality.
 """
 
-import pathlib
-import runpy
-
 from flax_switch.config.presets import PRESETS
-
-BASE = runpy.run_path(str(pathlib.Path(__file__).with_name("switch_base_8.py")))
+from flax_switch.config.recipes import load_recipe, to_config_dict
 
 
 def get_config():
-    config = BASE["get_config"]()
-    config.model.update(PRESETS["st-moe-base"].to_dict())
-    return config
+    return to_config_dict(load_recipe("switch_base_8").replace(model=PRESETS["st-moe-base"]))

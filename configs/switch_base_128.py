@@ -6,15 +6,9 @@ Hardware:  30 GB of float32 parameters; written for 32 or more accelerators, wit
 Expect:    2101.03961, table 1, capacity factor 1.25: negative log perplexity -1.553 after 100k steps, where T5-Base has -1.731.
 """
 
-import pathlib
-import runpy
-
 from flax_switch.config.presets import PRESETS
-
-BASE = runpy.run_path(str(pathlib.Path(__file__).with_name("switch_base_8.py")))
+from flax_switch.config.recipes import load_recipe, to_config_dict
 
 
 def get_config():
-    config = BASE["get_config"]()
-    config.model.update(PRESETS["switch-base-128"].to_dict())
-    return config
+    return to_config_dict(load_recipe("switch_base_8").replace(model=PRESETS["switch-base-128"]))

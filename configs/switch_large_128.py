@@ -6,15 +6,9 @@ Hardware:  105 GB of float32 parameters; written for 64 or more accelerators, wi
 Expect:    2101.03961, table 9: negative log perplexity -1.177 after 500k steps.
 """
 
-import pathlib
-import runpy
-
 from flax_switch.config.presets import PRESETS
-
-BASE = runpy.run_path(str(pathlib.Path(__file__).with_name("switch_base_8.py")))
+from flax_switch.config.recipes import load_recipe, to_config_dict
 
 
 def get_config():
-    config = BASE["get_config"]()
-    config.model.update(PRESETS["switch-large-128"].to_dict())
-    return config
+    return to_config_dict(load_recipe("switch_base_8").replace(model=PRESETS["switch-large-128"]))

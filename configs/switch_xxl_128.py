@@ -14,18 +14,17 @@ Parameters, gradients and Adafactor's factored statistics are split over all dev
 the gradients twice. Rows of 128 target tokens, of which 114 are used, so that routing groups lie whole on the devices.
 """
 
-import pathlib
-import runpy
-
+from flax_switch.config import MeshConfig
 from flax_switch.config.presets import PRESETS
-
-BASE = runpy.run_path(str(pathlib.Path(__file__).with_name("switch_base_8.py")))
+from flax_switch.config.recipes import load_recipe, to_config_dict
 
 
 def get_config():
-    config = BASE["get_config"]()
-    config.model.update(PRESETS["switch-xxl-128"].to_dict())
-    config.model.update(scan_layers=True, remat_policy="full")
-    config.data.targets_length = 128
-    config.mesh.update(data=-1, expert=16, fsdp=True)
-    return config
+    base = load_recipe("switch_base_8")
+    return to_config_dict(
+        base.replace(
+            model=PRESETS["switch-xxl-128"].replace(scan_layers=True, remat_policy="full"),
+            data=base.data.replace(targets_length=128),
+            mesh=MeshConfig(expert=16, fsdp=True),
+        )
+    )

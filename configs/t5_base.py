@@ -6,15 +6,9 @@ Hardware:  any accelerator of 16 GB or more; data parallel over as many as there
 Expect:    2101.03961, table 1: negative log perplexity -1.731 after 100k steps.
 """
 
-import pathlib
-import runpy
-
 from flax_switch.config.presets import PRESETS
-
-BASE = runpy.run_path(str(pathlib.Path(__file__).with_name("switch_base_8.py")))
+from flax_switch.config.recipes import load_recipe, to_config_dict
 
 
 def get_config():
-    config = BASE["get_config"]()
-    config.model.update(PRESETS["t5-base"].to_dict())
-    return config
+    return to_config_dict(load_recipe("switch_base_8").replace(model=PRESETS["t5-base"]))

@@ -5,14 +5,9 @@ Hardware:  2 CPU cores.
 Expect:    docs/pretraining.md has both runs side by side.
 """
 
-import pathlib
-import runpy
-
-BASE = runpy.run_path(str(pathlib.Path(__file__).with_name("tiny.py")))
+from flax_switch.config.presets import PRESETS
+from flax_switch.config.recipes import load_recipe, to_config_dict
 
 
 def get_config():
-    config = BASE["get_config"]()
-    config.model.num_sparse_encoder_layers = 0
-    config.model.num_sparse_decoder_layers = 0
-    return config
+    return to_config_dict(load_recipe("tiny").replace(model=PRESETS["t5-tiny"]))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import logging
 import sys
 from collections.abc import Callable
 from typing import Any
 
 from flax_switch.config import ConfigError
+from flax_switch.config.values import parse_assignment
 
 FORMATS = "a Hugging Face folder, a hub name (owner/model), a T5X checkpoint folder, a training run, or a folder of ours"
 
@@ -37,18 +37,8 @@ def add_write_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def changes_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The fields set with --set; values are JSON, or plain text."""
-    changes = {}
-    for assignment in args.set:
-        name, equals, text = assignment.partition("=")
-        if not equals:
-            raise ConfigError(f"--set takes FIELD=VALUE, such as num_selected_experts=2; it was given {assignment!r}.")
-        try:
-            value = json.loads(text)
-        except json.JSONDecodeError:
-            value = {"True": True, "False": False, "None": None}.get(text, text)
-        changes[name] = tuple(value) if isinstance(value, list) else value
-    return changes
+    """Returns the fields set with --set."""
+    return dict(parse_assignment(text, "--set takes FIELD=VALUE, such as num_selected_experts=2") for text in args.set)
 
 
 def missing_extra(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:

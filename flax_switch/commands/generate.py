@@ -39,7 +39,7 @@ def take_overrides(args: argparse.Namespace, rest: list[str]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit status 0, or 1 where some lines could not be used."""
-    from flax_switch.config.recipes import parse_value
+    from flax_switch.config.values import parse_value
     from flax_switch.generation.controls import GenerationConfig
     from flax_switch.generation.text import generate_lines, read_lines
     from flax_switch.pretrained import load_pretrained

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from flax_switch.config import ConfigError, ExperimentConfig
 from flax_switch.config.distillation import DistillConfig
 from flax_switch.config.finetuning import FinetuneRecipe
+from flax_switch.config.kinds import Recipe
 
 if TYPE_CHECKING:
     from flax_switch.parallel.processes import Connection
@@ -50,30 +51,30 @@ def take_overrides(args: argparse.Namespace, rest: list[str]) -> None:
 
 def load_config(args: argparse.Namespace) -> ExperimentConfig:
     """The pre-training config that the arguments name."""
-    return _of_kind(args, ExperimentConfig)
+    return _of_kind(args, ExperimentConfig.kind)
 
 
 def load_distillation(args: argparse.Namespace) -> DistillConfig:
     """The distillation config that the arguments name."""
-    return _of_kind(args, DistillConfig)
+    return _of_kind(args, DistillConfig.kind)
 
 
 def load_finetuning(args: argparse.Namespace) -> FinetuneRecipe:
     """The fine-tuning recipe that the arguments name."""
-    return _of_kind(args, FinetuneRecipe)
+    return _of_kind(args, FinetuneRecipe.kind)
 
 
-# What a recipe is -> the command that runs it, and a recipe of the kind.
+# A recipe's kind -> the command that runs it, and a recipe of the kind.
 _KINDS = {
-    ExperimentConfig: ("pretrain", "tiny"),
-    DistillConfig: ("distill", "distill_tiny"),
-    FinetuneRecipe: ("finetune", "finetune_summarization"),
+    "pretraining": ("pretrain", "tiny"),
+    "distillation": ("distill", "distill_tiny"),
+    "finetuning": ("finetune", "finetune_summarization"),
 }
 
 
-def _of_kind(args: argparse.Namespace, kind: type) -> Any:
+def _of_kind(args: argparse.Namespace, kind: str) -> Any:
     config = load_any(args)
-    if type(config) is not kind:
+    if config.kind != kind:
         raise ConfigError(
             f"{args.config or args.gin_file[0]} is a recipe for flax-switch {command_of(config)}; this command takes one such as "
             f"{_KINDS[kind][1]}."
@@ -81,12 +82,12 @@ def _of_kind(args: argparse.Namespace, kind: type) -> Any:
     return config
 
 
-def command_of(config: ExperimentConfig | DistillConfig | FinetuneRecipe) -> str:
+def command_of(config: Recipe) -> str:
     """The command that runs a recipe."""
-    return _KINDS[type(config)][0]
+    return _KINDS[config.kind][0]
 
 
-def load_any(args: argparse.Namespace) -> ExperimentConfig | DistillConfig | FinetuneRecipe:
+def load_any(args: argparse.Namespace) -> Recipe:
     """What the arguments name, of any kind."""
     from flax_switch.config import recipes
 

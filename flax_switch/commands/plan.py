@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 
 from flax_switch.commands.options import add_recipe_arguments, load_config, take_overrides
-from flax_switch.config import ConfigError, MeshConfig, reject_unknown_keys
+from flax_switch.config import MeshConfig
+from flax_switch.config.values import parse_assignment
 
 __all__ = ["add_arguments", "run", "take_overrides"]
 
@@ -43,11 +44,6 @@ def run(args: argparse.Namespace) -> int:
 
 def read_mesh(text: str, base: MeshConfig) -> MeshConfig:
     """The mesh of text like 'expert=16,model=1'; axes not named are 1, but data takes what is left."""
-    sizes = {}
-    for part in text.split(","):
-        name, _, size = part.partition("=")
-        if not size.lstrip("-").isdigit():
-            raise ConfigError(f"--mesh is written like data=2,expert=4,model=2, or expert=8; {part!r} is no axis=size.")
-        sizes[name] = int(size)
-    reject_unknown_keys(MeshConfig, sizes)
+    form = "--mesh is written like data=2,expert=4,model=2, or expert=8"
+    sizes = dict(parse_assignment(part, form) for part in text.split(","))
     return base.replace(**{"data": -1, "expert": 1, "model": 1, **sizes})

@@ -32,11 +32,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _layers(config: SwitchConfig) -> str:
     """'12+12 (6+6)': encoder and decoder, and how many of each are sparse."""
-    stacks = ("encoder", "decoder")
-    layers, sparse = (
-        "+".join(str(count(s)) for s in stacks) for count in (config.num_layers, lambda s: len(config.sparse_indices(s)))
-    )
-    return f"{layers} ({sparse})"
+    encoder, decoder = config.stacks
+    return f"{encoder.num_layers}+{decoder.num_layers} ({encoder.num_sparse}+{decoder.num_sparse})"
 
 
 def _experts(config: SwitchConfig) -> str:

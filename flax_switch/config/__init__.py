@@ -6,20 +6,18 @@ standard library, so that data preparation and tools can read a config without s
 """
 
 from flax_switch.config.base import ConfigError, check, one_of, reject_unknown_keys
-from flax_switch.config.model import ACTIVATIONS, DTYPES, EXECUTORS, LAYOUTS, LOSS_NORMALIZERS, SwitchConfig, sparse_layers
-from flax_switch.config.run import DataConfig, ExperimentConfig, MeshConfig, OptimizerConfig, TrainConfig
+from flax_switch.config.model import EXECUTORS, StackConfig, SwitchConfig, sparse_layers
+from flax_switch.config.run import BatchConfig, DataConfig, ExperimentConfig, MeshConfig, OptimizerConfig, TrainConfig
 
 __all__ = [
-    "ACTIVATIONS",
-    "DTYPES",
     "EXECUTORS",
-    "LAYOUTS",
-    "LOSS_NORMALIZERS",
+    "BatchConfig",
     "ConfigError",
     "DataConfig",
     "ExperimentConfig",
     "MeshConfig",
     "OptimizerConfig",
+    "StackConfig",
     "SwitchConfig",
     "TrainConfig",
     "check",

@@ -9,7 +9,7 @@ import numbers
 import types
 import typing
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 
 class ConfigError(ValueError):
@@ -31,9 +31,19 @@ def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     raise ConfigError(f"{name} must be one of {', '.join(map(repr, allowed))}; it is {value!r}.{hint}")
 
 
+def may_change(default: Any) -> Any:
+    """Declares a field, or a section given by its class, in which a resumed run may differ from the one it continues."""
+    metadata = {"may_change": True}
+    if isinstance(default, type):
+        return dataclasses.field(default_factory=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Section:
     """What all config dataclasses share: type checks, replace, to and from plain dicts, errors that name the nearest key."""
+
+    kind: ClassVar[str | None] = None  # what a whole run's config says it is for, in files (`flax_switch.config.kinds`)
 
     if not TYPE_CHECKING:  # type checkers know the fields from each class
 
@@ -63,11 +73,15 @@ class _Section:
                 return value.to_dict()
             return [plain(v) for v in value] if isinstance(value, (tuple, list)) else value
 
-        return {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        values = {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        return values if self.kind is None else {"kind": self.kind, **values}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """The inverse of `to_dict`. Unknown keys are errors that name the nearest field; absent keys take their defaults."""
+        if cls.kind is not None:
+            one_of("kind", values.get("kind", cls.kind), (cls.kind,))
+            values = {key: value for key, value in values.items() if key != "kind"}
         reject_unknown_keys(cls, values)
         sections = {f.name: f.default_factory for f in dataclasses.fields(cls) if isinstance(f.default_factory, type)}
         built = {}
@@ -82,7 +96,8 @@ class _Section:
 
 @functools.cache
 def _type_hints(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls)
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
 
 
 def _fits(value: Any, hint: Any) -> bool:

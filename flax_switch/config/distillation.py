@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 from flax_switch.config import ExperimentConfig, check
 from flax_switch.config.base import _Section
@@ -26,6 +27,8 @@ class DistillationConfig(_Section):
 @dataclasses.dataclass(frozen=True)
 class DistillConfig(ExperimentConfig):
     """A whole distillation run: `model` is the student's."""
+
+    kind: ClassVar[str] = "distillation"
 
     distillation: DistillationConfig = dataclasses.field(default_factory=DistillationConfig)
     teacher: str = ""  # where its checkpoint is

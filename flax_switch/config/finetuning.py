@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from flax_switch.config import MeshConfig, OptimizerConfig, SwitchConfig, TrainConfig, check, one_of, reject_unknown_keys
-from flax_switch.config.base import _Section
+from flax_switch.config.base import _Section, may_change
+from flax_switch.config.run import BatchConfig
 
 # Metric -> the scores it gives, all of them the higher the better.
 METRICS: dict[str, tuple[str, ...]] = {
@@ -54,7 +55,7 @@ class TaskConfig(_Section):
 
 
 @dataclasses.dataclass(frozen=True)
-class FinetuneDataConfig(TaskConfig):
+class FinetuneDataConfig(TaskConfig, BatchConfig):
     """The data of a fine-tuning run: one task, given by the fields of `TaskConfig`, or several in `tasks`; and their batches."""
 
     tasks: tuple[TaskConfig, ...] = ()
@@ -62,27 +63,16 @@ class FinetuneDataConfig(TaskConfig):
     mixing_temperature: float = 1.0  # T: rates are min(examples, K) ** (1/T)
     validation_fraction: float = 0.05  # of examples, by a hash of their inputs, where a task names no validation file
     skip_empty: bool = False  # leave out examples without inputs or targets, instead of refusing the file
-    inputs_length: int = 512  # tokens, EOS included; what is longer is cut off, and its share reported
-    targets_length: int = 128
-    batch_size: int = 128  # rows per step over all processes
     batch_tokens: int | None = None  # source tokens per step: decides batch_size where it is set
-    packing: bool = False  # several short examples in a row, with segment ids
-    shuffle: bool = True
-    seed: int = 0
-    num_workers: int = 0
-    prefetch: int = 8
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.batch_tokens is not None:
             check(
-                self.batch_tokens >= self.inputs_length >= 1,
+                self.batch_tokens >= self.inputs_length,
                 f"data.batch_tokens ({self.batch_tokens}) must hold at least one row of data.inputs_length ({self.inputs_length}).",
             )
             object.__setattr__(self, "batch_size", self.batch_tokens // self.inputs_length)
-        for name in ("inputs_length", "targets_length", "batch_size", "prefetch"):
-            check(getattr(self, name) >= 1, f"data.{name} must be at least 1; it is {getattr(self, name)}.")
-        check(self.num_workers >= 0, f"data.num_workers must not be negative; it is {self.num_workers}.")
         check(
             0.0 <= self.validation_fraction < 1.0, f"data.validation_fraction must lie in [0, 1); it is {self.validation_fraction}."
         )
@@ -120,9 +110,9 @@ class EvaluationConfig(_Section):
     metrics: tuple[str, ...] = ()  # of METRICS
     tokenizer: str = "auto"  # of ROUGE and BLEU, of SCORE_TOKENIZERS; "latin" is theirs, for the Latin alphabet
     best: str | None = None  # the score by which the best checkpoint is kept; None: the first metric's, else cross_entropy
-    patience: int | None = None  # evaluations in a row without a new best after which training ends
+    patience: int | None = may_change(None)  # evaluations in a row without a new best after which training ends
     max_examples: int | None = None  # of each task, spread evenly over its validation examples
-    batch_size: int = 32
+    batch_size: int = may_change(32)
     num_beams: int = 4
     brevity_penalty: float | None = 0.6  # T5X's alpha
     max_new_tokens: int | None = None  # None: data.targets_length
@@ -150,20 +140,22 @@ class FinetuneOptimizerConfig(OptimizerConfig):
 class FinetuneTrainConfig(TrainConfig):
     """The training loop; an evaluation generates, so it costs more than pre-training's."""
 
-    steps: int = 10_000
-    eval_every: int = 500
-    checkpoint_every: int = 500
-    keep_last: int = 1
+    steps: int = may_change(10_000)
+    eval_every: int = may_change(500)
+    checkpoint_every: int = may_change(500)
+    keep_last: int = may_change(1)
 
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneConfig(_Section):
     """A whole fine-tuning run, with the model's config in full: what its workdir holds."""
 
+    kind: ClassVar[str] = "finetuning"
+
     model: SwitchConfig = dataclasses.field(default_factory=SwitchConfig)
     data: FinetuneDataConfig = dataclasses.field(default_factory=FinetuneDataConfig)
     optimizer: FinetuneOptimizerConfig = dataclasses.field(default_factory=FinetuneOptimizerConfig)
-    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    mesh: MeshConfig = may_change(MeshConfig)
     train: FinetuneTrainConfig = dataclasses.field(default_factory=FinetuneTrainConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
     init: str = ""  # where the parameters came from
@@ -194,6 +186,8 @@ class FinetuneConfig(_Section):
 @dataclasses.dataclass(frozen=True)
 class FinetuneRecipe(_Section):
     """What a fine-tuning recipe in configs/ says; `model` holds the fields of the checkpoint's config that it changes."""
+
+    kind: ClassVar[str] = "finetuning"
 
     model: dict = dataclasses.field(default_factory=dict)
     data: FinetuneDataConfig = dataclasses.field(default_factory=FinetuneDataConfig)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from flax_switch.config import ConfigError, SwitchConfig, check, sparse_layers
+from flax_switch.config import ConfigError, StackConfig, SwitchConfig, check, sparse_layers
 
 NEVER_DROPS = 2**31 - 1  # an expert_capacity no sequence reaches: how Hugging Face's config says "dropless"
 
@@ -194,10 +194,11 @@ def _architecture_problems(config: SwitchConfig) -> list[str]:
             value = getattr(config, name)
             if value != allowed and not (name == "expert_d_ff" and value == config.d_ff):
                 problems.append(f"{name}={value!r} (there it is {allowed!r})")
-        for stack in ("encoder", "decoder"):
+        for stack in config.stacks:
             if _num_sparse(config, stack) is None:
-                field = f"{stack}_sparse_layers" if getattr(config, f"{stack}_sparse_layers") is not None else "sparse_layout"
-                problems.append(f"{field}={getattr(config, field)!r}: the {stack}'s sparse layers {config.sparse_indices(stack)}")
+                explicit = f"{stack.name}_sparse_layers"
+                field = explicit if getattr(config, explicit) is not None else "sparse_layout"
+                problems.append(f"{field}={getattr(config, field)!r}: the {stack.name}'s sparse layers {stack.sparse_layers}")
     elif _is_dense(config) and _feed_forward_proj(config) is None:
         problems.append(f"mlp_activations={config.mlp_activations!r} (T5 knows an activation, or one times a linear gate)")
     if config.relative_attention_per_layer:
@@ -265,12 +266,11 @@ def _feed_forward_proj(config: SwitchConfig) -> str | None:
     return "gated-gelu" if first == "gelu_new" else f"gated-{first}"
 
 
-def _num_sparse(config: SwitchConfig, stack: str) -> int | None:
+def _num_sparse(config: SwitchConfig, stack: StackConfig) -> int | None:
     """The number of sparse layers from which Hugging Face builds this stack's, or None where no number does."""
-    n, wanted = config.num_layers(stack), config.sparse_indices(stack)
-    asked = getattr(config, f"num_sparse_{stack}_layers")
+    n, asked = stack.num_layers, getattr(config, f"num_sparse_{stack.name}_layers")
     for m in (asked, *range(n + 2)):
-        if sparse_layers("huggingface", n, m) == wanted:
+        if sparse_layers("huggingface", n, m) == stack.sparse_layers:
             return m
     return None
 
@@ -294,8 +294,8 @@ def _switch_config(config: SwitchConfig) -> dict[str, Any]:
         "model_type": "switch_transformers",
         "architectures": ["SwitchTransformersForConditionalGeneration"],
         **_shared_fields(config, _SWITCH),
-        "num_sparse_encoder_layers": _num_sparse(config, "encoder"),
-        "num_sparse_decoder_layers": _num_sparse(config, "decoder"),
+        "num_sparse_encoder_layers": _num_sparse(config, config.encoder),
+        "num_sparse_decoder_layers": _num_sparse(config, config.decoder),
         "expert_capacity": NEVER_DROPS if config.capacity_mode == "dropless" else config.expert_capacity,
         "dense_act_fn": config.mlp_activations[0],
         "router_ignore_padding_tokens": False,

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from flax_switch.config.base import _Section, check, one_of
+from flax_switch.config.base import _Section, check, may_change, one_of
 
 ACTIVATIONS = ("relu", "gelu", "gelu_new", "silu", "swish", "linear", "tanh")
 LAYOUTS = ("bottom", "middle", "mixed", "top", "huggingface")
@@ -41,6 +41,38 @@ def sparse_layers(layout: str, num_layers: int, num_sparse: int) -> tuple[int, .
         f"divide {n}. Change either number, or take another sparse_layout.",
     )
     return tuple(i for i in range(n) if i % (n // m) == n // m - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class StackConfig:
+    """A view of one stack of a model: how many layers it has, and which of them are sparse."""
+
+    name: str  # "encoder" or "decoder"
+    num_layers: int
+    sparse_layers: tuple[int, ...]  # their indices
+
+    @property
+    def num_sparse(self) -> int:
+        """How many layers are sparse."""
+        return len(self.sparse_layers)
+
+    @property
+    def block_size(self) -> int | None:
+        """How many layers the block has that repeats, a sparse one at its end; None where none repeats."""
+        if not self.sparse_layers:
+            return 1
+        size, rest = divmod(self.num_layers, self.num_sparse)
+        return size if rest == 0 and self.sparse_layers == tuple(range(size - 1, self.num_layers, size)) else None
+
+    @property
+    def num_blocks(self) -> int | None:
+        """How often that block repeats."""
+        return None if self.block_size is None else self.num_layers // self.block_size
+
+    @property
+    def why_not_blocks(self) -> str:
+        """What an error says of a stack in which no block repeats."""
+        return f"the {self.name}'s sparse layers {self.sparse_layers} of {self.num_layers} do not repeat"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,10 +120,10 @@ class SwitchConfig(_Section):
     router_jitter_noise: float = 0.0  # training only: router inputs times U(1-eps, 1+eps)
     router_dtype: str = "float32"
     cast_router_probs: bool = False  # Hugging Face: probabilities in the activations' dtype before argmax
-    moe_executor: str = "auto"  # "auto" or one of EXECUTORS
+    moe_executor: str = may_change("auto")  # "auto" or one of EXECUTORS
     # Dropless with experts on several devices: rows a device can receive, relative to its even share of them. What does not fit
     # is dropped and counted (the metric choices_overflowed).
-    expert_parallel_buffer_factor: float = 2.0
+    expert_parallel_buffer_factor: float = may_change(2.0)
 
     # --- losses
     load_balancing_loss_coef: float = 0.01
@@ -116,7 +148,7 @@ class SwitchConfig(_Section):
     param_dtype: str = "float32"
     expert_dtype: str | None = None  # of activations inside the experts; None: dtype
     scan_layers: bool = False  # one compiled block repeated, where the layout repeats
-    remat_policy: str = "none"  # "none", "minimal" (save matrix products) or "full"
+    remat_policy: str = may_change("none")  # "none", "minimal" (save matrix products) or "full"
 
     # --- special tokens
     pad_token_id: int = 0
@@ -153,8 +185,8 @@ class SwitchConfig(_Section):
             "separate_embeddings gives encoder and decoder tables of their own, so none is left to tie the head to; set "
             "tie_word_embeddings=False.",
         )
-        self._check_stack("encoder")
-        self._check_stack("decoder")
+        for stack in self.stacks:
+            self._check_stack(stack)
         if self.is_sparse:
             self._check_routing()
         for name in ("dropout_rate", "expert_dropout_rate", "label_smoothing", "router_jitter_noise"):
@@ -174,23 +206,16 @@ class SwitchConfig(_Section):
                 0 <= getattr(self, name) < self.vocab_size,
                 f"{name}={getattr(self, name)} is outside the vocabulary of {self.vocab_size}.",
             )
-        if self.scan_layers:
-            for stack in ("encoder", "decoder"):
-                check(
-                    self.scan_blocks(stack) is not None,
-                    f"scan_layers repeats one block, but the {stack}'s sparse layers {self.sparse_indices(stack)} of "
-                    f"{self.num_layers(stack)} do not repeat; use sparse_layout='mixed' or scan_layers=False.",
-                )
 
-    def _check_stack(self, stack: str) -> None:
-        explicit = getattr(self, f"{stack}_sparse_layers")
-        n = self.num_layers(stack)
-        if explicit is None:
-            sparse_layers(self.sparse_layout, n, getattr(self, f"num_sparse_{stack}_layers"))
-            return
+    def _check_stack(self, stack: StackConfig) -> None:
+        n, sparse = stack.num_layers, stack.sparse_layers
         check(
-            list(explicit) == sorted(set(explicit)) and all(0 <= i < n for i in explicit),
-            f"{stack}_sparse_layers must be ascending layer indices below {n}; it is {explicit!r}.",
+            list(sparse) == sorted(set(sparse)) and all(0 <= i < n for i in sparse),
+            f"{stack.name}_sparse_layers must be ascending layer indices below {n}; it is {sparse!r}.",
+        )
+        check(
+            not self.scan_layers or stack.block_size is not None,
+            f"scan_layers repeats one block, but {stack.why_not_blocks}; use sparse_layout='mixed' or scan_layers=False.",
         )
 
     def _check_routing(self) -> None:
@@ -215,30 +240,31 @@ class SwitchConfig(_Section):
             )
 
     # --- derived
-    def num_layers(self, stack: str) -> int:
-        """Number of layers of the `encoder` or `decoder`."""
-        return self.num_encoder_layers if stack == "encoder" else self.num_decoder_layers
+    @property
+    def encoder(self) -> StackConfig:
+        """The layers of the encoder."""
+        return self._stack("encoder")
 
-    def sparse_indices(self, stack: str) -> tuple[int, ...]:
-        """Indices of the sparse layers of the `encoder` or `decoder`."""
-        explicit = getattr(self, f"{stack}_sparse_layers")
-        if explicit is not None:
-            return explicit
-        return sparse_layers(self.sparse_layout, self.num_layers(stack), getattr(self, f"num_sparse_{stack}_layers"))
+    @property
+    def decoder(self) -> StackConfig:
+        """The layers of the decoder."""
+        return self._stack("decoder")
 
-    def scan_blocks(self, stack: str) -> int | None:
-        """How many times one block of layers repeats in a stack, or None where the layout does not repeat."""
-        n, sparse = self.num_layers(stack), self.sparse_indices(stack)
-        if not sparse:
-            return n
-        block = n // len(sparse)
-        repeats = n % len(sparse) == 0 and sparse == tuple(range(block - 1, n, block))
-        return len(sparse) if repeats else None
+    @property
+    def stacks(self) -> tuple[StackConfig, StackConfig]:
+        """The encoder and the decoder."""
+        return self.encoder, self.decoder
+
+    def _stack(self, name: str) -> StackConfig:
+        n, sparse = getattr(self, f"num_{name}_layers"), getattr(self, f"{name}_sparse_layers")
+        if sparse is None:
+            sparse = sparse_layers(self.sparse_layout, n, getattr(self, f"num_sparse_{name}_layers"))
+        return StackConfig(name, n, sparse)
 
     @property
     def is_sparse(self) -> bool:
         """Whether any layer is sparse."""
-        return bool(self.sparse_indices("encoder") or self.sparse_indices("decoder"))
+        return any(stack.sparse_layers for stack in self.stacks)
 
     @property
     def expert_width(self) -> int:

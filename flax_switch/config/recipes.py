@@ -1,5 +1,4 @@
-"""Recipes from Python files (ml_collections) or gin files, with overrides from the command line: an `ExperimentConfig` for
-pre-training, or a `FinetuneRecipe`, which a section `evaluation` tells apart.
+"""Recipes from Python files (ml_collections) or gin files, with overrides from the command line: whole configs of any kind.
 
 tiny                            one that comes with the package (flax_switch.config.shipped)
 configs/tiny.py                 a file: def get_config() returns to_config_dict(ExperimentConfig(...))
@@ -10,7 +9,6 @@ configs/gin/tiny.gin            recipe.base = 'configs/tiny.py' and bindings suc
 
 from __future__ import annotations
 
-import ast
 import functools
 import importlib.util
 import runpy
@@ -20,13 +18,11 @@ from typing import Any
 
 import ml_collections
 
-from flax_switch.config import ConfigError, ExperimentConfig, shipped
-from flax_switch.config.distillation import DistillConfig
-from flax_switch.config.finetuning import FinetuneRecipe
+from flax_switch.config import ConfigError, shipped
+from flax_switch.config.kinds import RECIPES, Recipe, kind_of
+from flax_switch.config.values import parse_assignment
 
 SECTIONS = ("model", "data", "optimizer", "mesh", "train", "distillation", "evaluation")  # the last is fine-tuning's
-
-Recipe = ExperimentConfig | DistillConfig | FinetuneRecipe
 
 
 def to_config_dict(config: Recipe) -> ml_collections.ConfigDict:
@@ -36,17 +32,15 @@ def to_config_dict(config: Recipe) -> ml_collections.ConfigDict:
 
 def from_config_dict(values: ml_collections.ConfigDict) -> Recipe:
     """The validated config; unknown keys raise `ConfigError` with the nearest name."""
-    return _kind(values).from_dict(values.to_dict())
-
-
-def _kind(values: ml_collections.ConfigDict) -> type[Recipe]:
-    if "evaluation" in values:
-        return FinetuneRecipe
-    return DistillConfig if "distillation" in values else ExperimentConfig
+    plain = values.to_dict()
+    return RECIPES[kind_of(plain)].from_dict(plain)
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-    """The config of a recipe, a file or a name such as 'tiny', with overrides like 'train.steps=500' applied in order."""
+    """The config of a recipe, a file or a name such as 'tiny', with overrides like 'train.steps=500' applied in order.
+
+    Recipes inherit with it: `load_recipe("tiny").replace(...)` is the one that comes with the package, changed.
+    """
     return from_config_dict(override(_config_dict(path), overrides))
 
 
@@ -118,31 +112,19 @@ def _config_dict(given: str | Path) -> ml_collections.ConfigDict:
 
 
 def override(values: ml_collections.ConfigDict, overrides: Iterable[str]) -> ml_collections.ConfigDict:
-    """`values` with overrides like 'model.num_experts=16' applied; values are Python literals, true, false, none or text."""
+    """Applies overrides like 'model.num_experts=16' to `values`, and returns them."""
     for text in overrides:
-        key, separator, value = text.partition("=")
-        if not separator:
-            raise ConfigError(f"An override has the form section.field=value; {text!r} has no '='.")
-        _set(values, key, parse_value(value))
+        _set(values, *parse_assignment(text, "An override has the form section.field=value"))
     return values
-
-
-def parse_value(text: str) -> Any:
-    """A Python literal, true/false/none in any case, or the text itself."""
-    named = {"true": True, "false": False, "none": None}
-    if text.lower() in named:
-        return named[text.lower()]
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
 
 
 def _set(values: ml_collections.ConfigDict, key: str, value: Any) -> None:
     section, _, field = key.partition(".")
-    if section not in values or not field:
-        _kind(values).from_dict({section: {}})  # an unknown section is an error with the nearest name
-        raise ConfigError(f"{key!r} names no field; write section.field, with the section one of {', '.join(values)}.")
+    sections = [name for name in values if name in SECTIONS]
+    if section not in sections or not field:
+        if section != "kind":
+            RECIPES[kind_of(values.to_dict())].from_dict({section: {}})  # an unknown section is an error with the nearest name
+        raise ConfigError(f"{key!r} names no field; write section.field, with the section one of {', '.join(sections)}.")
     with values.ignore_type(), values.unlocked():
         # Whether the field exists and the value fits is for the dataclass to say.
         fields: Any = values[section]

@@ -3,13 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
-from flax_switch.config.base import _Section, check, one_of
+from flax_switch.config.base import _Section, check, may_change, one_of
 from flax_switch.config.model import SwitchConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig(_Section):
+class BatchConfig(_Section):
+    """The batches of any kind of run: the fields that its `data` has beside those that say what is read."""
+
+    inputs_length: int = 512  # tokens, sentinels and EOS included
+    targets_length: int = 128
+    batch_size: int = 128  # rows per step over all processes
+    packing: bool = False  # put several short examples in a row, with segment ids
+    shuffle: bool = True
+    seed: int = 0
+    num_workers: int = may_change(0)  # processes that prepare batches; the order never depends on it
+    prefetch: int = may_change(8)  # batches held ready
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("inputs_length", "targets_length", "batch_size", "prefetch"):
+            check(getattr(self, name) >= 1, f"data.{name} must be at least 1; it is {getattr(self, name)}.")
+        check(self.num_workers >= 0, f"data.num_workers must not be negative; it is {self.num_workers}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig(BatchConfig):
     """What text is read and how examples are made of it."""
 
     source: str | tuple[str, ...] = "default"  # "default": the embedded corpus; else files, folders or globs
@@ -24,21 +45,13 @@ class DataConfig(_Section):
     infilling_rate: float = 0.0  # inputs of span corruption, but the whole text as targets (BART's text infilling)
     noise_density: float = 0.15
     mean_noise_span_length: float = 3.0
-    inputs_length: int = 512  # tokens, sentinels and EOS included
     targets_length: int = 114
-    batch_size: int = 128  # examples per step over all processes
-    packing: bool = False  # put several short examples in a row, with segment ids
-    shuffle: bool = True
-    seed: int = 0
-    num_workers: int = 0  # processes that prepare batches; the order never depends on it
-    prefetch: int = 8  # batches held ready
-    cache_dir: str | None = None  # of tokenised text; None: a folder in the user's cache directory
+    cache_dir: str | None = may_change(None)  # of tokenised text; None: a folder in the user's cache directory
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("vocabulary_size", "inputs_length", "targets_length", "batch_size", "prefetch"):
-            check(getattr(self, name) >= 1, f"data.{name} must be at least 1; it is {getattr(self, name)}.")
-        check(self.num_sentinels >= 0 and self.num_workers >= 0, "data.num_sentinels and data.num_workers must not be negative.")
+        check(self.vocabulary_size >= 1, f"data.vocabulary_size must be at least 1; it is {self.vocabulary_size}.")
+        check(self.num_sentinels >= 0, f"data.num_sentinels must not be negative; it is {self.num_sentinels}.")
         one_of("data.document_separator", self.document_separator, ("line", "blank_line"))
         check(0.0 < self.noise_density < 1.0, f"data.noise_density must lie in (0, 1); it is {self.noise_density}.")
         check(
@@ -112,16 +125,16 @@ class MeshConfig(_Section):
 class TrainConfig(_Section):
     """The training loop."""
 
-    steps: int = 524_288
+    steps: int = may_change(524_288)
     seed: int = 0
     microbatches: int = 1  # a batch is split into this many; the update equals the unsplit batch's
-    log_every: int = 100
-    eval_every: int = 1000
-    eval_batches: int = 20
-    checkpoint_every: int = 1000
-    keep_last: int = 3
-    keep_every: int | None = None  # keep checkpoints whose step is a multiple of it for good
-    sample_spans: int = 4  # held-out examples shown at the end: with masked spans filled in, or beside predictions
+    log_every: int = may_change(100)
+    eval_every: int = may_change(1000)
+    eval_batches: int = may_change(20)
+    checkpoint_every: int = may_change(1000)
+    keep_last: int = may_change(3)
+    keep_every: int | None = may_change(None)  # keep checkpoints whose step is a multiple of it for good
+    sample_spans: int = may_change(4)  # held-out examples shown at the end: with masked spans filled in, or beside predictions
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -133,10 +146,12 @@ class TrainConfig(_Section):
 class ExperimentConfig(_Section):
     """A whole run: what a recipe in configs/ returns and what a checkpoint carries."""
 
+    kind: ClassVar[str] = "pretraining"
+
     model: SwitchConfig = dataclasses.field(default_factory=SwitchConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
-    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    mesh: MeshConfig = may_change(MeshConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:

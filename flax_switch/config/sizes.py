@@ -23,8 +23,8 @@ def count_parameters(config: SwitchConfig) -> ParameterCount:
     expert = _mlp(config, config.d_ff if config.expert_d_ff is None else config.expert_d_ff)
     tables = 1 + (2 if config.separate_embeddings else 0) + (0 if config.tie_word_embeddings else 1)
     shared, routed = tables * vocabulary * d, 0
-    for stack, attentions in (("encoder", 1), ("decoder", 2)):
-        layers, sparse = config.num_layers(stack), len(config.sparse_indices(stack))
+    for stack, attentions in zip(config.stacks, (1, 2), strict=True):
+        layers, sparse = stack.num_layers, stack.num_sparse
         norms = attentions + 1
         shared += layers * (attentions * attention + norms * d) + d
         shared += buckets * (layers if config.relative_attention_per_layer else 1)

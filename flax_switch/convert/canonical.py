@@ -15,17 +15,18 @@ def canonical_shapes(config: SwitchConfig, architecture: str = "full") -> dict[s
     """
     V, D = config.vocab_size, config.d_model
     shapes: dict[str, tuple[int, ...]] = {"token_embedder/embedding": (V, D)}
-    for stack in ("encoder",) if architecture == "encoder" else ("encoder", "decoder"):
+    for view in config.stacks[:1] if architecture == "encoder" else config.stacks:
+        stack = view.name
         if config.separate_embeddings:
             shapes[f"{stack}/token_embedder/embedding"] = (V, D)
         table = (config.num_heads, config.relative_attention_num_buckets)
         if not config.relative_attention_per_layer:
             shapes[f"{stack}/relpos_bias/rel_embedding"] = table
-        for i in range(config.num_layers(stack)):
+        for i in range(view.num_layers):
             layer = f"{stack}/layers_{i}"
             if config.relative_attention_per_layer:
                 shapes[f"{layer}/relpos_bias/rel_embedding"] = table
-            for name, shape in layer_shapes(config, stack, sparse=i in config.sparse_indices(stack)).items():
+            for name, shape in layer_shapes(config, stack, sparse=i in view.sparse_layers).items():
                 shapes[f"{layer}/{name}"] = shape
         shapes[f"{stack}/{stack}_norm/scale"] = (D,)
     if architecture == "full" and not config.tie_word_embeddings:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from flax_switch.config import ConfigError, SwitchConfig
+from flax_switch.config import ConfigError, StackConfig, SwitchConfig
 from flax_switch.convert import tensors
 from flax_switch.convert.canonical import flatten, unflatten
 
@@ -78,13 +78,10 @@ def _is_nested(params: Mapping[str, Any]) -> bool:
 
 
 def _block_size(config: SwitchConfig, stack: str) -> int:
-    blocks = config.scan_blocks(stack)
-    if blocks:
-        return config.num_layers(stack) // blocks
-    raise ConfigError(
-        f"scanned layers repeat one block, but the {stack}'s sparse layers {config.sparse_indices(stack)} of "
-        f"{config.num_layers(stack)} do not repeat."
-    )
+    view: StackConfig = getattr(config, stack)
+    if view.block_size is None:
+        raise ConfigError(f"scanned layers repeat one block, but {view.why_not_blocks}.")
+    return view.block_size
 
 
 def _stack(leaves: list[Any]) -> Any:

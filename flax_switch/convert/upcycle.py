@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from flax_switch.config import SwitchConfig, check
+from flax_switch.config import StackConfig, SwitchConfig, check
 from flax_switch.convert.canonical import canonical_shapes, is_expert, is_router
 from flax_switch.convert.checkpoint import Checkpoint, companion_files, open_checkpoint, source_identity, write_checkpoint
 from flax_switch.convert.folder import DEFAULT_SHARD_SIZE, local_destination
@@ -58,8 +58,8 @@ def upcycle(
         changes or {},
         num_experts=num_experts,
         sparse_layout=sparse_layout,
-        num_sparse_encoder_layers=_half(dense.config, "encoder", num_sparse_encoder_layers),
-        num_sparse_decoder_layers=_half(dense.config, "decoder", num_sparse_decoder_layers),
+        num_sparse_encoder_layers=_half(dense.config.encoder, num_sparse_encoder_layers),
+        num_sparse_decoder_layers=_half(dense.config.decoder, num_sparse_decoder_layers),
     )
     sparse = upcycled(dense, dense.config.replace(**fields), noise=noise, seed=seed)
     identity = [source_identity(dense.path), noise, seed]
@@ -117,5 +117,5 @@ def _random(seed: int, path: str, member: int) -> np.random.Generator:
     return np.random.default_rng([seed, zlib.crc32(path.encode()), member])
 
 
-def _half(config: SwitchConfig, stack: str, asked: int | None) -> int:
-    return config.num_layers(stack) // 2 if asked is None else asked
+def _half(stack: StackConfig, asked: int | None) -> int:
+    return stack.num_layers // 2 if asked is None else asked

@@ -13,8 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 from jaxtyping import Int32, Int64, Integer
 
-from flax_switch.config import DataConfig, check
-from flax_switch.config.finetuning import FinetuneDataConfig
+from flax_switch.config import BatchConfig, check
 from flax_switch.data.batches import Batch
 from flax_switch.data.examples import Examples
 from flax_switch.data.loader import BatchMaker, TrainIterator, finite_batches
@@ -63,9 +62,7 @@ class Pairs:
         return whole
 
     @classmethod
-    def encode(
-        cls, inputs: Sequence[str], targets: Sequence[str], vocabulary: Vocabulary, config: DataConfig | FinetuneDataConfig
-    ) -> Pairs:
+    def encode(cls, inputs: Sequence[str], targets: Sequence[str], vocabulary: Vocabulary, config: BatchConfig) -> Pairs:
         """Pairs of texts; sentinels such as `<extra_id_0>` may be part of them."""
         return cls(
             map(vocabulary.encode, inputs),
@@ -95,7 +92,7 @@ class Pairs:
 
 
 def pair_iterator(
-    pairs: Pairs, config: DataConfig, *, rows: Integer[np.ndarray, " rows"] | None = None, num_workers: int | None = None
+    pairs: Pairs, config: BatchConfig, *, rows: Integer[np.ndarray, " rows"] | None = None, num_workers: int | None = None
 ) -> TrainIterator:
     """Endless batches of pairs, shuffled, resumable and shared out among processes as `Prepared.train_iterator`'s are."""
     lengths = (config.inputs_length, config.targets_length)
@@ -113,7 +110,7 @@ def pair_iterator(
 
 
 def pair_batches(
-    pairs: Pairs, config: DataConfig, count: int | None = None, *, rows: Integer[np.ndarray, " rows"] | None = None
+    pairs: Pairs, config: BatchConfig, count: int | None = None, *, rows: Integer[np.ndarray, " rows"] | None = None
 ) -> Iterator[Batch]:
     """The first `count` (or all) batches of one pass in order, one pair a row; the last is filled up with rows of padding."""
     make = BatchMaker(pairs, config.inputs_length, config.targets_length)

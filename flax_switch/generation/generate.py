@@ -79,7 +79,7 @@ def generate(
         sharding = batch_sharding(mesh) if B % batch_ways(mesh) == 0 else replicated(mesh)
         inputs = tuple(jax.device_put(x, sharding) for x in inputs)
     variables = {"params": params}
-    if unstacked := unstacked_experts(params, config.sparse_indices("decoder"), config.num_experts):
+    if unstacked := unstacked_experts(params, config.decoder.sparse_layers, config.num_experts):
         variables["unstacked"] = unstacked
     program, numbers = split_numbers(settings)
     output = jax.device_get(run_program(config, program, variables, *inputs, numbers, sharded=mesh is not None))

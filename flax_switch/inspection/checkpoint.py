@@ -69,7 +69,7 @@ def describe(
         kind = next(kind for kind, pattern in _KINDS if re.fullmatch(pattern, path))
         by_kind[kind] += sizes[path]
         by_dtype[tensor.dtype.name] = by_dtype.get(tensor.dtype.name, 0) + sizes[path]
-    stacks = ("encoder",) if opened.architecture == "encoder" else ("encoder", "decoder")
+    stacks = config.stacks[:1] if opened.architecture == "encoder" else config.stacks
     total = sum(sizes.values())
     idle = sum(size - size * config.num_selected_experts // config.num_experts for path, size in sizes.items() if is_expert(path))
     return Description(
@@ -82,7 +82,7 @@ def describe(
         by_kind={kind: count for kind, count in by_kind.items() if count},
         by_dtype=by_dtype,
         nbytes=sum(tensor.nbytes for tensor in opened.tensors.values()),
-        sparse_layers={stack: config.sparse_indices(stack) for stack in stacks},
+        sparse_layers={stack.name: stack.sparse_layers for stack in stacks},
         shapes=collapse_layers({path: (t.dtype.name, t.shape) for path, t in opened.tensors.items()}),
     )
 

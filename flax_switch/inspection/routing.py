@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from flax_switch.config import ConfigError, SwitchConfig, check
+from flax_switch.config import ConfigError, StackConfig, SwitchConfig, check
 from flax_switch.nn.transformer import SwitchEncoder, SwitchTransformer
 from flax_switch.ops.moe.routing import RouterOutput
 
@@ -91,15 +91,15 @@ def explore(pretrained: Pretrained, texts: Sequence[str], targets: Sequence[str]
     explored = []
     for i, text in enumerate(texts):
         ids = jnp.asarray([[*vocabulary.encode(text), vocabulary.eos_id]])
-        fed = {"encoder": ids}
+        fed = [ids]
         if pretrained.architecture != "encoder":
-            fed["decoder"] = _answer(pretrained, ids, None if targets is None else targets[i])
-        routers = _routers(pretrained.model, pretrained.params, *fed.values())
+            fed.append(_answer(pretrained, ids, None if targets is None else targets[i]))
+        routers = _routers(pretrained.model, pretrained.params, *fed)
         explored.append(
             [
-                _stack_routing(stack, [_name(vocabulary, token) for token in fed[stack][0].tolist()], routers[stack], config)
-                for stack in fed
-                if routers[stack]
+                _stack_routing(stack, [_name(vocabulary, token) for token in ids[0].tolist()], routers[stack.name], config)
+                for stack, ids in zip(config.stacks, fed, strict=False)
+                if routers[stack.name]
             ]
         )
     return Exploration(config, explored)
@@ -132,17 +132,17 @@ def _name(vocabulary, token: int) -> str:
     return text if text.isprintable() else repr(text)
 
 
-def _stack_routing(stack: str, tokens: list[str], routers: Sequence[RouterOutput], config: SwitchConfig) -> StackRouting:
+def _stack_routing(stack: StackConfig, tokens: list[str], routers: Sequence[RouterOutput], config: SwitchConfig) -> StackRouting:
     layers = []
-    experts_choose = config.router_type == "experts_choose" and stack == "encoder"
-    for index, router in zip(config.sparse_indices(stack), routers, strict=True):
+    experts_choose = config.router_type == "experts_choose" and stack.name == "encoder"
+    for index, router in zip(stack.sparse_layers, routers, strict=True):
         expert, kept = np.asarray(router.expert_index[0]), np.asarray(router.kept[0])
         if experts_choose:  # an expert that did not take a token did not drop it either
             chosen = [np.flatnonzero(flags).tolist() for flags in kept]
             layers.append(LayerRouting(index, chosen, [[True] * len(c) for c in chosen], _confidence(router)))
         else:
             layers.append(LayerRouting(index, expert.tolist(), kept.tolist(), _confidence(router)))
-    return StackRouting(stack, tokens, layers)
+    return StackRouting(stack.name, tokens, layers)
 
 
 def _confidence(router: RouterOutput) -> list[float]:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from flax_switch.config import SwitchConfig
+from flax_switch.config import StackConfig, SwitchConfig
 from flax_switch.nn.attention import Attention, RelativePositionBias
 from flax_switch.nn.cache import KeyValue, LayerCache
 from flax_switch.nn.layers import MLP, Dropout, RMSNorm
@@ -133,19 +133,17 @@ class ScanBlock(nn.Module):
     """The layers that repeat: dense ones and, where the stack is sparse, one sparse layer at the end."""
 
     config: SwitchConfig
-    stack: str
+    stack: StackConfig
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "B Q D"], inputs: LayerInputs, with_hidden_states: bool
     ) -> tuple[Float[Array, "B Q D"], tuple[tuple[LayerOutput, Array | None], ...]]:
         outputs = []
-        blocks = self.config.scan_blocks(self.stack)
-        assert blocks is not None  # the config refuses to scan layers that do not repeat
-        size = self.config.num_layers(self.stack) // blocks
-        sparse = bool(self.config.sparse_indices(self.stack))
+        size = self.stack.block_size
+        assert size is not None  # the config refuses to scan layers that do not repeat
         for j in range(size):
-            layer = Layer(self.config, self.stack, sparse=sparse and j == size - 1, name=f"subblock_{j}")
+            layer = Layer(self.config, self.stack.name, sparse=j in self.stack.sparse_layers, name=f"subblock_{j}")
             x, output = layer(x, inputs)
             outputs.append((output, x if with_hidden_states else None))
         return x, tuple(outputs)

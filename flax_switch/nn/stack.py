@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 from jaxtyping import Array, Float
 
-from flax_switch.config import SwitchConfig
+from flax_switch.config import StackConfig, SwitchConfig
 from flax_switch.nn.attention import RelativePositionBias
 from flax_switch.nn.cache import DecoderCache, KeyValue
 from flax_switch.nn.layer import Layer, LayerInputs, ScanBlock, remat, zero_padding
@@ -22,30 +22,29 @@ class Stack(nn.Module):
     """Layers with their shared relative position table, input and output dropout, and final norm."""
 
     config: SwitchConfig
-    stack: str  # "encoder" or "decoder"
+    stack: StackConfig
 
     def setup(self) -> None:
         config, stack = self.config, self.stack
         if config.separate_embeddings:
             self.token_embedder = Embedding(config)
         if not config.relative_attention_per_layer:
-            self.relpos_bias = RelativePositionBias(config, bidirectional=stack == "encoder")
+            self.relpos_bias = RelativePositionBias(config, bidirectional=stack.name == "encoder")
         if config.scan_layers:
             block = nn.scan(
                 remat(ScanBlock, config.remat_policy),
                 variable_axes={"params": SCAN_AXIS},
                 split_rngs={"params": True, "dropout": True, "jitter": True},
                 in_axes=(nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType] - flax takes a tuple, one for each argument
-                length=config.scan_blocks(stack),
+                length=stack.num_blocks,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
-            setattr(self, stack, block(config, stack))
+            setattr(self, stack.name, block(config, stack))
         else:
             layer = remat(Layer, config.remat_policy)
-            sparse = config.sparse_indices(stack)
-            self.layers = [layer(config, stack, sparse=i in sparse) for i in range(config.num_layers(stack))]
+            self.layers = [layer(config, stack.name, sparse=i in stack.sparse_layers) for i in range(stack.num_layers)]
         norm = RMSNorm(config)
-        setattr(self, f"{stack}_norm", norm)
+        setattr(self, f"{stack.name}_norm", norm)
         self.dropout = Dropout(config.dropout_rate)
 
     def __call__(
@@ -68,8 +67,8 @@ class Stack(nn.Module):
                     "Decoding with a cache needs unrolled layers; unstack the parameters (convert.scan.unstack_layers) and "
                     "use config.replace(scan_layers=False)."
                 )
-            x, stacked = getattr(self, self.stack)(x, inputs, output_hidden_states)
-            outputs, hidden = _unstack(stacked, config.scan_blocks(self.stack))
+            x, stacked = getattr(self, self.stack.name)(x, inputs, output_hidden_states)
+            outputs, hidden = _unstack(stacked, self.stack.num_blocks)
             hidden_states += hidden
         else:
             outputs = []
@@ -79,7 +78,7 @@ class Stack(nn.Module):
                 x, output = layer(x, inputs, None if cache is None else cache.layers[i])
                 outputs.append(output)
                 hidden_states.append(x)
-        x = getattr(self, f"{self.stack}_norm")(keep_batch_split(x))
+        x = getattr(self, f"{self.stack.name}_norm")(keep_batch_split(x))
         x = zero_padding(x, inputs.padding_mask, config)
         x = self.dropout(x, deterministic=inputs.deterministic)
         hidden_states[-1] = x

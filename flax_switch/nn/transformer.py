@@ -39,7 +39,7 @@ class SwitchEncoder(nn.Module):
 
     def setup(self) -> None:
         self.token_embedder = Embedding(self.config)
-        self.encoder = Stack(self.config, "encoder")
+        self.encoder = Stack(self.config, self.config.encoder)
 
     @nn.nowrap
     def init(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -95,7 +95,7 @@ class SwitchEncoder(nn.Module):
         if embeds is not None:
             return jnp.asarray(embeds).astype(self.config.dtype)
         if ids is None:
-            raise ValueError(f"The {stack.stack} needs token ids, or embeddings in their place; neither was given.")
+            raise ValueError(f"The {stack.stack.name} needs token ids, or embeddings in their place; neither was given.")
         ids = jnp.asarray(ids)
         shared = self.token_embedder(ids)
         # With tables of their own the shared one serves nothing, but stays a parameter: Hugging Face's files hold it.
@@ -129,7 +129,7 @@ class SwitchTransformer(SwitchEncoder):
 
     def setup(self) -> None:
         super().setup()
-        self.decoder = Decoder(self.config, "decoder")
+        self.decoder = Decoder(self.config, self.config.decoder)
 
     def decode(
         self,

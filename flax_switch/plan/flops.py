@@ -8,7 +8,7 @@ import re
 
 import numpy as np
 
-from flax_switch.config import SwitchConfig
+from flax_switch.config import StackConfig, SwitchConfig
 from flax_switch.plan.hlo import Instruction, UnknownText, executions, read_computations, shape_of
 
 _GROUPED = re.compile(r'op_name="[^"]*/grouped_(?:rows|kernels)/pallas_call"')
@@ -22,8 +22,8 @@ def forward_flops(config: SwitchConfig, batch: int, source: int, target: int) ->
     slots, nor recomputation, nor what executors do to move tokens. Every position counts, padding too. Causal attention counts
     whole squares, as it is computed.
     """
-    encoder = _stack_flops(config, "encoder", source, source)
-    decoder = _stack_flops(config, "decoder", target, source) + 2 * target * config.d_model * config.vocab_size
+    encoder = _stack_flops(config, config.encoder, source, source)
+    decoder = _stack_flops(config, config.decoder, target, source) + 2 * target * config.d_model * config.vocab_size
     return float(batch * (encoder + decoder))
 
 
@@ -32,20 +32,18 @@ def train_flops(config: SwitchConfig, batch: int, source: int, target: int) -> f
     return (1 + BACKWARD) * forward_flops(config, batch, source, target)
 
 
-def _stack_flops(config: SwitchConfig, stack: str, length: int, source: int) -> int:
+def _stack_flops(config: SwitchConfig, stack: StackConfig, length: int, source: int) -> int:
     """Of one sequence of `length` tokens; a decoder attends to `source` encoded ones, too."""
     D, HK = config.d_model, config.num_heads * config.d_kv
     kernels = 3 if config.is_gated else 2
     attention = 2 * length * 4 * D * HK + 2 * length * 2 * length * HK
-    if stack == "decoder":
+    if stack.name == "decoder":
         attention += 2 * (2 * length + 2 * source) * D * HK + 2 * length * 2 * source * HK
     dense = 2 * length * kernels * D * config.d_ff
     expert = 2 * length * kernels * D * config.expert_width
     sparse = 2 * length * D * config.num_experts + expert * (config.num_selected_experts + config.shared_expert)
     sparse += dense * config.extra_mlp
-    num_sparse = len(config.sparse_indices(stack))
-    num_layers = config.num_layers(stack)
-    return num_layers * attention + num_sparse * sparse + (num_layers - num_sparse) * dense
+    return stack.num_layers * attention + stack.num_sparse * sparse + (stack.num_layers - stack.num_sparse) * dense
 
 
 def program_flops(hlo_text: str) -> tuple[float, bool]:

@@ -167,9 +167,9 @@ def _groupings(config: ExperimentConfig) -> dict[str, Grouping]:
     """The routing groups of one micro-batch, by sparse stack."""
     rows, lengths = config.data.batch_size // config.train.microbatches, (config.data.inputs_length, config.data.targets_length)
     return {
-        stack: make_grouping(config.model, rows, length)
-        for stack, length in zip(("encoder", "decoder"), lengths, strict=True)
-        if config.model.sparse_indices(stack)
+        stack.name: make_grouping(config.model, rows, length)
+        for stack, length in zip(config.model.stacks, lengths, strict=True)
+        if stack.sparse_layers
     }
 
 
@@ -182,7 +182,7 @@ def exchange_bound(config: ExperimentConfig, mesh: tuple[int, int, int], slots: 
     model = config.model
     width = jax.numpy.dtype(model.expert_dtype or model.dtype).itemsize
     total = 0.0
-    for stack, length in (("encoder", config.data.inputs_length), ("decoder", config.data.targets_length)):
+    for stack, length in zip(model.stacks, (config.data.inputs_length, config.data.targets_length), strict=True):
         tokens = config.data.batch_size * length / (data * expert)
-        total += 4 * len(model.sparse_indices(stack)) * slots.get(stack, 0.0) * tokens * model.d_model * width
+        total += 4 * stack.num_sparse * slots.get(stack.name, 0.0) * tokens * model.d_model * width
     return total * (1 - 1 / expert)

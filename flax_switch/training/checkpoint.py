@@ -2,12 +2,13 @@
 
 A workdir holds
 
-    config.json                    the run's ExperimentConfig
+    config.json                    the run's config, its kind first
     vocabulary/                    its vocabulary
     checkpoints/<step>/            params, opt_state, meta (step, rng, position in the data), each complete or not there
     metrics.jsonl, events...       what `flax_switch.training.metrics` writes
 """
 
+import dataclasses
 import errno
 import json
 from typing import Any
@@ -18,38 +19,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from flax_switch.config import ConfigError, ExperimentConfig
-from flax_switch.config.distillation import DistillConfig
-from flax_switch.config.finetuning import FinetuneConfig
+from flax_switch.config import ConfigError
+from flax_switch.config.kinds import RUNS, RunConfig, kind_of
 from flax_switch.host.files import absolute, write_text
 from flax_switch.training.state import TrainState
 
 CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
 FORMAT_VERSION = 1
-
-# Fields in which a resumed run may differ from the one it continues: how long, how often, on what, how fast data comes.
-_MAY_CHANGE = (
-    "mesh.",
-    "train.steps",
-    "train.log_every",
-    "train.eval_every",
-    "train.eval_batches",
-    "train.checkpoint_every",
-    "train.keep_last",
-    "train.keep_every",
-    "train.sample_spans",
-    "data.num_workers",
-    "data.prefetch",
-    "data.cache_dir",
-    "model.remat_policy",
-    "model.moe_executor",
-    "evaluation.patience",
-    "evaluation.batch_size",
-    "model.expert_parallel_buffer_factor",
-)
-
-RunConfig = ExperimentConfig | FinetuneConfig
 
 
 class Checkpoints:
@@ -177,11 +154,23 @@ def claim_workdir(workdir: epath.PathLike, config: RunConfig) -> epath.Path:
 def differing_fields(old: RunConfig, new: RunConfig) -> list[str]:
     """The fields, of those a resumed run may not change, in which two configs differ: 'data.seed was 0, is 1'."""
     was, now = flat_fields(old), flat_fields(new)
+    changeable = changeable_fields(old) | changeable_fields(new)
     return [
         f"{key} was {was.get(key)!r}, is {now.get(key)!r}"
         for key in dict.fromkeys((*was, *now))
-        if was.get(key) != now.get(key) and not any(key.startswith(prefix) for prefix in _MAY_CHANGE)
+        if was.get(key) != now.get(key) and key not in changeable
     ]
+
+
+def changeable_fields(config: RunConfig) -> set[str]:
+    """The names, as in `flat_fields`, of what a resumed run may change: what is marked by `config.base.may_change`."""
+    return {
+        f"{section.name}.{field.name}"
+        for section in dataclasses.fields(config)
+        if dataclasses.is_dataclass(value := getattr(config, section.name))
+        for field in dataclasses.fields(value)
+        if "may_change" in section.metadata | field.metadata
+    }
 
 
 def flat_fields(config: RunConfig) -> dict[str, Any]:
@@ -203,8 +192,7 @@ def read_config(workdir: epath.PathLike) -> RunConfig:
     path = epath.Path(workdir) / CONFIG_FILE
     try:
         values = json.loads(path.read_text())
-        kinds = {"evaluation": FinetuneConfig, "distillation": DistillConfig}  # by the section that no other kind has
-        return next((kind for section, kind in kinds.items() if section in values), ExperimentConfig).from_dict(values)
+        return RUNS[kind_of(values)].from_dict(values)
     except FileNotFoundError:
         raise ConfigError(f"{workdir} is no workdir of a run: it has no {CONFIG_FILE}.") from None
     except json.JSONDecodeError as error:

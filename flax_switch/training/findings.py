@@ -30,7 +30,7 @@ def _encoder(evaluation: Mapping[str, Any]) -> list[str]:
 
 def sparse_layer_names(model: SwitchConfig) -> list[str]:
     """Returns the sparse layers in the order of the metrics: 'encoder 1', 'decoder 1'."""
-    return [f"{stack} {i}" for stack in ("encoder", "decoder") for i in model.sparse_indices(stack)]
+    return [f"{stack.name} {i}" for stack in model.stacks for i in stack.sparse_layers]
 
 
 def _routers(model: SwitchConfig, evaluation: Mapping[str, Any]) -> list[str]:

@@ -11,7 +11,8 @@ from etils import epath
 
 from flax_switch.config import ConfigError
 from flax_switch.config.finetuning import LOSS, FinetuneConfig
-from flax_switch.training.checkpoint import RunConfig, read_config
+from flax_switch.config.kinds import RunConfig
+from flax_switch.training.checkpoint import read_config
 from flax_switch.training.evaluate import perplexity
 from flax_switch.training.findings import findings, sparse_layer_names
 from flax_switch.training.metrics import read_metrics

@@ -1,11 +1,23 @@
 """Configs validate themselves, name what is wrong, and survive a round trip through plain dicts."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
-from flax_switch.config import ConfigError, DataConfig, ExperimentConfig, MeshConfig, OptimizerConfig, SwitchConfig, sparse_layers
+from flax_switch.config import (
+    BatchConfig,
+    ConfigError,
+    DataConfig,
+    ExperimentConfig,
+    MeshConfig,
+    OptimizerConfig,
+    StackConfig,
+    SwitchConfig,
+    sparse_layers,
+)
+from flax_switch.config.finetuning import FinetuneDataConfig, TaskConfig
 from flax_switch.config.presets import PRESETS
 
 
@@ -43,7 +55,17 @@ def test_layouts_are_flaxformers(row):
         num_decoder_layers=1, num_sparse_decoder_layers=0,
     )  # fmt: skip
     if row["num_scan_blocks"] is not None:
-        assert config.scan_blocks("encoder") == row["num_scan_blocks"]
+        assert config.encoder.num_blocks == row["num_scan_blocks"]
+
+
+def test_a_view_of_a_stack_says_its_layers_and_which_block_repeats():
+    config = SwitchConfig(num_encoder_layers=6, num_sparse_encoder_layers=2, num_decoder_layers=4, decoder_sparse_layers=(0, 3))
+    assert config.stacks == (config.encoder, config.decoder)
+    assert config.encoder == StackConfig("encoder", 6, (2, 5))
+    assert (config.encoder.num_sparse, config.encoder.block_size, config.encoder.num_blocks) == (2, 3, 2)
+    assert (config.decoder.sparse_layers, config.decoder.block_size, config.decoder.num_blocks) == ((0, 3), None, None)
+    dense = config.replace(num_sparse_encoder_layers=0).encoder
+    assert (dense.sparse_layers, dense.block_size, dense.num_blocks) == ((), 1, 6)
 
 
 @pytest.mark.parametrize(
@@ -88,3 +110,17 @@ def test_impossible_experiments_are_refused_with_the_reason():
         ExperimentConfig.from_dict({"train": {"microbatches": 3}})
     with pytest.raises(ConfigError, match="Did you mean 'optimizer'"):
         ExperimentConfig.from_dict({"optimiser": {}})
+
+
+def test_data_of_pretraining_and_finetuning_share_the_fields_of_batches_and_their_checks():
+    assert {field.name for field in dataclasses.fields(DataConfig)} & {
+        field.name for field in dataclasses.fields(FinetuneDataConfig)
+    } == {field.name for field in dataclasses.fields(BatchConfig)}
+    assert (DataConfig().targets_length, FinetuneDataConfig().targets_length) == (114, 128)
+    for section in (BatchConfig, DataConfig, FinetuneDataConfig):
+        for name in ("inputs_length", "targets_length", "batch_size", "prefetch"):
+            with pytest.raises(ConfigError, match=f"data.{name} must be at least 1; it is 0"):
+                section(**{name: 0})
+        with pytest.raises(ConfigError, match="num_workers must not be negative"):
+            section(num_workers=-1)
+    assert not {field.name for field in dataclasses.fields(TaskConfig)} & {field.name for field in dataclasses.fields(BatchConfig)}

@@ -34,7 +34,7 @@ def test_sparse_layers_are_those_transformers_builds(layers):
         config = SwitchConfig.from_huggingface(theirs.to_dict())
         step = theirs.encoder_sparse_step
         built = [i for i in range(layers) if step > 0 and (i % step == 1 or step == 1)]
-        assert list(config.sparse_indices("encoder")) == built
+        assert list(config.encoder.sparse_layers) == built
         assert config.to_huggingface()["num_sparse_encoder_layers"] == sparse
 
 
@@ -43,7 +43,7 @@ def test_the_odd_placements_are_built_as_transformers_builds_them():
     model = oracle.huggingface_model(theirs)
     built = [[i for i, block in enumerate(stack.block) if block.is_sparse] for stack in (model.encoder, model.decoder)]
     config = SwitchConfig.from_huggingface(theirs.to_dict())
-    assert [list(config.sparse_indices(stack)) for stack in ("encoder", "decoder")] == built == [[0, 1, 2], [0]]
+    assert [list(stack.sparse_layers) for stack in config.stacks] == built == [[0, 1, 2], [0]]
 
 
 def test_a_config_carries_hugging_faces_semantics():
@@ -62,12 +62,12 @@ def test_the_oddities_of_released_files_are_read_as_transformers_reads_them():
         num_decoder_layers=None, pad_token_id=0,
     )  # fmt: skip
     config = SwitchConfig.from_huggingface(released)
-    assert config.sparse_indices("encoder") == (1, 3, 5, 7, 9, 11)
+    assert config.encoder.sparse_layers == (1, 3, 5, 7, 9, 11)
     assert config.decoder_start_token_id == 0 and config.num_decoder_layers == 12
     assert config.mlp_activations == ("relu",) and config.dtype == config.param_dtype == "bfloat16"
     assert not config.ignore_padding_tokens  # the field has no effect in transformers
     c2048 = SwitchConfig.from_huggingface({"num_layers": 15, "num_decoder_layers": 12, "num_sparse_decoder_layers": 15})
-    assert c2048.sparse_indices("decoder") == ()
+    assert c2048.decoder.sparse_layers == ()
 
 
 @pytest.mark.parametrize(
@@ -139,8 +139,7 @@ def test_every_preset_hugging_face_can_hold_builds_the_same_sparse_layers_there(
     for name in ("switch-base-8", "switch-base-256", "switch-large-128", "switch-c-2048", "switch-tiny"):
         config, _ = with_huggingface_semantics(PRESETS[name].replace(sparse_layout=layout))
         again = SwitchConfig.from_huggingface(config.to_huggingface())
-        for stack in ("encoder", "decoder"):
-            assert again.sparse_indices(stack) == config.sparse_indices(stack)
+        assert again.stacks == config.stacks
 
 
 @pytest.mark.parametrize("projection", ["relu", "gated-gelu", "gated-silu", "gelu_new"])

@@ -1,5 +1,6 @@
 """Recipes load, from Python and from gin, and overrides change what they name."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,25 @@ def test_every_recipe_loads_and_says_how_to_run_it(name):
 @pytest.mark.parametrize("name", RECIPES)
 def test_gin_files_describe_the_same_runs(name):
     assert load_gin([CONFIGS / "gin" / f"{name}.gin"]) == load_recipe(CONFIGS / f"{name}.py")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_the_same_wherever_its_file_lies(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(CONFIGS / f"{name}.py", tmp_path / "mine.py")
+    assert load_recipe("mine.py") == load_recipe(name) == load_recipe(CONFIGS / f"{name}.py")
+
+
+def test_a_recipe_of_ones_own_inherits_from_one_that_comes_with_the_package(tmp_path):
+    path = tmp_path / "wide.py"
+    path.write_text(
+        "from flax_switch.config.recipes import load_recipe, to_config_dict\n"
+        "def get_config():\n"
+        "    base = load_recipe('tiny')\n"
+        "    return to_config_dict(base.replace(model=base.model.replace(d_ff=1024)))\n"
+    )
+    tiny = load_recipe("tiny")
+    assert load_recipe(path) == tiny.replace(model=tiny.model.replace(d_ff=1024))
 
 
 def test_overrides_and_bindings_agree():

@@ -77,7 +77,7 @@ def test_upcycle_from_the_command_line(tmp_path):
     arguments = ["--num-experts", "3", "--layout", "top", "--num-sparse-encoder-layers", "1", "--noise", "0.1", "--no-progress"]
     assert main(["upcycle", str(tmp_path / "dense"), str(tmp_path / "sparse"), *arguments]) == 0
     config = open_checkpoint(tmp_path / "sparse").config
-    assert (config.num_experts, config.sparse_indices("encoder"), config.sparse_indices("decoder")) == (3, (3,), (1,))
+    assert (config.num_experts, config.encoder.sparse_layers, config.decoder.sparse_layers) == (3, (3,), (1,))
 
 
 def folder_in(form: str, tmp_path):

@@ -36,7 +36,7 @@ IDS = dict(
 def test_with_normalised_weights_and_ample_capacity_the_logits_are_the_dense_models(dense, tmp_path):
     upcycle(dense, tmp_path / "sparse", num_experts=4, changes={"normalize_router_weights": True, "capacity_mode": "dropless"})
     sparse = load_pretrained(tmp_path / "sparse")
-    assert sparse.config.sparse_indices("encoder") == (1,) and sparse.config.num_experts == 4
+    assert sparse.config.encoder.sparse_layers == (1,) and sparse.config.num_experts == 4
     np.testing.assert_allclose(sparse(**IDS).logits, load_pretrained(dense)(**IDS).logits, atol=1e-4, rtol=1e-4)
 
 

@@ -82,7 +82,7 @@ def test_beams_do_not_copy_the_sources_keys(trained):
     def temporaries(num_beams):
         program, numbers = split_numbers(make_controls(dict(max_new_tokens=4, num_beams=num_beams), config))
         inputs = np.ones((1, S), np.int32), np.ones((1, S), bool), np.zeros((1, 1), np.int32), np.zeros((1, 2), np.uint32)
-        unstacked = unstacked_experts(trained.params, config.sparse_indices("decoder"), config.num_experts)
+        unstacked = unstacked_experts(trained.params, config.decoder.sparse_layers, config.num_experts)
         variables = {"params": trained.params, "unstacked": unstacked}
         lowered = run_program.lower(config, program, variables, *inputs, numbers)
         return lowered.compile().memory_analysis().temp_size_in_bytes

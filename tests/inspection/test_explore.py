@@ -48,7 +48,7 @@ def test_tokens_layers_and_choices_are_the_models(pretrained, exploration):
         output = pretrained.model.apply({"params": pretrained.params}, ids, answer)
         for stack, fed, routers in zip(stacks, (ids, answer), (output.encoder_router, output.decoder_router), strict=True):
             assert stack.tokens == [vocabulary.decode([i], skip_special_tokens=False) or "\u2581" for i in fed[0]]
-            assert [layer.layer for layer in stack.layers] == list(pretrained.config.sparse_indices(stack.stack))
+            assert [layer.layer for layer in stack.layers] == list(getattr(pretrained.config, stack.stack).sparse_layers)
             for layer, router in zip(stack.layers, routers, strict=True):
                 assert layer.chosen == router.expert_index[0].tolist()
                 assert layer.kept == router.kept[0].tolist()

@@ -119,13 +119,13 @@ def scanned(params, config):
     flat = flatten_dict(params, sep="/")
     stacked = {}
     for stack in ("encoder", "decoder"):
-        size = config.num_layers(stack) // config.scan_blocks(stack)
+        num_layers, size = getattr(config, stack).num_layers, getattr(config, stack).block_size
         layers = {k: v for k, v in flat.items() if k.startswith(f"{stack}/layers_")}
         for key in layers:
             _, layer, rest = key.split("/", 2)
             i = int(layer.removeprefix("layers_"))
             if i < size:
-                parts = [flat[f"{stack}/layers_{j}/{rest}"] for j in range(i, config.num_layers(stack), size)]
+                parts = [flat[f"{stack}/layers_{j}/{rest}"] for j in range(i, num_layers, size)]
                 stacked[f"{stack}/{stack}/subblock_{i}/{rest}"] = jnp.stack(parts, 1)
     return unflatten_dict({**{k: v for k, v in flat.items() if "/layers_" not in k}, **stacked}, sep="/")
 

@@ -35,7 +35,7 @@ def compiled(model, mesh_config, devices=None):
 def check_exchanges(found, run, *, bytes_each):
     """Four exchanges a sparse layer, each of the capacity's bytes; nobody is sent an expert's kernel."""
     model, mesh = run.config.model, run.mesh
-    layers = len(model.sparse_indices("encoder") + model.sparse_indices("decoder"))
+    layers = len(model.encoder.sparse_layers + model.decoder.sparse_layers)
     exchanges = [c for c in found if c.kind == "all-to-all"]
     assert sum(c.count for c in exchanges) == 4 * layers
     ways = mesh.shape["expert"]

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from flax_switch.config import ConfigError, ExperimentConfig
-from flax_switch.training.checkpoint import claim_workdir, differing_fields, explain_full_disk, read_config
+from flax_switch.config.distillation import DistillConfig
+from flax_switch.config.finetuning import FinetuneConfig
+from flax_switch.training.checkpoint import changeable_fields, claim_workdir, differing_fields, explain_full_disk, read_config
 from flax_switch.training.metrics import MetricsWriter, read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -139,6 +141,31 @@ def test_a_workdir_of_another_run_is_refused_naming_the_fields(tmp_path):
     assert not differing_fields(config, longer)
     claim_workdir(tmp_path / "run", longer)
     assert read_config(tmp_path / "run") == longer
+
+
+MAY_CHANGE = {
+    "mesh": {"data", "expert", "model", "fsdp", "mode"},
+    "train": {
+        "steps", "log_every", "eval_every", "eval_batches", "checkpoint_every", "keep_last", "keep_every", "sample_spans"
+    },
+    "data": {"num_workers", "prefetch", "cache_dir"},
+    "model": {"remat_policy", "moe_executor", "expert_parallel_buffer_factor"},
+    "evaluation": {"patience", "batch_size"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "lacks"),
+    [
+        (ExperimentConfig(), {"evaluation.patience", "evaluation.batch_size"}),
+        (DistillConfig(), {"evaluation.patience", "evaluation.batch_size"}),
+        (FinetuneConfig(), {"data.cache_dir"}),
+    ],
+    ids=lambda value: getattr(value, "kind", ""),
+)
+def test_these_and_no_others_may_change_when_a_run_is_resumed(config, lacks):
+    assert changeable_fields(config) | lacks == {f"{section}.{name}" for section, names in MAY_CHANGE.items() for name in names}
+    assert not changeable_fields(config) & lacks
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):

@@ -6,7 +6,7 @@ standard library, so that data preparation and tools can read a config without s
 """
 
 from flax_switch.config.base import ConfigError, check, one_of, reject_unknown_keys
-from flax_switch.config.model import ACTIVATIONS, DTYPES, EXECUTORS, LAYOUTS, LOSS_NORMALIZERS, SwitchConfig, sparse_layers
+from flax_switch.config.model import ACTIVATIONS, DTYPES, EXECUTORS, LAYOUTS, LOSS_NORMALIZERS, ROUTERS, SwitchConfig, sparse_layers
 from flax_switch.config.run import DataConfig, ExperimentConfig, MeshConfig, OptimizerConfig, TrainConfig
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "EXECUTORS",
     "LAYOUTS",
     "LOSS_NORMALIZERS",
+    "ROUTERS",
     "ConfigError",
     "DataConfig",
     "ExperimentConfig",

@@ -12,10 +12,10 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from flax_switch.config import SwitchConfig
 from flax_switch.ops.kernels.choice import choose, run_chosen
-from flax_switch.ops.kernels.few_rows import by_gather, by_switch
+from flax_switch.ops.kernels.exchange import Peers
+from flax_switch.ops.kernels.few_rows import few_rows
 from flax_switch.ops.kernels.grouped import batched_matmul, grouped_matmul
 from flax_switch.ops.mlp import expert_dtype, expert_function
-from flax_switch.ops.moe.exchange import Peers
 from flax_switch.ops.moe.executors import ExpertFunction, SortedExperts, execute_buffers, execute_hit, execute_ragged
 from flax_switch.ops.moe.expert_parallel import exchange_buffers, execute_dropless, fits_mesh, over_mesh, own_groups, pmap_peers
 from flax_switch.ops.moe.groups import Grouping, make_grouping
@@ -169,9 +169,7 @@ def execute(
     if executor == "ragged":
         return execute_ragged(plan, x, grouped_experts(experts, kernels))
     if executor == "hit":
-        if unstacked is not None:
-            return execute_hit(plan, x, functools.partial(by_switch, experts=unstacked, mlp=experts))
-        return execute_hit(plan, x, functools.partial(by_gather, stacked=kernels, mlp=experts))
+        return execute_hit(plan, x, functools.partial(few_rows, mlp=experts, stacked=kernels, unstacked=unstacked))
     return execute_buffers(plan, x, buffered_experts(experts, kernels), executor=executor)
 
 

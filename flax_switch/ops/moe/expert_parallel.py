@@ -25,7 +25,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from flax_switch.config import check
-from flax_switch.ops.moe.exchange import Peers, locate, send_rows, starts
+from flax_switch.ops.kernels.exchange import Peers, locate, send_rows, starts
 from flax_switch.ops.moe.executors import ExpertFunction, SortedExperts, execute_ragged
 from flax_switch.ops.moe.groups import Grouping
 from flax_switch.ops.moe.routing import RoutingPlan

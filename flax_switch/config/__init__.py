@@ -6,11 +6,12 @@ standard library, so that data preparation and tools can read a config without s
 """
 
 from flax_switch.config.base import ConfigError, check, one_of, reject_unknown_keys
-from flax_switch.config.model import EXECUTORS, StackConfig, SwitchConfig, sparse_layers
+from flax_switch.config.model import EXECUTORS, ROUTERS, StackConfig, SwitchConfig, sparse_layers
 from flax_switch.config.run import BatchConfig, DataConfig, ExperimentConfig, MeshConfig, OptimizerConfig, TrainConfig
 
 __all__ = [
     "EXECUTORS",
+    "ROUTERS",
     "BatchConfig",
     "ConfigError",
     "DataConfig",

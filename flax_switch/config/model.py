@@ -11,6 +11,7 @@ from flax_switch.config.base import _Section, check, may_change, one_of
 ACTIVATIONS = ("relu", "gelu", "gelu_new", "silu", "swish", "linear", "tanh")
 LAYOUTS = ("bottom", "middle", "mixed", "top", "huggingface")
 LOSS_NORMALIZERS = ("real_target_tokens", "total_target_tokens", "average_per_sequence")
+ROUTERS = ("tokens_choose", "experts_choose", "hash")  # see `ops.moe.block.ROUTERS`
 EXECUTORS = ("einsum", "gather", "ragged", "hit")  # see `ops.moe.executors`
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -104,7 +105,9 @@ class SwitchConfig(_Section):
     num_selected_experts: int = 1  # N, for tokens-choose
     expert_d_ff: int | None = None  # F of the experts; None: d_ff
     shared_expert: bool = False  # a dense MLP of the experts' width beside the routed ones, added to their output
-    router_type: str = "tokens_choose"  # or "experts_choose": then the encoder only, decoders always let tokens choose
+    # One of ROUTERS. "experts_choose": in the encoder only, decoders always let tokens choose. "hash": by token id, nothing learned
+    router_type: str = "tokens_choose"
+    hash_seed: int = 0  # which ids go to which expert, where router_type is "hash"
     batch_prioritized_routing: bool = False  # the encoder only: it breaks causality in a decoder (2106.05974)
     normalize_router_weights: bool = False  # renormalise the N combine weights to sum to 1
     capacity_mode: str = "factor"  # "factor", "fixed" (expert_capacity per group) or "dropless"
@@ -162,7 +165,7 @@ class SwitchConfig(_Section):
         for name in ("num_encoder_layers", "num_decoder_layers", "num_sparse_encoder_layers", "num_sparse_decoder_layers"):
             check(getattr(self, name) >= 0, f"{name} must not be negative; it is {getattr(self, name)}.")
         one_of("sparse_layout", self.sparse_layout, LAYOUTS)
-        one_of("router_type", self.router_type, ("tokens_choose", "experts_choose"))
+        one_of("router_type", self.router_type, ROUTERS)
         one_of("capacity_mode", self.capacity_mode, ("factor", "fixed", "dropless"))
         one_of("routing_group", self.routing_group, ("sequence", "tokens", "flaxformer"))
         one_of("padding_semantics", self.padding_semantics, ("masked", "scatter"))
@@ -239,6 +242,13 @@ class SwitchConfig(_Section):
                 "batch_prioritized_routing orders tokens that choose; with router_type='experts_choose' set it to False.",
             )
 
+        learned = dict(num_selected_experts=1, router_bias=False, batch_prioritized_routing=False, router_jitter_noise=0.0)
+        for name, value in learned.items():
+            check(
+                self.learned_router or getattr(self, name) == value,
+                f"{name} is about a router that learns; with router_type='hash' set it to {value}.",
+            )
+
     # --- derived
     @property
     def encoder(self) -> StackConfig:
@@ -260,6 +270,11 @@ class SwitchConfig(_Section):
         if sparse is None:
             sparse = sparse_layers(self.sparse_layout, n, getattr(self, f"num_sparse_{name}_layers"))
         return StackConfig(name, n, sparse)
+
+    @property
+    def learned_router(self) -> bool:
+        """Whether routers have parameters."""
+        return self.router_type != "hash"
 
     @property
     def is_sparse(self) -> bool:

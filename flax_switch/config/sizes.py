@@ -29,7 +29,7 @@ def count_parameters(config: SwitchConfig) -> ParameterCount:
         shared += layers * (attentions * attention + norms * d) + d
         shared += buckets * (layers if config.relative_attention_per_layer else 1)
         shared += (layers - sparse) * _mlp(config, config.d_ff)
-        shared += sparse * (d * experts + (experts if config.router_bias else 0))
+        shared += sparse * experts * (d * config.learned_router + config.router_bias)
         shared += sparse * (expert if config.shared_expert else 0)
         shared += sparse * (_mlp(config, config.d_ff) + d if config.extra_mlp else 0)
         routed += sparse * experts * expert

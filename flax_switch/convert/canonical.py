@@ -54,7 +54,8 @@ def layer_shapes(config: SwitchConfig, stack: str, *, sparse: bool) -> dict[str,
     if not sparse:
         shapes |= _mlp(config, "mlp", config.d_ff)
         return shapes
-    shapes["mlp/router/router_weights/w/kernel"] = (D, E)
+    if config.learned_router:
+        shapes["mlp/router/router_weights/w/kernel"] = (D, E)
     if config.router_bias:
         shapes["mlp/router/router_weights/w/bias"] = (E,)
     shapes |= {name: (E, *shape) for name, shape in _mlp(config, "mlp/expert", config.expert_width).items()}

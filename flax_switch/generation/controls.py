@@ -144,7 +144,7 @@ class GenerationConfig:
         )
         if filled.routing == "dropless" and config.is_sparse:
             check(
-                config.router_type == "tokens_choose",
+                config.router_type != "experts_choose",
                 "routing='dropless' needs tokens that choose; this model has router_type='experts_choose'. Use 'as_trained'.",
             )
         return filled

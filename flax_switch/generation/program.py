@@ -36,7 +36,7 @@ def encoder_config(config: SwitchConfig, routing: str) -> SwitchConfig:
     if not config.is_sparse or routing == "as_trained" or (routing == "auto" and config.capacity_mode == "fixed"):
         return config
     changes = dict(ignore_padding_tokens=True, padding_semantics="masked", routing_group="sequence")
-    if config.router_type == "tokens_choose":  # experts that choose need a number of tokens to take
+    if config.router_type != "experts_choose":  # experts that choose need a number of tokens to take
         changes.update(capacity_mode="dropless", batch_prioritized_routing=False)
     return config.replace(**changes)
 

@@ -25,6 +25,7 @@ class LayerInputs:
     bias: Float[Array, "1 H Q T"] | None  # relative position bias, where it is not of the layer's own table
     mask: Bool[Array, "#G 1 #queries T"] | None  # of self-attention
     padding_mask: Bool[Array, "B Q"] | None  # which positions hold tokens
+    token_ids: Int[Array, "B Q"] | None = None  # where routing goes by them
     encoded: Float[Array, "B S D"] | None = None
     cross_mask: Bool[Array, "#sources 1 #Q S"] | None = None
     cache_index: Int[Array, ""] | int = 0  # the first token's place in the cache
@@ -104,6 +105,7 @@ class Layer(nn.Module):
                 y,
                 padding_mask=inputs.padding_mask,
                 deterministic=deterministic,
+                token_ids=inputs.token_ids,
                 with_logits=inputs.output_router_logits,
             )
         else:

@@ -5,7 +5,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from flax_switch.config import SwitchConfig
 from flax_switch.nn.layers import Initializer
@@ -109,14 +109,15 @@ class SparseMLP(nn.Module):
         *,
         padding_mask: Bool[Array, "B L"] | None,
         deterministic: bool,
+        token_ids: Int[Array, "B L"] | None = None,
         with_logits: bool = False,
     ) -> tuple[Float[Array, "B L D"], RouterOutput]:
         """Routes and computes; see `ops.moe.block.moe_block`.
 
-        padding_mask: True for real tokens, or None. with_logits: return the router's logits too.
+        padding_mask: True for real tokens, or None. token_ids: for hash routing. with_logits: return the router's logits too.
         """
         config = self.config
-        router_kernel, router_bias = Router(config, name="router")()
+        router_kernel, router_bias = Router(config, name="router")() if config.learned_router else (None, None)
         devices = current_devices()
         own_experts = config.num_experts // (devices.expert if isinstance(devices, PmapDevices) else 1)
         expert = MLPKernels(config, own_experts, name="expert")()
@@ -130,6 +131,7 @@ class SparseMLP(nn.Module):
             stack=self.stack,
             padding_mask=padding_mask,
             deterministic=deterministic,
+            token_ids=token_ids,
             jitter_rng=self._rng("jitter", config.router_jitter_noise, deterministic),
             dropout_rng=self._rng("dropout", dropout_rate, deterministic),
             replicas=flaxformer_replicas(config.num_experts) if config.routing_group == "flaxformer" else 1,

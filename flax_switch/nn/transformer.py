@@ -76,6 +76,7 @@ class SwitchEncoder(nn.Module):
             bias=None,
             mask=self_attention_mask(self.config, mask, _as_array(segment_ids)),
             padding_mask=mask,
+            token_ids=self._token_ids("encoder", input_ids),
             deterministic=deterministic,
             output_router_logits=output_router_logits,
             output_attentions=output_attentions,
@@ -100,6 +101,16 @@ class SwitchEncoder(nn.Module):
         shared = self.token_embedder(ids)
         # With tables of their own the shared one serves nothing, but stays a parameter: Hugging Face's files hold it.
         return stack.token_embedder(ids) if self.config.separate_embeddings else shared
+
+    def _token_ids(self, stack: str, ids: Int[AnyArray, "B L"] | None) -> Int[Array, "B L"] | None:
+        """The ids that sparse layers are routed by; None where they are routed by what they compute."""
+        if self.config.learned_router or not self.config.sparse_indices(stack):
+            return None
+        if ids is None:
+            raise ValueError(
+                f"router_type='hash' routes tokens by their ids, which embeddings do not have; give the {stack} ids as well."
+            )
+        return jnp.asarray(ids)
 
     def __call__(self, input_ids=None, attention_mask=None, **options) -> EncoderOutput:
         """The same as `encode`."""
@@ -174,6 +185,7 @@ class SwitchTransformer(SwitchEncoder):
             bias=None,
             mask=self_mask,
             padding_mask=padding_mask,
+            token_ids=self._token_ids("decoder", decoder_input_ids),
             encoded=_as_array(encoded),
             cross_mask=cross_attention_mask(config, mask, source_mask, target_segments, source_segments, cache is not None),
             cache_index=0 if cache is None else cache.index,

@@ -76,16 +76,16 @@ def loss_weights(
 def router_losses(
     encoder: tuple[RouterOutput, ...], decoder: tuple[RouterOutput, ...], config: SwitchConfig
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Load-balancing loss and router z-loss of a model, before their coefficients; 0 without sparse layers.
+    """Load-balancing loss and router z-loss of a model, before their coefficients; 0 where no router learns.
 
     "layers": the means over all sparse layers (flaxformer). "huggingface": the sum over the two stacks, each with its layers'
     tokens taken together before the fraction routed is multiplied by the mean probability, sequence by sequence; a stack whose
     every layer is sparse counts nothing there.
     """
+    routers = (*encoder, *decoder)
+    if not routers or not config.learned_router:
+        return jnp.float32(0.0), jnp.float32(0.0)
     if config.router_loss_reduction == "layers":
-        routers = (*encoder, *decoder)
-        if not routers:
-            return jnp.float32(0.0), jnp.float32(0.0)
         balance = jnp.stack([r.load_balancing_loss for r in routers]).mean()
         return balance, jnp.stack([r.z_loss for r in routers]).mean()
     balance, router_z = jnp.float32(0.0), jnp.float32(0.0)

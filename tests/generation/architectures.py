@@ -28,7 +28,9 @@ AXES = {
     "biases": [
         dict(relative_attention_per_layer=True), dict(), dict(relative_attention_num_buckets=4, relative_attention_max_distance=5),
     ],
-    "who chooses": [dict(), dict(router_type="experts_choose"), dict(batch_prioritized_routing=True)],
+    "who chooses": [
+        dict(), dict(router_type="experts_choose"), dict(batch_prioritized_routing=True), dict(router_type="hash", hash_seed=3),
+    ],
     "head": [dict(tie_word_embeddings=False), dict(), dict(tie_word_embeddings=False, separate_embeddings=True)],
     "layers": [
         dict(scan_layers=True, num_decoder_layers=4, decoder_sparse_layers=(1, 3)),
@@ -72,11 +74,20 @@ def combined(**alternatives):
     return BASE.replace(**{field: value for change in changes for field, value in change.items()})
 
 
+# Alternatives that no config can have together: a router without parameters has none of a router's settings.
+IMPOSSIBLE = {frozenset([("who chooses", 3), other]) for other in [("choices", 0), ("choices", 2), ("router", 0)]}
+
+
+def possible(row):
+    """Whether a config may have these alternatives together."""
+    return not any(pair <= row.items() for pair in IMPOSSIBLE)
+
+
 def pairwise():
-    """Choices of an alternative for every axis, in which any two alternatives of two axes meet at least once."""
+    """Choices of an alternative for every axis, in which any two alternatives of two axes that may meet do so at least once."""
     names = list(AXES)
     places = [(name, number) for name in names for number in range(len(AXES[name]))]
-    missing = {frozenset(pair) for pair in itertools.combinations(places, 2) if pair[0][0] != pair[1][0]}
+    missing = {frozenset(pair) for pair in itertools.combinations(places, 2) if pair[0][0] != pair[1][0]} - IMPOSSIBLE
     rng, rows = np.random.default_rng(0), []
 
     def met(row, missing):
@@ -85,7 +96,8 @@ def pairwise():
     def grown(row, missing):
         """The row with every other axis's alternative that makes most pairs meet."""
         for name in rng.permutation([name for name in names if name not in row]):
-            gains = np.array([len(met(row | {str(name): number}, missing)) for number in range(len(AXES[name]))])
+            longer = [row | {str(name): number} for number in range(len(AXES[name]))]
+            gains = np.array([len(met(row, missing)) if possible(row) else -1 for row in longer])
             row = row | {str(name): int(rng.choice(np.flatnonzero(gains == gains.max())))}
         return row
 
@@ -130,11 +142,11 @@ class Uncached:
             ignore_padding_tokens=True, padding_semantics="masked", routing_group="sequence", moe_executor="einsum"
         )  # fmt: skip
         roomy = plain.replace(
-            capacity_mode="factor", eval_capacity_factor=float(config.num_experts), router_type="tokens_choose",
-            batch_prioritized_routing=False,
+            capacity_mode="factor", eval_capacity_factor=float(config.num_experts), batch_prioritized_routing=False
         )  # fmt: skip
-        encoder = SwitchTransformer(plain if config.router_type == "experts_choose" else roomy)
-        decoder = SwitchTransformer(roomy)
+        experts_choose = config.router_type == "experts_choose"
+        encoder = SwitchTransformer(plain if experts_choose else roomy)
+        decoder = SwitchTransformer(roomy.replace(router_type="tokens_choose") if experts_choose else roomy)
         self.config, self.params, self.mask, self.rows, self.max_length = config, params, mask, rows, max_length
         encode = jax.jit(lambda p: encoder.apply({"params": p}, ids, mask, method="encode").last_hidden_state)
         self.encoded = encode(params)

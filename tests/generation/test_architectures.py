@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from architectures import AXES, BASE, CAPACITIES, TRAINING_ONLY, Uncached, combined, lively_params, pairwise, sources
+from architectures import AXES, BASE, CAPACITIES, IMPOSSIBLE, TRAINING_ONLY, Uncached, combined, lively_params, pairwise, sources
 from textbook import beam_search, greedy_search
 
-from flax_switch.config import SwitchConfig
+from flax_switch.config import ConfigError, SwitchConfig
 from flax_switch.config.huggingface import SEMANTICS
 from flax_switch.generation import generate
 from flax_switch.nn.transformer import SwitchTransformer
@@ -32,6 +32,7 @@ QUICK = {
         "who chooses": 1, "dtype": 1, "layers": 3, "experts": 0, "choices": 2, "biases": 2, "router": 2, "head": 2,
         "activations": 2, "executor": 1, "groups": 2,
     },
+    "hash": {"who chooses": 3, "layers": 3, "executor": 1},
     "dense": {"layers": 2, "activations": 3, "dtype": 3, "sizes": 2, "norms": 2},
 }  # fmt: skip
 PAIRS = {f"pairs {number}": row for number, row in enumerate(pairwise())}
@@ -55,7 +56,13 @@ def test_every_field_of_a_config_is_varied_or_known_to_change_nothing():
 def test_the_slow_cases_hold_every_pair_of_alternatives():
     pairs = {frozenset(pair) for row in PAIRS.values() for pair in itertools.combinations(row.items(), 2)}
     for (a, i), (b, j) in itertools.combinations([(n, i) for n, choices in AXES.items() for i in range(len(choices))], 2):
-        assert a == b or frozenset([(a, i), (b, j)]) in pairs
+        assert a == b or frozenset([(a, i), (b, j)]) in pairs | IMPOSSIBLE
+
+
+@pytest.mark.parametrize("pair", [dict(pair) for pair in IMPOSSIBLE], ids=str)
+def test_alternatives_that_do_not_meet_are_refused_by_the_config(pair):
+    with pytest.raises(ConfigError, match="router_type='hash'"):
+        combined(**pair)
 
 
 @pytest.fixture(params=CASES, scope="module")

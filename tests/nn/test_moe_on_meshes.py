@@ -12,22 +12,23 @@ from flax_switch.parallel.mesh import batch_sharding, create_mesh, use_mesh
 
 MODEL = SwitchConfig(
     d_model=16, num_heads=2, d_kv=8, d_ff=16, num_encoder_layers=1, num_decoder_layers=1, num_sparse_encoder_layers=1,
-    num_sparse_decoder_layers=1, num_experts=8, min_expert_capacity=1, dropout_rate=0.0, init_scale=1.0,
+    num_sparse_decoder_layers=1, vocab_size=100, num_experts=8, min_expert_capacity=1, dropout_rate=0.0, init_scale=1.0,
 )  # fmt: skip
 SHAPE = (16, 16, 16)
 X, COTANGENT = (jnp.asarray(np.random.default_rng(i).normal(size=SHAPE), jnp.float32) for i in range(2))
+IDS = jnp.asarray(np.random.default_rng(2).integers(0, 100, SHAPE[:2]))
 MASK = jnp.arange(16)[None] < jnp.arange(1, 17)[:, None]
 
 
 def variables_of(module):
-    return nn.unbox(module.init(jax.random.key(0), X[:1], padding_mask=None, deterministic=True))
+    return nn.unbox(module.init(jax.random.key(0), X[:1], padding_mask=None, token_ids=IDS[:1], deterministic=True))
 
 
 def values_and_gradients(module, variables, mesh):
     """Everything the layer tells of a batch, and its gradients, on a mesh or on one device."""
 
     def loss(variables, x):
-        y, router = module.apply(variables, x, padding_mask=jnp.asarray(MASK), deterministic=False)
+        y, router = module.apply(variables, x, padding_mask=jnp.asarray(MASK), token_ids=IDS, deterministic=False)
         return (y * COTANGENT).sum() + router.load_balancing_loss + router.z_loss, (y, router)
 
     run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
@@ -45,8 +46,9 @@ def values_and_gradients(module, variables, mesh):
         dict(routing_group="tokens", group_size=32, num_selected_experts=2, ignore_padding_tokens=True, capacity_factor=0.75),
         dict(capacity_mode="dropless", num_selected_experts=2, expert_parallel_buffer_factor=2.0, shared_expert=True,
              mlp_activations=("gelu_new", "linear"), ignore_padding_tokens=True),
+        dict(router_type="hash", capacity_factor=0.75),
     ],
-    ids=["capacity", "tokens", "dropless"],
+    ids=["capacity", "tokens", "dropless", "hash"],
 )  # fmt: skip
 def test_on_a_mesh_the_layer_does_what_it_does_on_one_device(settings):
     module = SparseMLP(MODEL.replace(**settings), "encoder")

@@ -209,7 +209,7 @@ ENTRY %main (t: s32[20,3], r: s32[8,2], x: bf16[1024,256], w: bf16[8,256,512]) -
   %x = bf16[1024,256]{1,0} parameter(2)
   %w = bf16[8,256,512]{2,1,0} parameter(3)
   %p = bf16[1024,512]{1,0} custom-call(%t, %x, %w), metadata={op_name="jit(step)/mlp/grouped_rows/pallas_call"}
-  ROOT %k = bf16[8,256,512]{2,1,0} custom-call(%r, %x, %p), metadata={op_name="jit(step)/mlp/grouped_kernels/pallas_call"}
+  ROOT %k = bf16[8,256,512]{2,1,0} custom-call(%r, %x, %p), metadata={op_name="jit(step)/mlp/grouped_gradients/pallas_call"}
 }
 """
 

@@ -25,6 +25,7 @@ MODELS = {
     "capacity": MODEL,
     "tokens": MODEL.replace(routing_group="tokens", group_size=16, num_selected_experts=2, ignore_padding_tokens=True),
     "dropless": MODEL.replace(capacity_mode="dropless", num_selected_experts=2, expert_parallel_buffer_factor=8.0),
+    "hash": MODEL.replace(router_type="hash", capacity_mode="dropless", expert_parallel_buffer_factor=8.0),
 }
 STEPS = 5
 
@@ -144,10 +145,11 @@ def test_micro_batches_keep_groups_of_several_rows_whole():
     compare(metrics["loss"], whole_metrics["loss"])
 
 
-def test_jit_and_pmap_train_as_one_device_does_and_each_continues_the_other():
+@pytest.mark.parametrize("model", ["capacity", pytest.param("hash", marks=pytest.mark.slow)])
+def test_jit_and_pmap_train_as_one_device_does_and_each_continues_the_other(model):
     meshes = [MeshConfig(data=2, expert=2, mode=mode) for mode in ("jit", "pmap")]
-    jit, pmap = (build("capacity", mesh) for mesh in meshes)
-    want = on_one_device("capacity")
+    jit, pmap = (build(model, mesh) for mesh in meshes)
+    want = on_one_device(model)
     for run in (jit, pmap):
         compare(train(run), want)
     half, _ = train(pmap, steps=2)

@@ -1,1 +1,6 @@
-"""Operations with an implementation for each platform: the one place of `ops` that asks what a program is compiled for."""
+"""Operations with several implementations, and the only code that asks which platform a program is compiled for.
+
+An operation is a function with one contract, in its docstring, a reference in plain jnp, implementations by name, and an argument
+`implementation` that picks one; without it the default for the platform runs. One test, tests/ops/kernels/test_implementations.py,
+runs them all.
+"""

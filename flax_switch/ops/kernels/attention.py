@@ -1,4 +1,4 @@
-"""Attention's products: logits, softmax in float32 and the weighted sum, with the gradients written out."""
+"""Attention itself: logits, softmax in float32 and the weighted sum, with the gradients written out."""
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,9 @@ def attend(
     mask: Bool[Array, "#B 1 #Q T"] | None,
     keep: Float[Array, "B H 1 T"] | None,
 ) -> tuple[Float[Array, "B H Q K"], Float[Array, "B H Q T"]]:
-    """Attention whose gradients are written out.
+    """Computes attention; its gradients are written out.
 
-    Differentiated by JAX it gives the same numbers, but on a processor the sum of the bias's gradient over the batch takes
+    Differentiated by JAX it gives the same numbers, but on a CPU the sum of the bias's gradient over the batch takes
     longer than any product, and transposed products are slow, too (base shape, batch 4, length 256, forward and
     backward: 75 ms against 43). keep: 0 for dropped keys, 1 / (1 - rate) for the others.
     """
@@ -69,10 +69,10 @@ attend.defvjp(_attend_forward, _attend_backward, symbolic_zeros=True)
 
 
 def _sum_over_queries(weights: Float[Array, "B H Q T"], rows: Float[Array, "B H Q K"]) -> Float[Array, "B H T K"]:
-    """For each key the sum of the queries' rows, by weight."""
+    """Sums for each key the queries' rows, by weight."""
 
     def small_factor_first(weights, rows):
-        # A processor's fast products take no transposed left factor (ops/kernels/projection), and the rows are the smaller to
+        # A CPU's fast products take no transposed left factor (ops/kernels/projection), and the rows are the smaller to
         # transpose.
         rows = jax.lax.optimization_barrier(rows.swapaxes(2, 3))
         return jnp.einsum("BHKQ,BHQT->BHKT", rows, weights).swapaxes(2, 3)
@@ -82,9 +82,9 @@ def _sum_over_queries(weights: Float[Array, "B H Q T"], rows: Float[Array, "B H 
 
 
 def _sum_to(x: Float[Array, "B H Q T"], shape: tuple[int, ...]) -> Float[Array, "#B #H Q T"]:
-    """The sum of `x` over the axes that have size 1 in `shape`."""
+    """Sums `x` over the axes that have size 1 in `shape`."""
     if shape[0] == 1 < x.shape[0]:
-        # As a product: XLA's processor backend takes 20 times as long for a sum over a short leading axis.
+        # As a product: XLA's CPU backend takes 20 times as long for a sum over a short leading axis.
         by_product = lambda x: jnp.einsum("B,BHQT->HQT", jnp.ones(x.shape[0], x.dtype), x)  # noqa: E731
         x = jax.lax.platform_dependent(x, cpu=by_product, default=lambda x: x.sum(0))[None]
     return x.sum(1, keepdims=True) if shape[1] == 1 < x.shape[1] else x
@@ -98,7 +98,7 @@ def cached_attention(
     bias: Float[Array, "1 H Q T"] | None = None,
     mask: Bool[Array, "#G 1 #queries T"] | None = None,
 ) -> tuple[Float[Array, "R Q H K"], Float[Array, "R H Q T"]]:
-    """`dot_product_attention` of few queries over keys and values laid out for them, columns last.
+    """Computes `dot_product_attention` of few queries over keys and values laid out for them, columns last.
 
     The R rows are G groups of neighbours that read the same columns. mask: by group and, for all rows of a group one after the
     other, by query.

@@ -1,4 +1,4 @@
-"""Which executor of a routing plan "auto" is: by the plan's shape, and by the platform that a program is compiled for."""
+"""Picks the executor of a routing plan by the plan's shape and by the platform that a program is compiled for."""
 
 import functools
 import logging
@@ -27,7 +27,7 @@ def choose(
     unstacked: bool,
     among_peers: bool = False,
 ) -> Choice:
-    """The executor that a config asks for, where tokens choose; for "auto" the one that suits the shape, told once in the log.
+    """Returns the executor that a config asks for; for "auto" the one that suits the plan's shape, which the log tells once.
 
     groups: G, S and N of the plan. capacity: None where it is dropless. unstacked: whether experts are arrays of their own, too.
     among_peers: whether experts lie on several devices, none of which can read all.
@@ -51,7 +51,7 @@ def choose(
 
 
 def run_chosen(choice: Choice, implementation: Callable[[str], Callable[[Array], Array]], x: Array) -> Array:
-    """Runs on `x` the implementation of the executor that was chosen for the platform."""
+    """Runs the implementation of the executor that was chosen for the platform, on `x`."""
     cpu, elsewhere = (implementation(name) for name in choice)
     return cpu(x) if choice.cpu == choice.elsewhere else jax.lax.platform_dependent(x, cpu=cpu, default=elsewhere)
 

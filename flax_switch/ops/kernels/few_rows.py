@@ -1,8 +1,9 @@
-"""MLPs of experts for a few rows, as in decoding: only the experts that are hit are read.
+"""Experts' outputs for a few rows, as in decoding: only the experts that are hit are read.
 
-gather   copies the kernels of each choice; quick on an accelerator
-switch   jumps to each expert that is hit, once for all rows that hit it. For a CPU, which must not copy an expert's kernels to
-         read them: a slice of the stack at an index found while running is a copy. Experts are arrays of their own here
+gather      copies the kernels of each choice; quick on an accelerator
+switch      jumps to each expert that is hit, once for all rows that hit it. For a CPU, which must not copy an expert's kernels to
+            read them: a slice of the stack at an index found while running is a copy. Experts are arrays of their own here
+reference   every row through every expert
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from flax_switch.config import one_of
+
 Kernels = Mapping[str, Array]
 MLP = Callable[..., Array]  # `ops.mlp.mlp` with all but rows, kernels and product settled
 
@@ -20,9 +23,9 @@ BLOCK = 16  # choices of the same expert that go together; reading its kernels c
 
 
 def unstacked_experts(params: Mapping[str, Any], sparse_layers: Sequence[int], num_experts: int) -> dict[str, Any] | None:
-    """The collection "unstacked": every decoder expert's kernels as arrays of their own, where parameters lie on one CPU.
+    """Makes the collection "unstacked", every decoder expert's kernels as arrays of their own, where parameters lie on one CPU.
 
-    They share the memory of the stacked ones, which a part of an array can do there. Elsewhere None.
+    There a part of an array can share the memory of the whole. Elsewhere the result is None.
     """
     if not _on_one_cpu(params):
         return None
@@ -44,28 +47,54 @@ def _on_one_cpu(params: Mapping[str, Any]) -> bool:
     return len(devices) == 1 and next(iter(devices)).platform == "cpu"
 
 
-def by_gather(x: Float[Array, "R D"], expert: Int[Array, "R N"], stacked: Kernels, mlp: MLP) -> Float[Array, "R N D"]:
-    """The outputs of every row's N experts, from copies of the kernels that are hit."""
+def few_rows(
+    x: Float[Array, "R D"],
+    expert: Int[Array, "R N"],
+    mlp: MLP,
+    *,
+    stacked: Kernels,
+    unstacked: Sequence[Kernels] | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "R N D"]:
+    """Returns the outputs of every row's N experts.
+
+    stacked: the experts' kernels with a leading axis E. unstacked: the same, an array each. implementation: one of
+    IMPLEMENTATIONS; by default "switch" where experts are unstacked, and "gather" elsewhere.
+    """
+    implementation = implementation or ("gather" if unstacked is None else "switch")
+    one_of("implementation", implementation, tuple(IMPLEMENTATIONS))
+    return IMPLEMENTATIONS[implementation](x, expert, mlp, stacked, unstacked)
+
+
+def _reference(x: Array, expert: Array, mlp: MLP, stacked: Kernels, unstacked: Sequence[Kernels] | None) -> Array:
+    """Sends every row through every expert."""
+    every = jax.vmap(lambda kernels: mlp(x, kernels, matmul=jnp.matmul), out_axes=1)(stacked)  # [R, E, D]
+    return jnp.take_along_axis(every, expert[..., None], axis=1)
+
+
+def _gather(x: Array, expert: Array, mlp: MLP, stacked: Kernels, unstacked: Sequence[Kernels] | None) -> Array:
+    """Copies the kernels of each choice."""
     hit = {name: kernel[expert] for name, kernel in stacked.items()}
     x = jnp.broadcast_to(x[:, None], (*expert.shape, x.shape[-1]))
     return mlp(x, hit, matmul=lambda x, kernel: jnp.einsum("RND,RNDF->RNF", x, kernel))
 
 
-def by_switch(x: Float[Array, "R D"], expert: Int[Array, "R N"], experts: Sequence[Kernels], mlp: MLP) -> Float[Array, "R N D"]:
-    """The outputs of every row's N experts, by jumps to those that are hit.
+def _switch(x: Array, expert: Array, mlp: MLP, stacked: Kernels, unstacked: Sequence[Kernels] | None) -> Array:
+    """Jumps to each expert that is hit.
 
     Choices are sorted by expert and cut into blocks of one expert each. A block of one choice is a product of a vector, which is
     quicker than one of a whole block that is mostly padding.
     """
+    assert unstacked is not None, "experts have to be arrays of their own"
     R, N = expert.shape
     size = min(R * N, BLOCK)
-    run = [lambda rows, kernels=kernels: mlp(rows, kernels, matmul=jnp.matmul) for kernels in experts]
+    run = [lambda rows, kernels=kernels: mlp(rows, kernels, matmul=jnp.matmul) for kernels in unstacked]
     if size == 1:
         return jax.lax.switch(expert[0, 0], run, x)[:, None]
     alone = [lambda rows, output=output: jnp.zeros_like(rows).at[:1].set(output(rows[:1])) for output in run]
     flat = expert.reshape(-1)
     order = jnp.argsort(flat)
-    lengths = jax.nn.one_hot(flat, len(experts), dtype=jnp.int32).sum(0)
+    lengths = jax.nn.one_hot(flat, len(unstacked), dtype=jnp.int32).sum(0)
     starts = jnp.cumsum(lengths) - lengths
     blocks = -(-lengths // size)
     blocks_until = jnp.cumsum(blocks)
@@ -77,8 +106,11 @@ def by_switch(x: Float[Array, "R D"], expert: Int[Array, "R N"], experts: Sequen
         end = starts[e] + lengths[e]
         choices = jnp.where(places < end, order[jnp.minimum(places, R * N - 1)], R * N)
         rows = x[jnp.minimum(choices, R * N - 1) // N]
-        branch = jnp.where(end - start == 1, e + len(experts), e)
+        branch = jnp.where(end - start == 1, e + len(unstacked), e)
         return outputs.at[choices].set(jax.lax.switch(branch, run + alone, rows), mode="drop")
 
     outputs = jnp.zeros((R * N, x.shape[-1]), x.dtype)
     return jax.lax.fori_loop(0, blocks_until[-1], step, outputs).reshape(R, N, -1)
+
+
+IMPLEMENTATIONS = {"reference": _reference, "gather": _gather, "switch": _switch}

@@ -1,4 +1,4 @@
-"""Grouped products for any platform: loops over blocks of rows, each of which belongs to one expert."""
+"""Grouped GEMM for any platform: loops over blocks of rows, each of which belongs to one expert."""
 
 import math
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ MIN_UNIT = 32
 
 @flax.struct.dataclass
 class Blocks:
-    """The blocks of `size` rows, one or more for each expert that has some."""
+    """Blocks of `size` rows, one or more for each expert whose group takes this size."""
 
     size: int = flax.struct.field(pytree_node=False)
     num_blocks: Int[Array, ""]
@@ -31,7 +31,7 @@ class Blocks:
     ends: Int[Array, " E"]  # of each group
 
     def block(self, index: Int[Array, ""], num_rows: int) -> tuple[Array, Array, Bool[Array, "size 1"]]:
-        """Block `index`: its expert, its first row, and which of its rows are the expert's own."""
+        """Returns the expert of block `index`, its first row, and which of its rows are that expert's."""
         expert = (self.last_block <= index).sum(dtype=jnp.int32)
         before = jnp.where(expert > 0, self.last_block[expert - 1], 0)
         start = self.starts[expert] + (index - before) * self.size
@@ -41,15 +41,15 @@ class Blocks:
 
 
 def _running_total(counts: Int[Array, " E"]) -> Int[Array, " E"]:
-    """A cumulative sum as a masked one: XLA compiles it in a fraction of the time, and E is small."""
+    """Sums cumulatively as a masked sum: XLA compiles it in a fraction of the time, and E is small."""
     experts = jnp.arange(counts.shape[0])
     return jnp.where(experts[:, None] >= experts[None], counts[None], 0).sum(1, dtype=jnp.int32)
 
 
 def row_blocks(group_sizes: Int[Array, " E"], num_rows: int, *, cut: bool) -> Iterator[Blocks]:
-    """The blocks, size by size. Groups without rows get none: their kernels are never read.
+    """Yields the blocks, size by size. Groups without rows get none: their kernels are never read.
 
-    cut: whether what full blocks of the largest size leave of a group goes into a smaller one.
+    cut: whether a group is cut into full blocks of the largest size and a smaller one for the rest.
     """
     mean = num_rows / group_sizes.shape[0]
     unit, balanced = (max(MIN_UNIT, 8 * math.ceil(rows / 8)) for rows in (mean / 4, BALANCED * mean))
@@ -70,12 +70,12 @@ def row_blocks(group_sizes: Int[Array, " E"], num_rows: int, *, cut: bool) -> It
 
 
 def _zeros(shape: tuple[int, ...], dtype: DTypeLike, group_sizes: Int[Array, " E"]) -> Array:
-    """Zeros for a loop to write into; were XLA to know them as zeros, it would keep one array and copy it for each loop."""
+    """Returns zeros for a loop to write into. XLA must not know that they are zeros: it would copy one array for each loop."""
     return jnp.full(shape, jnp.minimum(group_sizes[0], 0).astype(dtype))
 
 
 def block_rows(x: Array, kernel: Array, group_sizes: Array, *, transpose: bool) -> Array:
-    """Sorted rows times kernels by loops over blocks."""
+    """Multiplies sorted rows by their experts' kernels in loops over blocks."""
     num_rows = x.shape[0]
     out = _zeros((num_rows, kernel.shape[1 if transpose else 2]), x.dtype, group_sizes)
     for blocks in row_blocks(group_sizes, num_rows, cut=True):
@@ -92,8 +92,8 @@ def block_rows(x: Array, kernel: Array, group_sizes: Array, *, transpose: bool) 
     return out
 
 
-def block_kernels(x: Array, gradient: Array, group_sizes: Array) -> Array:
-    """Each group's `x^T gradient` by loops over blocks, added up in float32."""
+def block_gradients(x: Array, gradient: Array, group_sizes: Array) -> Array:
+    """Sums each group's `x^T gradient` in loops over blocks, in float32."""
     num_rows = x.shape[0]
     out = _zeros((group_sizes.shape[0], x.shape[1], gradient.shape[1]), x.dtype, group_sizes)
     *single, several = row_blocks(group_sizes, num_rows, cut=False)

@@ -1,4 +1,4 @@
-"""Grouped products on NVIDIA GPUs: Pallas kernels, compiled by Triton, whose programs each compute one tile of the result.
+"""Grouped GEMM on NVIDIA GPUs: Pallas kernels, compiled by Triton, whose programs each compute one tile of the result.
 
 Rows times kernels: a tile of rows begins where its expert's group begins, so no tile holds rows of two experts and none is visited
 twice; R rows of E experts need at most R / tile + E + 1 of them, and those that a routing leaves unused return at once. Kernel
@@ -7,7 +7,7 @@ factors are multiplied as `jax.default_matmul_precision` says, which is TF32 unl
 
 Pallas's Triton back end is deprecated since JAX 0.11 and works as before up to 0.12 at least; Pallas's other one for GPUs, Mosaic,
 compiles for Hopper and newer only. This is the one module that imports it. JAX warns where a program with these kernels is lowered,
-which is after they return, so that only a filter of the caller's can quiet it: setup.cfg has the tests', for that one text.
+which is after they return, so that only the caller can filter the warning; setup.cfg does for the tests, for that one text.
 """
 
 import functools
@@ -22,7 +22,7 @@ try:
     from jax.experimental.pallas import triton
 except ImportError as error:
     raise ImportError(
-        f"The grouped products for NVIDIA GPUs need Pallas's Triton back end, and jax {jax.__version__} has none: "
+        f"The grouped GEMM for NVIDIA GPUs needs Pallas's Triton back end, and jax {jax.__version__} has none: "
         "pip install 'jax<0.13', or choose a capacity_mode that sorts no rows (docs/versions.md)."
     ) from error
 
@@ -32,20 +32,20 @@ TILE = 128
 CONTRACTION_BYTES = 128
 LEAST = 16
 COMPILER = triton.CompilerParams(num_warps=8, num_stages=3)
-TOGETHER = 8  # tiles of rows that run over all columns before the next ones begin: a cache holds what they share
+ROW_TILES = 8  # so many tiles of rows run over all columns before the next ones begin: the cache holds what they share
 
 
 def grouped_rows(
     x: Float[Array, "R K"], kernel: Array, group_sizes: Int[Array, " E"], *, transpose: bool = False, interpret: bool = False
 ) -> Float[Array, "R N"]:
-    """Row r times the kernel, [E, K, N], of the expert in whose group it is, or with `transpose` its transpose, [E, N, K].
+    """Multiplies row r by the kernel, [E, K, N], of the expert in whose group it is, or with `transpose` by that of [E, N, K].
 
     Rows beyond all groups come out zero. Nothing is read of the kernels of experts without rows. `interpret` runs on any platform.
     """
     num_rows, num_columns = x.shape[0], kernel.shape[1 if transpose else 2]
     rows, columns, depth = _row_tile(num_rows, kernel.shape[0]), _tile(num_columns), _depth(x.shape[1], x.dtype)
     tiles = row_tiles(group_sizes, num_rows, rows)
-    body = functools.partial(_rows_kernel, rows=rows, columns=columns, depth=depth, transpose=transpose)
+    body = functools.partial(_rows_program, rows=rows, columns=columns, depth=depth, transpose=transpose)
     return pl.pallas_call(
         body,
         out_shape=jax.ShapeDtypeStruct((num_rows, num_columns), x.dtype),
@@ -56,27 +56,28 @@ def grouped_rows(
     )(tiles, x, kernel)
 
 
-def grouped_kernels(
+def grouped_gradients(
     x: Float[Array, "R D"], gradient: Float[Array, "R F"], group_sizes: Int[Array, " E"], *, interpret: bool = False
 ) -> Float[Array, "E D F"]:
-    """Of every group the product `x^T gradient` of its rows; zero for a group without any."""
+    """Returns for every group the product `x^T gradient` of its rows; zero for a group without any."""
     inputs, outputs, depth = _tile(x.shape[1]), _tile(gradient.shape[1]), _depth(x.shape[0], x.dtype)
     ends = jnp.cumsum(group_sizes, dtype=jnp.int32)
-    body = functools.partial(_kernels_kernel, inputs=inputs, outputs=outputs, depth=depth)
+    body = functools.partial(_gradients_program, inputs=inputs, outputs=outputs, depth=depth)
     return pl.pallas_call(
         body,
         out_shape=jax.ShapeDtypeStruct((group_sizes.shape[0], x.shape[1], gradient.shape[1]), x.dtype),
         grid=(pl.cdiv(x.shape[1], inputs), pl.cdiv(gradient.shape[1], outputs), group_sizes.shape[0]),
         compiler_params=COMPILER,
         interpret=interpret,
-        name="grouped_kernels",
+        name="grouped_gradients",
     )(jnp.stack([ends - group_sizes, ends], axis=1).astype(jnp.int32), x, gradient)
 
 
 def row_tiles(group_sizes: Int[Array, " E"], num_rows: int, tile: int) -> Int[Array, "tiles 3"]:
-    """Of every tile of rows its group, its first row and its end.
+    """Returns for every tile of rows its group, its first row and its end.
 
-    There are as many as groups of any sizes can need; those that these do not need are empty. Rows beyond all groups are group E's.
+    There are as many tiles as groups of any sizes can need; those that these groups do not need are empty. Rows beyond all groups
+    are group E's.
     """
     num_groups = group_sizes.shape[0]
     sizes = jnp.append(group_sizes, num_rows - group_sizes.sum()).astype(jnp.int32)
@@ -88,10 +89,10 @@ def row_tiles(group_sizes: Int[Array, " E"], num_rows: int, tile: int) -> Int[Ar
     return jnp.stack([group, *(jnp.minimum(row, ends[group]) for row in (start, start + tile))], axis=1)
 
 
-def _rows_kernel(tiles_ref, x_ref, kernel_ref, out_ref, *, rows: int, columns: int, depth: int, transpose: bool):
-    """One tile of `grouped_rows`."""
+def _rows_program(tiles_ref, x_ref, kernel_ref, out_ref, *, rows: int, columns: int, depth: int, transpose: bool):
+    """Computes one tile of `grouped_rows`."""
     num_groups, size, num_columns = kernel_ref.shape[0], x_ref.shape[1], out_ref.shape[1]
-    row_index, column_index = _turn(pl.program_id(0), tiles_ref.shape[0], pl.cdiv(num_columns, columns))
+    row_index, column_index = _tile_of_program(pl.program_id(0), tiles_ref.shape[0], pl.cdiv(num_columns, columns))
     group, start, end = (tiles_ref[row_index, i] for i in range(3))
     column = column_index * columns
     own = start + jnp.arange(rows) < end
@@ -116,8 +117,8 @@ def _rows_kernel(tiles_ref, x_ref, kernel_ref, out_ref, *, rows: int, columns: i
         )
 
 
-def _kernels_kernel(ranges_ref, x_ref, gradient_ref, out_ref, *, inputs: int, outputs: int, depth: int):
-    """One tile of `grouped_kernels`."""
+def _gradients_program(ranges_ref, x_ref, gradient_ref, out_ref, *, inputs: int, outputs: int, depth: int):
+    """Computes one tile of `grouped_gradients`."""
     row, column, group = pl.program_id(0) * inputs, pl.program_id(1) * outputs, pl.program_id(2)
     start, end = ranges_ref[group, 0], ranges_ref[group, 1]
     in_rows = row + jnp.arange(inputs) < x_ref.shape[1]
@@ -142,16 +143,16 @@ def _load(ref, mask):
     return triton.load(ref, mask=mask, other=0.0)
 
 
-def _turn(program, num_rows: int, num_columns: int):
-    """The tile of rows and the tile of columns of a program: `TOGETHER` tiles of rows over all columns, then the next."""
-    block = jnp.int32(TOGETHER * num_columns)
-    first = lax.div(program, block) * TOGETHER
-    height, place = jnp.minimum(num_rows - first, TOGETHER), lax.rem(program, block)
+def _tile_of_program(program, num_rows: int, num_columns: int):
+    """Returns which tile of rows and columns a program computes: `ROW_TILES` tiles of rows over all columns, then the next."""
+    block = jnp.int32(ROW_TILES * num_columns)
+    first = lax.div(program, block) * ROW_TILES
+    height, place = jnp.minimum(num_rows - first, ROW_TILES), lax.rem(program, block)
     return first + lax.rem(place, height), lax.div(place, height)
 
 
 def _row_tile(num_rows: int, num_groups: int) -> int:
-    """Rows of a tile: no more than twice what the mean group fills."""
+    """Returns how many rows a tile has: no more than twice what the mean group fills."""
     return _tile(-(-num_rows // num_groups))
 
 
@@ -160,5 +161,5 @@ def _depth(size: int, dtype: jnp.dtype) -> int:
 
 
 def _tile(size: int, most: int = TILE) -> int:
-    """The power of two that a tile takes of an axis of this size."""
+    """Returns the power of two that a tile takes of an axis of this size."""
     return min(most, max(LEAST, pl.next_power_of_2(size)))

@@ -1,4 +1,4 @@
-"""Updates of parameters that lie where they are."""
+"""Lets XLA update parameters in place."""
 
 from typing import Any
 
@@ -7,10 +7,10 @@ import jax.numpy as jnp
 
 
 def updates_after(norm: jax.Array, updates: Any) -> Any:
-    """The updates, on a processor not before all gradients are there, whose norm this is; all NaN there if the norm is NaN.
+    """Returns the updates, which on a CPU are not computed before `norm`, that of all gradients; all NaN there if the norm is NaN.
 
-    A parameter can be updated where it lies once the backward pass has read it. XLA for processors sees that only if the update
-    cannot come earlier, and else copies the parameters in every step. The loop ends a run whose loss is not finite in any case.
+    A parameter can be updated in place once the backward pass has read it. XLA's CPU compiler sees that only where the update
+    cannot come earlier, and else copies the parameters in every step. Training ends in any case where a loss is not finite.
     """
     one = jax.lax.platform_dependent(
         norm, cpu=lambda norm: jnp.where(norm >= 0, jnp.ones_like(norm), norm), default=lambda norm: jnp.ones_like(norm)

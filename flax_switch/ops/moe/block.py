@@ -8,17 +8,18 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from flax_switch.config import SwitchConfig
 from flax_switch.ops.kernels.choice import choose, run_chosen
-from flax_switch.ops.kernels.few_rows import by_gather, by_switch
+from flax_switch.ops.kernels.exchange import Peers
+from flax_switch.ops.kernels.few_rows import few_rows
 from flax_switch.ops.kernels.grouped import batched_matmul, grouped_matmul
 from flax_switch.ops.mlp import expert_dtype, expert_function
-from flax_switch.ops.moe.exchange import Peers
 from flax_switch.ops.moe.executors import ExpertFunction, SortedExperts, execute_buffers, execute_hit, execute_ragged
 from flax_switch.ops.moe.expert_parallel import exchange_buffers, execute_dropless, fits_mesh, over_mesh, own_groups, pmap_peers
 from flax_switch.ops.moe.groups import Grouping, make_grouping
+from flax_switch.ops.moe.hashing import hash_logits
 from flax_switch.ops.moe.routing import Routed, RouterOutput, RoutingPlan, report, route, router_logits
 from flax_switch.parallel.pmap import PmapDevices
 
@@ -27,7 +28,7 @@ from flax_switch.parallel.pmap import PmapDevices
 class MoEParams:
     """The arrays of one sparse MLP."""
 
-    router_kernel: Float[Array, "D E"]
+    router_kernel: Float[Array, "D E"] | None  # None, as the bias, where the router learns nothing
     router_bias: Float[Array, " E"] | None
     expert: Mapping[str, Array]  # {"wi" | "wi_0", "wi_1": [E, D, F], "wo": [E, F, D]}
     shared_expert: Mapping[str, Array] | None = None  # the same without E
@@ -42,6 +43,7 @@ def moe_block(
     stack: str,
     padding_mask: Bool[Array, "B L"] | None,
     deterministic: bool,
+    token_ids: Int[Array, "B L"] | None = None,
     jitter_rng: PRNGKeyArray | None = None,
     dropout_rng: PRNGKeyArray | None = None,
     replicas: int = 1,
@@ -52,17 +54,18 @@ def moe_block(
 
     config, stack: the stack ("encoder" or "decoder") matters because experts-choose and batch-prioritised routing would let a
     decoder look ahead; there tokens choose, in order. padding_mask: True for real tokens; used only where
-    `config.ignore_padding_tokens`. deterministic: evaluation's capacity, no jitter, no dropout. The generators are needed only
-    where the config's rates are not 0. replicas: see `ops.moe.groups`. devices: where the program runs, if on several: groups are
-    then routed where they lie and tokens sent to the devices of their experts (`ops.moe.expert_parallel`). Inside a pmap x and the
-    experts' kernels are a device's own, losses are those of its own groups, and metrics those of all devices.
+    `config.ignore_padding_tokens`. deterministic: evaluation's capacity, no jitter, no dropout. token_ids: needed by hash routing
+    only. The generators are needed only where the config's rates are not 0. replicas: see `ops.moe.groups`. devices: where the
+    program runs, if on several: groups are then routed where they lie and tokens sent to the devices of their experts
+    (`ops.moe.expert_parallel`). Inside a pmap x and the experts' kernels are a device's own, losses are those of its own groups,
+    and metrics those of all devices.
     """
     if deterministic:
         jitter_rng = dropout_rng = None
     parts = devices.size if isinstance(devices, PmapDevices) else 1
     grouping = make_grouping(config, x.shape[0] * parts, x.shape[1], replicas=replicas)
     mask = padding_mask if config.ignore_padding_tokens else None
-    arrays = (dataclasses.replace(params, shared_expert=None), x, mask, jitter_rng, dropout_rng)
+    arrays = (dataclasses.replace(params, shared_expert=None), x, mask, token_ids, jitter_rng, dropout_rng)
     body = functools.partial(route_and_execute, config=config, stack=stack, deterministic=deterministic)
     total = {}
     if isinstance(devices, PmapDevices):
@@ -83,6 +86,7 @@ def route_and_execute(
     params: MoEParams,
     x: Float[Array, "B L D"],
     mask: Bool[Array, "B L"] | None,
+    token_ids: Int[Array, "B L"] | None,
     jitter_rng: PRNGKeyArray | None,
     dropout_rng: PRNGKeyArray | None,
     *,
@@ -94,16 +98,9 @@ def route_and_execute(
 ) -> tuple[Float[Array, "B L D"], Routed]:
     """The SPMD body: what one device does with its tokens, alone or with the `peers` among which experts are split."""
     tokens = grouping.group(x)
-    logits = router_logits(
-        tokens,
-        params.router_kernel,
-        params.router_bias,
-        dtype=config.router_dtype,
-        jitter=config.router_jitter_noise,
-        jitter_rng=jitter_rng,
-    )
+    ids = None if token_ids is None else grouping.group(token_ids)
     routed = route(
-        logits,
+        ROUTERS[config.router_type](params, tokens, ids, config, jitter_rng),
         config=config,
         stack=stack,
         counted=grouping.counted(),
@@ -137,6 +134,28 @@ def route_and_execute(
     return grouping.ungroup(y).astype(x.dtype), routed
 
 
+def _learned(
+    params: MoEParams, tokens: Float[Array, "G S D"], token_ids, config: SwitchConfig, jitter_rng: PRNGKeyArray | None
+) -> Float[Array, "G S E"]:
+    assert params.router_kernel is not None
+    return router_logits(
+        tokens,
+        params.router_kernel,
+        params.router_bias,
+        dtype=config.router_dtype,
+        jitter=config.router_jitter_noise,
+        jitter_rng=jitter_rng,
+    )
+
+
+def _hashed(params, tokens, token_ids: Int[Array, "G S"], config: SwitchConfig, jitter_rng) -> Float[Array, "G S E"]:
+    return hash_logits(token_ids, vocab_size=config.vocab_size, num_experts=config.num_experts, seed=config.hash_seed)
+
+
+# How each `router_type` scores all experts for every token; `ops.moe.routing.route` makes a plan of the logits.
+ROUTERS = {"tokens_choose": _learned, "experts_choose": _learned, "hash": _hashed}
+
+
 def execute(
     plan: RoutingPlan,
     x: Float[Array, "G S D"],
@@ -150,9 +169,7 @@ def execute(
     if executor == "ragged":
         return execute_ragged(plan, x, grouped_experts(experts, kernels))
     if executor == "hit":
-        if unstacked is not None:
-            return execute_hit(plan, x, functools.partial(by_switch, experts=unstacked, mlp=experts))
-        return execute_hit(plan, x, functools.partial(by_gather, stacked=kernels, mlp=experts))
+        return execute_hit(plan, x, functools.partial(few_rows, mlp=experts, stacked=kernels, unstacked=unstacked))
     return execute_buffers(plan, x, buffered_experts(experts, kernels), executor=executor)
 
 

@@ -25,7 +25,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from flax_switch.config import check
-from flax_switch.ops.moe.exchange import Peers, locate, send_rows, starts
+from flax_switch.ops.kernels.exchange import Peers, locate, send_rows, starts
 from flax_switch.ops.moe.executors import ExpertFunction, SortedExperts, execute_ragged
 from flax_switch.ops.moe.groups import Grouping
 from flax_switch.ops.moe.routing import RoutingPlan
@@ -143,9 +143,9 @@ def over_mesh(
     """Runs `ops.moe.block.route_and_execute` on every device of a mesh.
 
     The batch is cut over ('expert', 'data'), experts over 'expert', their F over 'model'. arrays: its global arguments (params, x,
-    mask, jitter_rng, dropout_rng). The result is global too. Generators are made each device's own, so draws differ from one mesh
-    to another. Devices along 'model' hold slices of each expert and the same tokens; their answers, combined, are added up at the
-    end: that moves the fewest bytes, a token's D once however many slots it takes.
+    mask, token_ids, jitter_rng, dropout_rng). The result is global too. Generators are made each device's own, so draws differ
+    from one mesh to another. Devices along 'model' hold slices of each expert and the same tokens; their outputs, combined, are
+    added up at the end: that moves the fewest bytes, a token's D once however many slots it takes.
     """
     params, *others = arrays
     # Cast before they are handed over: what fsdp gathers, and what gradients add up over data, is in the experts' dtype.
@@ -159,11 +159,11 @@ def over_mesh(
     peers = Peers("expert", mesh.shape["expert"])
     own = grouping.part(math.prod(mesh.shape[a] for a in BATCH_AXES))
 
-    def on_device(params, x, mask, jitter_rng, dropout_rng):
+    def on_device(params, x, mask, token_ids, jitter_rng, dropout_rng):
         rank = lax.axis_index(BATCH_AXES)
         fold = lambda rng, index: None if rng is None else jax.random.fold_in(rng, index)  # noqa: E731
         jitter_rng, dropout_rng = fold(jitter_rng, rank), fold(fold(dropout_rng, rank), lax.axis_index("model"))
-        y, routed = body(params, x, mask, jitter_rng, dropout_rng, grouping=own, peers=peers)
+        y, routed = body(params, x, mask, token_ids, jitter_rng, dropout_rng, grouping=own, peers=peers)
         return y[None], routed
 
     # check_vma would ask every loop and custom gradient below to state over which axes it varies. Without it a psum's transpose
@@ -171,7 +171,14 @@ def over_mesh(
     y, routed = jax.shard_map(
         on_device,
         mesh=mesh,
-        in_specs=(dataclasses.replace(params, router_kernel=whole, router_bias=whole, expert=kernels), batch, batch, whole, whole),
+        in_specs=(
+            dataclasses.replace(params, router_kernel=whole, router_bias=whole, expert=kernels),
+            batch,
+            batch,
+            batch,
+            whole,
+            whole,
+        ),
         out_specs=(PartitionSpec("model" if sliced else None, *batch), batch),
         check_vma=False,
     )(params, *others)

@@ -24,7 +24,7 @@ def test_values_and_gradients_equal_a_loop_expert_by_expert(sizes, dtype):
 def test_a_kernel_gradient_of_many_blocks_is_added_up_in_float32():
     rows = jnp.ones((4096, 8), jnp.bfloat16)
     sizes = jnp.zeros(64, jnp.int32).at[3].set(4096)
-    gradient = jax.jit(grouped_blocks.block_kernels)(rows, rows, sizes)
+    gradient = jax.jit(grouped_blocks.block_gradients)(rows, rows, sizes)
     np.testing.assert_array_equal(gradient[3], 4096)  # bfloat16 sums of ones would stop growing at 256
 
 
@@ -68,8 +68,8 @@ def test_the_tpus_products_state_the_same_mathematics():
     for transpose, rows in ((False, x), (True, gradient)):
         products = [f(rows, kernel, group_sizes, transpose=transpose) for f in (grouped._ragged_rows, grouped_blocks.block_rows)]
         np.testing.assert_allclose(*products, atol=1e-5)
-    want = jax.jit(grouped_blocks.block_kernels)(x, gradient, group_sizes)
-    got = grouped._tpu_kernels(x, gradient, group_sizes, interpret=True)
+    want = jax.jit(grouped_blocks.block_gradients)(x, gradient, group_sizes)
+    got = grouped._megablox_gradient(x, gradient, group_sizes, interpret=True)
     for e in range(len(sizes)):
         assert relative_error(got[e], np.float64(want[e])) < 1e-5, e
 
@@ -95,6 +95,6 @@ def test_a_tpus_tiles_are_as_tall_as_the_rows_of_a_mean_group_are_many(rows, til
     megablox = importlib.import_module("jax.experimental.pallas.ops.tpu.megablox.gmm")
     record = lambda x, gradient, sizes, dtype, tiles, **_: seen.append((x.shape, gradient.shape, tiles)) or x  # noqa: E731
     monkeypatch.setattr(megablox, "tgmm", record)
-    grouped._tpu_kernels(jnp.ones((rows, 1024)), jnp.ones((rows, 40)), jnp.array([rows // 2, rows - rows // 2]))
+    grouped._megablox_gradient(jnp.ones((rows, 1024)), jnp.ones((rows, 40)), jnp.array([rows // 2, rows - rows // 2]))
     padded = -(-rows // tile) * tile
     assert seen == [((1024, padded), (padded, 40), (tile, 512, 40))]

@@ -22,7 +22,7 @@ def test_every_group_has_its_own_products(sizes, inputs, outputs, dtype):
     group_sizes = jnp.asarray(sizes, jnp.int32)
     product = grouped_triton.grouped_rows(x, kernel, group_sizes, interpret=True)
     dx = grouped_triton.grouped_rows(cotangent, kernel, group_sizes, transpose=True, interpret=True)
-    dkernel = grouped_triton.grouped_kernels(x, cotangent, group_sizes, interpret=True)
+    dkernel = grouped_triton.grouped_gradients(x, cotangent, group_sizes, interpret=True)
     assert_products(sizes, x, kernel, cotangent, product, dx, dkernel)
 
 
@@ -77,7 +77,7 @@ def test_the_programs_pass_tritons_verifier(dtype):
     for function, args in (
         (grouped_triton.grouped_rows, (x, kernel, sizes)),
         (functools.partial(grouped_triton.grouped_rows, transpose=True), (gradient, kernel, sizes)),
-        (grouped_triton.grouped_kernels, (x, gradient, sizes)),
+        (grouped_triton.grouped_gradients, (x, gradient, sizes)),
     ):
         with no_gpu_at_hand():
             (module,) = triton_modules(jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)))

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from flax_switch.config import MeshConfig
-from flax_switch.ops.moe.exchange import Peers, locate, send_rows
+from flax_switch.ops.kernels.exchange import Peers, locate, send_rows
 from flax_switch.ops.moe.expert_parallel import admit, by_expert
 from flax_switch.ops.moe.routing import RoutingPlan
 from flax_switch.parallel.mesh import create_mesh

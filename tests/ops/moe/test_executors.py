@@ -11,10 +11,9 @@ from flax_switch.config import EXECUTORS, ConfigError, SwitchConfig
 from flax_switch.ops.kernels import choice
 from flax_switch.ops.mlp import mlp
 from flax_switch.ops.moe import executors
-from flax_switch.ops.moe.block import MoEParams, execute, moe_block
+from flax_switch.ops.moe.block import ROUTERS, MoEParams, execute, moe_block
 from flax_switch.ops.moe.groups import make_grouping
 from flax_switch.ops.moe.routing import route as route_eagerly
-from flax_switch.ops.moe.routing import router_logits
 
 D, F = 8, 12
 route = jax.jit(route_eagerly, static_argnames=("config", "stack", "deterministic", "dtype"))
@@ -25,6 +24,7 @@ CASES = {  # config, (batch, length), what the router's kernel is multiplied by
     "top-2, gated, some dropped": (CONFIG.replace(**TOP2), (2, 8), 1.0),
     "top-2, dropless": (CONFIG.replace(capacity_mode="dropless", **TOP2), (2, 8), 1.0),
     "experts choose": (CONFIG.replace(router_type="experts_choose", capacity_factor=1.5), (2, 8), 1.0),
+    "hash, some dropped": (CONFIG.replace(router_type="hash", vocab_size=50, hash_seed=1), (2, 8), 1.0),
     "all to one of 20 experts": (CONFIG.replace(num_experts=20, capacity_mode="dropless"), (1, 9), None),
     "odd token groups": (
         CONFIG.replace(num_experts=5, routing_group="tokens", group_size=7, ignore_padding_tokens=True),
@@ -43,14 +43,21 @@ def inputs(config, shape, sharpness, dtype):
     expert = {**{name: draw(E, D, F) for name in names}, "wo": draw(E, F, D)}
     router = draw(D, E).astype(jnp.float32)
     bias = jnp.zeros(E).at[E // 2].set(100.0) if sharpness is None else None
+    router = router if config.learned_router else None
     mask = jnp.arange(shape[1])[None] < jnp.asarray([shape[1], shape[1] - 2, 1])[: shape[0], None]
     return MoEParams(router, bias, expert), draw(*shape, D), draw(*shape, D), mask
+
+
+def ids(config, shape):
+    """Token ids, where routing goes by them."""
+    return None if config.learned_router else jnp.asarray(np.random.default_rng(1).integers(0, config.vocab_size, shape))
 
 
 def oracle(params, x, config, mask):
     grouping = make_grouping(config, *x.shape[:2])
     tokens = grouping.group(x)
-    logits = router_logits(tokens, params.router_kernel, params.router_bias)
+    token_ids = None if config.learned_router else grouping.group(ids(config, x.shape[:2]))
+    logits = ROUTERS[config.router_type](params, tokens, token_ids, config, None)
     mask = grouping.group(mask) if config.ignore_padding_tokens else None
     plan = route(logits, config=config, stack="encoder", counted=grouping.counted(), mask=mask, deterministic=False).plan
     every = functools.partial(mlp, activations=config.mlp_activations, matmul=jnp.matmul)
@@ -65,7 +72,8 @@ def values_and_gradients(function, params, x, cotangent):
         return jnp.vdot(y.astype(jnp.float32), cotangent.astype(jnp.float32)), y
 
     (_, y), gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(params, x)
-    return {"output": y, "input": gradients[1], "router": gradients[0].router_kernel, **gradients[0].expert}
+    router = {} if params.router_kernel is None else {"router": gradients[0].router_kernel}
+    return {"output": y, "input": gradients[1], **router, **gradients[0].expert}
 
 
 @functools.cache
@@ -84,7 +92,9 @@ def test_values_and_gradients_equal_the_oracles(case, dtype, executor):
     config, shape, sharpness = CASES[case]
     config = config.replace(moe_executor=executor, dtype=dtype)
     params, x, cotangent, mask = inputs(config, shape, sharpness, dtype)
-    block = functools.partial(moe_block, config=config, stack="encoder", padding_mask=mask, deterministic=False)
+    block = functools.partial(
+        moe_block, config=config, stack="encoder", padding_mask=mask, deterministic=False, token_ids=ids(config, shape)
+    )
     got = values_and_gradients(lambda p, x: block(p, x)[0], params, x, cotangent)
     want = wanted(case, dtype)
     for name in want:
@@ -98,7 +108,7 @@ def test_values_and_gradients_equal_the_oracles(case, dtype, executor):
 def test_cases_that_are_to_drop_tokens_drop_some(case):
     config, shape, sharpness = CASES[case]
     params, x, _, _ = inputs(config, shape, sharpness, jnp.float32)
-    logits = router_logits(x, params.router_kernel, params.router_bias)
+    logits = ROUTERS[config.router_type](params, x, ids(config, shape), config, None)
     assert not route(logits, config=config, stack="encoder", deterministic=False).plan.kept.all()
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from flax_switch.config import SwitchConfig
 from flax_switch.ops.moe import routing
+from flax_switch.ops.moe.block import ROUTERS
 from flax_switch.ops.moe.groups import make_grouping
 from flax_switch.ops.moe.routing import report, route
 
@@ -23,16 +24,24 @@ CASES = {
     "dropless, padding ignored": dict(capacity_mode="dropless", ignore_padding_tokens=True),
     "scattered padding": dict(capacity_mode="fixed", expert_capacity=2, ignore_padding_tokens=True, padding_semantics="scatter"),
     "experts choose": dict(router_type="experts_choose", capacity_mode="fixed", expert_capacity=3, ignore_padding_tokens=True),
+    "hash": dict(router_type="hash", capacity_mode="fixed", expert_capacity=2),
+    "hash, padding ignored": dict(router_type="hash", capacity_mode="dropless", ignore_padding_tokens=True),
 }
+
+
+def logits_of(config):
+    ids = jnp.asarray(np.random.default_rng(1).integers(0, config.vocab_size, (B, L)))
+    return LOGITS if config.learned_router else np.asarray(ROUTERS["hash"](None, None, ids, config, None))
 
 
 def by_loop(config):
     """Losses and metrics of the layer, told token by token. Every sequence is a group."""
+    given = logits_of(config)
     ignoring, scatter = config.ignore_padding_tokens, config.padding_semantics == "scatter"
     N, C = config.num_selected_experts, config.expert_capacity if config.capacity_mode == "fixed" else L
     kept_weights, entropies, left, z, load, balance = [], [], [], [], np.zeros(E), []
     for b in range(B):
-        probs = np.exp(np.float64(LOGITS[b])) / np.exp(np.float64(LOGITS[b])).sum(-1, keepdims=True)
+        probs = np.exp(np.float64(given[b])) / np.exp(np.float64(given[b])).sum(-1, keepdims=True)
         real = MASK[b] if ignoring else np.ones(L, bool)
         judged = np.where(real[:, None], probs, 0.0)  # ignored padding has no probability
         takes_part = np.ones(L, bool) if scatter else real
@@ -62,8 +71,8 @@ def by_loop(config):
                 kept_weights.append(weight)
             if real[s]:
                 left.append(not taken[s])
-                entropies.append(-sum(p * np.log(p) for p in probs[s]))
-            logits = LOGITS[b, s] if real[s] else np.zeros(E)
+                entropies.append(-sum(p * np.log(p) for p in probs[s] if p > 0))
+            logits = given[b, s] if real[s] else np.zeros(E)
             z.append(np.log(np.exp(np.float64(logits)).sum()) ** 2)
     full = config.capacity_mode == "dropless" or config.router_type == "experts_choose"
     return {
@@ -87,7 +96,7 @@ def test_losses_and_metrics_are_those_of_a_loop_over_tokens(case):
         routed = route(logits, config=config, stack="encoder", mask=mask if config.ignore_padding_tokens else None)
         return report(routed, make_grouping(config, B, L))
 
-    output = run(LOGITS, MASK)
+    output = run(logits_of(config), MASK)
     got = {**output.metrics, "load_balancing_loss": output.load_balancing_loss, "router_z_loss": output.z_loss}
     want = by_loop(config)
     assert got.keys() == want.keys() and output.logits is None

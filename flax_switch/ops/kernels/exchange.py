@@ -1,0 +1,121 @@
+"""Rows of any number sent between any two of several devices.
+
+Device s sends `counts[s, r]` rows to device r. Its rows lie in the order of their receivers, and what a device receives lies in the
+order of the senders. Sending by the transposed counts brings every row back to where it was, and is the gradient too.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Int, Shaped
+
+from flax_switch.ops.kernels import platforms
+
+
+@dataclasses.dataclass(frozen=True)
+class Peers:
+    """The devices that experts are split over, as each of them sees them inside an SPMD body."""
+
+    axis: str  # the named axis they lie on
+    ways: int  # how many they are: device i of them holds the i-th part of the experts
+    groups: tuple[tuple[int, ...], ...] | None = None  # indices of peers, where the axis holds others too
+
+    def index(self) -> Int[Array, ""]:
+        """Which of its peers a device is."""
+        index = lax.axis_index(self.axis)
+        if self.groups is None:
+            return index
+        places = {device: place for group in self.groups for place, device in enumerate(group)}
+        return jnp.asarray([places[device] for device in range(len(places))], jnp.int32)[index]
+
+    def all_to_all(self, x: Array, split_axis: int, concat_axis: int) -> Array:
+        """Part i of `split_axis` goes to peer i; what comes is put together along `concat_axis`, by sender."""
+        return lax.all_to_all(x, self.axis, split_axis, concat_axis, axis_index_groups=self.groups, tiled=True)
+
+    def all_gather(self, x: Array) -> Array:
+        """What every peer has, on a new leading axis."""
+        return lax.all_gather(x, self.axis, axis_index_groups=self.groups)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def send_rows(
+    x: Shaped[Array, "R D"], counts: Int[Array, "P P"], num_rows: int, peers: Peers, implementation: str | None = None
+) -> Shaped[Array, "T D"]:
+    """Returns the rows that a device receives, and zeros behind them up to `num_rows`.
+
+    counts: [sender, receiver], the same on all peers; no device may be sent more than `num_rows`. implementation: one of
+    IMPLEMENTATIONS; by default DEFAULT's for the platform.
+    """
+    bound = {name: functools.partial(send, num_rows=num_rows, peers=peers) for name, send in IMPLEMENTATIONS.items()}
+    return platforms.run(bound, DEFAULT, implementation, x, counts)
+
+
+def _send_forward(x, counts, num_rows, peers, implementation):
+    shape = jnp.zeros((x.shape[0], 0), x.dtype)  # residuals are arrays; this one remembers a number
+    return send_rows(x, counts, num_rows, peers, implementation), (counts, shape)
+
+
+def _send_backward(num_rows, peers, implementation, residuals, gradient):
+    counts, shape = residuals
+    return send_rows(gradient, counts.T, shape.shape[0], peers, implementation), None
+
+
+send_rows.defvjp(_send_forward, _send_backward)
+
+
+def starts(sizes: Int[Array, "*n"], axis: int = -1) -> Int[Array, "*n"]:
+    """Where each of several parts in a row begins."""
+    return jnp.cumsum(sizes, axis=axis, dtype=jnp.int32) - sizes
+
+
+def locate(sizes: Int[Array, " n"], num_rows: int) -> tuple[Int[Array, " R"], Int[Array, " R"]]:
+    """In which of several parts in a row each row lies, and where in it; part n behind the last."""
+    rows = jnp.arange(num_rows, dtype=jnp.int32)
+    part = jnp.searchsorted(jnp.cumsum(sizes, dtype=jnp.int32), rows, side="right").astype(jnp.int32)
+    return part, rows - jnp.append(starts(sizes), 0)[part]
+
+
+def _rows(x: Array, index: Array) -> Array:
+    return x.at[index].get(mode="fill", fill_value=0)
+
+
+def _reference(x: Array, counts: Array, *, num_rows: int, peers: Peers) -> Array:
+    """Every device sees all rows, and takes its own."""
+    device = peers.index()
+    sender, place = locate(counts[:, device], num_rows)
+    first = jnp.append(starts(counts)[:, device], 0)  # behind the last sender there is nothing
+    row = jnp.where(sender < peers.ways, sender * x.shape[0] + first[sender] + place, peers.ways * x.shape[0])
+    return _rows(peers.all_gather(x).reshape(-1, x.shape[1]), row)
+
+
+def _ragged_all_to_all(x: Array, counts: Array, *, num_rows: int, peers: Peers) -> Array:
+    """XLA's own operation, which CPUs lack."""
+    device = peers.index()
+    return lax.ragged_all_to_all(
+        x,
+        jnp.zeros((num_rows, x.shape[1]), x.dtype),
+        starts(counts[device]),
+        counts[device],
+        starts(counts, axis=0)[device],
+        counts[:, device],
+        axis_name=peers.axis,
+        axis_index_groups=peers.groups,
+    )
+
+
+def _equal_parts(x: Array, counts: Array, *, num_rows: int, peers: Peers) -> Array:
+    """An all-to-all of equal parts, each as long as any may get."""
+    device = peers.index()
+    size = min(x.shape[0], num_rows)
+    places = jnp.arange(size, dtype=jnp.int32)
+    index = jnp.where(places[None] < counts[device][:, None], starts(counts[device])[:, None] + places[None], x.shape[0])
+    parts = peers.all_to_all(_rows(x, index.reshape(-1)), 0, 0)
+    sender, place = locate(counts[:, device], num_rows)
+    return _rows(parts, jnp.where(sender < peers.ways, sender * size + place, peers.ways * size))
+
+
+IMPLEMENTATIONS = {"reference": _reference, "ragged_all_to_all": _ragged_all_to_all, "equal_parts": _equal_parts}
+DEFAULT = {"cpu": "equal_parts", "other": "ragged_all_to_all"}

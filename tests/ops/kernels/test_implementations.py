@@ -1,0 +1,113 @@
+"""Every implementation of every operation says what its reference says, values and gradients, wherever it runs."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from grouped_oracle import GROUPS, operands
+from jax.sharding import PartitionSpec as P
+
+from flax_switch.config import ConfigError, MeshConfig
+from flax_switch.ops.kernels import exchange, few_rows, grouped, projection
+from flax_switch.ops.mlp import mlp
+from flax_switch.parallel.mesh import create_mesh
+
+HIT = {  # which experts each row hits
+    "one row, one choice": [[2]],
+    "one row, two choices": [[3, 0]],
+    "every row another expert": [[0], [1], [2], [3]],
+    "all rows one expert, in several blocks": [[1]] * (2 * few_rows.BLOCK + 3),
+    "a block and one more": [[2]] * (few_rows.BLOCK + 1) + [[0]],
+    "top-2 of many": [[i % 4, (i + 1 + i // 4) % 4] for i in range(23)],
+}
+
+
+def with_gradients(function, *args):
+    """What a function returns, and the gradients of its sum by seeded weights."""
+
+    def weighted(*args):
+        result = function(*args)
+        return jnp.vdot(result, jnp.cos(jnp.arange(result.size)).reshape(result.shape)), result
+
+    (_, result), gradients = jax.jit(jax.value_and_grad(weighted, argnums=tuple(range(len(args))), has_aux=True))(*args)
+    return result, gradients
+
+
+def exchanged(implementation, counts):
+    mesh = create_mesh(MeshConfig(data=1, expert=4), jax.devices()[:4])
+    peers, counts = exchange.Peers("expert", 4), jnp.asarray(counts, jnp.int32)
+    send = lambda x: exchange.send_rows(x[0], counts, 20, peers, implementation)[None]  # noqa: E731
+    x = jnp.arange(4 * 9 * 3, dtype=jnp.float32).reshape(4, 9, 3)
+    return with_gradients(jax.shard_map(send, mesh=mesh, in_specs=P("expert"), out_specs=P("expert"), check_vma=False), x)
+
+
+def grouped_products(implementation, sizes):
+    rows, gradient = grouped.IMPLEMENTATIONS[implementation]
+    if implementation == "triton":
+        rows = functools.partial(rows, interpret=True)
+    if implementation in ("triton", "ragged_dot"):
+        gradient = functools.partial(gradient, interpret=True)
+    x, kernel, cotangent = operands(sizes, 24, 40, jnp.float32)
+    sizes = jnp.asarray(sizes, jnp.int32)
+    products = (rows(x, kernel, sizes, transpose=False), rows(cotangent, kernel, sizes, transpose=True))
+    return *products, gradient(x, cotangent, sizes)
+
+
+def outputs_of_few(implementation, expert):
+    rng = np.random.default_rng(1)
+    stacked = {
+        name: jnp.asarray(rng.normal(size=shape), jnp.float32)
+        for name, shape in (("wi_0", (4, 6, 10)), ("wi_1", (4, 6, 10)), ("wo", (4, 10, 6)))
+    }
+    unstacked = tuple({name: kernel[e] for name, kernel in stacked.items()} for e in range(4))
+    experts = functools.partial(mlp, activations=("relu", "linear"))
+    x = jnp.asarray(rng.normal(size=(len(expert), 6)), jnp.float32)
+    run = functools.partial(few_rows.few_rows, mlp=experts, stacked=stacked, unstacked=unstacked, implementation=implementation)
+    return jax.jit(run)(x, jnp.asarray(expert, jnp.int32))
+
+
+def gradient_of_kernel(implementation, widths):
+    x, gradient = (jnp.cos(jnp.arange(6 * n) + 1.0).reshape(2, 3, n) for n in widths)
+    return jax.jit(functools.partial(projection.kernel_gradient, dtype=jnp.float32, implementation=implementation))(x, gradient)
+
+
+def projected_transposed(implementation, rows):
+    x, kernel = (jnp.cos(jnp.arange(n * 5) + 1.0).reshape(n, 5) for n in (rows, 7))
+    return with_gradients(functools.partial(projection.project_transposed, implementation=implementation), x, kernel)
+
+
+COUNTS = {
+    "uneven": [[3, 0, 2, 4], [0, 0, 0, 0], [5, 1, 1, 0], [2, 2, 2, 3]],
+    "nothing": [[0] * 4] * 4,
+    "all to one": [[0, 5, 0, 0]] * 4,
+}
+OPERATIONS = {  # its implementations, how to run one on a case, its cases
+    "send_rows": (exchange.IMPLEMENTATIONS, exchanged, COUNTS),
+    "grouped_matmul": (grouped.IMPLEMENTATIONS, grouped_products, GROUPS),
+    "few_rows": (few_rows.IMPLEMENTATIONS, outputs_of_few, HIT),
+    "kernel_gradient": (projection.KERNEL_GRADIENTS, gradient_of_kernel, {"wide": (4, 9), "narrow": (9, 4)}),
+    "project_transposed": (projection.TRANSPOSED_PROJECTIONS, projected_transposed, {"one row": 1, "rows": 9}),
+}
+RUNS = [
+    pytest.param(operation, name, case, id=f"{operation}, {name}, {case}")
+    for operation, (implementations, _, cases) in OPERATIONS.items()
+    for name in implementations
+    for case in cases
+    if name != "reference"
+]
+
+
+@pytest.mark.parametrize(("operation", "name", "case"), RUNS)
+def test_every_implementation_says_what_the_reference_says(operation, name, case):
+    if name == "ragged_all_to_all" and jax.default_backend() == "cpu":
+        pytest.skip("XLA has no ragged all-to-all on CPUs")
+    _, run, cases = OPERATIONS[operation]
+    got, want = run(name, cases[case]), run("reference", cases[case])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-4), got, want)
+
+
+def test_an_implementation_that_is_not_there_is_an_error_that_names_the_nearest():
+    with pytest.raises(ConfigError, match="transposed_first"):
+        projection.kernel_gradient(jnp.ones((2, 3)), jnp.ones((2, 3)), jnp.float32, implementation="transpose_first")

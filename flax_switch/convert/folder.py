@@ -6,6 +6,7 @@ conversion that was interrupted finds its finished shards there when it runs aga
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -17,6 +18,7 @@ from flax_switch.config import ConfigError
 from flax_switch.convert.safetensors_file import write_safetensors
 from flax_switch.convert.tensors import CheckpointError, LazyTensor, concatenate, narrow
 from flax_switch.host.files import in_store
+from flax_switch.host.locks import locked
 
 DEFAULT_SHARD_SIZE = "5GB"
 MARKERS = ("config.json", "flax_switch.json")  # a folder with one of them is a model
@@ -159,6 +161,11 @@ def local_destination(path: str | Path) -> Path:
             f"{path}: converted models are written to disks, whole or not at all. Name a folder, then copy it there."
         )
     return Path(path)
+
+
+def claimed(destination: Path) -> contextlib.AbstractContextManager[None]:
+    """Claims a destination for one conversion at a time: a second one gets a ConfigError that says who is at work there."""
+    return locked(destination, what="conversion")
 
 
 def check_destination(destination: Path, *, overwrite: bool) -> None:

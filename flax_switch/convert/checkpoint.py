@@ -17,6 +17,7 @@ from flax_switch.config import huggingface as config_huggingface
 from flax_switch.convert import hub, huggingface, native, t5x, tokenizer, training_run
 from flax_switch.convert.canonical import canonical_shapes, is_router
 from flax_switch.convert.folder import (
+    COMPANIONS,
     DEFAULT_SHARD_SIZE,
     claimed,
     local_destination,
@@ -30,16 +31,6 @@ from flax_switch.host.memory import freed_memory_returned
 
 FORMATS = ("huggingface", "flax_switch")  # those that can be written
 
-# Files that travel with a model, whichever way it goes.
-COMPANIONS = (
-    "spiece.model",
-    "vocabulary.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "generation_config.json",
-)
 # Keys of a config.json that say again, or said once, what other keys say.
 _STALE = ("torch_dtype", "scale_decoder_outputs", "encoder_sparse_step", "decoder_sparse_step", "feed_forward_proj")
 

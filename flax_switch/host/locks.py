@@ -141,13 +141,18 @@ def _refusal(file: int, place: Path, what: str) -> str:
 
 
 def _release(place: Path, file: int) -> None:
-    """Removes the lock file and unlocks it; Windows removes only closed ones, and then none that another has opened."""
-    if sys.platform != "win32" and _is_at(file, place):
+    """Removes the lock file and unlocks it, in this order; Windows removes closed files only, and none that another has opened."""
+    try:
+        if sys.platform != "win32" and _is_at(file, place):
+            _remove(place)
+    finally:
         with contextlib.suppress(OSError):
-            place.unlink()
-    with contextlib.suppress(OSError):
-        _unlock(file)
-    os.close(file)
+            _unlock(file)
+        os.close(file)
     if sys.platform == "win32":
-        with contextlib.suppress(OSError):
-            place.unlink()
+        _remove(place)
+
+
+def _remove(place: Path) -> None:
+    with contextlib.suppress(OSError):
+        place.unlink()

@@ -16,7 +16,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from flax_switch.config import ConfigError
@@ -249,7 +249,7 @@ def _explained(destination: Path, partial: Path) -> Iterator[None]:
             raise
         advice = "Free some space" if full else "Choose a destination that can be written, its parent folder on the same disk"
         raise CheckpointError(
-            f"{destination} cannot be written: {error.strerror or error} ({error.filename or partial}). {advice}, and run it again; "
+            f"{destination} cannot be written: {error.strerror or error} ({error.filename or partial}). {advice} and run it again; "
             "what was there before is as it was, and finished shards are kept."
         ) from error
 
@@ -308,8 +308,16 @@ def _index(names: Sequence[str], shards: Sequence[Shard]) -> dict:
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
 
-def read_folder(folder: Path, stem: str, read_file: Callable[[Path], dict[str, LazyTensor]], suffix: str) -> Shard:
+def read_folder(
+    folder: Path,
+    stem: str,
+    read_file: Callable[[Path], dict[str, LazyTensor]],
+    suffix: str,
+    derived: Collection[str] = (),
+) -> Shard:
     """All tensors of `stem.suffix`, or of the shards its index names.
+
+    `derived` names tensors that are made of others where they are absent: index and shards may disagree about those.
 
     Raises:
       CheckpointError: if the index names a file outside the folder or one that is not there, or disagrees with the files.
@@ -329,8 +337,8 @@ def read_folder(folder: Path, stem: str, read_file: Callable[[Path], dict[str, L
     for name in files:
         held = read_file(folder / name)
         listed = {tensor for tensor, file in weight_map.items() if file == name}
-        if listed != held.keys():
-            wrong = sorted(listed ^ held.keys())[:5]
+        wrong = sorted((listed ^ held.keys()) - set(derived))[:5]
+        if wrong:
             raise CheckpointError(f"{index_path} and {name} disagree on what the file holds: {', '.join(wrong)}")
         tensors |= held
     return tensors

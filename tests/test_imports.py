@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "flax_switch"
 ALLOWED = {
     "config": set(),
     "host": {"config"},
-    "parallel": {"config"},
+    "parallel": {"config", "host"},
     "ops": {"config", "host", "parallel"},
     "nn": {"config", "ops", "parallel"},
     "data": {"config", "host"},

@@ -97,7 +97,7 @@ def from_huggingface(values: Mapping[str, Any]) -> SwitchConfig:
         have no effect there and none here.
 
     Raises:
-      ConfigError: for another `model_type`, an activation we lack, several end-of-sequence ids, or a size that is absent beside a
+      ConfigError: for another `model_type`, an activation we lack, `eos_token_id`s that are none, or a size that is absent beside a
         key that is not known.
     """
     model_type = values.get("model_type", "switch_transformers")
@@ -116,12 +116,13 @@ def from_huggingface(values: Mapping[str, Any]) -> SwitchConfig:
     fields["dtype"] = fields["param_dtype"] = str(dtype).removeprefix("torch.")
     pad = values.get("pad_token_id")
     fields["pad_token_id"] = 0 if pad is None else pad
-    fields["eos_token_id"] = _single_id(values.get("eos_token_id", 1))
+    fields["eos_token_id"], *more = _ids(values.get("eos_token_id", 1))
+    fields["extra_eos_token_ids"] = tuple(more)
     start = values.get("decoder_start_token_id")
     fields["decoder_start_token_id"] = fields["pad_token_id"] if start is None else start
     if model_type == "t5":
         return SwitchConfig(**fields, **_t5_fields(values), **SEMANTICS)
-    tied = values.get("tie_word_embeddings", True)
+    tied = is_tied(values)
     capacity = values.get("expert_capacity", 64)
     semantics: dict[str, Any] = dict(SEMANTICS, capacity_mode="dropless" if capacity >= NEVER_DROPS else "fixed")
     return SwitchConfig(
@@ -215,13 +216,32 @@ def _is_dense(config: SwitchConfig) -> bool:
     return not config.is_sparse and config.sparse_layout != "huggingface"
 
 
-def _single_id(eos: Any) -> int:
+def is_tied(values: Mapping[str, Any]) -> bool:
+    """Whether a `config.json` ties the head to the embedding, read as transformers reads it.
+
+    Its T5 takes all but `false` for tied, `null` too; its SwitchTransformers refuses what is neither true nor false. transformers 5
+    writes tie_word_embeddings=true into every T5 config and keeps what it meant in scale_decoder_outputs.
+    """
+    tied = values.get("tie_word_embeddings", True)
+    if values.get("model_type") == "t5":
+        return bool(values["scale_decoder_outputs"]) if "scale_decoder_outputs" in values else tied is not False
+    check(
+        isinstance(tied, bool),
+        f"config.json has tie_word_embeddings={tied!r}, which transformers refuses for SwitchTransformers; write true or false.",
+    )
+    return tied
+
+
+def _ids(eos: Any) -> list[int]:
+    """The ids that end a sequence, of one, a list or none; the first is the one that texts are closed with."""
     if eos is None:
-        return 1
-    if isinstance(eos, (list, tuple)):
-        check(len(eos) == 1, f"eos_token_id {list(eos)!r} lists several ids; flax_switch ends a sequence at one. Keep one of them.")
-        return int(eos[0])
-    return int(eos)
+        return [1]
+    ids = list(eos) if isinstance(eos, (list, tuple)) else [eos]
+    check(
+        len(ids) > 0 and all(isinstance(token, int) and not isinstance(token, bool) for token in ids),
+        f"config.json has eos_token_id={eos!r}; expected an id or a list of ids. Write the id of the end of a sequence, T5's is 1.",
+    )
+    return list(dict.fromkeys(ids))
 
 
 def _activation(name: str) -> str:
@@ -246,11 +266,9 @@ def _t5_fields(values: Mapping[str, Any]) -> dict[str, Any]:
         activations = (_activation(projection.removeprefix("gated-")), "linear")
     else:
         activations = (_activation(projection),)
-    # transformers 5 writes tie_word_embeddings=true into every T5 config and keeps what it meant in scale_decoder_outputs.
-    tied = values.get("scale_decoder_outputs", values.get("tie_word_embeddings", True))
     return dict(
         mlp_activations=activations,
-        tie_word_embeddings=tied,
+        tie_word_embeddings=is_tied(values),
         num_sparse_encoder_layers=0,
         num_sparse_decoder_layers=0,
     )
@@ -280,7 +298,7 @@ def _shared_fields(config: SwitchConfig, table) -> dict[str, Any]:
         **{theirs: getattr(config, ours) for ours, theirs, _ in table},
         "num_decoder_layers": config.num_decoder_layers,
         "pad_token_id": config.pad_token_id,
-        "eos_token_id": config.eos_token_id,
+        "eos_token_id": [config.eos_token_id, *config.extra_eos_token_ids] if config.extra_eos_token_ids else config.eos_token_id,
         "decoder_start_token_id": config.decoder_start_token_id,
         "tie_word_embeddings": config.tie_word_embeddings,
         "dtype": config.param_dtype,

@@ -156,6 +156,7 @@ class SwitchConfig(_Section):
     # --- special tokens
     pad_token_id: int = 0
     eos_token_id: int = 1
+    extra_eos_token_ids: tuple[int, ...] = ()  # further ids that end a sequence in generation; texts are closed with eos_token_id
     decoder_start_token_id: int = 0
 
     def __post_init__(self) -> None:
@@ -208,6 +209,11 @@ class SwitchConfig(_Section):
             check(
                 0 <= getattr(self, name) < self.vocab_size,
                 f"{name}={getattr(self, name)} is outside the vocabulary of {self.vocab_size}.",
+            )
+        for token in self.extra_eos_token_ids:
+            check(
+                0 <= token < self.vocab_size,
+                f"extra_eos_token_ids holds {token}, which is outside the vocabulary of {self.vocab_size}.",
             )
 
     def _check_stack(self, stack: StackConfig) -> None:

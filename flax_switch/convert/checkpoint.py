@@ -16,23 +16,21 @@ from flax_switch.config import SwitchConfig, check, one_of
 from flax_switch.config import huggingface as config_huggingface
 from flax_switch.convert import hub, huggingface, native, t5x, tokenizer, training_run
 from flax_switch.convert.canonical import canonical_shapes, is_router
-from flax_switch.convert.folder import DEFAULT_SHARD_SIZE, local_destination, parse_size, split_into_shards, write_folder
+from flax_switch.convert.folder import (
+    COMPANIONS,
+    DEFAULT_SHARD_SIZE,
+    claimed,
+    local_destination,
+    parse_size,
+    split_into_shards,
+    write_folder,
+)
 from flax_switch.convert.tensors import DTYPES, CheckpointError, LazyTensor, cast
 from flax_switch.host.files import in_store
 from flax_switch.host.memory import freed_memory_returned
 
 FORMATS = ("huggingface", "flax_switch")  # those that can be written
 
-# Files that travel with a model, whichever way it goes.
-COMPANIONS = (
-    "spiece.model",
-    "vocabulary.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "generation_config.json",
-)
 # Keys of a config.json that say again, or said once, what other keys say.
 _STALE = ("torch_dtype", "scale_decoder_outputs", "encoder_sparse_step", "decoder_sparse_step", "feed_forward_proj")
 
@@ -147,25 +145,32 @@ def convert(
 
     Returns:
       The destination.
+
+    Raises:
+      ConfigError: where another conversion writes to the destination, saying which.
     """
     one_of("to", to, FORMATS)
-    checkpoint = open_checkpoint(source, changes=changes, allow_missing=allow_missing, revision=revision)
-    if dtype is not None:
-        one_of("dtype", dtype, tuple(DTYPES))
-        tensors = {p: t if is_router(p) else cast(t, DTYPES[dtype]) for p, t in checkpoint.tensors.items()}
-        config = checkpoint.config.replace(param_dtype=dtype)
-        checkpoint = dataclasses.replace(checkpoint, tensors=tensors, config=config)
-    return write_checkpoint(
-        checkpoint,
-        local_destination(destination),
-        to=to,
-        files=companion_files(checkpoint.path),
-        max_shard_size=max_shard_size,
-        source=source_identity(checkpoint.path),
-        overwrite=overwrite,
-        on_bytes=on_bytes,
-        on_open=on_open,
-    )
+    destination = local_destination(destination)
+    with claimed(destination):  # before the source is opened, which the destination may be
+        checkpoint = open_checkpoint(source, changes=changes, allow_missing=allow_missing, revision=revision)
+        return write_checkpoint(
+            checkpoint if dtype is None else with_dtype(checkpoint, dtype),
+            destination,
+            to=to,
+            files=companion_files(checkpoint.path),
+            max_shard_size=max_shard_size,
+            source=source_identity(checkpoint.path),
+            overwrite=overwrite,
+            on_bytes=on_bytes,
+            on_open=on_open,
+        )
+
+
+def with_dtype(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
+    """Casts all tensors of a checkpoint but the routers' when they are read."""
+    one_of("dtype", dtype, tuple(DTYPES))
+    tensors = {p: t if is_router(p) else cast(t, DTYPES[dtype]) for p, t in checkpoint.tensors.items()}
+    return dataclasses.replace(checkpoint, tensors=tensors, config=checkpoint.config.replace(param_dtype=dtype))
 
 
 def write_checkpoint(

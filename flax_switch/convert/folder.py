@@ -2,26 +2,45 @@
 
 Everything is written to `<destination>.partial`, shard by shard, and the folder takes its name when the last file is in it. A
 conversion that was interrupted finds its finished shards there when it runs again with the same source and settings.
+
+Where the destination is a folder with something in it, the two exchange their names. The new model holds `conversion.json` until
+what is not the old model's has been moved over and the old model is gone: so the next run knows what a killed one had left to do.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
+import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from flax_switch.config import ConfigError, check
+from flax_switch.convert import t5x, training_run
 from flax_switch.convert.safetensors_file import write_safetensors
 from flax_switch.convert.tensors import CheckpointError, LazyTensor, concatenate, narrow
 from flax_switch.host.files import in_store
 from flax_switch.host.json_text import field, read_json
+from flax_switch.host.locks import locked
+from flax_switch.host.swap import exchange, settle
 
 DEFAULT_SHARD_SIZE = "5GB"
 MARKERS = ("config.json", "flax_switch.json")  # a folder with one of them is a model
-_MODEL_FILES = ("model*.safetensors*", "params*.safetensors*", "pytorch_model*.bin*")
+_WEIGHTS = ("model*.safetensors*", "params*.safetensors*", "pytorch_model*.bin*", "flax_model*.msgpack*", "tf_model*.h5*")
+# Files that travel with a model, whichever way it goes.
+COMPANIONS = (
+    "spiece.model",
+    "vocabulary.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+)
 _PLAN = "conversion.json"
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _PART = re.compile(r"(.+)\[(\d+):(\d+)\]")
@@ -113,16 +132,29 @@ def write_folder(
       overwrite: replace a model that is there, its own files alone; otherwise it is an error.
       on_bytes: progress, as in `write_safetensors`; kept shards count at once.
     """
-    check_destination(destination, overwrite=overwrite)
-    partial = destination.with_name(destination.name + ".partial")
+    destination = Path(os.path.realpath(destination))
+    partial = destination.with_name(f"{destination.name}.partial")
+    with _explained(destination, partial):
+        check_destination(destination, overwrite=overwrite)
+        _fill(partial, shards, stem, files, source, on_bytes)
+        _publish(partial, destination)
+
+
+def _fill(
+    partial: Path,
+    shards: Sequence[Shard],
+    stem: str,
+    files: Mapping[str, bytes],
+    source: object,
+    on_bytes: Callable[[int], None],
+) -> None:
+    """Writes everything into the partial folder, but for the shards that an earlier run of the same plan has finished there."""
     names = shard_names(stem, len(shards))
     plan = _fingerprint(names, shards, source)
-    plan_path = partial / _PLAN
-    resumes = source is not None and plan_path.exists() and plan_path.read_text() == plan
-    if partial.exists() and not resumes:
-        shutil.rmtree(partial)
+    if source is None or _read_plan(partial) != plan:
+        _remove(partial)
     partial.mkdir(parents=True, exist_ok=True)
-    plan_path.write_text(plan)
+    _write(partial / _PLAN, plan.encode())
     for name, shard in zip(names, shards, strict=True):
         if (partial / name).exists():
             on_bytes(sum(tensor.nbytes for tensor in shard.values()))
@@ -130,25 +162,97 @@ def write_folder(
         write_safetensors(partial / f"{name}.writing", shard, on_bytes)
         (partial / f"{name}.writing").rename(partial / name)
     if len(shards) > 1:
-        index = _index(names, shards)
-        (partial / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    for name, contents in files.items():
-        (partial / name).write_bytes(contents)
-    plan_path.unlink()
-    _publish(partial, destination)
+        files = {**files, f"{stem}.safetensors.index.json": (json.dumps(_index(names, shards), indent=2) + "\n").encode()}
+    for name, content in files.items():
+        _write(partial / name, content)
 
 
 def _publish(partial: Path, destination: Path) -> None:
-    """Gives the finished folder its name; in a folder that is there already, the file that marks a model comes last."""
-    if not destination.exists() or not any(destination.iterdir()):
-        partial.rename(destination)
+    """Gives the finished folder its name; see above for one that is there already."""
+    if destination.exists() and any(destination.iterdir()):
+        with contextlib.suppress(OSError):
+            shutil.copymode(destination, partial)
+        exchange(partial, destination)
+        _finish(old=partial, new=destination)
         return
-    old = {path for pattern in (*MARKERS, *_MODEL_FILES) for path in destination.glob(pattern)}
-    for path in sorted(old, key=lambda path: path.name not in MARKERS):
-        path.unlink()
-    for path in sorted(partial.iterdir(), key=lambda path: path.name in MARKERS):
-        path.replace(destination / path.name)
-    partial.rmdir()
+    (partial / _PLAN).unlink()
+    if destination.exists():
+        destination.rmdir()  # Windows renames onto nothing that exists
+    partial.rename(destination)
+
+
+def recover(destination: Path) -> None:
+    """Ends what a killed conversion had begun in a destination: the exchange of the folders, or what comes after it."""
+    partial = destination.with_name(f"{destination.name}.partial")
+    settle(partial, destination)
+    if _read_plan(destination) is not None:
+        _finish(old=partial, new=destination)
+
+
+def _finish(old: Path, new: Path) -> None:
+    """Moves what is not the old model's own to the new one, then removes the old one: the file that marks a model goes last, as it
+    says which files are a model's.
+    """
+    if old.is_dir():
+        own = _own_files(old)
+        for path in sorted(old.iterdir()):
+            if path.name not in own and not os.path.lexists(new / path.name):
+                path.rename(new / path.name)
+        for path in sorted(old.iterdir(), key=lambda path: (path.name in MARKERS, path.name)):
+            _remove(path)
+        old.rmdir()
+    (new / _PLAN).unlink()
+
+
+def _own_files(folder: Path) -> set[str]:
+    """The names of a model's files in a folder, of those that may be there; none where there is no model."""
+    if not holds_model(folder):
+        return set()
+    return {path.name for pattern in (*MARKERS, *COMPANIONS, *_WEIGHTS) for path in folder.glob(pattern)}
+
+
+def holds_model(folder: Path) -> bool:
+    """Whether a folder has one of the files that mark a model."""
+    return any((folder / marker).exists() for marker in MARKERS)
+
+
+def _read_plan(folder: Path) -> str | None:
+    """The fingerprint in a folder that a conversion is at work on; None in any other."""
+    path = folder / _PLAN
+    text = path.read_bytes()[:65].decode(errors="replace") if path.is_file() else ""
+    return text if re.fullmatch("[0-9a-f]{64}", text) else None
+
+
+def _remove(path: Path) -> None:
+    """Removes a file, a link or a folder with what is in it, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Writes a small file down to the disk."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def _explained(destination: Path, partial: Path) -> Iterator[None]:
+    """Says in one sentence what a full disk or a folder that cannot be written means for the conversion."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not full and error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EXDEV, errno.EBUSY):
+            raise
+        advice = "Free some space" if full else "Choose a destination that can be written, its parent folder on the same disk"
+        raise CheckpointError(
+            f"{destination} cannot be written: {error.strerror or error} ({error.filename or partial}). {advice} and run it again; "
+            "what was there before is as it was, and finished shards are kept."
+        ) from error
 
 
 def local_destination(path: str | Path) -> Path:
@@ -162,11 +266,28 @@ def local_destination(path: str | Path) -> Path:
     return Path(path)
 
 
+@contextlib.contextmanager
+def claimed(destination: Path) -> Iterator[None]:
+    """Claims a destination for one conversion at a time, and ends what a killed one had begun there.
+
+    Raises:
+      ConfigError: to the second, saying who is at work there.
+    """
+    with locked(destination, what="conversion"):
+        recover(Path(os.path.realpath(destination)))
+        yield
+
+
 def check_destination(destination: Path, *, overwrite: bool) -> None:
-    """Raises if the destination is no folder, or holds a model that may not be overwritten."""
+    """Raises if the destination is no folder, or holds what may not be overwritten."""
     if destination.exists() and not destination.is_dir():
         raise CheckpointError(f"{destination} is a file; a checkpoint is a folder. Choose another destination.")
-    if any((destination / marker).exists() for marker in MARKERS) and not overwrite:
+    if training_run.is_run(destination) or training_run.find_checkpoint(destination) or t5x.find_checkpoint(destination):
+        raise CheckpointError(
+            f"{destination} holds a training run or a T5X checkpoint, which a model must not take the place of. Choose another "
+            "destination."
+        )
+    if holds_model(destination) and not overwrite:
         raise CheckpointError(
             f"{destination} holds a model already. Choose another destination, or ask for it to be replaced (--overwrite)."
         )
@@ -188,8 +309,16 @@ def _index(names: Sequence[str], shards: Sequence[Shard]) -> dict:
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
 
-def read_folder(folder: Path, stem: str, read_file: Callable[[Path], dict[str, LazyTensor]], suffix: str) -> Shard:
+def read_folder(
+    folder: Path,
+    stem: str,
+    read_file: Callable[[Path], dict[str, LazyTensor]],
+    suffix: str,
+    derived: Collection[str] = (),
+) -> Shard:
     """All tensors of `stem.suffix`, or of the shards its index names.
+
+    `derived` names tensors that are made of others where they are absent: index and shards may disagree about those.
 
     Raises:
       CheckpointError: if the index names a file outside the folder or one that is not there, or disagrees with the files.
@@ -210,8 +339,8 @@ def read_folder(folder: Path, stem: str, read_file: Callable[[Path], dict[str, L
     for name in files:
         held = read_file(folder / name)
         listed = {tensor for tensor, file in weight_map.items() if file == name}
-        if listed != held.keys():
-            wrong = sorted(listed ^ held.keys())[:5]
+        wrong = sorted((listed ^ held.keys()) - set(derived))[:5]
+        if wrong:
             raise CheckpointError(f"{index_path} and {name} disagree on what the file holds: {', '.join(wrong)}")
         tensors |= held
     return tensors

@@ -10,6 +10,7 @@ from etils import epath
 
 from flax_switch.convert.tensors import CheckpointError
 from flax_switch.host.files import in_store
+from flax_switch.host.swap import set_aside
 
 _NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _SMALL = ("*.json", "spiece.model")
@@ -33,6 +34,10 @@ def local_folder(source: str | Path, revision: str | None = None) -> Path:
     folder = Path(source).expanduser()
     if folder.exists():
         return folder
+    if set_aside(folder).is_dir():
+        raise CheckpointError(
+            f"{folder} was being replaced when the conversion was killed. Run that again; the old model is in {set_aside(folder)}."
+        )
     name = str(source)
     if isinstance(source, Path) or not _NAME.fullmatch(name):
         raise CheckpointError(f"{source} does not exist, and is no name of a model on the Hugging Face hub (owner/model).")

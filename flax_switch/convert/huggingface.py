@@ -6,10 +6,12 @@ Read are safetensors and torch's .bin, one file or shards with an index, written
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from flax_switch.config import ConfigError, SwitchConfig
+from flax_switch.config import huggingface as config_huggingface
 from flax_switch.convert.canonical import canonical_shapes
 from flax_switch.convert.folder import read_folder
 from flax_switch.convert.mapping import TRANSPOSE, Rule, to_canonical, to_foreign
@@ -95,7 +97,7 @@ def read_huggingface(folder: Path, *, allow_missing: Sequence[str] = ()) -> tupl
     """A folder's config, its architecture ("full", "headless" or "encoder"), its canonical tensors and its raw config.json."""
     values = read_json(folder / "config.json")
     config = SwitchConfig.from_huggingface(values)
-    tensors = read_tensors(folder)
+    tensors = read_tensors(folder, derived=derived_names(values))
     architecture = find_architecture(values, tensors)
     config, tensors = settle_embeddings(config, values, architecture, tensors)
     expected = canonical_shapes(config, architecture)
@@ -106,15 +108,24 @@ def read_huggingface(folder: Path, *, allow_missing: Sequence[str] = ()) -> tupl
         raise CheckpointError(f"{folder}: {error}") from None
 
 
-def read_tensors(folder: Path) -> dict[str, LazyTensor]:
-    """All tensors of the folder's weights, whichever of the four forms they are in; safetensors come first."""
+def derived_names(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names the tensors that a config.json makes copies of shared.weight: no file need hold them."""
+    tied = config_huggingface.is_tied(values)
+    copies = _EMBEDDING_COPIES if tied or values.get("model_type") == "t5" else ()
+    return (*copies, "lm_head.weight") if tied else copies
+
+
+def read_tensors(folder: Path, derived: Collection[str] = ()) -> dict[str, LazyTensor]:
+    """All tensors of the folder's weights, whichever of the four forms they are in; safetensors come first. For `derived`, see
+    `read_folder`.
+    """
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
         if any((folder / f"{stem}.{suffix}{index}").exists() for index in ("", ".index.json")):
             if suffix == "safetensors":
-                return read_folder(folder, stem, read_safetensors, suffix)
+                return read_folder(folder, stem, read_safetensors, suffix, derived)
             from flax_switch.convert.torch_bin import read_torch_bin  # torch is needed for .bin files alone
 
-            return read_folder(folder, stem, read_torch_bin, suffix)
+            return read_folder(folder, stem, read_torch_bin, suffix, derived)
     raise CheckpointError(
         f"{folder} has a config.json but no weights: expected model.safetensors or pytorch_model.bin, or an index of shards."
     )

@@ -13,7 +13,7 @@ import numpy as np
 from flax_switch.config import StackConfig, SwitchConfig, check
 from flax_switch.convert.canonical import canonical_shapes, is_expert, is_router
 from flax_switch.convert.checkpoint import Checkpoint, companion_files, open_checkpoint, source_identity, write_checkpoint
-from flax_switch.convert.folder import DEFAULT_SHARD_SIZE, local_destination
+from flax_switch.convert.folder import DEFAULT_SHARD_SIZE, claimed, local_destination
 from flax_switch.convert.tensors import DTYPES, CheckpointError, Index, LazyTensor, from_array, repeat
 
 ROUTER_STD = 0.02  # a fresh router is initialised as in training from scratch
@@ -53,20 +53,22 @@ def upcycle(
     Raises:
       CheckpointError, ConfigError: if the source is sparse already, or the fields do not fit together.
     """
-    dense = open_checkpoint(source, allow_missing=allow_missing, revision=revision)
-    fields = dict(
-        changes or {},
-        num_experts=num_experts,
-        sparse_layout=sparse_layout,
-        num_sparse_encoder_layers=_half(dense.config.encoder, num_sparse_encoder_layers),
-        num_sparse_decoder_layers=_half(dense.config.decoder, num_sparse_decoder_layers),
-    )
-    sparse = upcycled(dense, dense.config.replace(**fields), noise=noise, seed=seed)
-    identity = [source_identity(dense.path), noise, seed]
-    return write_checkpoint(
-        sparse, local_destination(destination), to=to, files=companion_files(dense.path), max_shard_size=max_shard_size,
-        source=identity, overwrite=overwrite, on_bytes=on_bytes, on_open=on_open,
-    )  # fmt: skip
+    destination = local_destination(destination)
+    with claimed(destination):
+        dense = open_checkpoint(source, allow_missing=allow_missing, revision=revision)
+        fields = dict(
+            changes or {},
+            num_experts=num_experts,
+            sparse_layout=sparse_layout,
+            num_sparse_encoder_layers=_half(dense.config.encoder, num_sparse_encoder_layers),
+            num_sparse_decoder_layers=_half(dense.config.decoder, num_sparse_decoder_layers),
+        )
+        sparse = upcycled(dense, dense.config.replace(**fields), noise=noise, seed=seed)
+        identity = [source_identity(dense.path), noise, seed]
+        return write_checkpoint(
+            sparse, destination, to=to, files=companion_files(dense.path), max_shard_size=max_shard_size,
+            source=identity, overwrite=overwrite, on_bytes=on_bytes, on_open=on_open,
+        )  # fmt: skip
 
 
 def upcycled(dense: Checkpoint, config: SwitchConfig, *, noise: float = 0.0, seed: int = 0) -> Checkpoint:

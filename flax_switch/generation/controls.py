@@ -121,7 +121,9 @@ class GenerationConfig:
         """A copy with the model's special tokens filled in and every id checked against its vocabulary."""
         filled = dataclasses.replace(
             self,
-            eos_token_id=as_ids(config.eos_token_id if self.eos_token_id is None else self.eos_token_id),
+            eos_token_id=(
+                (config.eos_token_id, *config.extra_eos_token_ids) if self.eos_token_id is None else as_ids(self.eos_token_id)
+            ),
             pad_token_id=config.pad_token_id if self.pad_token_id is None else self.pad_token_id,
             decoder_start_token_id=(
                 config.decoder_start_token_id if self.decoder_start_token_id is None else self.decoder_start_token_id

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from flax_switch.config import SwitchConfig
+from flax_switch.config import StackConfig, SwitchConfig
 from flax_switch.nn.cache import DecoderCache, KeyValueCache, LayerCache
 from flax_switch.nn.layer import LayerInputs
 from flax_switch.nn.layers import Embedding, Linear, scaled_init
@@ -76,7 +76,7 @@ class SwitchEncoder(nn.Module):
             bias=None,
             mask=self_attention_mask(self.config, mask, _as_array(segment_ids)),
             padding_mask=mask,
-            token_ids=self._token_ids("encoder", input_ids),
+            token_ids=self._token_ids(self.config.encoder, input_ids),
             deterministic=deterministic,
             output_router_logits=output_router_logits,
             output_attentions=output_attentions,
@@ -102,13 +102,13 @@ class SwitchEncoder(nn.Module):
         # With tables of their own the shared one serves nothing, but stays a parameter: Hugging Face's files hold it.
         return stack.token_embedder(ids) if self.config.separate_embeddings else shared
 
-    def _token_ids(self, stack: str, ids: Int[AnyArray, "B L"] | None) -> Int[Array, "B L"] | None:
+    def _token_ids(self, stack: StackConfig, ids: Int[AnyArray, "B L"] | None) -> Int[Array, "B L"] | None:
         """The ids that sparse layers are routed by; None where they are routed by what they compute."""
-        if self.config.learned_router or not self.config.sparse_indices(stack):
+        if self.config.learned_router or not stack.sparse_layers:
             return None
         if ids is None:
             raise ValueError(
-                f"router_type='hash' routes tokens by their ids, which embeddings do not have; give the {stack} ids as well."
+                f"router_type='hash' routes tokens by their ids, which embeddings do not have; give the {stack.name} ids as well."
             )
         return jnp.asarray(ids)
 
@@ -185,7 +185,7 @@ class SwitchTransformer(SwitchEncoder):
             bias=None,
             mask=self_mask,
             padding_mask=padding_mask,
-            token_ids=self._token_ids("decoder", decoder_input_ids),
+            token_ids=self._token_ids(self.config.decoder, decoder_input_ids),
             encoded=_as_array(encoded),
             cross_mask=cross_attention_mask(config, mask, source_mask, target_segments, source_segments, cache is not None),
             cache_index=0 if cache is None else cache.index,

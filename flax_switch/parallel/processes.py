@@ -30,6 +30,7 @@ import jax
 from jax._src import distributed as _runtime  # JAX has no public name for the coordination service's client
 
 from flax_switch.config import ConfigError, check
+from flax_switch.host.json_text import json_object
 
 T = TypeVar("T")
 
@@ -178,8 +179,8 @@ def require_same(values: Mapping[str, Any]) -> None:
     others = sorted(process for process, digest in digests.items() if digest != digests[0])
     if not others:
         return
-    first = json.loads(client.blocking_key_value_get(f"{name}/first", _LONG))
-    here = json.loads(text)
+    first = json_object(client.blocking_key_value_get(f"{name}/first", _LONG), "the settings of process 0")
+    here = json_object(text, "the settings of this process")
     keys = dict.fromkeys((*first, *here))
     differing = [f"{k} is {here.get(k)!r}, in process 0 {first.get(k)!r}" for k in keys if here.get(k) != first.get(k)]
     listed = ", ".join(map(str, others[:10])) + (", ..." if len(others) > 10 else "")

@@ -19,7 +19,7 @@ from flax_switch.config import SwitchConfig, check, one_of
 from flax_switch.convert import checkpoint as checkpoints
 from flax_switch.convert import tokenizer
 from flax_switch.convert.canonical import canonical_shapes, flatten, is_router, unflatten
-from flax_switch.convert.folder import DEFAULT_SHARD_SIZE, local_destination
+from flax_switch.convert.folder import DEFAULT_SHARD_SIZE, claimed, local_destination
 from flax_switch.convert.mapping import SAME_NAMES, to_canonical
 from flax_switch.convert.scan import stack_layers, unstack_layers
 from flax_switch.convert.tensors import DTYPES, LazyTensor, cast, from_array
@@ -275,9 +275,10 @@ def save_pretrained(
     tensors = to_canonical(flat, SAME_NAMES, canonical_shapes(config, architecture))
     saved = checkpoints.Checkpoint(format, destination, config, architecture, tensors)
     files = {} if vocabulary is None else tokenizer.vocabulary_files(vocabulary)
-    return checkpoints.write_checkpoint(
-        saved, destination, to=format, files=files, max_shard_size=max_shard_size, overwrite=overwrite
-    )
+    with claimed(destination):
+        return checkpoints.write_checkpoint(
+            saved, destination, to=format, files=files, max_shard_size=max_shard_size, overwrite=overwrite
+        )
 
 
 def _fresh(model: SwitchEncoder, paths: set[str], seed: int) -> dict[str, LazyTensor]:

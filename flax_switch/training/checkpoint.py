@@ -19,9 +19,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from flax_switch.config import ConfigError
+from flax_switch.config import ConfigError, check
 from flax_switch.config.kinds import RUNS, RunConfig, kind_of
 from flax_switch.host.files import absolute, write_text
+from flax_switch.host.json_text import read_json
 from flax_switch.training.state import TrainState
 
 CONFIG_FILE = "config.json"
@@ -190,10 +191,6 @@ def write_config(workdir: epath.PathLike, config: RunConfig) -> None:
 def read_config(workdir: epath.PathLike) -> RunConfig:
     """The config of the run in a workdir."""
     path = epath.Path(workdir) / CONFIG_FILE
-    try:
-        values = json.loads(path.read_text())
-        return RUNS[kind_of(values)].from_dict(values)
-    except FileNotFoundError:
-        raise ConfigError(f"{workdir} is no workdir of a run: it has no {CONFIG_FILE}.") from None
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path} is not valid JSON (line {error.lineno}: {error.msg}).") from error
+    check(path.exists(), f"{workdir} is no workdir of a run: it has no {CONFIG_FILE}.")
+    values = read_json(path)
+    return RUNS[kind_of(values)].from_dict(values)

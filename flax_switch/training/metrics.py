@@ -1,5 +1,6 @@
 """What a run writes down: metrics.jsonl, one line per logged step, and TensorBoard events where tensorboardX is installed."""
 
+import contextlib
 import importlib.util
 import json
 from collections.abc import Iterable
@@ -9,7 +10,9 @@ import jax
 import numpy as np
 from etils import epath
 
+from flax_switch.config import ConfigError
 from flax_switch.host.files import in_store, write_text
+from flax_switch.host.json_text import json_object
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -83,8 +86,6 @@ def read_metrics(workdir: epath.PathLike) -> Iterable[dict[str, Any]]:
         return []
     lines = []
     for text in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            continue
+        with contextlib.suppress(ConfigError):
+            lines.append(json_object(text, METRICS_FILE))
     return lines

@@ -14,6 +14,7 @@ from etils import epath
 from flax_switch.data import Prepared, Vocabulary
 from flax_switch.data.tasks import spread
 from flax_switch.generation import generate
+from flax_switch.host.json_text import json_object
 from flax_switch.training.evaluate import describe
 from flax_switch.training.findings import findings
 from flax_switch.training.loop import RunResult
@@ -175,6 +176,6 @@ def finish_finetuning(result: RunResult, workdir: epath.PathLike) -> None:
 
 def _predictions(path: epath.Path, count: int) -> list[dict[str, list]]:
     """Some predictions in the report's form: the inputs, then the model's text in place of the reference."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = [json_object(line, str(path)) for line in path.read_text().splitlines()] if path.exists() else []
     chosen = [lines[i] for i in spread(lines, count)] if count else []
     return [{"pieces": [p["inputs"], {"model": p["prediction"], "text": p["references"][0]}]} for p in chosen]

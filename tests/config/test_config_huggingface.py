@@ -76,12 +76,32 @@ def test_the_oddities_of_released_files_are_read_as_transformers_reads_them():
         ({"model_type": "bert"}, "bert"),
         ({"dense_act_fn": "gated-gelu"}, "dense_act_fn"),
         ({"dense_act_fn": "quick_gelu"}, "mlp_activations"),
-        ({"eos_token_id": [1, 5]}, "eos_token_id"),
+        ({"eos_token_id": []}, "eos_token_id"),
+        ({"eos_token_id": [1, "5"]}, "eos_token_id"),
+        ({"eos_token_id": [1, 40_000]}, "extra_eos_token_ids"),
+        ({"tie_word_embeddings": None}, "tie_word_embeddings=None"),
     ],
 )
 def test_what_we_cannot_read_is_named(values, word):
     with pytest.raises(ConfigError, match=word):
         SwitchConfig.from_huggingface({"model_type": "switch_transformers", **values})
+
+
+@pytest.mark.parametrize("values", [{"tie_word_embeddings": tied} for tied in (True, False, None, 0)] + [{}])
+def test_t5_ties_its_head_to_the_embedding_where_transformers_scales_it_as_a_tied_one(values):
+    theirs = transformers.T5Config.from_dict(values)
+    ours = SwitchConfig.from_huggingface({"model_type": "t5", **values})
+    assert ours.tie_word_embeddings is theirs.scale_decoder_outputs
+    assert SwitchConfig.from_huggingface(theirs.to_dict()) == ours
+
+
+@pytest.mark.parametrize("kind", ["T5", "SwitchTransformers"])
+@pytest.mark.parametrize(("written", "first", "more"), [(7, 7, ()), ([7], 7, ()), ([7, 1, 7, 5], 7, (1, 5)), (None, 1, ())])
+def test_each_of_several_end_of_sequence_ids_is_read_and_written_back(kind, written, first, more):
+    theirs = getattr(transformers, f"{kind}Config").from_dict({"eos_token_id": written})
+    config = SwitchConfig.from_huggingface(theirs.to_dict())
+    assert (config.eos_token_id, config.extra_eos_token_ids) == (first, more)
+    assert config.to_huggingface()["eos_token_id"] == ([first, *more] if more else first)
 
 
 REPRESENTABLE = SwitchConfig(capacity_mode="fixed", zero_padding_activations=False)

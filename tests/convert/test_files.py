@@ -11,6 +11,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+import safetensors.torch
+import transformers
 from hypothesis import given, settings
 
 from flax_switch import CheckpointError, SwitchConfig
@@ -160,6 +162,40 @@ def test_a_wrong_index_is_refused_and_nothing_is_written(tmp_path, damage, words
     with pytest.raises(CheckpointError, match=words):
         convert(source, tmp_path / "ours", to="flax_switch")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["theirs"]
+
+
+def t5(tied: bool, path: Path, held: set[str], listed: set[str]) -> Path:
+    """A T5 whose shard and index hold tensors of these names besides all that are no embeddings."""
+    config = transformers.T5Config(
+        vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, tie_word_embeddings=tied, decoder_start_token_id=0
+    )
+    state = transformers.T5ForConditionalGeneration(config).state_dict()
+    others = {name for name in state if "embed" not in name and name != "lm_head.weight"}
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps({**config.to_dict(), "architectures": ["T5ForConditionalGeneration"]}))
+    file = "model-00001-of-00001.safetensors"
+    safetensors.torch.save_file({n: state[n].clone() for n in others | held}, path / file, metadata={"format": "pt"})
+    index = {"metadata": {"total_size": 0}, "weight_map": dict.fromkeys(others | listed, file)}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    return path
+
+
+HEAD, COPIES = {"lm_head.weight"}, {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}
+
+
+@pytest.mark.parametrize(("held", "listed"), [(set(), HEAD | COPIES), (HEAD | COPIES, set()), (HEAD, COPIES)])
+def test_index_and_shards_may_disagree_over_copies_of_the_embedding(tmp_path, held, listed):
+    folder = t5(True, tmp_path / "t5", held, listed)
+    theirs = transformers.T5ForConditionalGeneration.from_pretrained(folder).state_dict()
+    tensors = open_checkpoint(folder).tensors
+    np.testing.assert_array_equal(tensors["token_embedder/embedding"].numpy(), theirs["shared.weight"].numpy())
+    assert "decoder/logits_dense/kernel" not in tensors
+
+
+def test_index_and_shards_must_agree_over_a_head_of_its_own(tmp_path):
+    open_checkpoint(t5(False, tmp_path / "good", HEAD, HEAD | COPIES))
+    with pytest.raises(CheckpointError, match=r"disagree.*: lm_head\.weight"):
+        open_checkpoint(t5(False, tmp_path / "bad", set(), HEAD))
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"weight_map": 3}', "\x00"])

@@ -67,6 +67,12 @@ def test_special_tokens_default_to_the_models():
     assert (controls.eos_token_id, controls.pad_token_id, controls.decoder_start_token_id) == ((5,), 3, 2)
 
 
+def test_every_end_of_sequence_id_of_the_model_ends_one_unless_others_are_asked_for():
+    several = SwitchConfig(eos_token_id=7, extra_eos_token_ids=(1, 5))
+    assert GenerationConfig().for_model(several).eos_token_id == (7, 1, 5)
+    assert GenerationConfig(eos_token_id=3).for_model(several).eos_token_id == (3,)
+
+
 def test_values_of_numbers_share_a_program_and_switches_do_not():
     def program(**controls):
         return split_numbers(make_controls(controls, CONFIG))[0]

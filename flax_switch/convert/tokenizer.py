@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 def load_vocabulary(folder: Path) -> Vocabulary | None:
-    """The vocabulary of a model's folder, or None where it has none (or one that is no T5 tokenizer, which is logged)."""
+    """Returns the vocabulary of a model's folder, or None where it has none (or one that is no T5 tokenizer, which is logged)."""
     from flax_switch.data.vocabulary import Vocabulary
 
     folder = vocabulary_folder(folder)
@@ -42,7 +42,7 @@ def load_vocabulary(folder: Path) -> Vocabulary | None:
 
 
 def count_sentinels(folder: Path) -> int:
-    """How many sentinels a folder's tokenizer_config.json asks for; T5's 100 where it does not say."""
+    """Returns how many sentinels a folder's tokenizer_config.json asks for; T5's 100 where it does not say."""
     path = folder / "tokenizer_config.json"
     values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if "extra_ids" in values:
@@ -53,7 +53,7 @@ def count_sentinels(folder: Path) -> int:
 
 
 def tokenizer_config(num_sentinels: int) -> bytes:
-    """The tokenizer_config.json that makes AutoTokenizer open a `spiece.model` as T5's, with this many sentinels."""
+    """Returns the tokenizer_config.json that makes AutoTokenizer open a `spiece.model` as T5's, with this many sentinels."""
     values = {
         "tokenizer_class": "T5Tokenizer",
         "eos_token": "</s>",
@@ -66,7 +66,7 @@ def tokenizer_config(num_sentinels: int) -> bytes:
 
 
 def vocabulary_files(vocabulary: Vocabulary) -> dict[str, bytes]:
-    """The files of a vocabulary: ours, and what transformers needs beside `spiece.model`."""
+    """Returns the files of a vocabulary: ours, and what transformers needs beside `spiece.model`."""
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
@@ -76,7 +76,7 @@ def vocabulary_files(vocabulary: Vocabulary) -> dict[str, bytes]:
 
 
 def complete_files(files: Mapping[str, bytes], folder: Path) -> dict[str, bytes]:
-    """Tokenizer files with the tokenizer_config.json that transformers needs, where a `spiece.model` lacks it."""
+    """Returns tokenizer files with the tokenizer_config.json that transformers needs, where a `spiece.model` lacks it."""
     if "spiece.model" not in files or "tokenizer_config.json" in files:
         return dict(files)
     vocabulary = load_vocabulary(folder)
@@ -85,7 +85,7 @@ def complete_files(files: Mapping[str, bytes], folder: Path) -> dict[str, bytes]
 
 
 def sentencepiece_model(tokenizer: Mapping[str, Any]) -> tuple[bytes, int]:
-    """A `tokenizer.json` of the unigram kind as a serialised SentencePiece model and a number of sentinels.
+    """Returns a `tokenizer.json` of the unigram kind as a serialised SentencePiece model and a number of sentinels.
 
     Pieces and scores are the same; the sentinels at the end of the vocabulary are no pieces of the model.
 
@@ -117,7 +117,7 @@ def sentencepiece_model(tokenizer: Mapping[str, Any]) -> tuple[bytes, int]:
 
 
 def _charsmap(normalizer: Mapping[str, Any] | None) -> bytes:
-    """The precompiled character map among a tokenizer.json's normalisers; none means the text stays as it is."""
+    """Returns the precompiled character map among a tokenizer.json's normalisers; none means the text stays as it is."""
     if not normalizer:
         return b""
     for part in normalizer.get("normalizers", [normalizer]):

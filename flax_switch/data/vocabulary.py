@@ -68,7 +68,7 @@ class Vocabulary:
     # --- making one
     @classmethod
     def from_sentencepiece(cls, model: bytes | epath.PathLike, num_sentinels: int = 100) -> Vocabulary:
-        """A vocabulary from a SentencePiece model: its bytes, or the path of a `.model` file such as T5's `spiece.model`.
+        """Returns a vocabulary from a SentencePiece model: its bytes, or the path of a `.model` file such as T5's `spiece.model`.
 
         Raises `ConfigError` where the file cannot be read, is no such model, or its ids are not T5's.
         """
@@ -134,7 +134,7 @@ class Vocabulary:
         return -(-self.size // 128) * 128
 
     def sentinel_id(self, i: int) -> int:
-        """The id of `<extra_id_i>`: the top id for 0, one less for each next."""
+        """Returns the id of `<extra_id_i>`: the top id for 0, one less for each next."""
         check(0 <= i < self.num_sentinels, f"There are {self.num_sentinels} sentinels; <extra_id_{i}> is not one of them.")
         return self.size - 1 - i
 
@@ -147,7 +147,7 @@ class Vocabulary:
 
     # --- text to ids and back
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without EOS, equal to transformers' T5Tokenizer's.
+        """Returns token ids of a text, without EOS, equal to transformers' T5Tokenizer's.
 
         `<extra_id_i>` in the text becomes the sentinel's id, and `</s>`, `<pad>` and `<unk>` theirs.
         """
@@ -167,11 +167,11 @@ class Vocabulary:
         return self.sentinel_id(int(match[1])) if int(match[1]) < self.num_sentinels else None
 
     def encode_documents(self, documents: Sequence[str]) -> list[list[int]]:
-        """Token ids of many texts, in parallel. Sentinels in them are plain characters here: corpus text has none."""
+        """Returns token ids of many texts, in parallel. Sentinels in them are plain characters here: corpus text has none."""
         return self._pieces.Encode(list(documents), out_type=int, num_threads=-1)
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        """The text of token ids. Special tokens (pad, EOS, unk, sentinels, ids past the end) are left out or named.
+        """Returns the text of token ids. Special tokens (pad, EOS, unk, sentinels, ids past the end) are left out or named.
 
         As in transformers' T5 tokenizer, a name follows what comes before it without a space: `Thank you<extra_id_0> me</s>`.
         """
@@ -202,7 +202,7 @@ class Vocabulary:
 
     @classmethod
     def load(cls, folder: epath.PathLike) -> Vocabulary:
-        """The inverse of `save`. Raises `ConfigError` where files are missing or do not belong together."""
+        """Returns the inverse of `save`. Raises `ConfigError` where files are missing or do not belong together."""
         path = epath.Path(folder) / SETTINGS_FILE
         try:
             settings = json.loads(path.read_text(encoding="utf-8"))
@@ -217,7 +217,7 @@ class Vocabulary:
 
 
 def _limited(documents: Iterable[str]) -> Iterator[str]:
-    """Lines short enough for the trainer, until there is text enough."""
+    """Yields lines short enough for the trainer, until there is text enough."""
     characters = 0
     for document in documents:
         for start in range(0, len(document), _TRAINING_LINE):

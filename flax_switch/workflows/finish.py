@@ -57,7 +57,7 @@ def finish(result: RunResult, workdir: epath.PathLike) -> None:
 
 
 def fill_spans(result: RunResult, count: int) -> list[dict[str, Any]]:
-    """Greedy predictions for the masked spans of `count` held-out examples, beside the text that was there.
+    """Returns greedy predictions for the masked spans of `count` held-out examples, beside the text that was there.
 
     Each sample is {"pieces": [text, {"model": ..., "text": ...}, text, ...]} in the order of the source.
     """
@@ -133,7 +133,7 @@ def _find(text: list[int], piece: list[int], start: int) -> int | None:
 
 
 def _by_sentinel(vocabulary: Vocabulary, ids: np.ndarray) -> dict[int, str]:
-    """The text behind each sentinel of a target."""
+    """Returns the text behind each sentinel of a target."""
     spans: dict[int, list[int]] = {}
     current = None
     for i in ids.tolist():
@@ -174,7 +174,7 @@ def finish_finetuning(result: RunResult, workdir: epath.PathLike) -> None:
 
 
 def _predictions(path: epath.Path, count: int) -> list[dict[str, list]]:
-    """Some predictions in the report's form: the inputs, then the model's text in place of the reference."""
+    """Returns some predictions in the report's form: the inputs, then the model's text in place of the reference."""
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     chosen = [lines[i] for i in spread(lines, count)] if count else []
     return [{"pieces": [p["inputs"], {"model": p["prediction"], "text": p["references"][0]}]} for p in chosen]

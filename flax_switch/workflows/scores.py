@@ -29,7 +29,7 @@ def require(metrics: Iterable[str]) -> None:
 
 
 def score(metric: str, predictions: Sequence[str], references: References) -> dict[str, float]:
-    """The scores of one metric of `METRICS` by name, each from 0 to 100."""
+    """Returns the scores of one metric of `METRICS` by name, each from 0 to 100."""
     if metric in ("bleu", "chrf"):
         import sacrebleu
 
@@ -42,13 +42,13 @@ def score(metric: str, predictions: Sequence[str], references: References) -> di
 
 
 def _streams(references: References) -> list[list[str | None]]:
-    """sacreBLEU's form: the first reference of every example, then the second, ...; None where an example has fewer."""
+    """Returns sacreBLEU's form: the first reference of every example, then the second, ...; None where an example has fewer."""
     most = max(map(len, references))
     return [[refs[i] if i < len(refs) else None for refs in references] for i in range(most)]
 
 
 def _rouge(predictions: Sequence[str], references: References) -> dict[str, float]:
-    """Means of F measures by rouge-score, without stemming, as T5 reports them."""
+    """Returns means of F measures by rouge-score, without stemming, as T5 reports them."""
     from rouge_score.rouge_scorer import RougeScorer
 
     names = METRICS["rouge"]
@@ -63,18 +63,18 @@ def _mean_of_best(each: Callable[[str, str], float], predictions: Sequence[str],
 
 
 def normalized_answer(text: str) -> str:
-    """A text as SQuAD compares it: lower case, without punctuation, articles and extra spaces."""
+    """Returns a text as SQuAD compares it: lower case, without punctuation, articles and extra spaces."""
     text = "".join(c for c in text.lower() if c not in string.punctuation)
     return " ".join(_ARTICLES.sub(" ", text).split())
 
 
 def exact_match(prediction: str, reference: str) -> float:
-    """1 where two answers are the same after SQuAD's normalisation."""
+    """Returns 1 where two answers are the same after SQuAD's normalisation."""
     return float(normalized_answer(prediction) == normalized_answer(reference))
 
 
 def token_f1(prediction: str, reference: str) -> float:
-    """The harmonic mean of precision and recall of the words two answers share, after SQuAD's normalisation."""
+    """Returns the harmonic mean of precision and recall of the words two answers share, after SQuAD's normalisation."""
     words, expected = normalized_answer(prediction).split(), normalized_answer(reference).split()
     if not words or not expected:
         return float(words == expected)

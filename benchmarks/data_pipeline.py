@@ -3,7 +3,7 @@
     python benchmarks/data_pipeline.py [--seconds 5] [--workers 0 1 2] [--json results.json]
 
 Reads the embedded corpus (the first time it is extracted and tokenised). Tokens are those the model sees: inputs and targets
-without padding. `tokens/s` is wall-clock time, `tokens/cpu-s` divides by the processor time of this process, so it tells the
+without padding. `tokens/s` is wall-clock time, `tokens/cpu-s` divides by the CPU time of this process, so it tells the
 pipeline's cost even on a busy machine (with workers it counts only what is left to the main process).
 """
 

@@ -153,7 +153,7 @@ def report(predictions: dict[str, list[dict]], data: Path, workdir: Path, args: 
     for name, scores in rows.items():
         print(f"{name:28}" + "".join(f"{scores[column]:9.2f}" for column in SCORES))
     seconds = json.loads((workdir / "seconds.json").read_text())
-    print(f"\n{'':28}  minutes  of processor time")
+    print(f"\n{'':28}  minutes  of CPU time")
     for name, spent in seconds.items():
         print(f"{name:28}{spent['seconds'] / 60:9.1f}{spent['cpu_seconds'] / 60:19.1f}")
     shown = zip(descriptions, texts["pre-trained"], texts["random weights"], references, strict=True)

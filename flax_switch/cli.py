@@ -32,7 +32,7 @@ TRAINING = ("pretrain", "finetune", "distill")
 
 
 def build_parser(command: str | None = None) -> argparse.ArgumentParser:
-    """The parser; only the named command's module is imported, so that help and light commands start quickly."""
+    """Returns the parser; only the named command's module is imported, so that help and light commands start quickly."""
     parser = argparse.ArgumentParser(prog="flax-switch", description="Switch Transformers in JAX and Flax.")
     parser.add_argument("--version", action="version", version=f"flax_switch {flax_switch.__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)

@@ -41,7 +41,7 @@ def changes_of(args: argparse.Namespace) -> dict[str, Any]:
     return dict(parse_assignment(text, "--set takes FIELD=VALUE, such as num_selected_experts=2") for text in args.set)
 
 
-def missing_extra(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+def explain_missing_extras(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
     """Turns the ImportError of an optional dependency into one message, and shows what the library logs."""
 
     @functools.wraps(run)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from flax_switch.commands.checkpoints import add_source_arguments, add_write_arguments, changes_of, missing_extra
+from flax_switch.commands.checkpoints import add_source_arguments, add_write_arguments, changes_of, explain_missing_extras
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_write_arguments(parser)
 
 
-@missing_extra
+@explain_missing_extras
 def run(args: argparse.Namespace) -> int:
     """Converts; running an interrupted conversion again finishes it."""
     from flax_switch.convert.checkpoint import convert

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flax_switch.commands.checkpoints import FORMATS, missing_extra
+from flax_switch.commands.checkpoints import FORMATS, explain_missing_extras
 from flax_switch.commands.options import add_recipe_arguments, load_finetuning, take_overrides
 from flax_switch.config import ConfigError
 
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = f"{parser.epilog} Without --config, a fine-tuned run's own recipe is used, and --config.… changes it."
 
 
-@missing_extra
+@explain_missing_extras
 def run(args: argparse.Namespace) -> int:
     """Prints the scores, and writes them and the predictions."""
     recipe = _recipe(args)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from flax_switch.commands.checkpoints import FORMATS, missing_extra
+from flax_switch.commands.checkpoints import FORMATS, explain_missing_extras
 from flax_switch.commands.options import add_recipe_arguments, load_finetuning, take_overrides
 
 __all__ = ["add_arguments", "run", "take_overrides"]
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = f"{parser.epilog} The section evaluation is fine-tuning's; model sets fields of the checkpoint's config."
 
 
-@missing_extra
+@explain_missing_extras
 def run(args: argparse.Namespace) -> int:
     """Fine-tunes, then shows predictions and writes the report; exit status 1 where a signal stopped the run before its end."""
     recipe = load_finetuning(args)

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import sys
 
-from flax_switch.commands.checkpoints import add_source_arguments, changes_of, missing_extra
+from flax_switch.commands.checkpoints import add_source_arguments, changes_of, explain_missing_extras
 from flax_switch.config import ConfigError
 
 
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", metavar="FILE", help="with --text: draw the routing, too (.png, .pdf, .svg)")
 
 
-@missing_extra
+@explain_missing_extras
 def run(args: argparse.Namespace) -> int:
     """Prints format, config, parameter counts, dtypes, shapes and experts; loads no weights unless there is a --text."""
     if args.text:

@@ -8,7 +8,7 @@ ARCHITECTURES = ("full", "headless", "encoder")  # with its head; without; and t
 
 
 def canonical_shapes(config: SwitchConfig, architecture: str = "full") -> dict[str, tuple[int, ...]]:
-    """Every parameter of the unscanned model by its path, with its shape.
+    """Returns every parameter of the unscanned model by its path, with its shape.
 
     Axes: V vocabulary, D model, H heads, K head, F MLP, E experts. `architecture` is one of `ARCHITECTURES`; a model with tied
     embeddings has no head of its own, so "full" and "headless" hold the same tensors then.
@@ -35,7 +35,7 @@ def canonical_shapes(config: SwitchConfig, architecture: str = "full") -> dict[s
 
 
 def layer_shapes(config: SwitchConfig, stack: str, *, sparse: bool) -> dict[str, tuple[int, ...]]:
-    """The parameters of one layer, its relative position table apart."""
+    """Returns the parameters of one layer, its relative position table apart."""
     D, HK, E = config.d_model, config.num_heads * config.d_kv, config.num_experts
     shapes: dict[str, tuple[int, ...]] = {}
     if stack == "encoder":
@@ -74,17 +74,17 @@ def _mlp(config: SwitchConfig, prefix: str, width: int) -> dict[str, tuple[int, 
 
 
 def is_router(path: str) -> bool:
-    """Whether a path belongs to a router."""
+    """Returns whether a path belongs to a router."""
     return "/router/" in path
 
 
 def is_expert(path: str) -> bool:
-    """Whether a path is a stack of experts."""
+    """Returns whether a path is a stack of experts."""
     return "/mlp/expert/" in path
 
 
 def flatten(tree: dict, prefix: str = "") -> dict:
-    """A nested dict as a flat one with '/' in its keys; a flat one stays as it is."""
+    """Returns a nested dict as a flat one with '/' in its keys; a flat one stays as it is."""
     flat = {}
     for key, value in tree.items():
         flat |= flatten(value, f"{prefix}{key}/") if isinstance(value, dict) else {f"{prefix}{key}": value}
@@ -92,7 +92,7 @@ def flatten(tree: dict, prefix: str = "") -> dict:
 
 
 def unflatten(flat: dict) -> dict:
-    """The inverse of `flatten`."""
+    """Returns the inverse of `flatten`."""
     tree: dict = {}
     for path, value in flat.items():
         *parents, name = path.split("/")

@@ -54,7 +54,7 @@ class Checkpoint:
 
 
 def detect_format(folder: Path) -> str:
-    """Which format a folder is in: "flax_switch", "t5x", "orbax" or "huggingface"."""
+    """Returns which format a folder is in: "flax_switch", "t5x", "orbax" or "huggingface"."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is no folder: a checkpoint is one, or the name of a model on the Hugging Face hub.")
     if (folder / native.CONFIG_FILE).is_file():
@@ -205,7 +205,7 @@ def write_checkpoint(
 
 
 def export_config(checkpoint: Checkpoint) -> tuple[dict[str, Any], str]:
-    """The config.json to write for a checkpoint, and its model type.
+    """Returns the config.json to write for a checkpoint, and its model type.
 
     Settings of behaviour that Hugging Face does not have (a capacity factor, groups of tokens, ...) become Hugging Face's, and
     the log says which; fields of the architecture it does not have raise a ConfigError. A config.json that the model came with
@@ -226,13 +226,13 @@ def export_config(checkpoint: Checkpoint) -> tuple[dict[str, Any], str]:
 
 
 def companion_files(folder: Path) -> dict[str, bytes]:
-    """The files beside the weights that travel with a model: its tokenizer and generation settings."""
+    """Returns the files beside the weights that travel with a model: its tokenizer and generation settings."""
     folder = training_run.vocabulary_folder(folder)
     return {name: (folder / name).read_bytes() for name in COMPANIONS if (folder / name).is_file()}
 
 
 def source_identity(folder: Path) -> list:
-    """What changes when a source's files do."""
+    """Returns what changes when a source's files do."""
     if in_store(folder):
         stored: Any = folder  # whose stat is etils' own
         files = sorted(path for path in stored.iterdir() if path.is_file())

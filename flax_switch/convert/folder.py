@@ -49,7 +49,7 @@ Shard = dict[str, LazyTensor]
 
 
 def parse_size(size: str | int) -> int:
-    """Bytes of a size such as "5GB", "300MiB" or 1000000."""
+    """Returns bytes of a size such as "5GB", "300MiB" or 1000000."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
     if match is None or match[2].upper() not in _UNITS or float(match[1]) <= 0:
         raise ConfigError(f"a size is a positive number and a unit, as in 5GB or 300MiB; it is {size!r}.")
@@ -57,7 +57,7 @@ def parse_size(size: str | int) -> int:
 
 
 def split_into_shards(tensors: Mapping[str, LazyTensor], max_bytes: int, *, split_stacks: bool = False) -> list[Shard]:
-    """Tensors in order, divided into shards of at most `max_bytes`, or of one tensor that is larger.
+    """Returns tensors in order, divided into shards of at most `max_bytes`, or of one tensor that is larger.
 
     With `split_stacks` a stack larger than that is divided along its experts, into tensors named `name[start:stop]`.
     """
@@ -85,7 +85,7 @@ def _parts(name: str, tensor: LazyTensor, max_bytes: int) -> Iterator[tuple[str,
 
 
 def join_parts(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """The inverse of `split_stacks`: parts `name[start:stop]` become one tensor again."""
+    """Returns the inverse of `split_stacks`: parts `name[start:stop]` become one tensor again."""
     whole: dict[str, LazyTensor] = {}
     parts: dict[str, list[tuple[int, int, LazyTensor]]] = {}
     for name, tensor in tensors.items():
@@ -106,7 +106,7 @@ def join_parts(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
 
 
 def shard_names(stem: str, count: int) -> list[str]:
-    """File names of `count` shards, as Hugging Face counts them: `stem.safetensors`, or `stem-00001-of-00003.safetensors`."""
+    """Returns the file names of shards, counted as Hugging Face does: `stem.safetensors`, or `stem-00001-of-00003.safetensors`."""
     if count == 1:
         return [f"{stem}.safetensors"]
     return [f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
@@ -256,9 +256,7 @@ def _explained(destination: Path, partial: Path) -> Iterator[None]:
 
 
 def local_destination(path: str | Path) -> Path:
-    """The folder to write a model to. Raises `CheckpointError` for object storage, where a folder cannot take its name when it is
-    complete.
-    """
+    """Returns the folder to write a model to. Raises `CheckpointError` for object storage, where none can be renamed."""
     if in_store(path):
         raise CheckpointError(
             f"{path}: converted models are written to disks, whole or not at all. Name a folder, then copy it there."
@@ -347,7 +345,7 @@ def read_folder(
 
 
 def plain_name(name: object, where: Path) -> str:
-    """`name` if it is the name of a file in the same folder; an error if it could lead anywhere else."""
+    """Returns `name` if it is the name of a file in the same folder; an error if it could lead anywhere else."""
     if not isinstance(name, str) or name in ("", ".", "..") or re.search(r"[/\\\0]", name):
         raise CheckpointError(f"{where} names the file {name!r}: a checkpoint's files lie in its own folder.")
     return name

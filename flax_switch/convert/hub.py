@@ -17,8 +17,8 @@ _SMALL = ("*.json", "spiece.model")
 
 
 def local_folder(source: str | Path, revision: str | None = None) -> Path:
-    """The folder of a checkpoint: the source itself if it is there (it may be in object storage), else the hub's snapshot of the
-    model of that name.
+    """Returns the folder of a checkpoint: the source itself if it is there (it may be in object storage), else the hub's snapshot
+    of the model of that name.
 
     Only what is needed is fetched: configs, tokenizer, and safetensors, or torch files where there are no safetensors.
 

@@ -84,17 +84,17 @@ _CLASSES = {
 
 
 def rules_for(model_type: str) -> tuple[Rule, ...]:
-    """The table of `switch_transformers` or `t5`."""
+    """Returns the table of `switch_transformers` or `t5`."""
     return T5_RULES if model_type == "t5" else SWITCH_RULES
 
 
 def class_name(model_type: str, architecture: str) -> str:
-    """The transformers class that holds an architecture."""
+    """Returns the transformers class that holds an architecture."""
     return _CLASSES[model_type][architecture]
 
 
 def read_huggingface(folder: Path, *, allow_missing: Sequence[str] = ()) -> tuple[SwitchConfig, str, dict[str, LazyTensor], dict]:
-    """A folder's config, its architecture ("full", "headless" or "encoder"), its canonical tensors and its raw config.json."""
+    """Reads a folder's config, architecture ("full", "headless" or "encoder"), canonical tensors and raw config.json."""
     values = read_json(folder / "config.json")
     config = SwitchConfig.from_huggingface(values)
     tensors = read_tensors(folder, derived=derived_names(values))
@@ -132,7 +132,7 @@ def read_tensors(folder: Path, derived: Collection[str] = ()) -> dict[str, LazyT
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object from a file; a CheckpointError if it is none."""
+    """Returns a JSON object from a file; a CheckpointError if it is none."""
     try:
         return json_text.read_json(path)
     except ConfigError as error:
@@ -140,7 +140,7 @@ def read_json(path: Path) -> dict:
 
 
 def find_architecture(values: Mapping, tensors: Mapping[str, LazyTensor]) -> str:
-    """Which of the three models a folder holds: by the class it names, or by having no decoder."""
+    """Returns which of the three models a folder holds: by the class it names, or by having no decoder."""
     named = (values.get("architectures") or [""])[0]
     for classes in _CLASSES.values():
         for architecture, name in classes.items():
@@ -184,7 +184,7 @@ def settle_embeddings(
 def huggingface_tensors(
     config: SwitchConfig, architecture: str, model_type: str, canonical: Mapping[str, LazyTensor]
 ) -> dict[str, LazyTensor]:
-    """The tensors of a canonical tree under Hugging Face's names.
+    """Returns the tensors of a canonical tree under Hugging Face's names.
 
     An untied SwitchTransformers is written with four tables even where ours are one and a head: transformers 5 would draw
     the encoder's and decoder's at random if they were absent.

@@ -48,7 +48,7 @@ class Rule:
         return re.compile("".join(a + b for a, b in zip(literal, [*groups, ""], strict=True)))
 
     def to_foreign(self, path: str, tensor: LazyTensor) -> dict[str, LazyTensor]:
-        """The foreign tensors of a canonical one."""
+        """Returns the foreign tensors of a canonical one."""
         found = self.pattern.fullmatch(path)
         assert found is not None  # the caller picked the row that matches
         fields = found.groupdict()
@@ -57,7 +57,7 @@ class Rule:
         return {self.foreign.format(e=e, **fields): self.transform.to_foreign(take(tensor, e)) for e in range(tensor.shape[0])}
 
     def to_canonical(self, tensors: Sequence[LazyTensor]) -> LazyTensor:
-        """The canonical tensor of the foreign ones, given in `to_foreign`'s order."""
+        """Returns the canonical tensor of the foreign ones, given in `to_foreign`'s order."""
         members = [self.transform.to_canonical(t) for t in tensors]
         return stack(members) if "{e}" in self.foreign else members[0]
 
@@ -66,7 +66,7 @@ SAME_NAMES = (Rule("{path}", "{path}"),)  # the table of a format that has the c
 
 
 def rule_of(path: str, rules: Iterable[Rule]) -> Rule:
-    """The one rule that speaks of a canonical path."""
+    """Returns the one rule that speaks of a canonical path."""
     matching = [rule for rule in rules if rule.pattern.fullmatch(path)]
     if len(matching) != 1:
         found = "no rule" if not matching else "several rules (" + ", ".join(rule.foreign for rule in matching) + ")"
@@ -75,7 +75,7 @@ def rule_of(path: str, rules: Iterable[Rule]) -> Rule:
 
 
 def to_foreign(canonical: Mapping[str, LazyTensor], rules: Sequence[Rule]) -> dict[str, LazyTensor]:
-    """Every tensor of a canonical tree under its foreign name. Raises where a rule is missing or two tensors share a name."""
+    """Gives every tensor of a canonical tree its foreign name. Raises where a rule is missing or two tensors share a name."""
     foreign: dict[str, LazyTensor] = {}
     for path, tensor in canonical.items():
         for name, piece in rule_of(path, rules).to_foreign(path, tensor).items():
@@ -92,7 +92,7 @@ def to_canonical(
     *,
     allow_missing: Sequence[str] = (),
 ) -> dict[str, LazyTensor]:
-    """The canonical tree of a foreign checkpoint.
+    """Returns the canonical tree of a foreign checkpoint.
 
     Args:
       foreign: all its tensors.
@@ -125,7 +125,7 @@ def to_canonical(
 
 
 def is_forgiven(name: str, patterns: Sequence[str]) -> bool:
-    """Whether one of the patterns names this tensor."""
+    """Returns whether one of the patterns names this tensor."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 

@@ -29,7 +29,7 @@ FORMAT_VERSION = 1
 
 
 def config_file(config: SwitchConfig, architecture: str, huggingface: Mapping[str, Any] | None) -> bytes:
-    """The contents of `flax_switch.json`.
+    """Returns the contents of `flax_switch.json`.
 
     `huggingface` is the config.json the model came with, if it came from there: its fields that mean nothing here are written
     back on export.
@@ -44,7 +44,7 @@ def config_file(config: SwitchConfig, architecture: str, huggingface: Mapping[st
 
 
 def read_native(folder: Path, *, allow_missing: Sequence[str] = ()) -> tuple[SwitchConfig, str, dict[str, LazyTensor], dict | None]:
-    """A folder's config, architecture, canonical tensors and, where it came from Hugging Face, that config.json."""
+    """Returns a folder's config, architecture, canonical tensors and, where it came from Hugging Face, that config.json."""
     values = read_json(folder / CONFIG_FILE)
     version, architecture = values.get("format_version"), values.get("architecture")
     if version != FORMAT_VERSION:

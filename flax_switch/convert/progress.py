@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 @contextlib.contextmanager
 def progress_bar(title: str, *, enabled: bool = True) -> Iterator[dict[str, Callable[[int], None]]]:
-    """The `on_open` and `on_bytes` callbacks of `convert`, drawn as a bar; nothing where stderr is no terminal."""
+    """Yields the `on_open` and `on_bytes` callbacks of `convert`, drawn as a bar; nothing where stderr is no terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 

@@ -40,7 +40,7 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 def read_safetensors(path: Path) -> dict[str, LazyTensor]:
-    """The tensors of a file, by name; only its header is read now.
+    """Returns the tensors of a file, by name; only its header is read now.
 
     Raises:
       CheckpointError: if the file is truncated, its header too large or not what the format asks for.
@@ -105,7 +105,7 @@ def _reader(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype) ->
 
 
 def read_block(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype, index: Index) -> np.ndarray:
-    """A block of a row-major tensor stored at `offset`: the rows are read from the file, the other axes sliced."""
+    """Returns a block of a row-major tensor stored at `offset`: the rows are read from the file, the other axes sliced."""
     row = math.prod(shape[1:]) * dtype.itemsize
     start, stop = (index[0].start, index[0].stop) if shape else (0, 1)
     if in_store(path):

@@ -21,7 +21,7 @@ _BLOCK = re.compile(r"(encoder|decoder)/\1/subblock_(\d+)/(.+)")
 
 
 def stack_layers(params: Mapping[str, Any], config: SwitchConfig) -> dict[str, Any]:
-    """The scanned form of an unscanned tree.
+    """Returns the scanned form of an unscanned tree.
 
     Args:
       params: nested or flat ('/'-joined) dict of numpy or jax arrays or lazy tensors; the result has the same form.
@@ -47,7 +47,7 @@ def stack_layers(params: Mapping[str, Any], config: SwitchConfig) -> dict[str, A
 
 
 def unstack_layers(params: Mapping[str, Any], config: SwitchConfig | None = None) -> dict[str, Any]:
-    """The unscanned form of a scanned tree: the inverse of `stack_layers`.
+    """Returns the unscanned form of a scanned tree: the inverse of `stack_layers`.
 
     Without a config the size of the blocks is the number of their sub-blocks in the tree.
 

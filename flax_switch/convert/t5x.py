@@ -25,7 +25,7 @@ _WHOLE_BLOCK = re.compile(r"(encoder|decoder)/\1/(?!subblock_)(.+)")
 
 
 def find_checkpoint(folder: Path) -> Path | None:
-    """The msgpack file of a checkpoint folder, or of the latest `checkpoint_<step>` in a folder of several."""
+    """Returns the msgpack file of a checkpoint folder, or of the latest `checkpoint_<step>` in a folder of several."""
     if (folder / "checkpoint").is_file():
         return folder / "checkpoint"
     steps = {int(path.name.removeprefix("checkpoint_")): path for path in folder.glob("checkpoint_*") if path.name[11:].isdigit()}
@@ -35,7 +35,7 @@ def find_checkpoint(folder: Path) -> Path | None:
 def read_t5x(
     folder: Path, *, changes: Mapping[str, Any] | None = None, allow_missing: Sequence[str] = ()
 ) -> tuple[SwitchConfig, str, dict[str, LazyTensor]]:
-    """A folder's config, architecture (T5X saves whole models: "full") and canonical tensors.
+    """Returns a folder's config, architecture (T5X saves whole models: "full") and canonical tensors.
 
     Args:
       changes: fields of the config that shapes cannot tell: activations, the number of choices, capacities...
@@ -57,7 +57,7 @@ def read_t5x(
 
 
 def read_target(file: Path) -> dict[str, LazyTensor]:
-    """The parameters of a checkpoint, by their path as it is written there, each read when asked for."""
+    """Returns the parameters of a checkpoint, by their path as it is written there, each read when asked for."""
     import flax.serialization
     import msgpack
 
@@ -90,7 +90,7 @@ def _leaf(file: Path, path: str, value: Any) -> LazyTensor:
 
 
 def zarr_folder(file: Path, path: str, spec: Mapping) -> Path:
-    """The folder beside the checkpoint that a spec means, wherever it was when the spec was written.
+    """Returns the folder beside the checkpoint that a spec means, wherever it was when the spec was written.
 
     Old specs hold `path` beside the kvstore, new ones in it. It is relative to the checkpoint's folder, or the full path at the
     time of writing; of that, the last name counts.
@@ -108,7 +108,7 @@ def zarr_folder(file: Path, path: str, spec: Mapping) -> Path:
 
 
 def open_zarr(folder: Path, path: str) -> LazyTensor:
-    """A zarr array as a lazy tensor."""
+    """Returns a zarr array as a lazy tensor."""
     if not (folder / ".zarray").is_file():
         raise CheckpointError(f"{path} should be in {folder}, which is no zarr array. Fetch the missing folder.")
     tensor = open_array({"driver": "zarr", "kvstore": key_value_store(folder)}, str(folder))
@@ -118,12 +118,12 @@ def open_zarr(folder: Path, path: str) -> LazyTensor:
 
 
 def unscanned(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """The tree with every layer apart; it may be so already. A scanned block of one layer may lack the name `subblock_0`."""
+    """Takes the layers of a tree apart if they are stacked. A scanned block of one layer may lack the name `subblock_0`."""
     return unstack_layers({_WHOLE_BLOCK.sub(r"\1/\1/subblock_0/\2", path): tensor for path, tensor in tensors.items()})
 
 
 def _joined_heads(path: str, tensor: LazyTensor) -> LazyTensor:
-    """Attention kernels whose heads have an axis of their own, as the two-axis kernels of the canonical tree."""
+    """Returns attention kernels whose heads have an axis of their own, as the two-axis kernels of the canonical tree."""
     if re.search(r"attention/(query|key|value)/kernel$", path) and len(tensor.shape) == 3:
         return join_axes(tensor, 1)
     if path.endswith("attention/out/kernel") and len(tensor.shape) == 3:
@@ -132,7 +132,7 @@ def _joined_heads(path: str, tensor: LazyTensor) -> LazyTensor:
 
 
 def infer_config(tensors: Mapping[str, LazyTensor]) -> SwitchConfig:
-    """The config that an unscanned canonical tree's shapes tell; what they cannot takes T5X's and the presets' values.
+    """Returns the config that an unscanned canonical tree's shapes tell; what they cannot takes T5X's and the presets' values.
 
     Gated MLPs are taken for (gelu_new, linear), others for relu. Routing is top-1 with the default capacities.
     """

@@ -48,11 +48,11 @@ class LazyTensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def numpy(self) -> np.ndarray:
-        """The whole tensor."""
+        """Returns the whole tensor."""
         return self.read(full_index(self.shape))
 
     def blocks(self) -> Iterator[np.ndarray]:
-        """The tensor in order along its first axis: stacks (rank 3 and more) block by block, the rest in one piece."""
+        """Yields the tensor in order along its first axis: stacks (rank 3 and more) block by block, the rest in one piece."""
         if len(self.shape) < 3 or self.nbytes == 0:
             yield self.numpy()
             return
@@ -63,12 +63,12 @@ class LazyTensor:
 
 
 def full_index(shape: Sequence[int]) -> Index:
-    """The index of everything."""
+    """Returns the index of everything."""
     return tuple(slice(0, size) for size in shape)
 
 
 def from_array(array: Any) -> LazyTensor:
-    """A numpy or jax array as a lazy tensor; a block of a jax array is copied to the host when it is read."""
+    """Returns a numpy or jax array as a lazy tensor; a block of a jax array is copied to the host when it is read."""
     everything = full_index(array.shape)
 
     def read(index: Index) -> np.ndarray:
@@ -78,7 +78,7 @@ def from_array(array: Any) -> LazyTensor:
 
 
 def abstract(shape: Sequence[int], dtype: np.dtype = DTYPES["float32"]) -> LazyTensor:
-    """A tensor of which only the shape is known."""
+    """Returns a tensor of which only the shape is known."""
 
     def unreadable(index: Index) -> np.ndarray:
         raise CheckpointError("this tensor has a shape but no contents")
@@ -87,12 +87,12 @@ def abstract(shape: Sequence[int], dtype: np.dtype = DTYPES["float32"]) -> LazyT
 
 
 def transpose(tensor: LazyTensor) -> LazyTensor:
-    """The tensor with its axes reversed."""
+    """Returns the tensor with its axes reversed."""
     return LazyTensor(tensor.shape[::-1], tensor.dtype, lambda index: tensor.read(index[::-1]).T)
 
 
 def stack(tensors: Sequence[LazyTensor], axis: int = 0) -> LazyTensor:
-    """Tensors of one shape and dtype along a new axis."""
+    """Stacks tensors of one shape and dtype along a new axis."""
     first = tensors[0]
     for tensor in tensors[1:]:
         if (tensor.shape, tensor.dtype) != (first.shape, first.dtype):
@@ -114,7 +114,7 @@ def stack(tensors: Sequence[LazyTensor], axis: int = 0) -> LazyTensor:
 
 
 def take(tensor: LazyTensor, i: int, axis: int = 0) -> LazyTensor:
-    """The i-th member of a stack: `stack`'s inverse."""
+    """Returns the i-th member of a stack: `stack`'s inverse."""
     shape = tensor.shape[:axis] + tensor.shape[axis + 1 :]
 
     def read(index: Index) -> np.ndarray:
@@ -125,7 +125,7 @@ def take(tensor: LazyTensor, i: int, axis: int = 0) -> LazyTensor:
 
 
 def narrow(tensor: LazyTensor, start: int, stop: int) -> LazyTensor:
-    """Rows start..stop of the first axis."""
+    """Returns rows start..stop of the first axis."""
 
     def read(index: Index) -> np.ndarray:
         return tensor.read((slice(start + index[0].start, start + index[0].stop), *index[1:]))
@@ -134,7 +134,7 @@ def narrow(tensor: LazyTensor, start: int, stop: int) -> LazyTensor:
 
 
 def concatenate(parts: Sequence[LazyTensor]) -> LazyTensor:
-    """Parts one after the other along the first axis: what `narrow` took apart."""
+    """Joins parts one after the other along the first axis: what `narrow` took apart."""
     starts = np.cumsum([0, *(part.shape[0] for part in parts)]).tolist()
 
     def read(index: Index) -> np.ndarray:
@@ -152,18 +152,18 @@ def concatenate(parts: Sequence[LazyTensor]) -> LazyTensor:
 
 
 def repeat(tensor: LazyTensor, times: int) -> LazyTensor:
-    """The same tensor `times` times along a new first axis."""
+    """Returns the same tensor `times` times along a new first axis."""
     return stack([tensor] * times)
 
 
 def join_axes(tensor: LazyTensor, first: int) -> LazyTensor:
-    """Axes `first` and `first + 1` as one: heads and their dimension, [H, K] to [H*K]."""
+    """Joins the axes `first` and `first + 1`: heads and their dimension, [H, K] to [H*K]."""
     shape = (*tensor.shape[:first], tensor.shape[first] * tensor.shape[first + 1], *tensor.shape[first + 2 :])
     return LazyTensor(shape, tensor.dtype, lambda index: tensor.numpy().reshape(shape)[index])
 
 
 def copy_into(out: np.ndarray, block: np.ndarray) -> None:
-    """out[...] = block; a transposed matrix goes in strips that stay in the cache, which is 2.5 times as fast."""
+    """Copies the block into `out`; a transposed matrix goes in strips that stay in the cache, which is 2.5 times as fast."""
     if block.ndim != 2 or block.flags.c_contiguous:
         out[...] = block
         return
@@ -172,7 +172,7 @@ def copy_into(out: np.ndarray, block: np.ndarray) -> None:
 
 
 def contiguous(block: np.ndarray) -> np.ndarray:
-    """The block in row-major order, copied only if it is not."""
+    """Returns the block in row-major order, copied only if it is not."""
     if block.flags.c_contiguous:
         return block
     out = np.empty(block.shape, block.dtype)
@@ -181,14 +181,14 @@ def contiguous(block: np.ndarray) -> np.ndarray:
 
 
 def cast(tensor: LazyTensor, dtype: np.dtype) -> LazyTensor:
-    """The tensor in another dtype."""
+    """Returns the tensor in another dtype."""
     if tensor.dtype == dtype:
         return tensor
     return LazyTensor(tensor.shape, dtype, lambda index: tensor.read(index).astype(dtype))
 
 
 def same_bits(a: LazyTensor, b: LazyTensor) -> bool:
-    """Whether two tensors hold the same bits."""
+    """Returns whether two tensors hold the same bits."""
     if (a.shape, a.dtype) != (b.shape, b.dtype):
         return False
     bits = f"u{a.dtype.itemsize}"

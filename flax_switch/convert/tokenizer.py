@@ -108,7 +108,7 @@ def _shown(value: Any) -> str:
 
 
 def count_sentinels(folder: Path) -> int:
-    """How many sentinels a folder's tokenizer_config.json asks for; T5's 100 where it does not say."""
+    """Returns how many sentinels a folder's tokenizer_config.json asks for; T5's 100 where it does not say."""
     path = folder / "tokenizer_config.json"
     values = read_json(path) if path.is_file() else {}
     if values.get("extra_ids") is not None:
@@ -136,7 +136,7 @@ def tokenizer_config(num_sentinels: int, added: Sequence[AddedToken] = ()) -> by
 
 
 def vocabulary_files(vocabulary: Vocabulary) -> dict[str, bytes]:
-    """The files of a vocabulary: ours, and what transformers needs beside `spiece.model`."""
+    """Returns the files of a vocabulary: ours, and what transformers needs beside `spiece.model`."""
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
@@ -149,7 +149,7 @@ def vocabulary_files(vocabulary: Vocabulary) -> dict[str, bytes]:
 
 
 def complete_files(files: Mapping[str, bytes], folder: Path) -> dict[str, bytes]:
-    """Tokenizer files with the tokenizer_config.json that transformers needs, where a `spiece.model` lacks it."""
+    """Returns tokenizer files with the tokenizer_config.json that transformers needs, where a `spiece.model` lacks it."""
     if "spiece.model" not in files or "tokenizer_config.json" in files:
         return dict(files)
     vocabulary = load_vocabulary(folder)
@@ -158,7 +158,7 @@ def complete_files(files: Mapping[str, bytes], folder: Path) -> dict[str, bytes]
 
 
 def sentencepiece_model(tokenizer: Mapping[str, Any]) -> tuple[bytes, int]:
-    """A `tokenizer.json` of the unigram kind as a serialised SentencePiece model and a number of sentinels.
+    """Returns a `tokenizer.json` of the unigram kind as a serialised SentencePiece model and a number of sentinels.
 
     Pieces and scores are the same; the sentinels at the end of the vocabulary are no pieces of the model.
 

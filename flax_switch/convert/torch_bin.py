@@ -13,7 +13,7 @@ from flax_switch.host.files import in_store
 
 
 def read_torch_bin(path: Path) -> dict[str, LazyTensor]:
-    """The tensors of a state dict, by name.
+    """Returns the tensors of a state dict, by name.
 
     torch tells where in the file each tensor lies, and blocks are then read from there; files of its old format, which does
     not say, are loaded whole.

@@ -22,7 +22,7 @@ _METADATA = "_METADATA"
 
 
 def find_checkpoint(folder: Path) -> Path | None:
-    """The step folder that a path means: itself, or the latest complete step of a run or of its `checkpoints`."""
+    """Returns the step folder that a path means: itself, or the latest complete step of a run or of its `checkpoints`."""
     if (folder / "params" / _METADATA).is_file():
         return folder
     for parent in (folder / "checkpoints", folder):
@@ -33,7 +33,7 @@ def find_checkpoint(folder: Path) -> Path | None:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is a run's, with a checkpoint in it or not yet."""
+    """Returns whether a folder is a run's, with a checkpoint in it or not yet."""
     try:
         return {"model", "train"} <= read_json(folder / "config.json").keys()
     except ConfigError:
@@ -41,13 +41,13 @@ def is_run(folder: Path) -> bool:
 
 
 def vocabulary_folder(folder: Path) -> Path:
-    """Where a checkpoint's vocabulary is: with it, or in the run's own folder for it."""
+    """Returns where a checkpoint's vocabulary is: with it, or in the run's own folder for it."""
     run = folder.parent.parent / "vocabulary"
     return run if folder.parent.name == "checkpoints" and run.is_dir() else folder
 
 
 def read_run(step: Path, *, allow_missing: Sequence[str] = ()) -> tuple[SwitchConfig, str, dict[str, LazyTensor]]:
-    """The config, architecture and canonical tensors of a step folder."""
+    """Returns the config, architecture and canonical tensors of a step folder."""
     config_file = step.parent.parent / "config.json"
     try:
         config = SwitchConfig.from_dict(field(read_json(config_file), "model", dict, str(config_file)))
@@ -61,7 +61,7 @@ def read_run(step: Path, *, allow_missing: Sequence[str] = ()) -> tuple[SwitchCo
 
 
 def read_params(folder: Path) -> dict[str, LazyTensor]:
-    """The tensors of an Orbax tree of arrays, by their '/'-joined path."""
+    """Returns the tensors of an Orbax tree of arrays, by their '/'-joined path."""
     try:
         zarr3, entries = parse_metadata((folder / _METADATA).read_text())
     except (UnicodeDecodeError, ValueError) as error:
@@ -75,7 +75,7 @@ def read_params(folder: Path) -> dict[str, LazyTensor]:
 
 
 def parse_metadata(text: str) -> tuple[bool, list[list[str]]]:
-    """Of Orbax's metadata whether arrays are zarr 3, and the keys on the way to each of them.
+    """Reads from Orbax's metadata whether arrays are zarr 3, and the keys on the way to each of them.
 
     Raises `ValueError` that quotes what is not known: another store than OCDBT, or entries that are no arrays below named keys.
     """

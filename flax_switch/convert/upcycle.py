@@ -72,7 +72,7 @@ def upcycle(
 
 
 def upcycled(dense: Checkpoint, config: SwitchConfig, *, noise: float = 0.0, seed: int = 0) -> Checkpoint:
-    """The checkpoint of `config` whose experts are copies of `dense`'s MLPs; unread, like any other."""
+    """Returns the checkpoint of `config` whose experts are copies of `dense`'s MLPs; unread, like any other."""
     check(not dense.config.is_sparse, f"{dense.path} is sparse already; upcycling starts from a dense model.")
     check(config.is_sparse, "no layer would become sparse; raise the number of sparse layers.")
     check(
@@ -95,7 +95,7 @@ def upcycled(dense: Checkpoint, config: SwitchConfig, *, noise: float = 0.0, see
 
 
 def with_noise(experts: LazyTensor, noise: float, seed: int, path: str) -> LazyTensor:
-    """A stack of experts with noise of its own on each; the same whichever block is read."""
+    """Returns a stack of experts with noise of its own on each; the same whichever block is read."""
 
     def read(index: Index) -> np.ndarray:
         rows = []

@@ -18,12 +18,12 @@ MAX_CACHE_BYTES = 128 * 2**20
 
 
 def key_value_store(folder: Path) -> str | dict[str, str]:
-    """The tensorstore spec of the files below a folder, on a disk or in object storage."""
+    """Returns the tensorstore spec of the files below a folder, on a disk or in object storage."""
     return f"{folder}/" if in_store(folder) else {"driver": "file", "path": f"{folder.resolve()}/"}
 
 
 def open_array(spec: dict[str, Any], name: str) -> LazyTensor:
-    """The array of a tensorstore spec; `name` is what errors call it."""
+    """Returns the array of a tensorstore spec; `name` is what errors call it."""
     text = json.dumps(spec)
     try:
         store = _open(text, 0)

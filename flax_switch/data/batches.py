@@ -20,7 +20,7 @@ Batch = dict[str, np.ndarray]
 
 
 def pad_batch(examples: Examples, inputs_length: int, targets_length: int) -> Batch:
-    """One example a row."""
+    """Lays out one example a row."""
     mask = _mask(examples.input_lengths, inputs_length)
     decoder_mask = _mask(examples.target_lengths, targets_length)
     targets = _fit(examples.targets, targets_length)
@@ -49,7 +49,7 @@ def describe_targets(examples: Examples, targets_length: int) -> Batch:
 def pack_batch(
     examples: Examples, rows: Integer[np.ndarray, " M"], batch_size: int, inputs_length: int, targets_length: int
 ) -> Batch:
-    """Several examples a row: example m goes to `rows[m]` (ascending), after those already there."""
+    """Lays out several examples a row: example m goes to `rows[m]` (ascending), after those already there."""
     input_ids, segment_ids, positions = _lay_out(examples.inputs, examples.input_lengths, rows, (batch_size, inputs_length))
     targets, decoder_segment_ids, decoder_positions = _lay_out(
         examples.targets, examples.target_lengths, rows, (batch_size, targets_length)
@@ -74,7 +74,7 @@ def pack_batch(
 def _lay_out(
     values: np.ndarray, lengths: np.ndarray, rows: np.ndarray, shape: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(ids, segment ids, positions) of examples laid one after another in their rows."""
+    """Returns (ids, segment ids, positions) of examples laid one after another in their rows."""
     ids, segments, positions = (np.zeros(shape, np.int32) for _ in range(3))
     first_of_row = np.searchsorted(rows, rows)  # the index of the first example in each example's row
     before = np.cumsum(lengths) - lengths
@@ -92,14 +92,14 @@ def _mask(lengths: np.ndarray, width: int) -> np.ndarray:
 
 
 def _fit(values: np.ndarray, width: int) -> np.ndarray:
-    """Widened with zeros to `width`; examples never are wider."""
+    """Widens with zeros to `width`; examples never are wider."""
     fitted = np.zeros((len(values), width), np.int32)
     fitted[:, : values.shape[1]] = values
     return fitted
 
 
 def pad_rows(batch: Batch, batch_size: int) -> Batch:
-    """The last, smaller batch brought to `batch_size` rows by rows of padding, which have no loss."""
+    """Returns the last, smaller batch with rows of padding up to `batch_size`; they have no loss."""
     missing = batch_size - len(batch["labels"])
     if not missing:
         return batch
@@ -109,5 +109,5 @@ def pad_rows(batch: Batch, batch_size: int) -> Batch:
 
 
 def text_token_mask(labels: Integer[np.ndarray, "*dims"], num_pieces: int, eos_id: int = 1) -> Bool[np.ndarray, "*dims"]:
-    """Which labels are text tokens: neither padding (-100) nor EOS nor a sentinel (ids from `num_pieces` on)."""
+    """Returns which labels are text tokens: neither padding (-100) nor EOS nor a sentinel (ids from `num_pieces` on)."""
     return (labels >= 0) & (labels != 0) & (labels != eos_id) & (labels < num_pieces)

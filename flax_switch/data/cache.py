@@ -60,7 +60,7 @@ class TokenStore:
         return len(self.offsets) - 1
 
     def document(self, i: int) -> np.ndarray:
-        """The token ids of document `i`."""
+        """Returns the token ids of document `i`."""
         return np.asarray(self.tokens[self.offsets[i] : self.offsets[i + 1]], np.int32)
 
 
@@ -89,7 +89,7 @@ def _crc32(path: Path, size: int, changed: int) -> int:
 
 
 def is_heldout(document: str, fraction: float) -> bool:
-    """Whether a hash of the document's text falls into the held-out fraction; the same wherever the document stands."""
+    """Returns whether a hash of the document's text falls into the held-out fraction; the same wherever the document stands."""
     digest = hashlib.blake2b(document.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big") < fraction * 2**64
 
@@ -104,7 +104,7 @@ def tokenize(
     total_characters: int | None = None,
     quiet: bool = False,
 ) -> dict[str, TokenStore]:
-    """The cache of a corpus under a vocabulary, as {"train": store, "heldout": store}; made if it is not there yet.
+    """Returns the cache of a corpus under a vocabulary, as {"train": store, "heldout": store}; made if it is not there yet.
 
     Raises `ConfigError` where the corpus is empty or the disk is full; then nothing is left behind.
     """
@@ -150,7 +150,7 @@ def _write(
 
 
 def _with_progress(documents: Iterable[str], total_characters: int | None, quiet: bool) -> Iterator[list[str]]:
-    """The documents in batches, under a progress bar that counts their characters."""
+    """Yields the documents in batches, under a progress bar that counts their characters."""
     columns = (
         progress.TextColumn("{task.description}"), progress.BarColumn(), progress.DownloadColumn(),
         progress.TimeElapsedColumn(), progress.TimeRemainingColumn(),

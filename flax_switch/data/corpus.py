@@ -48,7 +48,7 @@ _VERSION = 1  # of the extraction; raise it when cleaning changes
 
 
 def default_corpus(cache_dir: Path, say: Callable[[str], None] = lambda _: None) -> list[str]:
-    """Documents of prose, in a fixed order, without duplicates; extracted once for the installed versions, then cached.
+    """Returns documents of prose, in a fixed order, without duplicates; extracted once for the installed versions, then cached.
 
     A document is the prose of one docstring or one chapter of the language reference, on one line. `say` hears of the extraction,
     which takes some seconds. Raises `ConfigError` where the installation carries no documentation.
@@ -107,7 +107,7 @@ def _texts() -> Iterator[str]:
 
 
 def _topics(path: Path) -> Iterator[str]:
-    """The chapters of the language reference: the strings of one dict literal."""
+    """Yields the chapters of the language reference: the strings of one dict literal."""
     tree = _parse(path)
     for node in ast.walk(tree) if tree else ():
         if isinstance(node, ast.Dict):
@@ -136,7 +136,7 @@ def _source_files(root: Path) -> Iterator[Path]:
 
 
 def _parse(path: Path) -> ast.Module | None:
-    """The syntax tree, or None for a file that this Python cannot parse or that holds little but code (for speed)."""
+    """Returns the syntax tree, or None for a file that this Python cannot parse or that holds little but code (for speed)."""
     try:
         source = path.read_bytes()
         documentation = sum(map(len, _LONG_STRING.findall(source)))

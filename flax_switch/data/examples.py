@@ -22,7 +22,7 @@ class Examples(NamedTuple):
 
 
 def span_of_each(lengths: Int64[np.ndarray, " M"]) -> tuple[Int64[np.ndarray, " total"], Int64[np.ndarray, " total"]]:
-    """(row, offset in the row) of every element of ragged rows laid end to end."""
+    """Returns (row, offset in the row) of every element of ragged rows laid end to end."""
     rows = np.repeat(np.arange(len(lengths)), lengths)
     ends = np.cumsum(lengths)
     return rows, np.arange(len(rows)) - (ends - lengths)[rows]

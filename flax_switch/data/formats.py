@@ -61,7 +61,7 @@ def _json_lines(path: Path, hint: str = "") -> Records:
 
 
 def _json(path: Path) -> Records:
-    """One array of objects, held in memory as a whole; or JSON lines, as in C4's files."""
+    """Yields one array of objects, held in memory as a whole; or JSON lines, as in C4's files."""
     hint = " A .json file is one array of objects, or has an object on every line."
     with opened(path) as file:
         beginning = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
@@ -76,7 +76,7 @@ def _json(path: Path) -> Records:
 
 # --- tables
 def table_rows(path: Path, *, header: bool = True) -> Records:
-    """Rows of a .csv or .tsv file by the names in its first row, or by number where it has no header.
+    """Yields rows of a .csv or .tsv file by the names in its first row, or by number where it has no header.
 
     In .tsv files quotes are characters like others, as the tools that write them have it.
     """
@@ -126,7 +126,7 @@ def _parquet(path: Path) -> Records:
 
 @contextlib.contextmanager
 def _seekable(path: Path) -> Iterator[IO[bytes]]:
-    """A file that can be read from its end, as parquet is; a compressed one is unpacked into a temporary file."""
+    """Yields a file that can be read from its end, as parquet is; a compressed one is unpacked into a temporary file."""
     with opened(path) as file:
         if not ending_of(path):
             yield file
@@ -137,7 +137,7 @@ def _seekable(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _array_records(path: Path) -> Records:
-    """ArrayRecord files whose records are JSON objects."""
+    """Yields ArrayRecord files whose records are JSON objects."""
     try:
         from array_record.python.array_record_module import ArrayRecordReader
     except ImportError as error:
@@ -169,7 +169,7 @@ WITH_FIELDS = tuple(kind for kind, form in FORMATS.items() if form.fields)
 
 
 def kind_of(path: Path) -> str:
-    """The ending that says how a file is read, without .gz or .zst where it may be compressed."""
+    """Returns the ending that says how a file is read, without .gz or .zst where it may be compressed."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if ending_of(path) and suffixes[-2:-1] and suffixes[-2] in FORMATS and FORMATS[suffixes[-2]].packed:
         return suffixes[-2]
@@ -177,7 +177,7 @@ def kind_of(path: Path) -> str:
 
 
 def describe(kinds: tuple[str, ...]) -> str:
-    """Endings and what may follow them, for messages."""
+    """Returns endings and what may follow them, for messages."""
     apart = [kind for kind in kinds if not FORMATS[kind].packed]
     but = f", but after {' and '.join(apart)}" if apart else ""
     return f"{', '.join(kinds)} (and {' or '.join(COMPRESSIONS)} after it{but})"

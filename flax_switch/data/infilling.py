@@ -4,7 +4,7 @@
     inputs   Thank you <extra_id_0> me to your party <extra_id_1> week </s>
     targets  Thank you for inviting me to your party last week </s>
 
-Most targets can be copied from the inputs, and only through the encoder: a model that is trained so cannot do without it. The
+Most targets can be copied from the inputs, and only through the encoder: a model trained on them needs its encoder. The
 inputs are exactly those of span corruption with the same key.
 """
 

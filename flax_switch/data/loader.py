@@ -55,7 +55,7 @@ class BatchMaker:
         return self.source.num_examples if self.plan is None else self.plan.num_rows
 
     def __call__(self, rows: np.ndarray, epochs: np.ndarray) -> Batch:
-        """The batch of these rows in these epochs."""
+        """Returns the batch of these rows in these epochs."""
         if self.plan is None:
             return pad_batch(self.source.examples(rows, epochs), self.inputs_length, self.targets_length)
         first = self.plan.offsets[rows]
@@ -120,7 +120,7 @@ class _Stream:
         return [{k: a[i : i + self.size] for k, a in made.items()} for i in range(0, len(rows), self.size)]
 
     def _shuffled(self, rows: np.ndarray, epochs: np.ndarray, part: np.ndarray) -> np.ndarray:
-        """A permutation of each part's rows, another one in each epoch."""
+        """Returns a permutation of each part's rows, another one in each epoch."""
         seeds = (example_keys(self.seed, epochs, part) >> np.uint64(32)).tolist()
         last = (np.array(self.parts.sizes) - 1)[part].tolist()
         shuffle = grain.experimental.index_shuffle
@@ -189,7 +189,7 @@ class TrainIterator:
         return iter(in_worker.mp_prefetch(options, worker_init_fn=_live_and_die_with_the_parent))
 
     def get_state(self) -> dict[str, Any]:
-        """Where the stream stands, as a JSON-able dict; valid for any number of workers and processes."""
+        """Returns where the stream stands, as a JSON-able dict; valid for any number of workers and processes."""
         return {"next_batch": self._next_batch, **self._identity}
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -215,7 +215,7 @@ class TrainIterator:
 
 
 def _live_and_die_with_the_parent(worker_index: int, worker_count: int) -> None:
-    """In a worker: Ctrl-C is the parent's to handle, and a parent that was killed leaves no worker behind."""
+    """Has a worker ignore Ctrl-C, which is the parent's to handle, and end when its parent is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
 
@@ -235,7 +235,7 @@ def finite_batches(
     seed: int | None = 0,
     rows: Integer[np.ndarray, " rows"] | None = None,
 ) -> Iterator[Batch]:
-    """The first `count` (or all) batches of one pass in a fixed order; the last is filled up with rows of padding.
+    """Yields the first `count` (or all) batches of one pass in a fixed order; the last is filled up with rows of padding.
 
     `seed` shuffles; None keeps the order. `rows` are those to make of each batch, ascending; None is all of them.
     """

@@ -33,7 +33,7 @@ class Turns:
     weights: tuple[int, ...]
 
     def __call__(self, places: Int64[np.ndarray, " M"]) -> tuple[Int64[np.ndarray, " M"], Int64[np.ndarray, " M"]]:
-        """(part, how many rows of that part came before) of each place in the stream."""
+        """Returns (part, how many rows of that part came before) of each place in the stream."""
         part = np.full(places.shape, len(self.weights) - 1)
         index = np.zeros_like(places)
         left, among = np.ones(places.shape, bool), places  # not yet given to a part; their place among such
@@ -47,13 +47,13 @@ class Turns:
 
 
 def _scaled(n: Int64[np.ndarray, " M"], weight: int, total: int) -> Int64[np.ndarray, " M"]:
-    """floor(n * weight / total), exactly."""
+    """Returns floor(n * weight / total), exactly."""
     whole, rest = np.divmod(n, total)
     return whole * weight + rest * weight // total
 
 
 def mixing_rates(config: FinetuneDataConfig, examples: Sequence[int]) -> list[Fraction]:
-    """The share of examples that each task of the mixture gets: as given, or min(examples, limit) ** (1 / temperature).
+    """Returns the share of examples that each task of the mixture gets: as given, or min(examples, limit) ** (1 / temperature).
 
     Limit and temperature are those of T5 (1910.10683, section 3.5.2).
     """
@@ -68,7 +68,7 @@ def mixing_rates(config: FinetuneDataConfig, examples: Sequence[int]) -> list[Fr
 
 
 def integer_weights(rates: Sequence[Fraction]) -> tuple[int, ...]:
-    """The smallest whole numbers in proportion to the rates; nearly in proportion where the smallest would be huge."""
+    """Returns the smallest whole numbers in proportion to the rates; nearly in proportion where the smallest would be huge."""
     common = math.lcm(*(rate.denominator for rate in rates))
     whole = [int(rate * common) for rate in rates]
     divisor = math.gcd(*whole)
@@ -84,7 +84,7 @@ def mixture_iterator(
     *,
     rows: Integer[np.ndarray, " rows"] | None = None,
 ) -> TrainIterator:
-    """Endless batches (or the given rows of each) of several tasks' pairs at these rates of examples, shuffled and resumable.
+    """Makes endless batches (or the given rows of each) of several tasks' pairs at these rates, shuffled and resumable.
 
     With packing, examples of one task share a row; tasks whose rows hold more examples get as many fewer rows.
     """
@@ -109,7 +109,7 @@ def mixture_iterator(
 
 
 def _joined(plans: Sequence[Plan]) -> Plan:
-    """The plan for all tasks' examples laid one after another."""
+    """Returns the plan for all tasks' examples laid one after another."""
     examples = np.cumsum([0, *(len(plan.order) for plan in plans)])
     order = np.concatenate([plan.order + first for plan, first in zip(plans, examples, strict=False)])
     offsets = np.concatenate([[0], *(plan.offsets[1:] + first for plan, first in zip(plans, examples, strict=False))])

@@ -147,7 +147,7 @@ class ConcatenatedText:
         self.num_examples = shifted if self.shifts else -(-store.num_tokens // self.raw_length)
 
     def examples(self, ids: Integer[np.ndarray, " M"], epochs: Integer[np.ndarray, " M"]) -> Examples:
-        """The examples with these numbers in these epochs."""
+        """Returns the examples with these numbers in these epochs."""
         starts = ids * self.raw_length
         if self.shifts:
             shift = uniform(example_keys(self.seed, epochs, np.full_like(epochs, -1)))
@@ -173,7 +173,7 @@ class SeparateDocuments:
         self.input_lengths, self.target_lengths = mixture.lengths(self.lengths)
 
     def examples(self, ids: Integer[np.ndarray, " M"], epochs: Integer[np.ndarray, " M"]) -> Examples:
-        """The examples with these numbers in these epochs."""
+        """Returns the examples with these numbers in these epochs."""
         tokens = _gather(self.store, self.starts[ids], self.lengths[ids])
         limits = (self.input_lengths[ids], self.target_lengths[ids])
         return self.mixture(tokens, self.lengths[ids], example_keys(self.seed, epochs, ids), limits=limits)

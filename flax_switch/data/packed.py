@@ -15,14 +15,14 @@ COMPRESSIONS = {".gz": "gzip", ".zst": "Zstandard"}  # ending -> its name, for m
 
 
 def ending_of(path: Path) -> str:
-    """The ending that says how a file is compressed, or "" for one that is not."""
+    """Returns the ending that says how a file is compressed, or "" for one that is not."""
     suffix = path.suffix.lower()
     return suffix if suffix in COMPRESSIONS else ""
 
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[IO[bytes]]:
-    """The bytes of a file, unpacked while they are read.
+    """Yields the bytes of a file, unpacked while they are read.
 
     Raises `ConfigError` for a file that is damaged, cannot be read, or needs an extra that is not installed.
     """
@@ -38,7 +38,7 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _unpacker(path: Path, ending: str) -> tuple[Any, tuple[type[Exception], ...]]:
-    """What opens a file over a file, and the errors that tell damage."""
+    """Returns what opens a file over a file, and the errors that tell damage."""
     if ending == ".gz":
         return gzip.open, (EOFError, gzip.BadGzipFile, zlib.error)
     if ending == ".zst":
@@ -50,7 +50,7 @@ def _unpacker(path: Path, ending: str) -> tuple[Any, tuple[type[Exception], ...]
 
 
 def _zstd(path: Path) -> Any:
-    """Python's own module where there is one (3.14), else the package that brings it to older versions."""
+    """Returns Python's own module where there is one (3.14), else the package that brings it to older versions."""
     try:
         from compression import zstd  # type: ignore
     except ImportError:
@@ -62,7 +62,7 @@ def _zstd(path: Path) -> Any:
 
 
 def lines(path: Path) -> Iterator[str]:
-    """The lines of a text file without their ends. Raises `ConfigError` that says where it is not UTF-8."""
+    """Yields the lines of a text file without their ends. Raises `ConfigError` that says where it is not UTF-8."""
     with opened(path) as file:
         for number, line in enumerate(file, start=1):
             try:

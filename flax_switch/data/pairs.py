@@ -52,7 +52,7 @@ class Pairs:
 
     @classmethod
     def joined(cls, parts: Sequence[Pairs]) -> Pairs:
-        """The pairs of all parts, one part after another."""
+        """Returns the pairs of all parts, one part after another."""
         whole = cls.__new__(cls)
         for name in ("_inputs", "_targets", "input_lengths", "target_lengths"):
             setattr(whole, name, np.concatenate([getattr(part, name) for part in parts]))
@@ -73,7 +73,7 @@ class Pairs:
         )
 
     def examples(self, ids: Integer[np.ndarray, " M"], epochs: Integer[np.ndarray, " M"]) -> Examples:
-        """The pairs with these numbers, which are the same in every epoch."""
+        """Returns the pairs with these numbers, which are the same in every epoch."""
         input_lengths, target_lengths = self.input_lengths[ids], self.target_lengths[ids]
         return Examples(
             _rows(self._inputs, self._input_starts[ids], input_lengths),
@@ -94,7 +94,7 @@ class Pairs:
 def pair_iterator(
     pairs: Pairs, config: BatchConfig, *, rows: Integer[np.ndarray, " rows"] | None = None, num_workers: int | None = None
 ) -> TrainIterator:
-    """Endless batches of pairs, shuffled, resumable and shared out among processes as `Prepared.train_iterator`'s are."""
+    """Returns endless batches of pairs, shuffled, resumable and shared out among processes as `Prepared.train_iterator`'s are."""
     lengths = (config.inputs_length, config.targets_length)
     plan = plan_rows(pairs.input_lengths, pairs.target_lengths, *lengths, seed=config.seed) if config.packing else None
     return TrainIterator(
@@ -112,7 +112,7 @@ def pair_iterator(
 def pair_batches(
     pairs: Pairs, config: BatchConfig, count: int | None = None, *, rows: Integer[np.ndarray, " rows"] | None = None
 ) -> Iterator[Batch]:
-    """The first `count` (or all) batches of one pass in order, one pair a row; the last is filled up with rows of padding."""
+    """Returns the first `count` (or all) batches of one pass in order, a pair a row; rows of padding fill up the last one."""
     make = BatchMaker(pairs, config.inputs_length, config.targets_length)
     return finite_batches(make, config.batch_size, count, seed=None, rows=rows)
 
@@ -120,7 +120,7 @@ def pair_batches(
 def _ragged(
     sequences: Iterable[Sequence[int]], length: int, eos_id: int
 ) -> tuple[Int32[np.ndarray, " total"], Int64[np.ndarray, " N"], int]:
-    """Ids end to end, lengths, and how many sequences were cut."""
+    """Returns ids end to end, lengths, and how many sequences were cut."""
     ended, truncated = [], 0
     for ids in sequences:
         truncated += len(ids) >= length

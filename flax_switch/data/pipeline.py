@@ -44,7 +44,7 @@ class Corpus:
 
     @classmethod
     def of(cls, config: DataConfig, say: Callable[[str], None]) -> Corpus:
-        """The embedded default corpus, or the files that `config.source` names. Raises `ConfigError` where there are none."""
+        """Opens the embedded default corpus, or the files that `config.source` names. Raises `ConfigError` where there are none."""
         if config.source == "default":
             documents = corpus.default_corpus(files.cache_folder(config.cache_dir), say)
             digest = hashlib.blake2b("\n".join(documents).encode(), digest_size=10).hexdigest()
@@ -74,7 +74,7 @@ class Prepared:
         return hashlib.blake2b(f"{self.train.fingerprint} {json.dumps(made)}".encode(), digest_size=10).hexdigest()
 
     def train_iterator(self, rows: Integer[np.ndarray, " rows"] | None = None, num_workers: int | None = None) -> TrainIterator:
-        """Endless training batches, or of each the given rows: those that this process's devices hold.
+        """Returns endless training batches, or of each the given rows: those that this process's devices hold.
 
         What is in a row depends on `config.seed` alone. `num_workers` overrides the config's.
         """
@@ -92,7 +92,7 @@ class Prepared:
         )
 
     def heldout_batches(self, count: int | None = None, rows: Integer[np.ndarray, " rows"] | None = None) -> Iterator[Batch]:
-        """The first `count` (or all) held-out batches, or the given rows of each: always the same examples with the same masks."""
+        """Makes the first `count` (or all) held-out batches, or the given rows of each: always the same examples and masks."""
         from flax_switch.data.loader import finite_batches
 
         return finite_batches(
@@ -112,7 +112,7 @@ class Prepared:
         return probe_batches(source, *lengths, size, count, seed=_HELDOUT_SEED, rows=rows)
 
     def heldout_unigram_entropy(self, count: int | None = None) -> float:
-        """Nats per token of the held-out text targets' own unigram distribution, over the first `count` (or all) batches.
+        """Returns nats per token of the held-out text targets' own unigram distribution, over the first `count` (or all) batches.
 
         A model that uses no context cannot have a lower cross-entropy over the same tokens (`batches.text_token_mask`).
         """
@@ -201,7 +201,7 @@ def _vocabulary(
 
 
 def _trained(config: DataConfig, text: Corpus, say: Callable[[str], None]) -> Vocabulary:
-    """A vocabulary trained on the corpus, from the cache if it was trained before."""
+    """Returns a vocabulary trained on the corpus, from the cache if it was trained before."""
     name = f"vocabulary-{text.fingerprint}-{config.vocabulary_size}-{config.num_sentinels}"
     folder = files.cache_folder(config.cache_dir) / name
     if not folder.is_dir():

@@ -34,7 +34,7 @@ _WORD = re.compile(r"[A-Za-z]+(?:'[a-z]+)?[,.;:!?)\"']*$|\([A-Za-z]+[,.;:!?)\"']
 
 
 def plain(text: str) -> str:
-    """A paragraph without inline reST markup, on one line, in ASCII where an equivalent exists."""
+    """Returns a paragraph without inline reST markup, on one line, in ASCII where an equivalent exists."""
     text = unicodedata.normalize("NFKC", text).translate(_ASCII)
     for pattern, replacement in _INLINE:
         text = pattern.sub(replacement, text)
@@ -42,7 +42,7 @@ def plain(text: str) -> str:
 
 
 def is_prose(paragraph: str) -> bool:
-    """Whether a plain paragraph reads as English sentences: mostly dictionary-like words, a capital, a full stop."""
+    """Returns whether a plain paragraph reads as English sentences: mostly dictionary-like words, a capital, a full stop."""
     if not paragraph.isascii() or not (paragraph[:1].isupper() or paragraph[:1] in "\"'(") or "\\" in paragraph:
         return False
     if not paragraph.endswith(_SENTENCE_END) or "://" in paragraph or "::=" in paragraph or "->" in paragraph:
@@ -70,7 +70,7 @@ def _blocks(text: str) -> list[list[str]]:
 
 
 def paragraphs(text: str) -> list[str]:
-    """The paragraphs of prose in a documentation text, in order, plain, each on one line."""
+    """Returns the paragraphs of prose in a documentation text, in order, plain, each on one line."""
     found = []
     skipping_deeper_than = None  # indentation of the heading of a skipped section
     for block in _blocks(text):

@@ -20,7 +20,7 @@ from flax_switch.host.files import absolute, in_store
 
 
 def find_files(source: str | tuple[str, ...], known: tuple[str, ...] = tuple(FORMATS), setting: str = "data.source") -> list[Path]:
-    """The files that paths, folders (searched through) and globs name, sorted, each once.
+    """Returns the files that paths, folders (searched through) and globs name, sorted, each once.
 
     Raises `ConfigError` where a path names nothing or a file whose kind is not among `known`; `setting` is what named it.
     """
@@ -46,7 +46,7 @@ def find_files(source: str | tuple[str, ...], known: tuple[str, ...] = tuple(FOR
 
 
 def _stored_files(pattern: str) -> Iterator[Any]:  # etils' paths, with pathlib's interface
-    """The files in object storage that a path, a folder (searched through) or a glob without ** names."""
+    """Yields the files in object storage that a path, a folder (searched through) or a glob without ** names."""
     path = epath.Path(pattern)
     if not path.exists():
         yield from path.parent.glob(path.name)
@@ -68,13 +68,13 @@ def fingerprint(paths: list[Path], text_field: str, separator: str) -> str:
 
 
 def total_bytes(paths: list[Path]) -> int | None:
-    """The size of the text where it is known beforehand: that of plain files of nothing else, such as .txt."""
+    """Returns the size of the text where it is known beforehand: that of plain files of nothing else, such as .txt."""
     plain = all(path.suffix.lower() in FORMATS and not FORMATS[kind_of(path)].fields for path in paths)
     return sum(epath.Path(path).stat().length for path in paths) if plain else None
 
 
 def documents(paths: list[Path], text_field: str = "text", separator: str = "line") -> Iterator[str]:
-    """Documents of the files in order, one at a time; empty ones are left out.
+    """Yields documents of the files in order, one at a time; empty ones are left out.
 
     Raises `ConfigError` for bad UTF-8, malformed JSON and rows (file and line), a missing field (and what there is), a damaged
     file, a format whose extra is not installed, and where there is no document in any file.
@@ -95,7 +95,7 @@ def documents(paths: list[Path], text_field: str = "text", separator: str = "lin
 
 
 def records(paths: list[Path]) -> Records:
-    """(record, where it stands) of files whose formats have fields, for tasks."""
+    """Yields (record, where it stands) of files whose formats have fields, for tasks."""
     for path in paths:
         kind = kind_of(path)
         check(kind in WITH_FIELDS, f"{path} has no fields; records are read from {describe(WITH_FIELDS)}.")
@@ -103,7 +103,7 @@ def records(paths: list[Path]) -> Records:
 
 
 def _field_of(record: Record, name: str, where: str) -> object:
-    """A record's field. Raises `ConfigError` that names the fields there are."""
+    """Returns a record's field. Raises `ConfigError` that names the fields there are."""
     check(name in record, f"{where}: there is no field {name!r}; the fields are: {', '.join(map(str, record)) or 'none'}.")
     return record[name]
 

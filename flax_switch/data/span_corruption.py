@@ -22,7 +22,7 @@ from flax_switch.data.random_bits import fold_in, random_words
 def noise_counts(
     lengths: Integer[np.ndarray, " *M"], noise_density: float = 0.15, mean_noise_span_length: float = 3.0
 ) -> tuple[Int64[np.ndarray, " *M"], Int64[np.ndarray, " *M"]]:
-    """How many tokens of examples of these lengths are noise, and in how many spans.
+    """Returns how many tokens of examples of these lengths are noise, and in how many spans.
 
     Of two or more tokens at least one is noise and at least one is not; of fewer, none is.
     """
@@ -39,7 +39,7 @@ def noise_counts(
 def corrupted_lengths(
     lengths: Integer[np.ndarray, " *M"], noise_density: float = 0.15, mean_noise_span_length: float = 3.0
 ) -> tuple[Int64[np.ndarray, " *M"], Int64[np.ndarray, " *M"]]:
-    """Lengths of inputs and targets, sentinels and EOS included, that examples of these lengths become."""
+    """Returns lengths of inputs and targets, sentinels and EOS included, that examples of these lengths become."""
     noise, spans = noise_counts(lengths, noise_density, mean_noise_span_length)
     return lengths - noise + spans + 1, noise + spans + 1
 
@@ -51,7 +51,7 @@ def derived_raw_length(
     mean_noise_span_length: float = 3.0,
     num_sentinels: int | None = None,
 ) -> tuple[int, int]:
-    """(the most tokens whose corruption fits the inputs and, where given, the targets; the targets' length it then needs).
+    """Returns (the most tokens whose corruption fits the inputs and, where given, the targets; the targets' length it then needs).
 
     568 and 114 for inputs of 512. Raises `ConfigError` where not even two tokens fit or the sentinels would not suffice.
     """
@@ -75,7 +75,7 @@ def derived_raw_length(
 def _random_segments(
     sizes: Int64[np.ndarray, " M"], segments: Int64[np.ndarray, " M"], keys: UInt64[np.ndarray, " M"]
 ) -> Bool[np.ndarray, "M size"]:
-    """Where segments begin when `sizes[m]` items are cut at random into `segments[m]` non-empty ones; all cuts equally likely.
+    """Returns where segments begin when `sizes[m]` items are cut at random into `segments[m]` non-empty ones.
 
     Every row with a segment begins one at item 0; its other beginnings are a random subset of the items after it.
     """
@@ -116,7 +116,7 @@ class _Spans:
         self.first = np.cumsum(self.spans) - self.spans  # [M] each row's first span, as an index into S
 
     def noise_before(self, row: np.ndarray, span: np.ndarray) -> np.ndarray:
-        """Noise tokens before the given kept segments: none in a row without spans."""
+        """Returns noise tokens before the given kept segments: none in a row without spans."""
         return np.where(self.spans[row] > 0, np.append(self.noise_start, 0)[self.first[row] + span], 0)
 
 
@@ -127,7 +127,7 @@ def random_spans_noise_mask(
     noise_density: float = 0.15,
     mean_noise_span_length: float = 3.0,
 ) -> Bool[np.ndarray, "M L"]:
-    """Which tokens are noise. Rows begin with non-noise and end with noise; False past a row's length."""
+    """Returns which tokens are noise. Rows begin with non-noise and end with noise; False past a row's length."""
     lengths = np.asarray(lengths, np.int64)
     spans = _Spans(lengths, keys, noise_density, mean_noise_span_length)
     mask = np.zeros((len(lengths), int(lengths.max(initial=0))), bool)
@@ -146,7 +146,7 @@ def span_corrupt(
     noise_density: float = 0.15,
     mean_noise_span_length: float = 3.0,
 ) -> Examples:
-    """Inputs with sentinels for the noise spans, and targets that spell the spans out; both end with EOS.
+    """Returns inputs with sentinels for the noise spans, and targets that spell the spans out; both end with EOS.
 
     `top_sentinel` is `<extra_id_0>`'s id; the next span's is one less. Widths are those of the longest example, as
     `corrupted_lengths` gives them.
@@ -179,7 +179,7 @@ def span_corrupt(
 def restore(
     inputs: Integer[np.ndarray, " I"], targets: Integer[np.ndarray, " T"], *, top_sentinel: int, num_sentinels: int = 100
 ) -> Int32[np.ndarray, " L"]:
-    """The inverse of `span_corrupt` for one example without padding: the original tokens.
+    """Returns the inverse of `span_corrupt` for one example without padding: the original tokens.
 
     Raises `ConfigError` where the inputs' and the targets' sentinels are not the same ones in the same order.
     """

@@ -11,7 +11,7 @@ from flax_switch.data.batches import Batch, text_token_mask
 
 
 def target_token_counts(batches: Iterable[Batch], num_pieces: int, eos_id: int = 1) -> Integer[np.ndarray, " num_pieces"]:
-    """How often each piece occurs among the text target tokens (sentinels, EOS and padding left out) of some batches."""
+    """Returns how often each piece occurs among the text target tokens (sentinels, EOS and padding left out) of some batches."""
     counts = np.zeros(num_pieces, np.int64)
     for batch in batches:
         labels = batch["labels"]
@@ -25,6 +25,6 @@ def most_frequent_share(counts: Integer[np.ndarray, " num_pieces"]) -> float:
 
 
 def unigram_entropy(counts: Integer[np.ndarray, " num_pieces"]) -> float:
-    """The entropy in nats per token of the distribution that these counts are: the least cross-entropy without context."""
+    """Returns the entropy in nats per token of the distribution that these counts are: the least cross-entropy without context."""
     seen = counts[counts > 0].astype(np.float64)
     return float(np.log(seen.sum()) - (seen * np.log(seen)).sum() / seen.sum()) if len(seen) else 0.0

@@ -16,7 +16,7 @@ from flax_switch.host.json_text import field, read_json
 
 
 def task_records(source: str | tuple[str, ...], task: TaskConfig, split: str, setting: str) -> Records:
-    """(record, where it stands) of everything that `source` names, in order.
+    """Yields (record, where it stands) of everything that `source` names, in order.
 
     Args:
       split: of a folder that `datasets` saved with several: "train" or "validation".
@@ -41,7 +41,7 @@ def task_records(source: str | tuple[str, ...], task: TaskConfig, split: str, se
 
 # --- plain parallel text
 def _endings_beside(stem: Path) -> list[str]:
-    """Of a stem that is no file itself, the endings of the files that have it: ["de", "en"] for train.de and train.en.gz."""
+    """Returns what follows a stem in the names of files: ["de", "en"] for train, beside train.de and train.en.gz."""
     if stem.exists():
         return []
     files = Path(stem.parent).glob(f"{glob.escape(stem.name)}.*") if stem.parent.is_dir() else []
@@ -72,12 +72,12 @@ def _parallel(stem: Path, task: TaskConfig, beside: list[str], setting: str) -> 
 
 # --- what datasets' save_to_disk writes
 def is_saved_dataset(folder: Path) -> bool:
-    """Whether `datasets` saved a data set, or several splits of one, in a folder."""
+    """Returns whether `datasets` saved a data set, or several splits of one, in a folder."""
     return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
 
 
 def _saved_dataset(folder: Path, split: str, setting: str) -> Records:
-    """Rows of the Arrow files that the folder's own list names, in order."""
+    """Yields rows of the Arrow files that the folder's own list names, in order."""
     try:
         from pyarrow import ArrowException, ipc
     except ImportError as error:

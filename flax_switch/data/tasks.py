@@ -49,7 +49,7 @@ class PreparedTask:
     validation_pairs: Pairs
 
     def describe(self, config: FinetuneDataConfig) -> dict[str, Any]:
-        """Numbers of examples, and which share of them was cut to the maximal lengths."""
+        """Returns numbers of examples, and which share of them was cut to the maximal lengths."""
         kinds = {"train": self.train, "validation": self.validation_pairs}
         lengths = {"inputs_length": config.inputs_length, "targets_length": config.targets_length}
         return {"task": self.config.name, **lengths} | {
@@ -73,14 +73,14 @@ class PreparedTasks:
     rates: tuple[Fraction, ...]
 
     def train_iterator(self, rows: Integer[np.ndarray, " rows"] | None = None) -> TrainIterator:
-        """Endless training batches, or of each the given rows: those that this process's devices hold."""
+        """Returns endless training batches, or of each the given rows: those that this process's devices hold."""
         from flax_switch.data.mixtures import mixture_iterator
 
         tasks = [task.train for task in self.tasks if task.train is not None]
         return mixture_iterator(tasks, self.rates, self.config, rows=rows)
 
     def validation_batches(self, count: int | None = None, rows: Integer[np.ndarray, " rows"] | None = None) -> Iterator[Batch]:
-        """The first `count` (or all) validation batches, or the given rows of each: always the same, an example a row."""
+        """Returns the first `count` (or all) validation batches, or the given rows of each: always the same, an example a row."""
         from flax_switch.data.loader import BatchMaker, finite_batches
 
         pairs = Pairs.joined([task.validation_pairs for task in self.tasks])
@@ -93,7 +93,7 @@ class PreparedTasks:
         return sum(len(task.validation) for task in self.tasks)
 
     def describe(self) -> list[dict[str, Any]]:
-        """`PreparedTask.describe` of every task, with its rate."""
+        """Returns `PreparedTask.describe` of every task, with its rate."""
         rates = self.rates or (None,) * len(self.tasks)
         return [
             task.describe(self.config) | ({} if rate is None else {"rate": float(rate)})
@@ -132,7 +132,7 @@ def prepare_tasks(
 
 
 def read_task(task: TaskConfig, config: FinetuneDataConfig, *, train: bool = True) -> tuple[list[Example], list[Example]]:
-    """(training examples, validation examples) of one task, in the order of its files."""
+    """Returns (training examples, validation examples) of one task, in the order of its files."""
     own = f" of task {task.name!r}" if config.tasks else ""
     settings = {split: f"data.{split}{own}" for split in ("train", "validation")}
     training: list[Example] = []
@@ -179,7 +179,7 @@ def _read(task: TaskConfig, source: str | tuple[str, ...], split: str, setting: 
 
 
 def _texts(record: Record, field: str | int, task: TaskConfig, where: str, setting: str) -> list[str]:
-    """The texts of a field: one, or of targets that are a list, several."""
+    """Returns the texts of a field: one, or of targets that are a list, several."""
     if isinstance(field, str) and field not in record and "{" in field:
         return [_TEMPLATE_FIELD.sub(lambda match: _texts(record, match[1], task, where, setting)[0], field)]
     value = _value(record, field, where, setting)
@@ -188,7 +188,7 @@ def _texts(record: Record, field: str | int, task: TaskConfig, where: str, setti
 
 
 def _value(record: Record, field: str | int, where: str, setting: str) -> Any:
-    """A record's field, or with dots in its name a field of a field."""
+    """Returns a record's field, or with dots in its name a field of a field."""
     if field in record:
         return record[field]
     value: Any = record
@@ -221,7 +221,7 @@ def _encode(examples: Sequence[Example], vocabulary: Vocabulary, config: Finetun
 
 
 def summary(description: dict[str, Any]) -> str:
-    """A task's numbers as a sentence."""
+    """Returns a task's numbers as a sentence."""
     parts = []
     for kind, name in (("train", "training"), ("validation", "validation")):
         if kind in description:
@@ -235,7 +235,7 @@ def summary(description: dict[str, Any]) -> str:
 
 
 def spread(examples: Sequence[Any], count: int | None) -> list[int]:
-    """Indices of at most `count` examples, spread evenly."""
+    """Returns indices of at most `count` examples, spread evenly."""
     if count is None or count >= len(examples):
         return list(range(len(examples)))
     return np.linspace(0, len(examples) - 1, count).round().astype(int).tolist()

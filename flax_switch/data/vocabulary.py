@@ -162,7 +162,7 @@ class Vocabulary:
         return -(-self.size // 128) * 128
 
     def sentinel_id(self, i: int) -> int:
-        """The id of `<extra_id_i>`: the top id for 0, one less for each next."""
+        """Returns the id of `<extra_id_i>`: the top id for 0, one less for each next."""
         check(0 <= i < self.num_sentinels, f"There are {self.num_sentinels} sentinels; <extra_id_{i}> is not one of them.")
         return self._end_of_sentinels - 1 - i
 
@@ -177,7 +177,7 @@ class Vocabulary:
 
     # --- text to ids and back
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without EOS, equal to transformers' T5Tokenizer's.
+        """Returns token ids of a text, without EOS, equal to transformers' T5Tokenizer's.
 
         `<extra_id_i>` in the text becomes the sentinel's id, `</s>`, `<pad>` and `<unk>` theirs, and an added token its own.
         """
@@ -227,7 +227,7 @@ class Vocabulary:
         return self._pieces.Encode([valid_text(text) for text in documents], out_type=int, num_threads=-1)
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        """The text of token ids. Special tokens (pad, EOS, unk, sentinels, ids past the end) are left out or named.
+        """Returns the text of token ids. Special tokens (pad, EOS, unk, sentinels, ids past the end) are left out or named.
 
         As in transformers' T5 tokenizer, a name follows what comes before it without a space: `Thank you<extra_id_0> me</s>`.
         """
@@ -275,7 +275,7 @@ class Vocabulary:
 
     @classmethod
     def load(cls, folder: epath.PathLike) -> Vocabulary:
-        """The inverse of `save`. Raises `ConfigError` where files are missing or do not belong together."""
+        """Returns the inverse of `save`. Raises `ConfigError` where files are missing or do not belong together."""
         path = epath.Path(folder) / SETTINGS_FILE
         try:
             settings = read_json(path)
@@ -324,7 +324,7 @@ def _finder(tokens: Sequence[AddedToken], *others: str) -> re.Pattern[str] | Non
 
 
 def _limited(documents: Iterable[str]) -> Iterator[str]:
-    """Lines short enough for the trainer, until there is text enough."""
+    """Yields lines short enough for the trainer, until there is text enough."""
     characters = 0
     for document in documents:
         for start in range(0, len(document), _TRAINING_LINE):

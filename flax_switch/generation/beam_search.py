@@ -16,11 +16,11 @@ NEVER = -1e9  # added to the score of what must not be chosen; finite, so that i
 
 @flax.struct.dataclass
 class Beams:
-    """What beam search knows of B sources with `num_beams` beams (J) each."""
+    """The state of a beam search for B sources with `num_beams` beams (J) each."""
 
     tokens: Int[Array, "B J T"]  # of running beams, best first, filled up to `length`
     scores: Float[Array, "B J"]  # their summed log-probabilities
-    ancestors: Int[Array, "B J T"]  # which beam's cache holds a beam's past, place by place
+    ancestors: Int[Array, "B J T"]  # the beam whose cache holds a beam's past, place by place
     finished_tokens: Int[Array, "B J T"]  # best first; filled up with EOS, as Hugging Face pads
     finished_scores: Float[Array, "B J"]  # divided by the length penalty
     finished_lengths: Int[Array, "B J"]  # new tokens
@@ -38,7 +38,7 @@ class Beams:
 
 
 def start_beams(prefix: Int[Array, "B P"], keys: Key[Array, " B"], controls: GenerationConfig, vocab_size: int) -> Beams:
-    """Beams that hold the decoder's prefix. Only the first counts until they differ."""
+    """Returns beams that hold the decoder's prefix. Only the first counts until they differ."""
     B, P = prefix.shape
     J = controls.num_beams
     # Hugging Face fills with EOS where the pad id is 0, which it takes for none, and else with pad.
@@ -66,7 +66,7 @@ def start_beams(prefix: Int[Array, "B P"], keys: Key[Array, " B"], controls: Gen
 def extend_beams(
     beams: Beams, logits: Float[Array, "R V"], history: History, controls: GenerationConfig, numbers: Mapping[str, Array]
 ) -> Beams:
-    """One step: the best continuations of all beams, of which some end and num_beams go on."""
+    """Takes one step: of the best continuations of all beams some end and num_beams go on."""
     B, J, _ = beams.tokens.shape
     log_probs = process_scores(jax.nn.log_softmax(logits, axis=-1), history, controls, numbers)
     total = (log_probs.reshape(B, J, -1) + beams.scores[..., None]).reshape(B, -1)
@@ -105,7 +105,7 @@ def extend_beams(
 def _candidates(
     total: Float[Array, "B JV"], beams: Beams, controls: GenerationConfig
 ) -> tuple[Float[Array, "B C"], Int[Array, "B C"]]:
-    """Scores and places of the best continuations; with sampling, of continuations drawn without replacement."""
+    """Returns scores and places of the best continuations; with sampling, of continuations drawn without replacement."""
     if not controls.do_sample:
         return top_k(total, controls.num_candidates)
     keys = jax.vmap(jax.random.fold_in, (0, None))(beams.keys, beams.length)
@@ -135,7 +135,7 @@ def _finish(beams, tokens, scores, ends, new_tokens, controls: GenerationConfig,
 
 
 def _may_improve(beams: Beams, running_scores, new_tokens, controls: GenerationConfig, numbers) -> Bool[Array, " B"]:
-    """Whether the best running beam could still be better than the worst finished one.
+    """Returns whether the best running beam could still be better than the worst finished one.
 
     Its score is judged at its present length; with early_stopping="never" at the longest, if that is more favourable. Places
     that no beam has finished in count as never.
@@ -148,12 +148,12 @@ def _may_improve(beams: Beams, running_scores, new_tokens, controls: GenerationC
 
 
 def _take(x: Array, index: Int[Array, "B N"]) -> Array:
-    """x[b, index[b, n]]."""
+    """Returns x[b, index[b, n]]."""
     return jnp.take_along_axis(x, index.reshape(*index.shape, *(1,) * (x.ndim - 2)), axis=1)
 
 
 def top_k(x: Float[Array, "B M"], k: int, chunk: int = 128) -> tuple[Float[Array, "B k"], Int[Array, "B k"]]:
-    """`jax.lax.top_k`, ties included, in two rounds: the k best of M lie in the k chunks with the largest maxima."""
+    """Returns `jax.lax.top_k`, ties included, in two rounds: the k best of M lie in the k chunks with the largest maxima."""
     M = x.shape[1]
     if 4 * k * chunk > M:
         values, place = jax.lax.top_k(x, k)

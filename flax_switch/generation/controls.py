@@ -118,7 +118,7 @@ class GenerationConfig:
             check(len(word) > 0, "bad_words_ids holds an empty word; every word needs at least one id.")
 
     def for_model(self, config: SwitchConfig) -> Self:
-        """A copy with the model's special tokens filled in and every id checked against its vocabulary."""
+        """Returns a copy with the model's special tokens filled in and every id checked against its vocabulary."""
         filled = dataclasses.replace(
             self,
             eos_token_id=(
@@ -163,13 +163,13 @@ class GenerationConfig:
 
 
 def make_controls(values: Mapping[str, Any], config: SwitchConfig) -> GenerationConfig:
-    """Controls for a model, from keyword arguments; an unknown name is an error that suggests the nearest one."""
+    """Returns controls for a model, from keyword arguments; an unknown name is an error that suggests the nearest one."""
     reject_unknown_keys(GenerationConfig, values)
     return GenerationConfig(**values).for_model(config)
 
 
 def split_numbers(controls: GenerationConfig) -> tuple[GenerationConfig, dict[str, np.ndarray | np.generic]]:
-    """The controls that shape a program, and the numbers that it takes as inputs: one program serves all their values.
+    """Returns the controls that shape a program, and the numbers that it takes as inputs: one program serves all their values.
 
     Of a number, the first part keeps only whether it is neutral. `length_divisors[n]` is what the score of a beam of n new
     tokens is divided by.
@@ -187,7 +187,7 @@ def split_numbers(controls: GenerationConfig) -> tuple[GenerationConfig, dict[st
 
 
 def as_ids(value: int | tuple[int, ...] | None) -> tuple[int, ...]:
-    """One id, several or none as a tuple, each once."""
+    """Returns one id, several or none as a tuple, each once."""
     if value is None:
         return ()
     return tuple(dict.fromkeys(value)) if isinstance(value, (tuple, list)) else (value,)

@@ -91,7 +91,7 @@ def generate(
 
 
 def check_ids(name: str, ids: Any, config: SwitchConfig) -> Int[np.ndarray, "B S"]:
-    """Ids as an int32 array [B, S] with B, S > 0 and every id in the vocabulary; raises `ConfigError` otherwise."""
+    """Returns ids as an int32 array [B, S] with B, S > 0 and every id in the vocabulary; raises `ConfigError` otherwise."""
     ids = np.asarray(ids)
     check(
         ids.ndim == 2 and ids.size > 0,
@@ -105,7 +105,7 @@ def check_ids(name: str, ids: Any, config: SwitchConfig) -> Int[np.ndarray, "B S
 
 
 def check_mask(mask: Any, input_ids: Int[np.ndarray, "B S"], settings: GenerationConfig) -> Bool[np.ndarray, "B S"]:
-    """The mask of the sources, by default of what is not the pad token; raises where a source has no token at all."""
+    """Returns the mask of the sources, by default False at pad tokens; raises where a source has no token at all."""
     mask = input_ids != settings.pad_token_id if mask is None else np.asarray(mask)
     check(
         mask.shape == input_ids.shape,
@@ -118,7 +118,7 @@ def check_mask(mask: Any, input_ids: Int[np.ndarray, "B S"], settings: Generatio
 
 
 def start_tokens(prefix: Any, batch: int, settings: GenerationConfig, config: SwitchConfig) -> Int[np.ndarray, "B P"]:
-    """The decoder's prefix: the start token, then what was given unless it begins with it."""
+    """Returns the decoder's prefix: the start token, then what was given unless it begins with it."""
     start = np.full((batch, 1), settings.decoder_start_token_id, np.int32)
     if prefix is None:
         return start
@@ -132,7 +132,7 @@ def start_tokens(prefix: Any, batch: int, settings: GenerationConfig, config: Sw
 
 
 def check_seeds(seed: int | Sequence[int], batch: int) -> np.ndarray:
-    """Seeds [B, 2]: of each source's draws, and the number that tells apart sources with the same seed."""
+    """Returns [B, 2]: the seed of each source's draws, and a number that tells apart sources with the same seed."""
     seeds = np.asarray(seed)
     check(
         np.issubdtype(seeds.dtype, np.integer) and seeds.shape in ((), (batch,)) and (seeds >= 0).all(),

@@ -63,7 +63,7 @@ def process_scores(
 
 
 def filter_scores(scores: Float[Array, "R V"], controls: GenerationConfig, numbers: Mapping[str, Array]) -> Float[Array, "R V"]:
-    """Sampling's temperature and filters, in Hugging Face's order. Beams keep a token beside every EOS token."""
+    """Applies sampling's temperature and filters, in Hugging Face's order. Beams keep a token beside every EOS token."""
     keep = 1 if controls.num_beams == 1 else len(as_ids(controls.eos_token_id)) + 1
     if controls.temperature != 1.0:
         scores = scores / numbers["temperature"]
@@ -84,19 +84,19 @@ def forbid(scores: Float[Array, "R V"], tokens: Bool[Array, "#R V"]) -> Float[Ar
 
 
 def force(ids: tuple[int, ...], vocab_size: int) -> Float[Array, " V"]:
-    """Scores that leave only `ids`, all with 0."""
+    """Returns scores that leave only `ids`, all with 0."""
     return jnp.where(one_of_tokens(ids, vocab_size), 0.0, -jnp.inf)
 
 
 def one_of_tokens(ids: tuple[int, ...], vocab_size: int) -> Bool[Array, " V"]:
-    """Which tokens are among `ids`."""
+    """Returns which tokens are among `ids`."""
     mask = np.zeros(vocab_size, bool)
     mask[list(ids)] = True
     return jnp.asarray(mask)
 
 
 def marked(ids: Int[Array, "R T"], where: Bool[Array, "R T"], vocab_size: int) -> Bool[Array, "R V"]:
-    """Which tokens occur among each row's `ids` at a place where `where` holds."""
+    """Returns which tokens occur among each row's `ids` at a place where `where` holds."""
     rows = jnp.arange(ids.shape[0])[:, None]
     ids = jnp.where(where, ids, vocab_size)  # out of bounds: dropped
     return jnp.zeros((ids.shape[0], vocab_size), bool).at[rows, ids].set(True, mode="drop")
@@ -112,14 +112,14 @@ def penalise_repetition(
 
 
 def repeated_ngrams(history: History, size: int, vocab_size: int) -> Bool[Array, "R V"]:
-    """Tokens that would complete an n-gram the row already holds."""
+    """Returns tokens that would complete an n-gram the row already holds."""
     ends = jnp.arange(history.tokens.shape[1])[None]
     complete = (ends >= size - 1) & (ends < history.length)
     return marked(history.tokens, _matches(history.tokens, history, size) & complete, vocab_size)
 
 
 def source_ngrams(history: History, size: int, vocab_size: int) -> Bool[Array, "R V"]:
-    """Tokens that would complete an n-gram of the row's source."""
+    """Returns tokens that would complete an n-gram of the row's source."""
     rows = history.tokens.shape[0] // history.source.shape[0]
     source = jnp.repeat(history.source, rows, axis=0)
     complete = (jnp.arange(source.shape[1])[None] >= size - 1) & (history.length >= size - 1)
@@ -131,7 +131,7 @@ def source_ngrams(history: History, size: int, vocab_size: int) -> Bool[Array, "
 
 
 def _matches(text: Int[Array, "R S"], history: History, size: int) -> Bool[Array, "R S"]:
-    """Where the n - 1 tokens before a place of `text` are the row's last n - 1 tokens."""
+    """Returns where the n - 1 tokens before a place of `text` are the row's last n - 1 tokens."""
     matches = jnp.ones(text.shape, bool)
     if size - 1 > history.tokens.shape[1]:
         return ~matches
@@ -142,12 +142,12 @@ def _matches(text: Int[Array, "R S"], history: History, size: int) -> Bool[Array
 
 
 def _shifted(x: Array, by: int) -> Array:
-    """x with every place holding what stood `by` places before; the first places hold 0 (False)."""
+    """Returns x with every place holding what stood `by` places before; the first places hold 0 (False)."""
     return jnp.pad(x, ((0, 0), (by, 0)))[:, : x.shape[1]]
 
 
 def completed_words(history: History, words: list[tuple[int, ...]], vocab_size: int) -> Bool[Array, "R V"]:
-    """The last token of each of `words`, all of one length, for rows that end in the tokens before it."""
+    """Returns the last token of each of `words`, all of one length, for rows that end in the tokens before it."""
     size = len(words[0])
     rows, T = history.tokens.shape
     starts, ends = np.array([word[:-1] for word in words]), np.array([word[-1] for word in words])

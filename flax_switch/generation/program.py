@@ -32,7 +32,7 @@ class ProgramOutput:
 
 
 def encoder_config(config: SwitchConfig, routing: str) -> SwitchConfig:
-    """The config that the encoder runs with: routing as `routing` says."""
+    """Returns the config that the encoder runs with: routing as `routing` says."""
     if not config.is_sparse or routing == "as_trained" or (routing == "auto" and config.capacity_mode == "fixed"):
         return config
     changes = dict(ignore_padding_tokens=True, padding_semantics="masked", routing_group="sequence")
@@ -42,14 +42,14 @@ def encoder_config(config: SwitchConfig, routing: str) -> SwitchConfig:
 
 
 def decoder_config(config: SwitchConfig, routing: str) -> SwitchConfig:
-    """The config that the decoder runs with, in which tokens always choose."""
+    """Returns the config that the decoder runs with: there experts never choose."""
     if config.router_type == "experts_choose":
         config = config.replace(router_type="tokens_choose")
     return encoder_config(config, routing)
 
 
 def on_devices(config: SwitchConfig, sharded: bool) -> SwitchConfig:
-    """The config with the executor of training where several devices hold the experts, whose kernels no device can pick from."""
+    """Returns the config; where experts lie on several devices, so that none can pick from all, with the executor of training."""
     if not sharded or config.moe_executor != "auto":
         return config
     return config.replace(moe_executor="ragged" if config.capacity_mode == "dropless" else "gather")
@@ -130,20 +130,20 @@ def start_cache(
     rows_per_source: int = 1,
     beams: int = 1,
 ) -> DecoderCache:
-    """`SwitchTransformer.init_cache`."""
+    """Calls `SwitchTransformer.init_cache`."""
     return model.apply(variables, encoded, max_length, rows_per_source, beams=beams, method="init_cache")
 
 
 def decode(
     model: SwitchTransformer, variables: Mapping[str, Any], tokens: Int[Array, "R L"], mask: Bool[Array, "B S"], cache: DecoderCache
 ) -> tuple[Float[Array, "R V"], DecoderCache]:
-    """Logits (float32) after the last of some more tokens of each row, and the cache with them."""
+    """Returns logits (float32) after the last of some more tokens of each row, and the cache with them."""
     output = model.apply(variables, tokens, None, mask, cache=cache, method="decode")
     return output.logits[:, -1], output.cache
 
 
 def in_compute_dtype(variables: Mapping[str, Any], config: SwitchConfig) -> dict[str, Any]:
-    """Variables with the kernels of products in the dtype of these, once instead of in every step.
+    """Casts kernels to the dtype that they are multiplied in, once instead of in every step.
 
     Embeddings, norms, biases, the router and an untied head compute in dtypes of their own.
     """

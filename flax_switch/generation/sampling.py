@@ -13,7 +13,7 @@ from flax_switch.generation.logits import History, process_scores
 
 @flax.struct.dataclass
 class Rows:
-    """What greedy search and sampling know of R rows."""
+    """The state of greedy search or sampling for R rows."""
 
     tokens: Int[Array, "R T"]  # filled up to `length`; pad beyond
     length: Int[Array, ""]
@@ -34,7 +34,7 @@ class Rows:
 
 
 def start_rows(prefix: Int[Array, "R P"], keys: Key[Array, " R"], controls: GenerationConfig, vocab_size: int) -> Rows:
-    """Rows that hold the decoder's prefix."""
+    """Returns rows that hold the decoder's prefix."""
     R, P = prefix.shape
     tokens = jnp.pad(prefix, ((0, 0), (0, controls.max_new_tokens)), constant_values=controls.pad_token_id)
     scores = jnp.zeros((controls.max_new_tokens, R, vocab_size)) if controls.output_scores else None

@@ -51,7 +51,7 @@ def _line(number: int, raw: str | bytes, field: str) -> Line:
 
 
 def bucket_of(length: int, longest: int) -> int:
-    """The length that a source of `length` tokens is padded to: a power of two, or `longest`."""
+    """Returns the length that a source of `length` tokens is padded to: a power of two, or `longest`."""
     bucket = SMALLEST_BUCKET
     while bucket < length:
         bucket *= 2
@@ -67,7 +67,7 @@ def generate_lines(
     on_batch: Callable[[int, int], None] = lambda lines, tokens: None,
     **controls: Any,
 ) -> list[dict[str, Any]]:
-    """A result for each line, in order: {"line", "input", "outputs", "scores"}, or {"line", "error"} where one cannot be used.
+    """Returns a result for each line, in order: {"line", "input", "outputs", "scores"}, or {"line", "error"} for a bad one.
 
     Sources are sorted into length buckets and every batch is filled up to `batch_size`, so that a program compiles once per bucket.
     `on_batch(lines, tokens)` is called after each batch with the numbers it finished. With sampling, what a line draws depends on
@@ -148,7 +148,7 @@ def _source_seed(seed: int, number: int) -> int:
 
 
 def _pad(batch: Sequence[tuple[int, Sequence[int]]], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and mask [len(batch), length]."""
+    """Returns ids and mask [len(batch), length]."""
     ids, mask = np.zeros((2, len(batch), length), np.int32)
     for row, (_, tokens) in enumerate(batch):
         ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, 1

@@ -12,5 +12,5 @@ PACKAGES = {  # any one of them will do
 
 
 def can_compile_for(platform: str) -> bool:
-    """Whether a compiler for the platform, as JAX names it in lowering, is installed; none of them needs the device."""
+    """Returns whether a compiler for the platform, as JAX names it in lowering, is installed; none of them needs the device."""
     return any(importlib.util.find_spec(package) for package in PACKAGES[platform])

@@ -21,18 +21,18 @@ _ABANDONED = 3600.0  # seconds after which an untouched temporary folder belongs
 
 
 def in_store(path: epath.PathLike) -> bool:
-    """Whether a path lies in object storage (gs://..., s3://...), where nothing is appended, renamed or mapped into memory."""
+    """Returns whether a path lies in object storage (gs://..., s3://...): files there are not appended, renamed or mapped."""
     return "://" in os.fspath(path)
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
-    """The path from the root; one in object storage always is (and pathlib's rules would break its name)."""
+    """Returns the path from the root; one in object storage always is (and pathlib's rules would break its name)."""
     path = epath.Path(path)
     return path if in_store(path) else path.expanduser().resolve()
 
 
 def cache_folder(configured: str | None) -> Path:
-    """The folder for caches: the configured one, else `flax_switch` in the user's cache directory.
+    """Returns the folder for caches: the configured one, else `flax_switch` in the user's cache directory.
 
     Raises `ConfigError` for one in object storage.
     """
@@ -104,7 +104,7 @@ def write_bytes(path: epath.PathLike, content: bytes) -> None:
 
 
 def _temporary(path: Path | epath.Path) -> Any:
-    """A name beside `path` that no other writer has; made by hand, as tempfile's files are their owner's alone to read."""
+    """Returns a name beside `path` that no other writer has; made by hand, as tempfile's files are their owner's alone to read."""
     return path.parent / f"{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}"
 
 

@@ -1,6 +1,6 @@
-"""The allocator of the host, told to keep what a training step frees, or to give back what a conversion frees.
+"""Tells the host's allocator to keep what a training step frees, or to give back what a conversion frees.
 
-On a processor XLA allocates a step's temporaries and gradients anew in every step. The GNU C library gets large blocks from the
+On a CPU XLA allocates a step's temporaries and gradients anew in every step. The GNU C library gets large blocks from the
 system and gives them back, and the system clears every page again: for a step that writes gigabytes of gradients that takes longer
 than some of its products. Kept memory costs nothing the second time.
 """
@@ -31,15 +31,15 @@ def keep_freed_memory() -> bool:
     Returns whether it did. It does nothing where glibc is not the C library, where GLIBC_TUNABLES already sets malloc, and where
     JAX will run on an accelerator. The process's resident memory then stays at its highest point.
     """
-    if platform.libc_ver()[0] != "glibc" or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "") or not on_processor():
+    if platform.libc_ver()[0] != "glibc" or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "") or not on_cpu():
         return False
     libc = ctypes.CDLL(None)
     done = [libc.mallopt(parameter, value) for parameter, value in _SETTINGS.values()]
     return all(done)
 
 
-def on_processor() -> bool:
-    """Whether JAX will run on the processor, as far as can be told without starting it."""
+def on_cpu() -> bool:
+    """Returns whether JAX will run on a CPU, as far as can be told without starting it."""
     platforms = os.environ.get("JAX_PLATFORMS", "")
     if platforms:
         return platforms.split(",")[0] == "cpu"

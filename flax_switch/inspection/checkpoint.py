@@ -41,7 +41,7 @@ class Description:
     shapes: Mapping[str, tuple[str, tuple[int, ...]]]  # path with equal layers taken together -> dtype and shape
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as plain JSON-able values."""
+        """Returns the same as plain JSON-able values."""
         return {
             **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)},
             "path": str(self.path),
@@ -88,7 +88,7 @@ def describe(
 
 
 def collapse_layers(shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Layers whose tensor of one name has the same dtype and shape as one entry: `encoder/layers_{0,2,4}/...`."""
+    """Returns layers whose tensor of one name has the same dtype and shape as one entry: `encoder/layers_{0,2,4}/...`."""
     groups: dict[tuple, list[str]] = {}
     for path, entry in shapes.items():
         match = re.fullmatch(r"(\w+)/layers_(\d+)/(.+)", path)
@@ -111,7 +111,7 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 def render(description: Description) -> str:
-    """The description as text."""
+    """Returns the description as text."""
     d, config = description, description.config
     lines = [
         f"{d.path}: {d.format}, {d.architecture}" + (f", {config.mlp_activations[0]}" if not config.is_gated else ", gated"),

@@ -34,7 +34,7 @@ class LayerRouting:
     probability: list[float]  # the router's highest probability for each token
 
     def dropped(self) -> int:
-        """Choices that found no slot."""
+        """Returns choices that found no slot."""
         return sum(not kept for token in self.kept for kept in token)
 
 
@@ -55,7 +55,7 @@ class Exploration:
     texts: list[list[StackRouting]]
 
     def loads(self) -> dict[tuple[str, int], tuple[np.ndarray, np.ndarray]]:
-        """For every (stack, layer): choices kept and choices dropped, each [E], over all texts."""
+        """Returns for every (stack, layer) the choices kept and the choices dropped, each [E], over all texts."""
         totals: dict[tuple[str, int], tuple[np.ndarray, np.ndarray]] = {}
         for stacks in self.texts:
             for stack in stacks:
@@ -109,7 +109,7 @@ def explore(pretrained: Pretrained, texts: Sequence[str], targets: Sequence[str]
 def _routers(
     model: SwitchEncoder, params: Mapping, ids: Int[Array, "1 S"], answer: Int[Array, "1 L"] | None = None
 ) -> dict[str, tuple[RouterOutput, ...]]:
-    """What the routers of both stacks, or of an encoder alone, say."""
+    """Returns what the routers of both stacks, or of an encoder alone, say."""
     if answer is None:
         return {"encoder": model.apply({"params": params}, ids, output_router_logits=True).router}
     assert isinstance(model, SwitchTransformer)
@@ -118,7 +118,7 @@ def _routers(
 
 
 def _answer(pretrained: Pretrained, ids: Int[Array, "1 S"], target: str | None) -> Int[Array, "1 L"]:
-    """The decoder's input: the start token and the target, or the model's greedy answer."""
+    """Returns the decoder's input: the start token and the target, or the model's greedy answer."""
     if target is None:
         return jnp.asarray(pretrained.generate(ids, max_new_tokens=ANSWER_LENGTH).sequences)
     assert pretrained.vocabulary is not None  # `explore` has refused a checkpoint without one
@@ -153,7 +153,7 @@ def _confidence(router: RouterOutput) -> list[float]:
 
 
 def render(exploration: Exploration) -> str:
-    """The exploration as text: a table for every text and stack, then every layer's load.
+    """Returns the exploration as text: a table for every text and stack, then every layer's load.
 
     A cell holds the experts a token was sent to; `x` after a number says that this expert had no slot left, `-` that no expert
     took the token.

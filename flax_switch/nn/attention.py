@@ -33,7 +33,7 @@ class RelativePositionBias(nn.Module):
         )
 
     def for_cache(self, max_length: int) -> Float[Array, "H relative"]:
-        """The table that a cache of `max_length` places reads its biases from."""
+        """Returns the table that a cache of `max_length` places reads its biases from."""
         return bias_table(self.rel_embedding, max_length, self.config.relative_attention_max_distance)
 
 

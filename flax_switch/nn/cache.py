@@ -1,4 +1,4 @@
-"""Keys and values: as they are projected, and as the decoder's cache holds them, laid out for products with few queries.
+"""Keys and values, as they are projected and as the decoder's cache holds them: laid out for multiplication by few queries.
 
 R rows decode in G groups of J (`beams`) whose past may be exchanged; without beams every row is a group. The T places of a group
 hold a token of each of its rows: place t of row j is column t * J + j.
@@ -38,7 +38,7 @@ class KeyValueCache:
 
     @classmethod
     def empty(cls, groups: int, heads: int, width: int, columns: int, dtype: DTypeLike) -> Self:
-        """A cache of zeros."""
+        """Returns a cache of zeros."""
         zeros = jnp.zeros((groups, heads, width, columns), dtype)
         return cls(zeros, zeros)
 
@@ -74,10 +74,10 @@ class LayerCache:
 
 @flax.struct.dataclass
 class DecoderCache:
-    """The caches of all decoder layers, and what a step must know of them.
+    """The caches of all decoder layers, how far they are filled and, with beams, whose past each row reads.
 
-    ancestors: with beams, whose column a row reads at each place: the number, within its group, of the row that held its past
-      there. Exchanging beams changes these numbers instead of moving keys.
+    ancestors: with beams, the number within its group of the row whose column a row reads at each place. Where beams change places,
+      these numbers change, and no key is moved.
     """
 
     layers: tuple[LayerCache, ...]
@@ -92,11 +92,11 @@ class DecoderCache:
         return self.layers[0].past.key.shape[-1] // self.beams
 
     def advanced(self, layers: tuple[LayerCache, ...], length: int) -> Self:
-        """The cache after `length` more tokens of each row, which `layers` hold."""
+        """Returns the cache after `length` more tokens of each row, which `layers` hold."""
         return dataclasses.replace(self, layers=layers, index=self.index + length)
 
     def after(self, prefix: "DecoderCache") -> Self:
-        """This empty cache with what one row of each source has decoded: beams find it at beam 0, samples get a copy each."""
+        """Fills this empty cache with what one row of each source has decoded: beams find it at beam 0, samples get a copy each."""
         layers = tuple(
             dataclasses.replace(layer, past=before.past.spread(layer.past.key.shape[0], self.beams, layer.past.key.shape[-1]))
             for layer, before in zip(self.layers, prefix.layers, strict=True)
@@ -104,7 +104,7 @@ class DecoderCache:
         return dataclasses.replace(self, layers=layers, index=prefix.index)
 
     def bias(self, layer: int, length: int) -> Float[Array, "1 H length TJ"]:
-        """The relative position biases of the next `length` tokens in a layer, for every column."""
+        """Returns the relative position biases of the next `length` tokens in a layer, for every column."""
         table, T = self.biases[layer if len(self.biases) > 1 else 0], self.max_length
         if length == 1:
             bias = jax.lax.dynamic_slice_in_dim(table, T - 1 - self.index, T, axis=1)[:, None]
@@ -113,7 +113,7 @@ class DecoderCache:
         return jnp.repeat(bias, self.beams, axis=2)[None]
 
     def visible(self, mask: Bool[Array, "R T"] | None, length: int) -> Bool[Array, "#G 1 #queries TJ"]:
-        """Which columns the next `length` tokens of a group's rows see, themselves included, of those that `mask` allows."""
+        """Returns which of the columns that `mask` allows the next `length` tokens of a group's rows see, themselves included."""
         T, J = self.max_length, self.beams
         seen = jnp.arange(T)[None] <= self.index + jnp.arange(length)[:, None]  # [L, T]
         seen = seen[None, None] if mask is None else seen & mask.reshape(-1, J, 1, T)  # [G, J, L, T]
@@ -123,6 +123,6 @@ class DecoderCache:
 
 
 def bias_table(table: Float[Array, "H buckets"], max_length: int, max_distance: int) -> Float[Array, "H relative"]:
-    """Biases by distance: column T - 1 - d is that of the key d places before the query, and later keys, on the right, have 0."""
+    """Returns biases by distance: column T - 1 - d is for the key d places before the query; later keys, on the right, have 0."""
     bias = relative_position_bias(table, 1, max_length, bidirectional=False, max_distance=max_distance, query_offset=max_length - 1)
     return jnp.pad(bias[0, :, 0], ((0, 0), (0, max_length)))

@@ -1,4 +1,4 @@
-"""Fresh parameters of a model, and the names of their axes."""
+"""Makes the parameters of a model, and tells the names of their axes."""
 
 import flax.linen as nn
 import jax
@@ -9,17 +9,17 @@ from flax_switch.nn.transformer import SwitchEncoder, SwitchTransformer
 
 
 def init_params(model: SwitchEncoder, rng: Array) -> dict:
-    """Fresh parameters as plain nested dicts of arrays; traceable, so that jit can lay them straight into their shardings."""
+    """Makes parameters as plain nested dicts of arrays; traceable, so that jit can lay them straight into their shardings."""
     return model.init({"params": rng}, *example_inputs(model))["params"]
 
 
 def logical_axes(model: SwitchEncoder) -> dict:
-    """The tree of parameters with each leaf replaced by its tuple of logical axis names; allocates nothing."""
+    """Returns the tree of parameters with each leaf replaced by its tuple of logical axis names; allocates nothing."""
     boxed = jax.eval_shape(lambda rng: model.init_boxed({"params": rng}, *example_inputs(model))["params"], jax.random.key(0))
     return jax.tree.map(lambda box: tuple(box.names), boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
 
 
 def example_inputs(model: SwitchEncoder) -> tuple[Int[Array, "1 1"], ...]:
-    """The smallest inputs a model can be initialised with."""
+    """Returns the smallest inputs a model can be initialised with."""
     ids = jnp.zeros((1, 1), jnp.int32)
     return (ids, ids) if isinstance(model, SwitchTransformer) else (ids,)

@@ -61,7 +61,7 @@ class Layer(nn.Module):
         self.dropout = Dropout(config.dropout_rate)
 
     def cross_keys_values(self, encoded: Float[Array, "B S D"]) -> KeyValue:
-        """Keys and values of the encoder's output, which decoding computes once."""
+        """Returns keys and values of the encoder's output, which decoding computes once."""
         return self.encoder_decoder_attention.keys_values(encoded)
 
     def __call__(
@@ -152,7 +152,7 @@ class ScanBlock(nn.Module):
 
 
 def remat(module: type[nn.Module], policy: str) -> type[nn.Module]:
-    """`module` with its activations recomputed in the backward pass, as the remat policy says.
+    """Returns `module` with its activations recomputed in the backward pass, as the remat policy says.
 
     What experts on other devices sent is always kept: recomputing it would send it again.
     """

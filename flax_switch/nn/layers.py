@@ -36,7 +36,7 @@ ACTIVATION_FUNCTIONS: dict[str, Callable] = {
 def scaled_init(
     config: SwitchConfig, mode: Fan = "fan_in", distribution: Distribution = "normal", factor: float = 1.0
 ) -> Initializer:
-    """Variance scaling with the config's `init_scale` (Switch, table 3: 0.1), times `factor` on the standard deviation."""
+    """Makes a variance-scaling initialiser with the config's `init_scale` (Switch, table 3: 0.1), its deviation times `factor`."""
     return jax.nn.initializers.variance_scaling(config.init_scale * factor**2, mode, distribution)
 
 
@@ -85,7 +85,7 @@ class Embedding(nn.Module):
         return self.embedding[ids].astype(self.config.dtype)
 
     def attend(self, x: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
-        """Logits in float32: h * D**-0.5 @ E^T. bfloat16 logits make training unstable."""
+        """Returns logits in float32: h * D**-0.5 @ E^T. bfloat16 logits make training unstable."""
         x = x.astype(jnp.float32) * self.config.d_model**-0.5
         return project_transposed(x, self.embedding.astype(jnp.float32))
 

@@ -27,7 +27,7 @@ class Kernel(nn.Module):
 
     @nn.compact
     def __call__(self) -> tuple[Array, Array | None]:
-        """The kernel, and the bias over its last axis or None."""
+        """Returns the kernel, and the bias over its last axis or None."""
         init: Initializer = nn.with_logical_partitioning(self.initializer, self.axes)
         kernel = self.param("kernel", init, self.shape, self.dtype)
         if not self.bias:
@@ -37,7 +37,7 @@ class Kernel(nn.Module):
 
 
 def each_expert(init: Initializer) -> Initializer:
-    """An initialiser of [E, ...] that draws each expert by a key of its own, the same for any number of experts."""
+    """Makes an initialiser of [E, ...] that draws each expert by its own key, so that expert e is the same for any E."""
 
     def init_experts(key, shape, dtype):
         one = lambda e: init(jax.random.fold_in(key, e), shape[1:], dtype)  # noqa: E731
@@ -54,7 +54,7 @@ class MLPKernels(nn.Module):
 
     @nn.compact
     def __call__(self) -> dict[str, Array]:
-        """{"wi" | "wi_0", "wi_1": [(E,) D, F], "wo": [(E,) F, D]}."""
+        """Returns {"wi" | "wi_0", "wi_1": [(E,) D, F], "wo": [(E,) F, D]}."""
         config = self.config
         D, F = config.d_model, config.expert_width
         init = nn.initializers.variance_scaling(config.init_scale, "fan_in", "normal")
@@ -75,20 +75,20 @@ class RouterWeights(nn.Module):
 
     @nn.compact
     def __call__(self) -> tuple[Array, Array | None]:
-        """(kernel, bias or None)."""
+        """Returns (kernel, bias or None)."""
         config = self.config
         shape, init = (config.d_model, config.num_experts), nn.initializers.normal(0.02)
         return Kernel(shape, ("embed", "unmodeled"), init, config.param_dtype, config.router_bias, name="w")()
 
 
 class Router(nn.Module):
-    """Puts the router's parameters at the path that T5X checkpoints have: router/router_weights/w/kernel."""
+    """A module that puts the router's parameters at the path that T5X checkpoints have: router/router_weights/w/kernel."""
 
     config: SwitchConfig
 
     @nn.compact
     def __call__(self) -> tuple[Array, Array | None]:
-        """(kernel, bias or None)."""
+        """Returns (kernel, bias or None)."""
         return RouterWeights(self.config, name="router_weights")()
 
 

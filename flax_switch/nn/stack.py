@@ -85,17 +85,17 @@ class Stack(nn.Module):
         return x, outputs, tuple(h for h in hidden_states if h is not None) if output_hidden_states else None
 
     def cross_keys_values(self, encoded: Float[Array, "B S D"]) -> tuple[KeyValue, ...]:
-        """Every layer's keys and values of the encoder's output."""
+        """Returns every layer's keys and values of the encoder's output."""
         return tuple(layer.cross_keys_values(encoded) for layer in self.layers)
 
     def bias_tables(self, max_length: int) -> tuple[Float[Array, "H relative"], ...]:
-        """Every layer's table of relative position biases for a cache of `max_length` places, or the one that they share."""
+        """Returns each layer's table of relative position biases for a cache of `max_length` places, or the one they share."""
         holders = self.layers if self.config.relative_attention_per_layer else (self,)
         return tuple(holder.relpos_bias.for_cache(max_length) for holder in holders)
 
 
 def _unstack(stacked: tuple, blocks: int | None) -> tuple[list[LayerOutput], list[Array | None]]:
-    """The outputs of scanned blocks, layer by layer in order."""
+    """Returns the outputs of scanned blocks, layer by layer in order."""
     outputs, hidden = [], []
     assert blocks is not None  # the config refuses to scan layers that do not repeat
     for block in range(blocks):

@@ -43,12 +43,12 @@ class SwitchEncoder(nn.Module):
 
     @nn.nowrap
     def init(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Flax's `init`, returning plain arrays; `init_boxed` keeps the names of their axes."""
+        """Initialises variables as plain arrays; `init_boxed` keeps the names of their axes."""
         return nn.unbox(self.init_boxed(*args, **kwargs))
 
     @nn.nowrap
     def init_boxed(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Variables whose leaves carry their logical axis names (`nn.LogicallyPartitioned`)."""
+        """Returns variables whose leaves carry their logical axis names (`nn.LogicallyPartitioned`)."""
         return dict(super().init(*args, **kwargs))
 
     def encode(
@@ -92,7 +92,7 @@ class SwitchEncoder(nn.Module):
     def _embed(
         self, stack: Stack, ids: Int[AnyArray, "B L"] | None, embeds: Float[AnyArray, "B L D"] | None
     ) -> Float[Array, "B L D"]:
-        """The embeddings that were given, or those of ids."""
+        """Returns the embeddings that were given, or those of ids."""
         if embeds is not None:
             return jnp.asarray(embeds).astype(self.config.dtype)
         if ids is None:
@@ -113,7 +113,7 @@ class SwitchEncoder(nn.Module):
         return jnp.asarray(ids)
 
     def __call__(self, input_ids=None, attention_mask=None, **options) -> EncoderOutput:
-        """The same as `encode`."""
+        """Returns the same as `encode`."""
         return self.encode(input_ids, attention_mask, **options)
 
 
@@ -213,7 +213,7 @@ class SwitchTransformer(SwitchEncoder):
     def init_cache(
         self, encoded: Float[Array, "B S D"], max_length: int, rows_per_source: int = 1, *, beams: int = 1
     ) -> DecoderCache:
-        """An empty cache for `max_length` tokens of B * rows_per_source rows, with the source's keys computed.
+        """Returns an empty cache for `max_length` tokens of B * rows_per_source rows, with the source's keys computed.
 
         beams: rows of a source, neighbours, whose past may be exchanged by `DecoderCache.ancestors`; divides rows_per_source.
         """
@@ -287,7 +287,7 @@ class Decoder(Stack):
             self.logits_dense = Linear(self.config.vocab_size, ("embed", "vocab"), init, "float32", self.config.param_dtype)
 
     def logits(self, x: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
-        """Logits of the untied head, in float32, without scaling."""
+        """Returns logits of the untied head, in float32, without scaling."""
         return self.logits_dense(x)
 
 

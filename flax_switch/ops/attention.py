@@ -12,7 +12,7 @@ from flax_switch.ops.kernels.attention import attend
 def relative_position_bucket(
     relative_position: Int[Array, "*shape"], *, bidirectional: bool, num_buckets: int, max_distance: int
 ) -> Int[Array, "*shape"]:
-    """The bucket of each relative position (key minus query): exact up close, logarithmic further out (T5, section 2.1).
+    """Returns the bucket of each relative position (key minus query): exact up close, logarithmic further out (T5, section 2.1).
 
     Bidirectional stacks spend half the buckets on keys to the right; causal ones put everything to the right in bucket 0.
     """
@@ -42,7 +42,7 @@ def relative_position_bias(
     max_distance: int,
     query_offset: Int[Array, ""] | int = 0,
 ) -> Float[Array, "1 H Q T"]:
-    """The additive bias for queries at query_offset + 0..Q-1 and keys at 0..T-1, in float32.
+    """Returns the additive bias for queries at query_offset + 0..Q-1 and keys at 0..T-1, in float32.
 
     Biases depend on key minus query alone, so Q+T-1 values are looked up and laid out along the diagonals; the gradient is
     then a sum along diagonals instead of Q*T scattered additions.
@@ -66,7 +66,7 @@ def attention_mask(
     query_segments: Int[Array, "B Q"] | None = None,
     key_segments: Int[Array, "B T"] | None = None,
 ) -> Bool[Array, "#B 1 #Q T"] | None:
-    """Which keys a query may attend to: real ones, of its own segment and, with `causal_shape` (Q, T), not to its right."""
+    """Returns which keys a query may attend to: real ones, of its own segment and, with `causal_shape` (Q, T), not to its right."""
     mask = None
 
     def both(extra):
@@ -91,7 +91,7 @@ def self_attention_mask(
     causal: bool = False,
     length: int = 0,
 ) -> Bool[Array, "#B 1 #L L"] | None:
-    """Who attends to whom in teacher-forced self-attention.
+    """Returns who attends to whom in teacher-forced self-attention.
 
     Where the config zeroes padding, padded queries attend to nothing (flaxformer); else they attend like others (Hugging Face).
     """
@@ -112,7 +112,7 @@ def cross_attention_mask(
     source_segments: Int[Array, "sources S"] | None,
     cached: bool,
 ) -> Bool[Array, "_ 1 #L S"] | None:
-    """Which source positions a target position may attend to."""
+    """Returns which source positions a target position may attend to."""
     query_mask = target_mask if config.zero_padding_activations and not cached else None
     return attention_mask(query_mask, source_mask, query_segments=target_segments, key_segments=source_segments)
 
@@ -127,12 +127,12 @@ def dot_product_attention(
     dropout_rate: float = 0.0,
     dropout_rng: Array | None = None,
 ) -> tuple[Float[Array, "B Q H K"], Float[Array, "B H Q T"]]:
-    """Attention outputs, and the probabilities before dropout (float32).
+    """Returns attention outputs, and the probabilities before dropout (float32).
 
     Logits are not divided by sqrt(K): T5 folds that into the initialisation of the queries. Dropout, when `dropout_rng` is
     given, drops a key for all queries of a head at once (broadcast over Q, as flaxformer's).
     """
-    # Heads before positions: XLA's processor backend takes twice the time for the products it would choose itself.
+    # Heads before positions: XLA's CPU backend takes twice the time for the order it would choose itself.
     query, key, value = (x.transpose(0, 2, 1, 3) for x in (query, key, value))
     keep = None
     if dropout_rng is not None and dropout_rate > 0.0:

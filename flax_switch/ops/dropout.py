@@ -1,7 +1,7 @@
 """Dropout by a counter-based hash: a mask costs about what reading the activations costs, on any backend.
 
-JAX's default generator spends some hundred operations on 32 random bits, which on a processor is longer than a small model's
-products take. Dropout needs far less: whether an element is kept is a function of the key and of the element's index, mixed until
+JAX's default generator spends some hundred operations on 32 random bits, which on a CPU takes longer than a small model's matrix
+products. Dropout needs far less: whether an element is kept is a function of the key and of the element's index, mixed until
 no structure is left. Nothing is drawn one after the other, so XLA fuses the mask into its user, and cuts it like its user.
 """
 
@@ -14,14 +14,14 @@ from jaxtyping import Array, Bool, PRNGKeyArray, UInt32
 
 
 def _mix(x: UInt32[Array, "*shape"]) -> UInt32[Array, "*shape"]:
-    """A bijection of 32-bit words in which every bit depends on every other (constants: C. Wellons' lowbias32)."""
+    """Returns a bijection of 32-bit words in which every bit depends on every other (constants: C. Wellons' lowbias32)."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
     x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
     return x ^ (x >> 16)
 
 
 def random_words(rng: PRNGKeyArray, shape: Sequence[int]) -> UInt32[Array, "*shape"]:
-    """Uniform 32-bit words, good enough for dropout and no more than that.
+    """Returns uniform 32-bit words, good enough for dropout and no more than that.
 
     Each row (all axes but the last) has two words of its own, made of its index and the key's last two; an element's word mixes
     them with its column. The result depends on key and shape alone, not on how the array is cut over devices.
@@ -35,7 +35,7 @@ def random_words(rng: PRNGKeyArray, shape: Sequence[int]) -> UInt32[Array, "*sha
 
 
 def keep_mask(rng: PRNGKeyArray, rate: float, shape: Sequence[int]) -> Bool[Array, "*shape"]:
-    """True with probability 1 - rate, to within 2**-32."""
+    """Returns True with probability 1 - rate, to within 2**-32."""
     return random_words(rng, shape) >= jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
 
 

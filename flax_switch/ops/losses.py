@@ -11,7 +11,7 @@ from flax_switch.config import SwitchConfig
 from flax_switch.ops import AnyArray
 from flax_switch.ops.moe.routing import RouterOutput
 
-IGNORED_LABEL = -100  # targets that do not count, as in Hugging Face
+IGNORED_LABEL = -100  # labels that do not count, as in Hugging Face
 
 
 @flax.struct.dataclass
@@ -34,7 +34,7 @@ class LossOutput:
 def token_cross_entropy(
     logits: Float[Array, "B L V"], targets: Int[Array, "B L"], *, z_loss: float = 0.0, label_smoothing: float = 0.0
 ) -> tuple[Float[Array, "B L"], Float[Array, "B L"]]:
-    """Cross-entropy of each token, and its z-loss (z_loss * logsumexp(logits)**2); both in float32.
+    """Returns cross-entropy of each token, and its z-loss (z_loss * logsumexp(logits)**2); both in float32.
 
     With label smoothing the entropy of the smoothed target is subtracted, so that a perfect prediction costs 0. Source: T5X.
     """
@@ -53,7 +53,7 @@ def token_cross_entropy(
 def loss_weights(
     weights: Float[Array, "B L"], normalizer: str | float | None, segment_ids: Int[Array, "B L"] | None = None
 ) -> tuple[Float[Array, "B L"], Float[Array, ""]]:
-    """Token weights and the number the weighted sum is divided by, for each of T5X's loss normalisers.
+    """Returns token weights and the number the weighted sum is divided by, for each of T5X's loss normalisers.
 
     `normalizer` is "real_target_tokens", "total_target_tokens", "average_per_sequence" (every sequence, or packed segment,
     counts the same), a constant, or None (no division).
@@ -76,7 +76,7 @@ def loss_weights(
 def router_losses(
     encoder: tuple[RouterOutput, ...], decoder: tuple[RouterOutput, ...], config: SwitchConfig
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Load-balancing loss and router z-loss of a model, before their coefficients; 0 where no router learns.
+    """Returns load-balancing loss and router z-loss of a model, before their coefficients; 0 where no router learns.
 
     "layers": the means over all sparse layers (flaxformer). "huggingface": the sum over the two stacks, each with its layers'
     tokens taken together before the fraction routed is multiplied by the mean probability, sequence by sequence; a stack whose
@@ -107,7 +107,7 @@ def seq2seq_loss(
     segment_ids: Int[AnyArray, "B L"] | None = None,
     divisor: Float[Array, ""] | None = None,
 ) -> LossOutput:
-    """The loss of a `ModelOutput`: cross-entropy + z-loss + coefficients times the routers' losses.
+    """Returns the loss of a `ModelOutput`: cross-entropy + z-loss + coefficients times the routers' losses.
 
     Args:
       output: what `SwitchTransformer` returned.

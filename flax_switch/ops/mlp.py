@@ -1,4 +1,4 @@
-"""What an expert computes: the MLP's mathematics, once, for every executor."""
+"""The mathematics of an MLP, dense or expert, written once for every executor."""
 
 import functools
 import operator
@@ -25,7 +25,7 @@ _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 def activation(name: str) -> Callable[[Array], Array]:
-    """The activation function called `name` in a config: "gelu" is exact, "gelu_new" its tanh approximation."""
+    """Returns the activation function called `name` in a config: "gelu" is exact, "gelu_new" its tanh approximation."""
     return _ACTIVATIONS[name]
 
 
@@ -38,9 +38,9 @@ def mlp(
     dropout_rate: float = 0.0,
     dropout_rng: PRNGKeyArray | None = None,
 ) -> Array:
-    """`act(x wi) wo`, or `act(x wi_0) * act(x wi_1)` before `wo` where `activations` names two.
+    """Computes `act(x wi) wo`, or `(act(x wi_0) * act(x wi_1)) wo` where `activations` names two.
 
-    `matmul(x, kernel)` says how rows meet experts: a batched product over an expert axis, a grouped product over sorted rows,
+    `matmul(x, kernel)` multiplies rows by experts' kernels: a batched product over an expert axis, a grouped GEMM over sorted rows,
     or a plain one; so every executor shares these lines. Everything is computed in x's dtype. Dropout draws every
     element by itself: flaxformer shares one draw among all tokens of an expert, which drops a unit for the whole batch.
     """
@@ -53,11 +53,11 @@ def mlp(
 
 
 def expert_dtype(config: SwitchConfig) -> jnp.dtype:
-    """The dtype that experts compute in, and that tokens travel in."""
+    """Returns the dtype that experts compute in, and that tokens travel in."""
     return jnp.dtype(config.expert_dtype or config.dtype)
 
 
 def expert_function(config: SwitchConfig, dropout_rng: PRNGKeyArray | None) -> Callable[..., Array]:
-    """`mlp` with all but rows, kernels and product settled."""
+    """Returns `mlp` with every argument bound but rows, kernels and `matmul`."""
     rate = config.dropout_rate if config.expert_dropout_rate is None else config.expert_dropout_rate
     return functools.partial(mlp, activations=config.mlp_activations, dropout_rate=rate, dropout_rng=dropout_rng)

@@ -40,7 +40,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 
 
 def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
-    """Sizes of the axes (data, expert, model), -1 resolved; they must multiply to the number of devices."""
+    """Returns sizes of the axes (data, expert, model), -1 resolved; they must multiply to the number of devices."""
     sizes = [config.data, config.expert, config.model]
     if -1 in sizes:
         rest = math.prod(s for s in sizes if s != -1)
@@ -60,7 +60,7 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
 
 
 def create_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh over all devices (or those given), laid out for the interconnect."""
+    """Returns a mesh over all devices (or those given), laid out for the interconnect."""
     devices = jax.devices() if devices is None else list(devices)
     shape = mesh_shape(config, len(devices))
     array = mesh_utils.create_device_mesh(shape, devices=devices, allow_split_physical_axes=True)
@@ -69,7 +69,7 @@ def create_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mes
 
 
 def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: AnyMesh, *, fsdp: bool = False) -> PartitionSpec:
-    """The partition of an array with these logical axes.
+    """Returns the partition of an array with these logical axes.
 
     An axis whose size the mesh axis does not divide stays whole, except "expert", where that is an error: experts are never
     split unevenly.
@@ -90,7 +90,7 @@ def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: AnyMe
 
 
 def tree_shardings(axes: Any, shapes: Any, mesh: AnyMesh, *, fsdp: bool = False) -> Any:
-    """The tree of `NamedSharding`s for a tree of logical axes (tuples) and one of shapes (anything with `.shape`)."""
+    """Returns the tree of `NamedSharding`s for a tree of logical axes (tuples) and one of shapes (anything with `.shape`)."""
     return jax.tree.map(
         lambda names, leaf: NamedSharding(mesh, partition_spec(names, leaf.shape, mesh, fsdp=fsdp)),
         axes,
@@ -100,17 +100,17 @@ def tree_shardings(axes: Any, shapes: Any, mesh: AnyMesh, *, fsdp: bool = False)
 
 
 def replicated(mesh: AnyMesh) -> NamedSharding:
-    """The sharding of what every device holds whole."""
+    """Returns the sharding of what every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: AnyMesh) -> NamedSharding:
-    """The sharding of a batch over its first axis."""
+    """Returns the sharding of a batch over its first axis."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def batch_ways(mesh: AnyMesh) -> int:
-    """Into how many parts a batch is split."""
+    """Returns into how many parts a batch is split."""
     return math.prod(mesh.shape[a] for a in BATCH_AXES)
 
 
@@ -124,7 +124,7 @@ def check_batch_size(size: int, mesh: AnyMesh) -> None:
 
 
 def batch_rows(mesh: AnyMesh, batch_size: int) -> np.ndarray:
-    """Which rows of a batch [B, ...] this process's devices hold, ascending.
+    """Returns which rows of a batch [B, ...] this process's devices hold, ascending.
 
     They need not lie together, and processes that only the model axis divides hold the same ones.
     """
@@ -148,13 +148,13 @@ def use_mesh(mesh: AnyMesh) -> Iterator[AnyMesh]:
 
 @contextlib.contextmanager
 def traced_on(mesh: AnyMesh) -> Iterator[None]:
-    """Inside a function that jit traces: makes `mesh` the current one, whoever calls."""
+    """Makes `mesh` the current one inside a function that jit traces, whoever calls it."""
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         yield
 
 
 def keep_batch_split(x: jax.Array) -> jax.Array:
-    """Says that activations [B, ...] lie like the batch, on the mesh being traced for, where their rows divide.
+    """Constrains activations [B, ...] to be split as the batch is over the mesh being traced for, where it divides their rows.
 
     Without it GSPMD may prefer to cut activations like fsdp's parameters, and move every row to do so.
     """
@@ -165,7 +165,7 @@ def keep_batch_split(x: jax.Array) -> jax.Array:
 
 
 def current_devices() -> AbstractMesh | PmapDevices | None:
-    """Where the program being traced will run: a pmap's devices, or a mesh of several with our axes; None: nothing is known."""
+    """Returns where the program being traced will run: a pmap's devices, a mesh of several with our axes, or None if unknown."""
     if (devices := pmap_devices()) is not None:
         return devices
     mesh = jax.sharding.get_abstract_mesh()

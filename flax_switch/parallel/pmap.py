@@ -35,11 +35,11 @@ class PmapDevices:
         return tuple(zip(*self.expert_groups, strict=True))
 
     def sum(self, x: Any, groups: tuple[tuple[int, ...], ...] | None = None) -> Any:
-        """A tree's sum over all devices, or over those of a group."""
+        """Sums a tree over all devices, or over those of a group."""
         return jax.lax.psum(x, self.axis, axis_index_groups=groups)
 
     def mean(self, x: Any) -> Any:
-        """A tree's mean over all devices."""
+        """Averages a tree over all devices."""
         return jax.lax.pmean(x, self.axis)
 
 
@@ -57,5 +57,5 @@ def inside_pmap(devices: PmapDevices) -> Iterator[PmapDevices]:
 
 
 def pmap_devices() -> PmapDevices | None:
-    """The devices of the pmap whose body is being traced, if one is."""
+    """Returns the devices of the pmap whose body is being traced, if one is."""
     return _PMAP.get()

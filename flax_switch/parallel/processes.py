@@ -1,4 +1,4 @@
-"""Several processes as one run: connecting them, agreeing on what is run, and ending together.
+"""Runs several processes as one: connects them, checks that their settings agree, and ends them together.
 
 JAX connects the processes, moves the arrays and notices the dead; here are the few things around it that a run needs:
 
@@ -38,13 +38,13 @@ LOST_ANOTHER = 3  # exit status of a process that ends because another one did
 _NOTE = "flax_switch/failed"
 _LONG = 7 * 24 * 3600 * 1000  # milliseconds; waiting for a process that lives is no error, and JAX ends us when it does not
 _SHUTDOWN = 20  # seconds for all processes to leave after the last barrier
-_GO_ON = "Start every process again with the same command: the run continues from its last checkpoint."
+_RESUME = "Start every process again with the same command: the run continues from its last checkpoint."
 _calls = itertools.count()  # agreements are numbered; all processes make the same ones in the same order
 
 
 @dataclasses.dataclass(frozen=True)
 class Connection:
-    """How the processes of a run find each other; what is None comes from the environment or from JAX's cluster detection."""
+    """How the processes of a run find each other. What is None comes from the environment or from JAX's cluster detection."""
 
     coordinator_address: str | None = None  # HOST:PORT of process 0
     num_processes: int | None = None
@@ -58,7 +58,7 @@ class Connection:
 
     @classmethod
     def resolved(cls, **settings: Any) -> Connection:
-        """The given settings, then JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+        """Returns the given settings, then JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 
         Raises `ConfigError` for values that cannot be.
         """
@@ -105,14 +105,14 @@ def session(connection: Connection | None) -> Iterator[None]:
         leaving.set()
         _fail(error)
     leaving.set()
-    if _me() == 0:
+    if _process() == 0:
         _client().key_value_set(_NOTE, "")  # nobody failed; the watchers return
     watcher.join()
     jax.distributed.shutdown()
 
 
 def connect(connection: Connection) -> None:
-    """`jax.distributed.initialize`, with errors that say what to change.
+    """Calls `jax.distributed.initialize`, with errors that say what to change.
 
     Raises `ConfigError` where neither settings nor a cluster say where the others are. Processes that have not all met after
     `connect_timeout` seconds exit with status 2: JAX would abort them.
@@ -120,7 +120,7 @@ def connect(connection: Connection) -> None:
     where = f"the coordinator (process 0) at {connection.coordinator_address or 'the address its cluster names'}"
 
     def give_up() -> None:
-        _say(
+        _print_error(
             f"Not all processes met at {where} within {connection.connect_timeout} s. Either process 0 cannot be reached there (is "
             "it running, is the port free and open between the hosts, is no proxy in between?), or fewer processes were started "
             f"than the number of processes, {connection.num_processes or 'as the cluster gives it'}, says. Start all of them "
@@ -131,7 +131,7 @@ def connect(connection: Connection) -> None:
     timer = threading.Timer(connection.connect_timeout, give_up)
     timer.daemon = True
     if connection.process_id is not None:
-        _say(
+        _print_error(
             f"Process {connection.process_id} of {connection.num_processes} is looking for {where}. If JAX aborts it right away, "
             "process 0 expects fewer processes: --num_processes differs."
         )
@@ -169,7 +169,7 @@ def require_same(values: Mapping[str, Any]) -> None:
             "jax.distributed.initialize first).",
         )
         return
-    name, me, client = f"flax_switch/same/{next(_calls)}", _me(), _client()
+    name, me, client = f"flax_switch/same/{next(_calls)}", _process(), _client()
     text = json.dumps(values, sort_keys=True)
     if me == 0:
         client.key_value_set(f"{name}/first", text)
@@ -192,11 +192,11 @@ def require_same(values: Mapping[str, Any]) -> None:
 
 
 def first_process_first(work: Callable[[], T]) -> T:
-    """`work()`, in process 0 before it begins in any other: it writes what all share, and they find it."""
+    """Returns `work()`, which process 0 runs first: it writes the files that the others then find."""
     if _runtime.global_state.client is None:
         return work()
     name = f"flax_switch/first/{next(_calls)}"
-    if _me() == 0:
+    if _process() == 0:
         result = work()
         _client().key_value_set(name, "done")
         return result
@@ -214,11 +214,11 @@ def _client() -> Any:
     return _runtime.global_state.client
 
 
-def _me() -> int:
+def _process() -> int:
     return _runtime.global_state.process_id
 
 
-def _say(text: str) -> None:
+def _print_error(text: str) -> None:
     print(f"flax-switch: {text}", file=sys.stderr, flush=True)
 
 
@@ -226,19 +226,19 @@ def _end_with_the_others(leaving: threading.Event) -> None:
     """Waits for the note of a process that failed, and ends this one with it."""
     note = _client().blocking_key_value_get(_NOTE, 52 * _LONG)
     if note and not leaving.wait(2):  # where all find the same error, each says its own
-        _say(f"{note} So process {_me()} ends too. {_GO_ON}")
+        _print_error(f"{note} So process {_process()} ends too. {_RESUME}")
         _exit(LOST_ANOTHER)
 
 
 def _fail(error: BaseException) -> NoReturn:
     """Says what went wrong, tells the other processes, and exits at once: a process that waits at its end makes the others hang."""
-    me = _me()
+    me = _process()
     if isinstance(error, ConfigError):
         status, reason = 2, str(error)
-        _say(reason)
+        _print_error(reason)
     elif isinstance(error, KeyboardInterrupt):
         status, reason = 130, "interrupted"
-        _say(reason)
+        _print_error(reason)
     elif isinstance(error, SystemExit):
         status, reason = error.code if isinstance(error.code, int) else 1, f"exit {error.code}"
     elif _is_lost_connection(error):
@@ -246,9 +246,9 @@ def _fail(error: BaseException) -> NoReturn:
         with contextlib.suppress(Exception):  # a process that was killed leaves no note
             note = _client().blocking_key_value_get(_NOTE, 2000)
         if note:
-            _say(f"{note} So process {me} ends too. {_GO_ON}")
+            _print_error(f"{note} So process {me} ends too. {_RESUME}")
         else:
-            _say(f"Process {me} lost another process, which died or was killed: {_first_line(error)} {_GO_ON}")
+            _print_error(f"Process {me} lost another process, which died or was killed: {_first_line(error)} {_RESUME}")
     else:
         status, reason = 1, _first_line(error)
         traceback.print_exception(error)
@@ -258,14 +258,14 @@ def _fail(error: BaseException) -> NoReturn:
 
 
 def _exit(status: int) -> NoReturn:
-    if _me() == 0:  # the service ends with this process: let the others read the note first
+    if _process() == 0:  # the service ends with this process: let the others read the note first
         time.sleep(4)
     sys.stdout.flush()
     os._exit(status)
 
 
 def _is_lost_connection(error: BaseException) -> bool:
-    """Whether an error of JAX says that a peer is gone: CPU's collectives (Gloo), NCCL, or the coordination service."""
+    """Returns whether an error of JAX says that a peer is gone: CPU's collectives (Gloo), NCCL, or the coordination service."""
     text = str(error)
     return any(sign in text for sign in ("Gloo", "NCCL", "CoordinationService", "coordination service", "Connection reset by peer"))
 

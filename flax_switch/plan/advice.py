@@ -10,7 +10,7 @@ from flax_switch.plan.topology import GIB, Topology
 
 
 def advise(config: ExperimentConfig, mesh: tuple[int, int, int], topology: Topology, memory: Memory, temporaries: int) -> list[str]:
-    """What to change, the most telling first.
+    """Returns what to change, the most telling first.
 
     mesh: sizes of (data, expert, model). temporaries: bytes beyond parameters, optimiser state, batch and gradients, as compiled
     or, where nothing was, the estimate of the activations.

@@ -49,7 +49,7 @@ class Collective:
 
 
 def collectives(hlo_text: str, num_devices: int | None = None) -> list[Collective]:
-    """The collectives of a compiled program, in the order of its text.
+    """Returns the collectives of a compiled program, in the order of its text.
 
     hlo_text: of an optimised module. num_devices: what a collective of all devices spans; by default what the module's header
     says. An asynchronous pair counts once, at its start. A ragged all-to-all's bytes are those of its whole operand, though the
@@ -66,7 +66,7 @@ def collectives(hlo_text: str, num_devices: int | None = None) -> list[Collectiv
 
 
 def readable_collectives(hlo_text: str, num_devices: int | None = None) -> Iterator[Collective | Unreadable]:
-    """`collectives`, but those that cannot be read come with their kind and the reason, so that the others count."""
+    """Yields `collectives`, but those that cannot be read come with their kind and the reason, so that the others count."""
     if num_devices is None:
         header = hlo_text.split("\n", 1)[0]
         sizes = [int(n) for n in re.findall(r"(?:num_partitions|replica_count)=(\d+)", header)]
@@ -84,7 +84,7 @@ def readable_collectives(hlo_text: str, num_devices: int | None = None) -> Itera
 
 
 def _kind(instruction: Instruction) -> str | None:
-    """The kind of a collective, None for what sends nothing; whatever names devices is a collective, known or not."""
+    """Returns the kind of a collective, None for what sends nothing; whatever names devices is a collective, known or not."""
     kind = instruction.opcode.removesuffix("-start")
     if kind in KINDS:
         return kind

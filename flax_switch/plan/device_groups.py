@@ -1,4 +1,4 @@
-"""Reading who talks to whom in a collective: every form in which XLA writes groups of devices.
+"""Reads which devices take part in a collective, in every form in which XLA writes groups of devices.
 
     {}                                          all devices, one group
     {{0,1},{2,3}}                               written out; of a permute, pairs (from, to)
@@ -34,7 +34,7 @@ _END = re.compile(r"\s*(?:,|$)")  # what may follow the groups
 
 
 def device_groups(attributes: str) -> Groups:
-    """The groups of a collective's attributes; () where they say that all devices are one group.
+    """Returns the groups of a collective's attributes; () where they say that all devices are one group.
 
     Raises `UnknownText` for any other text, and where no groups are written at all.
     """
@@ -59,7 +59,7 @@ def _lists(match: re.Match[str]) -> Groups | None:
 
 
 def _iota(shape: str, order: str | None) -> np.ndarray | None:
-    """0, 1, 2, ... in a shape, transposed; None where the order is not one of the shape's axes."""
+    """Returns 0, 1, 2, ... in a shape, transposed; None where the order is not one of the shape's axes."""
     devices = np.arange(math.prod(_ints(shape))).reshape(_ints(shape))
     axes = _ints(order) if order else list(range(devices.ndim))
     return devices.transpose(axes) if sorted(axes) == list(range(devices.ndim)) else None
@@ -75,7 +75,7 @@ def _rows(devices: np.ndarray, columns: int) -> Groups:
 
 
 def _mesh(match: re.Match[str]) -> Groups | None:
-    """Groups along mesh axes: each axis is cut into its parts, and those that are named come last, in their order."""
+    """Returns groups along mesh axes: each axis is cut into its parts, and those that are named come last, in their order."""
     sizes = {name: int(size) for name, size in _MESH_AXIS.findall(match.group(1))}
     devices = _mesh_devices(match.group(2), math.prod(sizes.values()))
     parts = _named_parts(match.group(3), sizes)
@@ -98,7 +98,7 @@ def _mesh(match: re.Match[str]) -> Groups | None:
 
 
 def _mesh_devices(ids: str | None, count: int) -> np.ndarray | None:
-    """The mesh's devices in the order of its axes, the first axis major: as listed, or 0, 1, 2, ..."""
+    """Returns the mesh's devices in the order of its axes, the first axis major: as listed, or 0, 1, 2, ..."""
     if ids is None:
         return np.arange(count)
     iota = re.fullmatch(_IOTA, ids)
@@ -110,7 +110,7 @@ def _mesh_devices(ids: str | None, count: int) -> np.ndarray | None:
 
 
 def _named_parts(text: str, sizes: dict[str, int]) -> list[tuple[str, int, int]] | None:
-    """Of `'x','y':(2)4` every axis, the size of the part before it, and its own; None where an axis is not the mesh's."""
+    """Returns for every axis of `'x','y':(2)4` the size of the part before it and its own; None where an axis is not the mesh's."""
     parts, end = [], 0
     while end < len(text):
         match = _AXIS.match(text, end)

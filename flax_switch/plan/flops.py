@@ -16,7 +16,7 @@ BACKWARD = 2  # gradients take two products for each one of the forward pass
 
 
 def forward_flops(config: SwitchConfig, batch: int, source: int, target: int) -> float:
-    """FLOPs of the model's own matrix products in one forward pass over `batch` pairs of `source` and `target` tokens.
+    """Returns FLOPs of the model's own matrix products in one forward pass over `batch` pairs of `source` and `target` tokens.
 
     A product of [M, K] and [K, N] counts 2 M K N. Each token counts its N experts once: neither what capacity adds in empty
     slots, nor recomputation, nor what executors do to move tokens. Every position counts, padding too. Causal attention counts
@@ -28,7 +28,7 @@ def forward_flops(config: SwitchConfig, batch: int, source: int, target: int) ->
 
 
 def train_flops(config: SwitchConfig, batch: int, source: int, target: int) -> float:
-    """FLOPs of a train step: the forward pass and twice as much for the gradients."""
+    """Returns FLOPs of a train step: the forward pass and twice as much for the gradients."""
     return (1 + BACKWARD) * forward_flops(config, batch, source, target)
 
 
@@ -47,7 +47,7 @@ def _stack_flops(config: SwitchConfig, stack: StackConfig, length: int, source: 
 
 
 def program_flops(hlo_text: str) -> tuple[float, bool]:
-    """FLOPs of a compiled program's matrix products on each device, loops multiplied by their trip counts.
+    """Returns FLOPs of a compiled program's matrix products on each device, loops multiplied by their trip counts.
 
     Returns the count and whether it is complete: a loop whose length is not known counts once. XLA's own analysis counts every
     loop's body once, and elementwise operations beside the products. Products inside custom calls (Pallas kernels, libraries)
@@ -91,13 +91,13 @@ def _product_flops(product: Instruction, shapes: dict[str, tuple[int, ...]]) -> 
 
 
 def _axes(attributes: str, name: str) -> list[int]:
-    """The axes that an attribute lists; XLA leaves out attributes that list none."""
+    """Returns the axes that an attribute lists; XLA leaves out attributes that list none."""
     match = re.search(rf"{name}=\{{([\d,]*)\}}", attributes)
     return [int(axis) for axis in match.group(1).split(",") if axis] if match else []
 
 
 def _convolution_flops(attributes: str, left: tuple[int, ...], right: tuple[int, ...], out: tuple[int, ...]) -> float:
-    """TPU programs write products as convolutions, batch dimensions as dilated windows that meet one input each."""
+    """Returns the FLOPs of a convolution. TPU programs write products so, batch axes as dilated windows that meet one input."""
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes)
     if labels is None:
         raise UnknownText("a convolution's axes", f"convolution{attributes}")
@@ -113,7 +113,7 @@ def _convolution_flops(attributes: str, left: tuple[int, ...], right: tuple[int,
 
 
 def _windows(attributes: str, dimensions: int) -> list[dict[str, int]]:
-    """Size, stride, lower padding and dilations of the window in each spatial dimension."""
+    """Returns size, stride, lower padding and dilations of the window in each spatial dimension."""
     text = re.search(r"window=\{([^}]*)\}", attributes)
     fields = dict(re.findall(r"(\w+)=([-\w]+)", text.group(1))) if text else {}
 
@@ -128,7 +128,7 @@ def _windows(attributes: str, dimensions: int) -> list[dict[str, int]]:
 
 @functools.cache
 def _meetings(length: int, out: int, *, size: int, stride: int, low: int, left: int, right: int) -> int:
-    """How many pairs of an output place and a window place meet an input, rather than padding or the holes of a dilation."""
+    """Returns how many pairs of an output place and a window place meet an input, not padding or the holes of a dilation."""
     if (size, stride, low, left) == (1, 1, 0, 1):
         return out
     places, reach = np.arange(out) * stride - low, (length - 1) * left

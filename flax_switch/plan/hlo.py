@@ -51,7 +51,7 @@ Computations = dict[str, list[Instruction]]
 
 
 def read_computations(text: str) -> tuple[Computations, str]:
-    """The instructions of every computation, and the entry's name."""
+    """Returns the instructions of every computation, and the entry's name."""
     computations: Computations = {}
     entry, current = "", None
     for line in text.splitlines():
@@ -84,7 +84,7 @@ def _instruction(name: str, rest: str) -> Instruction:
 
 
 def _closing(text: str, opening: int) -> int:
-    """The place of the parenthesis that closes the one at `opening`."""
+    """Returns the place of the parenthesis that closes the one at `opening`."""
     depth = 0
     for place in range(opening, len(text)):
         depth += {"(": 1, ")": -1}.get(text[place], 0)
@@ -94,7 +94,7 @@ def _closing(text: str, opening: int) -> int:
 
 
 def shape_bytes(type_text: str) -> int:
-    """Bytes of a type, of all its parts where it is a tuple."""
+    """Returns bytes of a type, of all its parts where it is a tuple."""
     total, shapes = 0, _SHAPE.findall(type_text)
     if not shapes and type_text.strip() != "()":
         raise UnknownText("a type", type_text)
@@ -108,7 +108,7 @@ def shape_bytes(type_text: str) -> int:
 
 
 def shape_of(type_text: str) -> tuple[int, ...]:
-    """The dimensions of an array's type."""
+    """Returns the dimensions of an array's type."""
     match = _SHAPE.search(type_text)
     if match is None:
         raise UnknownText("an array's type", type_text)
@@ -120,7 +120,7 @@ def _sizes(dims: str) -> list[int]:
 
 
 def executions(computations: Computations, entry: str) -> dict[str, int | None]:
-    """How often each computation runs: loops multiply by their trip count, None where it is not known."""
+    """Returns how often each computation runs: loops multiply by their trip count, None where it is not known."""
     callers: dict[str, list[tuple[str, int | None]]] = {name: [] for name in computations}
     for caller, instructions in computations.items():
         for instruction in instructions:
@@ -147,7 +147,7 @@ def executions(computations: Computations, entry: str) -> dict[str, int | None]:
 
 
 def _trip_count(loop: Instruction, computations: Computations) -> int | None:
-    """What the loop's annotation says or, as TPU programs have none, the bound in its condition `counter < constant`.
+    """Returns what the loop's annotation says or, as TPU programs have none, the bound in its condition `counter < constant`.
 
     JAX's scans count from 0 by 1, so the bound is the number of trips.
     """

@@ -35,12 +35,12 @@ class Memory:
 
 
 def abstract_mesh(shape: tuple[int, int, int]) -> AbstractMesh:
-    """A mesh of no devices, for shapes and shardings."""
+    """Returns a mesh of no devices, for shapes and shardings."""
     return AbstractMesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def batch_structs(config: ExperimentConfig, mesh: AnyMesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """The batch that a train step takes, as shapes with shardings. Raises `ConfigError` where it cannot be split evenly."""
+    """Returns the batch that a train step takes, as shapes with shardings. Raises `ConfigError` where it cannot be split evenly."""
     data, ways = config.data, batch_ways(mesh)
     pieces = config.train.microbatches
     multiple = ways * pieces
@@ -60,12 +60,12 @@ def batch_structs(config: ExperimentConfig, mesh: AnyMesh) -> dict[str, jax.Shap
 
 
 def device_bytes(tree: Any) -> int:
-    """Bytes of one device's part of a tree of shapes with shardings."""
+    """Returns bytes of one device's part of a tree of shapes with shardings."""
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def train_memory(run: Run, batch: dict[str, jax.ShapeDtypeStruct]) -> Memory:
-    """Memory of `run`'s train step on `batch`; traces the model once, and compiles nothing."""
+    """Returns memory of `run`'s train step on `batch`; traces the model once, and compiles nothing."""
     state = run.abstract_state
     parameters = device_bytes(state.params)
     # A sum of micro-batches is kept beside the gradients of the one at work.
@@ -77,7 +77,7 @@ def train_memory(run: Run, batch: dict[str, jax.ShapeDtypeStruct]) -> Memory:
 
 
 def saved_activations(run: Run, batch: dict[str, jax.ShapeDtypeStruct]) -> int:
-    """Bytes a device keeps from the forward pass of one micro-batch for its backward pass.
+    """Returns bytes a device keeps from the forward pass of one micro-batch for its backward pass.
 
     They are what JAX's linearisation closes over: all arrays but the parameters themselves, split as the batch is; copies of
     parameters in the activations' dtype are split as the parameters are.
@@ -105,12 +105,12 @@ def saved_activations(run: Run, batch: dict[str, jax.ShapeDtypeStruct]) -> int:
 
 
 def _kind(leaf: Any) -> tuple[int, ...]:
-    """A shape up to the order of its axes: scanned stacks travel with their layers first."""
+    """Returns a shape up to the order of its axes: scanned stacks travel with their layers first."""
     return tuple(sorted(leaf.shape))
 
 
 def _without(leaves: Iterable[Any], others: Iterable[Any]) -> list[Any]:
-    """`leaves` less one of each shape and dtype that `others` have."""
+    """Returns `leaves` less one of each shape and dtype that `others` have."""
     rest: dict[tuple, int] = {}
     for leaf in others:
         key = (_kind(leaf), leaf.dtype)

@@ -48,7 +48,7 @@ class Plan:
         return self.model_flops / (self.train.flops * self.topology.num_devices)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-able values."""
+        """Returns plain JSON-able values."""
         return {**dataclasses.asdict(self), "useful_share": self.useful_share}
 
 
@@ -133,7 +133,7 @@ def _fits(topology: Topology, memory: Memory, programs: list[Program]) -> bool |
 
 
 def active_parameters(config: ExperimentConfig, sizes: Any) -> int:
-    """How many of a tree of parameter counts take part in computing one token: all but the experts it is not sent to."""
+    """Returns how many of a tree of parameter counts take part in computing one token: all but the experts it is not sent to."""
     model = config.model
     experts = sum(
         size for path, size in jax.tree_util.tree_leaves_with_path(sizes) if any(getattr(k, "key", "") == "expert" for k in path)
@@ -142,7 +142,7 @@ def active_parameters(config: ExperimentConfig, sizes: Any) -> int:
 
 
 def slots_per_token(config: ExperimentConfig) -> dict[str, float]:
-    """Slots of all experts over the tokens of a group, by sparse stack: the capacity factor, or what rounding makes of it."""
+    """Returns the slots of all experts over the tokens of a group, by sparse stack: the capacity factor after rounding."""
     model, slots = config.model, {}
     for stack, grouping in _groupings(config).items():
         size = grouping.group_size
@@ -152,7 +152,7 @@ def slots_per_token(config: ExperimentConfig) -> dict[str, float]:
 
 
 def straddling_groups(config: ExperimentConfig, mesh: tuple[int, int, int]) -> list[str]:
-    """A warning for each stack whose routing groups do not lie whole on the devices: its experts' exchange is left to GSPMD."""
+    """Returns a warning for each stack whose routing groups are cut by devices: its experts' exchange is left to GSPMD."""
     ways = mesh[0] * mesh[1]
     return [
         f"The {stack}'s {grouping.num_groups} routing groups of {grouping.group_size} tokens do not lie whole on the {ways} parts "
@@ -164,7 +164,7 @@ def straddling_groups(config: ExperimentConfig, mesh: tuple[int, int, int]) -> l
 
 
 def _groupings(config: ExperimentConfig) -> dict[str, Grouping]:
-    """The routing groups of one micro-batch, by sparse stack."""
+    """Returns the routing groups of one micro-batch, by sparse stack."""
     rows, lengths = config.data.batch_size // config.train.microbatches, (config.data.inputs_length, config.data.targets_length)
     return {
         stack.name: make_grouping(config.model, rows, length)
@@ -174,7 +174,7 @@ def _groupings(config: ExperimentConfig) -> dict[str, Grouping]:
 
 
 def exchange_bound(config: ExperimentConfig, mesh: tuple[int, int, int], slots: dict[str, float]) -> float:
-    """Bytes that each device sends, at the least, to bring tokens to their experts and back in a train step.
+    """Returns bytes that each device sends, at the least, to bring tokens to their experts and back in a train step.
 
     2 (there and back) x 2 (forward and backward) x layers x slots per token x tokens of a device x D x bytes x (1 - 1 / EP).
     """

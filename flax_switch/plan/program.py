@@ -69,7 +69,7 @@ class Program:
 
 @contextlib.contextmanager
 def compiler_effort(effort: str) -> Iterator[None]:
-    """How long XLA searches for faster code: "full" as in training; "quick" takes some 0.6 of the time and a little more memory."""
+    """Sets how long XLA searches for faster code: "full" as in training; "quick" takes 0.6 of the time and a little more memory."""
     before = jax.config.jax_optimization_level  # pyright: ignore[reportAttributeAccessIssue]
     if effort == "quick":
         jax.config.update("jax_optimization_level", "O1")
@@ -80,14 +80,14 @@ def compiler_effort(effort: str) -> Iterator[None]:
 
 
 def compile_train(config: ExperimentConfig, mesh: Mesh) -> Program:
-    """The train step that training runs, compiled for the mesh's devices."""
+    """Returns the train step that training runs, compiled for the mesh's devices."""
     run = build_run(config, mesh)
     batch = batch_structs(config, mesh)
     return _compiled("train step", mesh, lambda: compile_train_step(run).lower(run.abstract_state, batch))
 
 
 def compile_decode(config: ExperimentConfig, mesh: Mesh) -> Program:
-    """One step of generation: a new token for each of `DECODE_ROWS` sequences a part of the batch, over a whole source and cache.
+    """Compiles one step of generation: a new token for `DECODE_ROWS` sequences of each part of the batch, over a full cache.
 
     Generation casts the parameters and projects the source once, and lets the compiler place what comes of it; the step starts
     from there.
@@ -151,7 +151,7 @@ def _compiled(name: str, mesh: Mesh, lower: Callable[[], Any]) -> Program:
 
 
 def read_program(hlo_text: str, num_devices: int) -> dict[str, Any]:
-    """What a program's text tells: `flops`, `flops_complete`, `traffic`, and in `unknown` the figures that it does not."""
+    """Returns what a program's text tells: `flops`, `flops_complete`, `traffic`, and in `unknown` the figures that it does not."""
     flops, complete, sent, unknown = None, True, (), []
     try:
         flops, complete = program_flops(hlo_text)
@@ -166,7 +166,7 @@ def read_program(hlo_text: str, num_devices: int) -> dict[str, Any]:
 
 
 def traffic(hlo_text: str, num_devices: int) -> tuple[tuple[Traffic, ...], dict[str, UnknownText]]:
-    """The collectives of a program by kind, and why the bytes of a kind are not known."""
+    """Returns the collectives of a program by kind, and why the bytes of a kind are not known."""
     by_kind: dict[str, list[tuple[Collective, int]]] = {}
     unknown: dict[str, UnknownText] = {}
     for item in readable_collectives(hlo_text, num_devices):
@@ -190,7 +190,7 @@ def _traffic_of(kind: str, found: list[tuple[Collective, int]], known: bool) -> 
 
 
 def _refused(name: str, times: tuple[float, float], message: str) -> Program:
-    """The program that the compiler had no memory for, with what it says that it would need."""
+    """Returns the program that the compiler had no memory for, with what it says that it would need."""
     refusal = message.split("\n\n")[0].strip()
     for pattern in _OUT_OF_MEMORY:
         if match := pattern.search(message):

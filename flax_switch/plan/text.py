@@ -8,7 +8,7 @@ from flax_switch.plan.topology import GIB
 
 
 def render(plan: Plan, title: str = "run") -> str:
-    """The plan in lines of at most 132 characters."""
+    """Returns the plan in lines of at most 132 characters."""
     chip, machine = plan.topology.chip, plan.topology
     mesh = ", ".join(f"{axis} {ways}" for axis, ways in plan.mesh.items()) + (", fsdp" if plan.fsdp else "")
     of = "" if chip.memory is None else f" of {chip.memory / GIB:.1f} GiB"

@@ -1,4 +1,4 @@
-"""Machines by name: `v5p:8x8x8`, `h100:8`, `cpu:8`. What a chip has, and devices to compile for without having them."""
+"""Describes machines by name: `v5p:8x8x8`, `h100:8`, `cpu:8`. What a chip has, and devices to compile for without having them."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ class Chip:
     gpu: Gpu | None = None
 
 
-# Of the SXM modules, by their data sheets.
+# SXM modules, by their data sheets.
 AMPERE = Gpu((8, 0), 108, 64, 164 * KIB, 40 * KIB**2, 2_039 * 10**9, 1.41, "NVIDIA A100-SXM4-80GB")
 HOPPER = Gpu((9, 0), 132, 128, 228 * KIB, 50 * KIB**2, 3_352 * 10**9, 1.98, "NVIDIA H100 80GB HBM3")
 HOPPER_HBM3E = dataclasses.replace(HOPPER, bandwidth=4_800 * 10**9, device_kind="NVIDIA H200")
 
-# Of TPUs the memory that XLA says is available; of GPUs the data sheet's. Peaks are of the data sheets, without sparsity.
+# Memory: for TPUs what XLA says is available, for GPUs the data sheet's. Peaks are the data sheets', without sparsity.
 CHIPS = {
     chip.name: chip
     for chip in (
@@ -63,7 +63,7 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """So many chips of a kind, for TPUs in a grid."""
+    """A number of chips of one kind, for TPUs in a grid."""
 
     name: str
     chip: Chip
@@ -75,7 +75,7 @@ class CannotCompile(Exception):
 
 
 def parse_topology(name: str) -> Topology:
-    """The topology called `name`: a chip, a colon, and a grid (v5e and v6e 4x4, v5p 4x4x8) or a number of devices.
+    """Returns the topology called `name`: a chip, a colon, and a grid (v5e and v6e 4x4, v5p 4x4x8) or a number of devices.
 
     Raises `ConfigError` that names the chips known and the form expected.
     """
@@ -104,11 +104,11 @@ def _example(chip: Chip) -> str:
 
 
 def compile_devices(topology: Topology) -> list[Any]:
-    """Devices that programs can be compiled for: described ones of a TPU or GPU, this process's own of a processor.
+    """Returns devices that programs can be compiled for: described ones for a TPU or GPU, this process's CPU devices for "cpu".
 
     Raises `CannotCompile` where there are none, and `ConfigError` where there is no such machine.
     """
-    describe = {"tpu": _described_tpus, "gpu": _described_gpus, "cpu": _local_processors}
+    describe = {"tpu": _described_tpus, "gpu": _described_gpus, "cpu": _local_cpus}
     return describe[topology.chip.platform](topology)
 
 
@@ -117,7 +117,7 @@ def _described_tpus(topology: Topology) -> list[Any]:
         raise CannotCompile(
             "libtpu, the compiler for TPUs, is not installed; it needs no TPU: pip install 'flax_switch[tpu]' (on Linux)."
         )
-    # Nothing here is a TPU host: without these, libtpu asks the network who it is, and says at length that no one answered.
+    # Nothing here is a TPU host: without these, libtpu asks the network who it is, and complains at length that nobody replied.
     for variable, value in {
         "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4",
         "TPU_HOST_BOUNDS": "1,1,1", "TPU_MIN_LOG_LEVEL": "3", "TF_CPP_MIN_LOG_LEVEL": "3", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -157,7 +157,7 @@ def _described_gpus(topology: Topology) -> list[Any]:
 
 
 def _target_config(chip: Chip) -> str:
-    """The chip as XLA's `GpuTargetConfigProto`, in protocol buffers' text format."""
+    """Returns the chip as XLA's `GpuTargetConfigProto`, in protocol buffers' text format."""
     gpu = chip.gpu
     assert gpu is not None  # of a GPU
     limits = {  # the same for all these generations
@@ -178,13 +178,13 @@ def _target_config(chip: Chip) -> str:
     )
 
 
-def _local_processors(topology: Topology) -> list[Any]:
+def _local_cpus(topology: Topology) -> list[Any]:
     import jax
 
     devices, count = jax.devices("cpu"), topology.num_devices
     if len(devices) >= count:
         return devices[:count]
     raise CannotCompile(
-        f"this process sees {len(devices)} processor device(s); start it with "
+        f"this process sees {len(devices)} CPU device(s); start it with "
         f"XLA_FLAGS=--xla_force_host_platform_device_count={count} NPROC=32 to see {count}."
     )

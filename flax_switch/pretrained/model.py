@@ -55,7 +55,7 @@ class Pretrained:
     generation_defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def replace(self, **changes: Any) -> Self:
-        """A copy with some fields changed: the parameters after an update, for instance."""
+        """Returns a copy with some fields changed: the parameters after an update, for instance."""
         return dataclasses.replace(self, **changes)
 
     def __call__(
@@ -113,7 +113,7 @@ class Pretrained:
     def encode(
         self, input_ids: Int[AnyArray, "B S"] | None = None, attention_mask: Int[AnyArray, "B S"] | None = None, **options: Any
     ) -> outputs.EncoderModelOutput:
-        """The encoder alone; options as for the call (inputs_embeds, output_hidden_states, ...)."""
+        """Returns the encoder alone; options as for the call (inputs_embeds, output_hidden_states, ...)."""
         defaults = dict(
             deterministic=True, output_router_logits=False, output_hidden_states=False, output_attentions=False,
         )  # fmt: skip
@@ -165,7 +165,7 @@ def _run(
 
 
 def _as_encoder_output(value: Any) -> EncoderOutput | None:
-    """An encoder's output in any of its shapes: ours, under Hugging Face's names, or a tuple that begins with the states."""
+    """Takes an encoder's output in any of its shapes: ours, under Hugging Face's names, or a tuple that begins with the states."""
     if value is None or isinstance(value, EncoderOutput):
         return value
     states = value[0] if isinstance(value, (tuple, list)) else value.last_hidden_state
@@ -216,7 +216,7 @@ def from_checkpoint(
     dtype: str | None = None,
     seed: int = 0,
 ) -> Pretrained:
-    """The model of a checkpoint that is open; parameters of its config that it lacks are freshly initialised with `seed`.
+    """Returns the model of a checkpoint that is open; parameters of its config that it lacks are freshly initialised with `seed`.
 
     Arguments are those of `load_pretrained`.
     """
@@ -253,8 +253,8 @@ def save_pretrained(
 
     Args:
       path: a folder; it holds the model when the last file is written. A model that is there is replaced, unless overwrite=False.
-      params: the model's parameters, scanned or not as the config says; dtypes are kept. Of an encoder alone, or of an untied
-        model without its head, too.
+      params: the model's parameters, scanned or not as the config says; dtypes are kept. Also those of an encoder alone,
+        or of an untied model without its head.
       vocabulary: written as `spiece.model` and, for Hugging Face, a tokenizer_config.json so that AutoTokenizer opens it.
       format: "huggingface" or "flax_switch".
 
@@ -282,7 +282,7 @@ def save_pretrained(
 
 
 def _fresh(model: SwitchEncoder, paths: set[str], seed: int) -> dict[str, LazyTensor]:
-    """Freshly initialised parameters for paths a checkpoint lacks; nothing else of the model is computed."""
+    """Returns freshly initialised parameters for paths a checkpoint lacks; nothing else of the model is computed."""
     if not paths:
         return {}
     unscanned = model.clone(config=model.config.replace(scan_layers=False))

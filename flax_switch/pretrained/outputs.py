@@ -64,19 +64,19 @@ class Seq2SeqLMOutput:
 
 
 def encoder_output(output: EncoderOutput) -> EncoderModelOutput:
-    """An encoder's output under Hugging Face's names."""
+    """Returns an encoder's output under Hugging Face's names."""
     return EncoderModelOutput(output.last_hidden_state, output.hidden_states, output.attentions, _router_logits(output.router))
 
 
 def model_output(output: ModelOutput) -> Seq2SeqModelOutput:
-    """The output without the head's logits, under Hugging Face's names."""
+    """Returns the output without the head's logits, under Hugging Face's names."""
     return Seq2SeqModelOutput(last_hidden_state=output.decoder_last_hidden_state, **_states(output))
 
 
 def lm_output(
     output: ModelOutput, labels: Int[Array, "B L"] | None, config: SwitchConfig, output_router_logits: bool
 ) -> Seq2SeqLMOutput:
-    """The output under Hugging Face's names, with Hugging Face's loss where there are labels.
+    """Returns the output under Hugging Face's names, with Hugging Face's loss where there are labels.
 
     The loss is the mean cross-entropy of the labels that are not -100; with `output_router_logits` the routers' losses of
     both stacks are added, each stack's layers concatenated on the length axis, times the config's coefficients.
@@ -95,7 +95,7 @@ def lm_output(
 
 
 def shift_right(labels: Int[Array, "B L"], config: SwitchConfig) -> Int[Array, "B L"]:
-    """Decoder inputs for labels: the start token, then the labels but the last; -100 becomes padding."""
+    """Returns decoder inputs for labels: the start token, then the labels but the last; -100 becomes padding."""
     start = jnp.full_like(labels[:, :1], config.decoder_start_token_id)
     shifted = jnp.concatenate([start, labels[:, :-1]], axis=1)
     return jnp.where(shifted == -100, config.pad_token_id, shifted)

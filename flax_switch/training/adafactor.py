@@ -26,7 +26,7 @@ class AdafactorState(NamedTuple):
 
 
 def factored_axes(shape: tuple[int, ...], axes: tuple[str, ...], min_size: int) -> tuple[int, int] | None:
-    """The (row, column) axes whose means are kept in place of full second moments, or None.
+    """Returns the (row, column) axes whose means are kept in place of full second moments, or None.
 
     Parameters with batch axes factor their two other axes whatever their size; others only where both are at least `min_size`.
     """
@@ -41,7 +41,7 @@ def factored_axes(shape: tuple[int, ...], axes: tuple[str, ...], min_size: int) 
 
 
 def state_axes(shape: tuple[int, ...], axes: tuple[str, ...], min_size: int) -> tuple[tuple, tuple, tuple]:
-    """Logical axes of a parameter's row, col and full statistics."""
+    """Returns logical axes of a parameter's row, col and full statistics."""
     factors = factored_axes(shape, axes, min_size)
     if factors is None:
         return (None,), (None,), axes
@@ -58,7 +58,7 @@ def adafactor(
     min_dim_size_to_factor: int = 128,
     clipping_threshold: float | None = 1.0,
 ) -> optax.GradientTransformation:
-    """Adafactor without momentum.
+    """Makes the Adafactor transformation, without momentum.
 
     Args:
       axes: the tree of logical axis names (tuples) of the parameters, from `logical_axes`.

@@ -68,11 +68,11 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
     def latest_step(self) -> int | None:
-        """The step of the last complete checkpoint."""
+        """Returns the step of the last complete checkpoint."""
         return self._manager.latest_step()
 
     def restore(self, abstract: TrainState, step: int | None = None) -> tuple[TrainState, Any]:
-        """The state and the data position of a step (the last by default), each array read into `abstract`'s sharding."""
+        """Restores the state and the data position of a step (the last by default), each array read into `abstract`'s sharding."""
         step = self.latest_step() if step is None else step
         restored = self._manager.restore(
             step,
@@ -153,7 +153,7 @@ def claim_workdir(workdir: epath.PathLike, config: RunConfig) -> epath.Path:
 
 
 def differing_fields(old: RunConfig, new: RunConfig) -> list[str]:
-    """The fields, of those a resumed run may not change, in which two configs differ: 'data.seed was 0, is 1'."""
+    """Names the fields, of those a resumed run may not change, in which two configs differ: 'data.seed was 0, is 1'."""
     was, now = flat_fields(old), flat_fields(new)
     changeable = changeable_fields(old) | changeable_fields(new)
     return [
@@ -175,7 +175,7 @@ def changeable_fields(config: RunConfig) -> set[str]:
 
 
 def flat_fields(config: RunConfig) -> dict[str, Any]:
-    """{"data.seed": 0, ...}: every field under its section's name; one that is in no section under its own."""
+    """Returns {"data.seed": 0, ...}: every field under its section's name; one that is in no section under its own."""
     flat = {}
     for section, value in config.to_dict().items():
         flat |= {f"{section}.{name}": v for name, v in value.items()} if isinstance(value, dict) else {section: value}
@@ -189,7 +189,7 @@ def write_config(workdir: epath.PathLike, config: RunConfig) -> None:
 
 
 def read_config(workdir: epath.PathLike) -> RunConfig:
-    """The config of the run in a workdir."""
+    """Reads the config of the run in a workdir."""
     path = epath.Path(workdir) / CONFIG_FILE
     check(path.exists(), f"{workdir} is no workdir of a run: it has no {CONFIG_FILE}.")
     values = read_json(path)

@@ -33,7 +33,7 @@ class Evaluator:
         return cls(run, prepared, eval_step, prepared.heldout_unigram_entropy(batches), batches, Probe.of(run, prepared))
 
     def __call__(self, params: Any) -> dict[str, Any]:
-        """Metrics by name; cross-entropies in nats per token, perplexities e to their power.
+        """Returns metrics by name; cross-entropies in nats per token, perplexities e to their power.
 
         `nats_below_unigram` is how far the cross-entropy over text targets (neither sentinels nor EOS) lies below the entropy of
         the same tokens' unigram distribution, the least that a model without context can reach.
@@ -51,7 +51,7 @@ class Evaluator:
         }
 
     def describe(self, evaluation: dict[str, Any]) -> str:
-        """An evaluation as a sentence."""
+        """Returns an evaluation as a sentence."""
         return describe(evaluation)
 
     def conclude(self, step: int, params: Any, evaluation: dict[str, Any] | None) -> None:
@@ -65,9 +65,9 @@ def mean_metrics(
     batches: Iterable[dict[str, np.ndarray]],
     vocabulary: Vocabulary,
 ) -> dict[str, Any]:
-    """Cross-entropy (nats per token), perplexity and accuracy over all targets, cross-entropy over text, the routers' metrics.
+    """Returns cross-entropy (nats a token), perplexity and accuracy over all targets, cross-entropy over text, router metrics.
 
-    Of tokens the means are over all batches' tokens, however many each has; of routers over batches.
+    Of tokens the means are over all batches' tokens, however many each has; routers' means are over batches.
     """
     totals: dict[str, float] = {}
     routers: list[dict[str, Any]] = []
@@ -90,12 +90,12 @@ def mean_metrics(
 
 
 def perplexity(nats: float) -> float:
-    """e to the power of a cross-entropy in nats: among how many equally likely tokens the model might as well be guessing."""
+    """Returns e to the power of a cross-entropy in nats: the number of equally likely tokens a guess would be among."""
     return math.exp(nats) if nats < 700.0 else math.inf
 
 
 def describe(evaluation: dict[str, Any]) -> str:
-    """An evaluation of pre-training as a sentence."""
+    """Returns an evaluation of pre-training as a sentence."""
     return (
         f"held-out cross-entropy {evaluation['cross_entropy']:.3f} nats/token over all targets "
         f"(perplexity {evaluation['perplexity']:.2f}, accuracy {100 * evaluation['accuracy']:.1f} %), "

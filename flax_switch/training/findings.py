@@ -1,4 +1,4 @@
-"""What the figures of a run say in plain words: sentences for the end of a run and for its report."""
+"""Says in sentences what the figures of a run mean, for the end of a run and for its report."""
 
 import math
 from collections.abc import Mapping

@@ -23,7 +23,7 @@ PRESETS = {
 
 
 def trainable_part(tree: Mapping[str, Any], pattern: str) -> dict[str, Any]:
-    """The leaves of a tree of parameters (or of anything in their place) whose path matches, still nested.
+    """Returns the leaves of a tree of parameters (or of anything in their place) whose path matches, still nested.
 
     Raises `ConfigError` for a pattern that is no regular expression or matches nothing.
     """
@@ -45,7 +45,7 @@ def trainable_part(tree: Mapping[str, Any], pattern: str) -> dict[str, Any]:
 
 
 def merged(whole: Mapping[str, Any], part: Mapping[str, Any]) -> dict[str, Any]:
-    """`whole` with the leaves of `part` in place of its own."""
+    """Returns `whole` with the leaves of `part` in place of its own."""
     return {
         key: merged(value, part[key]) if key in part and isinstance(value, Mapping) else part.get(key, value)
         for key, value in whole.items()

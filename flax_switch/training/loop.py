@@ -94,16 +94,9 @@ def check_vocabulary(config: ExperimentConfig | FinetuneConfig, vocabulary: Voca
 
 
 def _train(
-    run: Run,
-    prepared: Examples,
-    state: TrainState,
-    start: int,
-    batches: Any,
-    checkpoints: Checkpoints,
-    writer: MetricsWriter,
-    evaluator: Evaluation,
-    stepper: Stepper,
-) -> RunResult:
+    run: Run, prepared: Examples, state: TrainState, start: int, batches: Any, checkpoints: Checkpoints, writer: MetricsWriter,
+    evaluator: Evaluation, stepper: Stepper,
+) -> RunResult:  # fmt: skip
     config = run.config.train
     state = stepper.hold(state)
     progress, watch = TrainProgress(start, config.steps), Stopwatch()
@@ -168,5 +161,5 @@ def check_finite(metrics: dict[str, Any], step: int) -> None:
 
 
 def _tokens(batch: Batch) -> int:
-    """Real tokens of a batch, source and target."""
+    """Counts the real tokens of a batch, source and target."""
     return int(batch["attention_mask"].sum() + batch["decoder_attention_mask"].sum())

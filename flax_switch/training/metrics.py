@@ -18,7 +18,7 @@ METRICS_FILE = "metrics.jsonl"
 
 
 def plain(metrics: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested metrics of arrays as one flat dict of floats and lists, read from the device in one go."""
+    """Returns nested metrics of arrays as one flat dict of floats and lists, read from the device in one go."""
     flat = {}
     for name, value in jax.device_get(metrics).items():
         key = f"{prefix}{name}"
@@ -80,7 +80,7 @@ class MetricsWriter:
 
 
 def read_metrics(workdir: epath.PathLike) -> Iterable[dict[str, Any]]:
-    """The lines of a workdir's metrics.jsonl; a line cut short by a kill is left out."""
+    """Returns the lines of a workdir's metrics.jsonl; a line cut short by a kill is left out."""
     path = epath.Path(workdir) / METRICS_FILE
     if not path.exists():
         return []

@@ -12,7 +12,7 @@ from flax_switch.training.adafactor import AdafactorState, adafactor, state_axes
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """The learning rate by step. `rsqrt` is T5's: learning_rate / sqrt(max(step, warmup_steps))."""
+    """Returns the learning rate by step. `rsqrt` is T5's: learning_rate / sqrt(max(step, warmup_steps))."""
     peak, warmup = config.learning_rate, config.warmup_steps
     if config.schedule == "rsqrt":
         return lambda step: peak * jax.lax.rsqrt(jnp.maximum(jnp.asarray(step, jnp.float32), max(warmup, 1)))
@@ -29,7 +29,7 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
 
 
 def build_optimizer(config: OptimizerConfig, axes: Any, steps: int) -> optax.GradientTransformation:
-    """The gradient transformation for parameters whose logical axes are `axes`.
+    """Makes the gradient transformation for parameters whose logical axes are `axes`.
 
     Both are the trained part alone where `config.trainable` leaves parameters out (`freezing.trainable_part`).
     """
@@ -51,7 +51,7 @@ def build_optimizer(config: OptimizerConfig, axes: Any, steps: int) -> optax.Gra
 
 
 def global_norm(grads: Any, by_expert: Any) -> jax.Array:
-    """The norm of all gradients together; inside a pmap also of those whose experts (`by_expert`: True) other devices hold."""
+    """Returns the norm of all gradients; inside a pmap also of those whose experts (`by_expert`: True) other devices hold."""
     squares = jax.tree.map(_sum_of_squares, grads)
     devices = pmap_devices()
     if devices is None:
@@ -61,7 +61,7 @@ def global_norm(grads: Any, by_expert: Any) -> jax.Array:
 
 
 def _sum_of_squares(x: jax.Array) -> jax.Array:
-    """The sum of x**2. XLA must not see that the optimiser squares x too: it would store one square for both, and read it twice."""
+    """Sums x**2. XLA must not see that the optimiser squares x too: it would store one square for both, and read it twice."""
     return (x * jax.lax.optimization_barrier(x)).sum()
 
 
@@ -76,7 +76,7 @@ def _clip_by_global_norm(limit: float, axes: Any) -> optax.GradientTransformatio
 
 
 def optimizer_state_axes(state: Any, params: Any, axes: Any, config: OptimizerConfig) -> Any:
-    """The tree of logical axes of an optimiser's state: statistics are split like the parameter they belong to."""
+    """Returns the tree of logical axes of an optimiser's state: statistics are split like the parameter they belong to."""
     param_structure = jax.tree.structure(params)
 
     def is_params(node):

@@ -62,7 +62,7 @@ class TrainProgress:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as '2 h 05 min', '3 min 20 s' or '12 s'."""
+    """Returns seconds as '2 h 05 min', '3 min 20 s' or '12 s'."""
     seconds = int(seconds + 0.5)
     if seconds >= 3600:
         return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
@@ -127,7 +127,7 @@ class Stopwatch:
         self._tokens += tokens
 
     def read(self) -> dict[str, float]:
-        """The rates since the last reading."""
+        """Returns the rates since the last reading."""
         elapsed = time.perf_counter() - self._start
         rates = {
             "seconds_per_step": elapsed / max(self._steps, 1),

@@ -39,7 +39,7 @@ class Run:
 
 
 def build_run(config: ExperimentConfig | FinetuneConfig, mesh: AnyMesh) -> Run:
-    """Model, optimiser and the abstract state with its shardings, without allocating an array."""
+    """Returns model, optimiser and the abstract state with its shardings, without allocating an array."""
     model = SwitchTransformer(config.model)
     axes = logical_axes(model)
     trained_axes = trainable_part(axes, config.optimizer.trainable)
@@ -59,7 +59,7 @@ def build_run(config: ExperimentConfig | FinetuneConfig, mesh: AnyMesh) -> Run:
 
 
 def init_state(run: Run, params: Any = None) -> TrainState:
-    """A fresh state, each array made where it belongs: no device ever holds a whole parameter that is sharded.
+    """Returns a fresh state, each array made where it belongs: no device ever holds a whole parameter that is sharded.
 
     Given parameters (of a checkpoint, laid out by `state_shardings(run).params`) stay where they are.
     """
@@ -75,12 +75,12 @@ def init_state(run: Run, params: Any = None) -> TrainState:
 
 
 def state_shardings(run: Run) -> TrainState:
-    """The shardings of a run's state."""
+    """Returns the shardings of a run's state."""
     return jax.tree.map(lambda leaf: leaf.sharding, run.abstract_state)
 
 
 def is_split(leaf: jax.ShapeDtypeStruct) -> bool:
-    """Whether a leaf of the abstract state is cut by experts, so that different devices hold different ones."""
+    """Returns whether a leaf of the abstract state is cut by experts, so that different devices hold different ones."""
     return "expert" in leaf.sharding.spec
 
 

@@ -25,7 +25,7 @@ Loss = Callable[[ModelOutput, Batch, jax.Array], LossOutput]  # of the model's o
 
 
 def forward(model: SwitchEncoder, params: Any, batch: Batch, rng: jax.Array | None) -> ModelOutput:
-    """The model on a batch; with `rng` in training mode (dropout, jitter, training capacity), without in evaluation mode."""
+    """Runs the model on a batch; with `rng` in training mode (dropout, jitter, training capacity), without in evaluation mode."""
     rngs: dict[str, Any] = {} if rng is None else dict(zip(("dropout", "jitter"), jax.random.split(rng), strict=True))
     output: Any = model.apply(
         {"params": params},
@@ -42,7 +42,7 @@ def forward(model: SwitchEncoder, params: Any, batch: Batch, rng: jax.Array | No
 
 
 def true_loss(config: SwitchConfig) -> Loss:
-    """The loss against a batch's labels."""
+    """Returns the loss against a batch's labels."""
 
     def loss_of(output: ModelOutput, batch: Batch, divisor: jax.Array) -> LossOutput:
         return seq2seq_loss(output, batch["labels"], config, segment_ids=batch.get("decoder_segment_ids"), divisor=divisor)
@@ -114,7 +114,7 @@ def trained_leaves(run: Run) -> Any:
 
 
 def train_step(run: Run, state: TrainState, batch: Batch, loss_of: Loss | None = None) -> tuple[TrainState, dict[str, Any]]:
-    """One update, of `true_loss` where no other loss is given; `state.step` counts it."""
+    """Makes one update, of `true_loss` where no other loss is given; `state.step` counts it."""
     rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
     devices = pmap_devices()
     if devices is not None:  # each draws its own dropout
@@ -155,7 +155,7 @@ def eval_step(run: Run, params: Any, batch: Batch) -> dict[str, Any]:
 
 
 def router_metrics(output: ModelOutput) -> dict[str, jax.Array]:
-    """The routing metrics of every sparse layer, encoder first, stacked on a leading axis; empty for a dense model."""
+    """Returns the routing metrics of every sparse layer, encoder first, stacked on a leading axis; empty for a dense model."""
     routers = (*output.encoder_router, *output.decoder_router)
     if not routers:
         return {}

@@ -32,7 +32,7 @@ class Stepper:
 
 
 def build_stepper(run: Run) -> Stepper:
-    """The stepper that `mesh.mode` asks for."""
+    """Makes the stepper that `mesh.mode` asks for."""
     if run.config.mesh.mode == "pmap":
         return _pmap_stepper(run)
     step = compile_train_step(run)

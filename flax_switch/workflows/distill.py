@@ -39,9 +39,9 @@ def distill(config: DistillConfig, workdir: epath.PathLike) -> RunResult:
     is compiled.
     """
     check(bool(config.teacher), "Distillation needs a teacher: a checkpoint that load_pretrained opens.")
-    teachers = open_checkpoint(config.teacher)
-    check_teacher(config, teachers.config, teachers.architecture)
-    copied = copied_weights(teachers, config.model) if config.distillation.copy_weights else {}
+    checkpoint = open_checkpoint(config.teacher)
+    check_teacher(config, checkpoint.config, checkpoint.architecture)
+    copied = copied_weights(checkpoint, config.model) if config.distillation.copy_weights else {}
     check(
         config.mesh.mode == "jit" and jax.process_count() == 1,
         "Distillation runs under jit in one process, on any number of its devices; set mesh.mode='jit' and start one process.",
@@ -49,7 +49,7 @@ def distill(config: DistillConfig, workdir: epath.PathLike) -> RunResult:
     mesh = create_mesh(config.mesh)
     check_batch_size(config.data.batch_size, mesh)
     workdir = claim_workdir(workdir, config)
-    teacher = from_checkpoint(teachers, mesh=mesh)
+    teacher = from_checkpoint(checkpoint, mesh=mesh)
     prepared = data.prepare(config.data, workdir=workdir, vocabulary=shared_vocabulary(config, teacher.vocabulary))
     check_vocabulary(config, prepared.vocabulary)
     run = build_run(config, mesh)
@@ -57,7 +57,7 @@ def distill(config: DistillConfig, workdir: epath.PathLike) -> RunResult:
     def first_state(run: Run) -> TrainState:
         if not copied:
             return init_state(run)
-        student = dataclasses.replace(teachers, config=config.model, tensors=copied, huggingface=None)
+        student = dataclasses.replace(checkpoint, config=config.model, tensors=copied, huggingface=None)
         started = from_checkpoint(student, mesh=mesh, dtype=config.model.param_dtype, seed=config.train.seed)
         return init_state(run, started.params)
 
@@ -87,24 +87,24 @@ def check_teacher(config: DistillConfig, teacher: SwitchConfig, architecture: st
         )
 
 
-def shared_vocabulary(config: DistillConfig, teachers: Vocabulary | None) -> Vocabulary | None:
-    """The vocabulary of both: the teacher's; None, where its checkpoint has none, stands for what `config.data` says.
+def shared_vocabulary(config: DistillConfig, vocabulary: Vocabulary | None) -> Vocabulary | None:
+    """Returns the vocabulary of both: the teacher's; None, where its checkpoint has none, stands for what `config.data` says.
 
     Raises `ConfigError` where `config.data.vocabulary` names another one.
     """
-    if teachers is None or config.data.vocabulary is None:
-        return teachers
+    if vocabulary is None or config.data.vocabulary is None:
+        return vocabulary
     own = Vocabulary.from_sentencepiece(config.data.vocabulary, config.data.num_sentinels)
     check(
-        own.fingerprint == teachers.fingerprint,
+        own.fingerprint == vocabulary.fingerprint,
         f"Teacher and student must have one vocabulary, token for token: data.vocabulary={config.data.vocabulary} has {own!r}, the "
-        f"teacher {teachers!r}. Leave data.vocabulary out to take the teacher's.",
+        f"teacher {vocabulary!r}. Leave data.vocabulary out to take the teacher's.",
     )
-    return teachers
+    return vocabulary
 
 
 def copied_weights(teacher: Checkpoint, student: SwitchConfig) -> dict[str, LazyTensor]:
-    """The teacher's tensors that a student starts from: all it has a place for, but routers, experts and what stands for them.
+    """Returns the teacher's tensors that a student starts from: all it has a place for but routers, experts and their MLPs.
 
     A student's layer is the teacher's layer of the same number. Raises `ConfigError` for a parameter, outside of the MLPs that
     are experts in the teacher, that the teacher lacks or has in another shape.
@@ -138,7 +138,7 @@ def distillation_loss(
     divisor: Float[Array, ""],
     teacher_weight: float,
 ) -> LossOutput:
-    """`loss` with its cross-entropy taken, for a share of `teacher_weight`, against the teacher's probabilities.
+    """Returns `loss` with a share of `teacher_weight` of its cross-entropy taken against the teacher's probabilities.
 
     Cross-entropy is linear in the targets, so this is the cross-entropy against the mixture of both. z-loss and the routers' losses
     stay, and so does `cross_entropy`: what is reported is the true tokens'. No gradient reaches the teacher.
@@ -149,8 +149,8 @@ def distillation_loss(
     return dataclasses.replace(loss, loss=loss.loss + teacher_weight * (soft - loss.cross_entropy))
 
 
-def teachers_loss(run: Run, teacher: Pretrained, params: Any) -> Loss:
-    """The loss of a student's output on a batch, beside what the teacher says of that batch in evaluation mode."""
+def loss_beside_teacher(run: Run, teacher: Pretrained, params: Any) -> Loss:
+    """Makes the loss of a student's output on a batch, whose targets the teacher gives in evaluation mode."""
     config = run.config
     assert isinstance(config, DistillConfig)
 
@@ -166,12 +166,12 @@ def teachers_loss(run: Run, teacher: Pretrained, params: Any) -> Loss:
 
 
 def distillation_stepper(run: Run, teacher: Pretrained) -> Stepper:
-    """`train_step` against the teacher, jitted over the run's mesh; the teacher's parameters stay where they are."""
+    """Compiles `train_step` against the teacher, jitted over the run's mesh; the teacher's parameters stay where they are."""
     shardings = state_shardings(run)
 
     def step(params: Any, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         with traced_on(run.mesh):
-            return train_step(run, state, batch, teachers_loss(run, teacher, params))
+            return train_step(run, state, batch, loss_beside_teacher(run, teacher, params))
 
     compiled = jax.jit(
         step,

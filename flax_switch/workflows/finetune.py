@@ -58,7 +58,7 @@ def finetune(
 def evaluate_checkpoint(
     recipe: FinetuneRecipe, checkpoint: str, *, vocabulary: str | None = None, mesh: Mesh | None = None
 ) -> tuple[Run, dict[str, Any], list[Prediction]]:
-    """(the run, metrics by name, predictions) of a checkpoint on the validation examples of the recipe's tasks."""
+    """Returns (the run, metrics by name, predictions) of a checkpoint on the validation examples of the recipe's tasks."""
     start = open_start(checkpoint, recipe.model, vocabulary)
     config = recipe.resolve(start.config, checkpoint)
     mesh = _checked(config, mesh)
@@ -70,7 +70,7 @@ def evaluate_checkpoint(
 
 
 def _checked(config: FinetuneConfig, mesh: Mesh | None) -> Mesh:
-    """The mesh; raises for metrics that are not installed and a batch that the mesh cannot split."""
+    """Returns the mesh; raises for metrics that are not installed and a batch that the mesh cannot split."""
     check(
         jax.process_count() == 1,
         f"Fine-tuning and evaluation run in one process, on all its devices; there are {jax.process_count()} processes.",
@@ -82,7 +82,7 @@ def _checked(config: FinetuneConfig, mesh: Mesh | None) -> Mesh:
 
 
 def recipe_of(config: FinetuneConfig) -> FinetuneRecipe:
-    """The recipe that makes this config of its checkpoint, which has the model's settings already."""
+    """Returns the recipe that makes this config of its checkpoint, which has the model's settings already."""
     sections = {name: getattr(config, name) for name in ("data", "optimizer", "mesh", "train", "evaluation")}
     return FinetuneRecipe(**sections)
 

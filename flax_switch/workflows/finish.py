@@ -58,7 +58,7 @@ def finish(result: RunResult, workdir: epath.PathLike) -> None:
 
 
 def fill_spans(result: RunResult, count: int) -> list[dict[str, Any]]:
-    """Greedy predictions for the masked spans of `count` held-out examples, beside the text that was there.
+    """Returns greedy predictions for the masked spans of `count` held-out examples, beside the text that was there.
 
     Each sample is {"pieces": [text, {"model": ..., "text": ...}, text, ...]} in the order of the source.
     """
@@ -134,7 +134,7 @@ def _find(text: list[int], piece: list[int], start: int) -> int | None:
 
 
 def _by_sentinel(vocabulary: Vocabulary, ids: np.ndarray) -> dict[int, str]:
-    """The text behind each sentinel of a target."""
+    """Returns the text behind each sentinel of a target."""
     spans: dict[int, list[int]] = {}
     current = None
     for i in ids.tolist():

@@ -45,14 +45,14 @@ class TaskEvaluator:
     history: list[tuple[int, float]] = dataclasses.field(default_factory=list)  # (step, the score that decides)
 
     def __call__(self, params: Any) -> dict[str, Any]:
-        """Scores by name; with several tasks "task/score" too, and their means under the scores' own names."""
+        """Returns scores by name; with several tasks "task/score" too, and their means under the scores' own names."""
         if not self.prepared.num_validation:
             return {}
         evaluation, self.predictions = evaluate(self.run, self.prepared, self.eval_step, params)
         return evaluation
 
     def describe(self, evaluation: dict[str, Any]) -> str:
-        """The scores as a line."""
+        """Returns the scores as a line."""
         return describe(finetuning_config(self.run), evaluation)
 
     def conclude(self, step: int, params: Any, evaluation: dict[str, Any] | None) -> str | None:
@@ -85,19 +85,19 @@ class TaskEvaluator:
 
 
 def finetuning_config(run: Run) -> FinetuneConfig:
-    """The config of a run that fine-tunes."""
+    """Returns the config of a run that fine-tunes."""
     assert isinstance(run.config, FinetuneConfig)
     return run.config
 
 
 def best_of(history: Sequence[tuple[int, float]], name: str) -> tuple[int, float]:
-    """(step, value) of the first best of (step, value) pairs; of cross_entropy the lowest, of scores the highest."""
+    """Returns (step, value) of the first best of (step, value) pairs; of cross_entropy the lowest, of scores the highest."""
     sign = -1.0 if name == LOSS else 1.0
     return max(history, key=lambda entry: (sign * entry[1], -entry[0]))
 
 
 def describe(config: FinetuneConfig, evaluation: dict[str, Any]) -> str:
-    """An evaluation as a line: cross-entropy and scores."""
+    """Returns an evaluation as a line: cross-entropy and scores."""
     if not evaluation:
         return "no validation examples"
     tasks = [f"{task.name}/" for task in config.data.tasks] if len(config.data.mixture) > 1 else []
@@ -108,7 +108,7 @@ def describe(config: FinetuneConfig, evaluation: dict[str, Any]) -> str:
 def evaluate(
     run: Run, prepared: PreparedTasks, eval_step: Callable[[Any, Any], dict[str, Any]], params: Any
 ) -> tuple[dict[str, Any], list[Prediction]]:
-    """Metrics and predictions. The cross-entropy is over `train.eval_batches` batches, scores over all chosen examples."""
+    """Returns metrics and predictions. The cross-entropy is over `train.eval_batches` batches, scores over all chosen examples."""
     rows = batch_rows(run.mesh, run.config.data.batch_size)
     batches = prepared.validation_batches(run.config.train.eval_batches, rows)
     means = mean_metrics(run, eval_step, params, batches, prepared.vocabulary)
@@ -130,7 +130,7 @@ def evaluate(
 
 
 def predict(run: Run, prepared: PreparedTasks, task: PreparedTask, params: Any) -> list[Prediction]:
-    """What the model answers to a task's validation examples, of which `evaluation.max_examples` are taken."""
+    """Returns what the model generates for a task's validation examples, of which `evaluation.max_examples` are taken."""
     settings, config = finetuning_config(run).evaluation, run.config.data
     chosen = spread(task.validation, settings.max_examples)
     examples = task.validation_pairs.examples(np.array(chosen), np.zeros(len(chosen), np.int64))

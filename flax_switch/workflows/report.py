@@ -55,7 +55,7 @@ def write_report(workdir: epath.PathLike, output: epath.PathLike | None = None) 
 
 
 def draw_plots(config: RunConfig, train: list[dict[str, Any]], evals: list[dict[str, Any]]) -> dict[str, bytes]:
-    """PNG images by name."""
+    """Returns PNG images by name."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -72,7 +72,7 @@ def draw_plots(config: RunConfig, train: list[dict[str, Any]], evals: list[dict[
 
 
 def scores_of(config: RunConfig, evals: list[dict[str, Any]]) -> list[str]:
-    """The scores of generated text that a fine-tuning run measured; of pre-training none."""
+    """Returns the scores of generated text that a fine-tuning run measured; of pre-training none."""
     return [name for name in config.scores if name in evals[-1]] if isinstance(config, FinetuneConfig) and evals else []
 
 

@@ -75,18 +75,18 @@ def _mean_of_best(each: Callable[[str, str], float], predictions: Sequence[str],
 
 
 def normalized_answer(text: str) -> str:
-    """A text as SQuAD compares it: lower case, without punctuation, articles and extra spaces."""
+    """Returns a text as SQuAD compares it: lower case, without punctuation, articles and extra spaces."""
     text = "".join(c for c in text.lower() if c not in string.punctuation)
     return " ".join(_ARTICLES.sub(" ", text).split())
 
 
 def exact_match(prediction: str, reference: str) -> float:
-    """1 where two answers are the same after SQuAD's normalisation."""
+    """Returns 1 where two answers are the same after SQuAD's normalisation."""
     return float(normalized_answer(prediction) == normalized_answer(reference))
 
 
 def token_f1(prediction: str, reference: str) -> float:
-    """The harmonic mean of precision and recall of the words two answers share, after SQuAD's normalisation."""
+    """Returns the harmonic mean of precision and recall of the words two answers share, after SQuAD's normalisation."""
     words, expected = normalized_answer(prediction).split(), normalized_answer(reference).split()
     if not words or not expected:
         return float(words == expected)

@@ -28,7 +28,7 @@ class Start:
     changes: Mapping[str, Any]
 
     def params(self, run: Run) -> Any:
-        """The checkpoint's parameters in the run's shardings and dtypes; each process reads what its devices hold."""
+        """Returns the checkpoint's parameters in the run's shardings and dtypes; each process reads what its devices hold."""
         shardings, dtype = state_shardings(run).params, run.config.model.param_dtype
         assert self.source is not None  # random parameters are made, not read
         loaded = load_pretrained(self.source, shardings=shardings, dtype=dtype, **self.changes).params
@@ -36,7 +36,7 @@ class Start:
         return jax.tree.map(lambda p, a: p if p.dtype == a.dtype else p.astype(a.dtype), loaded, abstract)
 
     def state(self, run: Run) -> TrainState:
-        """The state of step 0."""
+        """Returns the state of step 0."""
         return init_state(run) if self.source is None else init_state(run, self.params(run))
 
 
@@ -78,7 +78,7 @@ def open_start(init: str, changes: Mapping[str, Any], vocabulary: str | None = N
 
 
 def read_vocabulary(path: str) -> Vocabulary:
-    """The vocabulary in a SentencePiece model's file or in a folder (a run's, a model's). Raises `ConfigError` if there is none."""
+    """Reads the vocabulary in a SentencePiece model's file or a folder (a run's, a model's); raises `ConfigError` for none."""
     folder = Path(path).expanduser()
     if not folder.is_dir():
         return Vocabulary.from_sentencepiece(path)

@@ -136,7 +136,7 @@ def test_meshes_that_do_not_fit_are_refused():
     assert partition_spec(("vocab", "embed"), (7, 4), create_mesh(MeshConfig(model=8))) == P()
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="about XLA for processors")
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="about XLA for CPUs")
 def test_a_processors_step_updates_parameters_where_they_lie():
     model = MODEL.replace(d_model=32, d_ff=64, num_encoder_layers=2, num_decoder_layers=2, moe_executor="ragged")
     run = run_on(CONFIG.replace(model=model, optimizer=OptimizerConfig(name="adamw", learning_rate=0.05)))

@@ -24,7 +24,7 @@ class Peers:
     groups: tuple[tuple[int, ...], ...] | None = None  # indices of peers, where the axis holds others too
 
     def index(self) -> Int[Array, ""]:
-        """Which of its peers a device is."""
+        """Returns which of its peers a device is."""
         index = lax.axis_index(self.axis)
         if self.groups is None:
             return index
@@ -32,11 +32,11 @@ class Peers:
         return jnp.asarray([places[device] for device in range(len(places))], jnp.int32)[index]
 
     def all_to_all(self, x: Array, split_axis: int, concat_axis: int) -> Array:
-        """Part i of `split_axis` goes to peer i; what comes is put together along `concat_axis`, by sender."""
+        """Sends part i of `split_axis` to peer i, and joins what comes along `concat_axis`, by sender."""
         return lax.all_to_all(x, self.axis, split_axis, concat_axis, axis_index_groups=self.groups, tiled=True)
 
     def all_gather(self, x: Array) -> Array:
-        """What every peer has, on a new leading axis."""
+        """Returns x of every peer, on a new leading axis."""
         return lax.all_gather(x, self.axis, axis_index_groups=self.groups)
 
 
@@ -67,12 +67,12 @@ send_rows.defvjp(_send_forward, _send_backward)
 
 
 def starts(sizes: Int[Array, "*n"], axis: int = -1) -> Int[Array, "*n"]:
-    """Where each of several parts in a row begins."""
+    """Returns where each of several consecutive parts begins."""
     return jnp.cumsum(sizes, axis=axis, dtype=jnp.int32) - sizes
 
 
 def locate(sizes: Int[Array, " n"], num_rows: int) -> tuple[Int[Array, " R"], Int[Array, " R"]]:
-    """In which of several parts in a row each row lies, and where in it; part n behind the last."""
+    """Returns which of several consecutive parts each row lies in, and its place there; n for rows behind the last part."""
     rows = jnp.arange(num_rows, dtype=jnp.int32)
     part = jnp.searchsorted(jnp.cumsum(sizes, dtype=jnp.int32), rows, side="right").astype(jnp.int32)
     return part, rows - jnp.append(starts(sizes), 0)[part]
@@ -83,7 +83,7 @@ def _rows(x: Array, index: Array) -> Array:
 
 
 def _reference(x: Array, counts: Array, *, num_rows: int, peers: Peers) -> Array:
-    """Every device sees all rows, and takes its own."""
+    """Gathers all rows on every device, which takes its own."""
     device = peers.index()
     sender, place = locate(counts[:, device], num_rows)
     first = jnp.append(starts(counts)[:, device], 0)  # behind the last sender there is nothing
@@ -92,7 +92,7 @@ def _reference(x: Array, counts: Array, *, num_rows: int, peers: Peers) -> Array
 
 
 def _ragged_all_to_all(x: Array, counts: Array, *, num_rows: int, peers: Peers) -> Array:
-    """XLA's own operation, which CPUs lack."""
+    """Calls XLA's operation, which CPUs lack."""
     device = peers.index()
     return lax.ragged_all_to_all(
         x,
@@ -107,7 +107,7 @@ def _ragged_all_to_all(x: Array, counts: Array, *, num_rows: int, peers: Peers) 
 
 
 def _equal_parts(x: Array, counts: Array, *, num_rows: int, peers: Peers) -> Array:
-    """An all-to-all of equal parts, each as long as any may get."""
+    """Sends equal parts by an all-to-all, each as long as any may get."""
     device = peers.index()
     size = min(x.shape[0], num_rows)
     places = jnp.arange(size, dtype=jnp.int32)

@@ -93,14 +93,14 @@ def _grouped_rows(x: Array, kernel: Array, group_sizes: Array, implementation: s
 
 
 def _triton(name: str) -> Callable[..., Array]:
-    """A function of the module with the kernels for GPUs, which is imported, and Pallas with it, where one is to be traced."""
+    """Returns a function of `grouped_triton`, which imports that module, and Pallas with it, only when it is called."""
     return lambda *args, **options: getattr(importlib.import_module("flax_switch.ops.kernels.grouped_triton"), name)(
         *args, **options
     )
 
 
 def _members(group_sizes: Array, num_rows: int) -> Bool[Array, "E R"]:
-    """Which rows each group has."""
+    """Returns which rows each group has."""
     ends, rows = jnp.cumsum(group_sizes)[:, None], jnp.arange(num_rows)[None]
     return (rows >= ends - group_sizes[:, None]) & (rows < ends)
 

@@ -50,7 +50,7 @@ def moe_block(
     with_logits: bool = False,
     devices: AbstractMesh | PmapDevices | None = None,
 ) -> tuple[Float[Array, "B L D"], RouterOutput]:
-    """Routes each token to its experts and returns their weighted answers, zero for tokens that no expert took.
+    """Routes each token to its experts and returns the weighted expert outputs, zero for tokens that no expert took.
 
     config, stack: the stack ("encoder" or "decoder") matters because experts-choose and batch-prioritised routing would let a
     decoder look ahead; there tokens choose, in order. padding_mask: True for real tokens; used only where
@@ -96,7 +96,7 @@ def route_and_execute(
     grouping: Grouping,
     peers: Peers | None = None,
 ) -> tuple[Float[Array, "B L D"], Routed]:
-    """The SPMD body: what one device does with its tokens, alone or with the `peers` among which experts are split."""
+    """Runs the SPMD body: what one device does with its tokens, alone or with the `peers` among which experts are split."""
     tokens = grouping.group(x)
     ids = None if token_ids is None else grouping.group(token_ids)
     routed = route(
@@ -165,7 +165,7 @@ def execute(
     executor: str,
     unstacked: Sequence[Mapping[str, Array]] | None = None,
 ) -> Float[Array, "G S D"]:
-    """Runs the plan with one of the executors; `experts` is `ops.mlp.mlp` with all but its product settled."""
+    """Runs the plan with one of the executors; `experts` is `ops.mlp.mlp` without kernels and `matmul`."""
     if executor == "ragged":
         return execute_ragged(plan, x, grouped_experts(experts, kernels))
     if executor == "hit":
@@ -174,10 +174,10 @@ def execute(
 
 
 def grouped_experts(experts, kernels: Mapping[str, Array]) -> SortedExperts:
-    """`experts` as a function of sorted rows and their group sizes."""
+    """Returns `experts` as a function of sorted rows and their group sizes."""
     return lambda rows, sizes: experts(rows, kernels, matmul=functools.partial(grouped_matmul, group_sizes=sizes))
 
 
 def buffered_experts(experts, kernels: Mapping[str, Array]) -> ExpertFunction:
-    """`experts` as a function of buffers of equal size."""
+    """Returns `experts` as a function of buffers of equal size."""
     return functools.partial(experts, kernels=kernels, matmul=batched_matmul)

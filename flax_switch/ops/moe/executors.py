@@ -1,9 +1,9 @@
 """Executing a routing plan: tokens to experts and back. Four executors, one result, one set of gradients.
 
     einsum    one-hot masks: the readable reference
-    gather    rows by index into buffers of static capacity, one batched product over the experts
-    ragged    dropless: rows sorted by expert and grouped products
-    hit       a few tokens, as in decoding: only the experts that are hit are read
+    gather    rows by index into buffers of static capacity, one batched GEMM over the experts
+    ragged    dropless: rows sorted by expert and a grouped GEMM
+    hit       a few tokens, as in decoding: reads only the experts that some token chose
 
 `einsum` and `gather` fill the same buffers `[G, E, C, D]`; dispatch and combine are apart so that an expert-parallel body can
 exchange buffers between devices in between.
@@ -40,13 +40,13 @@ def slot_view(plan: RoutingPlan) -> SlotView:
     choices = jnp.arange(S * N, dtype=jnp.int32)
     fill = jax.vmap(lambda p: jnp.full(num_slots, S * N, jnp.int32).at[p].set(choices, mode="drop"))
     choice = fill(position.reshape(G, S * N))
-    # Where experts choose, N is E: gathering every expert's answer for every token would move E / C times too many rows.
+    # Where experts choose, N is E: gathering every expert's output for every token would move E / C times too many rows.
     inverse = position if plan.tokens_choose else None
     return SlotView(choice // N, choice, inverse, position.reshape(G, S * N, 1))
 
 
 def slot_weights(plan: RoutingPlan, view: SlotView) -> Float[Array, "G R 1"]:
-    """The combine weight of the choice in each slot; 0 where empty."""
+    """Returns the combine weight of the choice in each slot; 0 where empty."""
     return take_rows(plan.weight.reshape(plan.weight.shape[0], -1, 1), view.choice, view.slot_of_choice)
 
 
@@ -57,13 +57,13 @@ def gather_dispatch(plan: RoutingPlan, view: SlotView, x: Float[Array, "G S D"])
 
 
 def gather_combine(plan: RoutingPlan, view: SlotView, buffers: Float[Array, "G E C D"]) -> Float[Array, "G S D"]:
-    """Adds up what the experts answered each token, weighted, in float32."""
+    """Adds up the expert outputs of each token, weighted, in float32."""
     rows = buffers.reshape(buffers.shape[0], -1, buffers.shape[-1])
     return sum_rows(rows * slot_weights(plan, view), view.token, view.slot_of_token, plan.expert.shape[1])
 
 
 def einsum_masks(plan: RoutingPlan, dtype: DTypeLike) -> tuple[Num[Array, "G S E C"], Float[Array, "G S E C"]]:
-    """The dispatch mask (1 where token s is in slot c of expert e) in `dtype`, and in float32 the same times the weights."""
+    """Returns the dispatch mask (1 where slot c of expert e has token s) in `dtype`, and in float32 the same times weights."""
     if plan.tokens_choose:
         chosen = jax.nn.one_hot(plan.expert, plan.num_experts, dtype=bool) & plan.kept[..., None]  # [G, S, N, E]
         position = jnp.where(chosen, plan.slot[..., None], 0).sum(2)
@@ -84,18 +84,18 @@ def execute_buffers(
     """Runs `einsum` or `gather`: dispatch, `experts` on the buffers, combine. The result has x's dtype."""
     if executor == "einsum":
         dispatch_mask, combine_weights = einsum_masks(plan, x.dtype)
-        answers = experts(jnp.einsum("GSEC,GSD->GECD", dispatch_mask, x))
-        return jnp.einsum("GSEC,GECD->GSD", combine_weights, answers.astype(jnp.float32)).astype(x.dtype)
+        outputs = experts(jnp.einsum("GSEC,GSD->GECD", dispatch_mask, x))
+        return jnp.einsum("GSEC,GECD->GSD", combine_weights, outputs.astype(jnp.float32)).astype(x.dtype)
     check(executor == "gather", f"buffers are filled by 'einsum' or 'gather', not by {executor!r}.")
     view = slot_view(plan)
     return gather_combine(plan, view, experts(gather_dispatch(plan, view, x))).astype(x.dtype)
 
 
-SortedExperts = Callable[[Float[Array, "R D"], Int[Array, " E"]], Float[Array, "R D"]]  # rows and group sizes to answers
+SortedExperts = Callable[[Float[Array, "R D"], Int[Array, " E"]], Float[Array, "R D"]]  # rows and group sizes to outputs
 
 
 def execute_ragged(plan: RoutingPlan, x: Float[Array, "G S D"], experts: SortedExperts) -> Float[Array, "G S D"]:
-    """Sorts the kept choices of all groups by expert, runs `experts` on the sorted rows, and adds up the answers."""
+    """Sorts the kept choices of all groups by expert, runs `experts` on the sorted rows, and adds up their outputs."""
     G, S, N = plan.expert.shape
     num_choices = G * S * N
     num_rows = num_choices if plan.tokens_choose else G * plan.num_experts * plan.buffer_size
@@ -111,9 +111,9 @@ def execute_ragged(plan: RoutingPlan, x: Float[Array, "G S D"], experts: SortedE
         row_of_token = row_of_choice.reshape(1, G * S, N)
 
     sorted_rows = take_rows(x.reshape(1, G * S, -1), token, row_of_token)[0]
-    answers = experts(sorted_rows, group_sizes)
+    outputs = experts(sorted_rows, group_sizes)
     weight = take_rows(plan.weight.reshape(1, -1, 1), choice[None], row_of_choice.reshape(1, -1, 1))
-    return sum_rows(answers[None] * weight, token, row_of_token, G * S).reshape(x.shape).astype(x.dtype)
+    return sum_rows(outputs[None] * weight, token, row_of_token, G * S).reshape(x.shape).astype(x.dtype)
 
 
 HitExperts = Callable[[Float[Array, "R D"], Int[Array, "R N"]], Float[Array, "R N D"]]  # rows and their experts to outputs

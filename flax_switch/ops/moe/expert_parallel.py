@@ -2,7 +2,7 @@
 
 One SPMD body, the same under `jax.shard_map` and `jax.pmap`. A device routes its own groups and talks to its peers only here:
 
-    capacity    buffers [G, E, C, D] go out by one all-to-all, and the answers come back by another
+    capacity    buffers [G, E, C, D] go out by one all-to-all, and the expert outputs come back by another
     dropless    rows sorted by expert go out and come back by ragged all-to-alls, after each device has told how many it has
 
 Gradients take the same ways backwards. What was received is named, so that remat policies keep it and nothing is sent again.
@@ -35,8 +35,8 @@ from flax_switch.parallel.pmap import PmapDevices
 
 log = logging.getLogger(__name__)
 
-# Names of the activations that crossed devices.
-EXCHANGED = ("tokens_at_their_experts", "answers_at_their_tokens")
+# Names of the activations that came from other devices.
+EXCHANGED = ("tokens_at_their_experts", "outputs_at_their_tokens")
 
 _STRADDLE = (
     "a batch of %d x %d in routing groups of %d tokens, cut into %d parts, would cut through groups. Make the tokens of a part a "
@@ -45,12 +45,12 @@ _STRADDLE = (
 
 
 def exchange_buffers(experts: ExpertFunction, peers: Peers) -> ExpertFunction:
-    """`experts`, which knows this device's share of the experts, as a function of buffers for all of them."""
+    """Makes a function of buffers for all experts from `experts`, which has this device's share of them."""
 
     def run(buffers: Float[Array, "G E C D"]) -> Float[Array, "G E C D"]:
         received = peers.all_to_all(buffers, 1, 0)  # [ways * G, E / ways, C, D]
-        answers = experts(checkpoint_name(received, EXCHANGED[0]))
-        return checkpoint_name(peers.all_to_all(answers, 0, 1), EXCHANGED[1])
+        outputs = experts(checkpoint_name(received, EXCHANGED[0]))
+        return checkpoint_name(peers.all_to_all(outputs, 0, 1), EXCHANGED[1])
 
     return run
 
@@ -73,15 +73,15 @@ def execute_dropless(
         received = checkpoint_name(send_rows(rows, between, room, peers), EXCHANGED[0])
         order, inverse = by_expert(local, room)
         sorted_rows = take_rows(received[None], order[None], inverse[None, :, None])[0]
-        answers = experts(sorted_rows, local.sum(0, dtype=jnp.int32))
-        answers = take_rows(answers[None], inverse[None], order[None, :, None])[0]
-        return checkpoint_name(send_rows(answers, between.T, rows.shape[0], peers), EXCHANGED[1])
+        outputs = experts(sorted_rows, local.sum(0, dtype=jnp.int32))
+        outputs = take_rows(outputs[None], inverse[None], order[None, :, None])[0]
+        return checkpoint_name(send_rows(outputs, between.T, rows.shape[0], peers), EXCHANGED[1])
 
     return execute_ragged(plan, x, run), plan
 
 
 def admit(plan: RoutingPlan, peers: Peers, room: int) -> tuple[RoutingPlan, Int[Array, "P E"]]:
-    """The plan without the choices for which their experts' device has no room, and the rows every peer sends each expert."""
+    """Drops choices for which their expert's device has no room; returns the plan, and the rows each peer sends each expert."""
     G, _, N = plan.expert.shape
     chosen = jax.nn.one_hot(jnp.where(plan.kept, plan.expert, plan.num_experts).reshape(G, -1), plan.num_experts, dtype=bool)
     by_group = chosen.sum(1, dtype=jnp.int32)  # [G, E]
@@ -99,19 +99,19 @@ def admit(plan: RoutingPlan, peers: Peers, room: int) -> tuple[RoutingPlan, Int[
 
 
 def _at_expert(values: Int[Array, "G E"], plan: RoutingPlan) -> Int[Array, "G S N"]:
-    """`values[g, expert[g, s, n]]`."""
+    """Returns `values[g, expert[g, s, n]]`."""
     G, S, N = plan.expert.shape
     return jnp.take_along_axis(values, plan.expert.reshape(G, S * N), axis=1).reshape(G, S, N)
 
 
 def by_expert(counts: Int[Array, "P E"], num_rows: int) -> tuple[Int[Array, " R"], Int[Array, " R"]]:
-    """The order that puts rows that lie by sender and then expert into the order of experts and then senders, and its inverse.
+    """Returns the order that sorts rows lying by sender, then expert, by expert, then sender; and its inverse.
 
     counts: rows from each sender to each expert of this device. Rows behind the last are `num_rows` in both.
     """
 
     def reorder(counts: Int[Array, "a b"]) -> Int[Array, " R"]:
-        """For rows in the order of b and then a, where each is in the order of a and then b."""
+        """Returns for each row in the order of b, then a, its place in the order of a, then b."""
         other = jnp.append(starts(counts.reshape(-1)).reshape(counts.shape).T.reshape(-1), 0)
         part, place = locate(counts.T.reshape(-1), num_rows)
         return jnp.where(part < counts.size, other[part] + place, num_rows)
@@ -120,10 +120,10 @@ def by_expert(counts: Int[Array, "P E"], num_rows: int) -> tuple[Int[Array, " R"
 
 
 def fits_mesh(grouping: Grouping, mesh: AbstractMesh) -> bool:
-    """Whether every device of a mesh has whole groups.
+    """Returns whether every device of a mesh has whole groups.
 
     Otherwise the body runs as one program that GSPMD splits: the same results, with more communication. That is right for single
-    sequences, as in initialisation and generation; for a batch it is said once in the log.
+    sequences, as in initialisation and generation; for a batch the log says so once.
     """
     ways = math.prod(mesh.shape[a] for a in BATCH_AXES)
     fits = grouping.splits(ways)
@@ -186,7 +186,7 @@ def over_mesh(
 
 
 def own_groups(grouping: Grouping, ways: int) -> Grouping:
-    """A device's part of the groups of all devices' batches; raises `ConfigError` where one lies on several of them."""
+    """Returns a device's part of the groups of all devices' batches; raises `ConfigError` where one lies on several of them."""
     check(
         grouping.splits(ways),
         "With mesh.mode='pmap' " + _STRADDLE % (grouping.batch, grouping.length, grouping.group_size, ways) + ".",
@@ -195,5 +195,5 @@ def own_groups(grouping: Grouping, ways: int) -> Grouping:
 
 
 def pmap_peers(devices: PmapDevices) -> Peers:
-    """The devices of a pmap among which experts are split."""
+    """Returns the devices of a pmap among which experts are split."""
     return Peers(devices.axis, devices.expert, devices.expert_groups)

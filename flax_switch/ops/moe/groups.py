@@ -18,7 +18,7 @@ from flax_switch.config import ConfigError, SwitchConfig
 
 @flax.struct.dataclass
 class Grouping:
-    """How `[B, L, ...]` is cut into `[G, S, ...]`: padded to a larger batch and length, flattened, padded at its end, split."""
+    """The way `[B, L, ...]` is cut into `[G, S, ...]`: padded to a larger batch and length, flattened, padded at its end, split."""
 
     batch: int = flax.struct.field(pytree_node=False)
     length: int = flax.struct.field(pytree_node=False)
@@ -39,23 +39,23 @@ class Grouping:
         return x.reshape(self.num_groups, self.group_size, *rest)
 
     def ungroup(self, x: Shaped[Array, "G S *rest"]) -> Shaped[Array, "B L *rest"]:
-        """The inverse of `group`; added places are cut off."""
+        """Returns the inverse of `group`; added places are cut off."""
         rest = x.shape[2:]
         x = x.reshape(-1, *rest)[: self.padded_batch * self.padded_length]
         return x.reshape(self.padded_batch, self.padded_length, *rest)[: self.batch, : self.length]
 
     def splits(self, ways: int) -> bool:
-        """Whether a batch cut into `ways` equal parts has whole groups in each of them, and no filling."""
+        """Returns whether a batch cut into `ways` equal parts has whole groups in each of them, none of them padded."""
         full = self.num_groups * self.group_size == self.padded_batch * self.padded_length
         return full and self.padded_batch == self.batch and self.batch % ways == 0 and self.num_groups % ways == 0
 
     def part(self, ways: int) -> Self:
-        """The grouping of one of `ways` equal parts of the batch; only where it `splits`."""
+        """Returns the grouping of one of `ways` equal parts of the batch; only where it `splits`."""
         batch = self.batch // ways
         return dataclasses.replace(self, batch=batch, padded_batch=batch, num_groups=self.num_groups // ways)
 
     def counted(self) -> Bool[Array, "G S"] | None:
-        """Which places take part in routing and losses; None if all do.
+        """Returns which places take part in routing and losses; None if all do.
 
         Places added by flaxformer's rule count, as they do in flaxformer, where they are zero rows like any padding.
         """
@@ -66,7 +66,7 @@ class Grouping:
 
 
 def make_grouping(config: SwitchConfig, batch: int, length: int, *, replicas: int = 1) -> Grouping:
-    """The grouping of a batch of `batch` x `length` tokens.
+    """Returns the grouping of a batch of `batch` x `length` tokens.
 
     "sequence": each sequence is a group. "tokens": the flattened batch is cut into the fewest groups of at most
     `config.group_size` tokens and of equal size, the last one padded. "flaxformer": see `flaxformer_num_groups`; `replicas`
@@ -84,7 +84,7 @@ def make_grouping(config: SwitchConfig, batch: int, length: int, *, replicas: in
 
 
 def rows_of_whole_groups(config: SwitchConfig, batch: int, parts: int, *lengths: int) -> int:
-    """How many neighbouring sequences to keep together when a batch is dealt out to `parts`, so that groups stay whole.
+    """Returns how many neighbouring sequences to keep together when a batch is dealt out to `parts`, so that groups stay whole.
 
     lengths: of the sequences of each stack. Where no number suits them all and the batch, it is the first stack's that counts,
     then the next one's; 1 where groups are no matter of rows, or cannot stay whole.
@@ -97,7 +97,7 @@ def rows_of_whole_groups(config: SwitchConfig, batch: int, parts: int, *lengths:
 
 
 def flaxformer_padding(batch: int, length: int, num_experts: int, replicas: int) -> tuple[int, int]:
-    """The batch and length that flaxformer pads to, so that all copies of all experts divide the number of tokens.
+    """Returns the batch and length that flaxformer pads to, so that all copies of all experts divide the number of tokens.
 
     It adds rows to the batch or columns to the length, whichever adds fewer tokens (columns if equal).
     """
@@ -112,7 +112,7 @@ def flaxformer_padding(batch: int, length: int, num_experts: int, replicas: int)
 
 
 def flaxformer_num_groups(num_tokens: int, max_group_size: int, num_experts: int, replicas: int) -> int:
-    """The number of groups flaxformer makes: at least one for each copy of each expert, whatever the group size asked for.
+    """Returns the number of groups flaxformer makes: at least one for each copy of each expert, whatever the group size asked for.
 
     The smallest G >= max(num_tokens // max_group_size, copies) that divides the tokens and is a multiple of the copies. With 64
     experts on one device, 4096 tokens thus fall into 64 groups of 64.
@@ -130,6 +130,6 @@ def flaxformer_num_groups(num_tokens: int, max_group_size: int, num_experts: int
 
 
 def flaxformer_replicas(num_experts: int) -> int:
-    """How many copies of each expert flaxformer would hold on the devices at hand, without model parallelism."""
+    """Returns how many copies of each expert flaxformer would hold on the devices at hand, without model parallelism."""
     devices = jax.device_count()
     return devices // max(n for n in range(1, min(devices, num_experts) + 1) if devices % n == 0)

@@ -1,6 +1,6 @@
 """Routing: which expert takes which token, in which slot of its queue, and with what weight.
 
-Routers decide and executors (`flax_switch.ops.moe.executors`) execute. Both routers fill the same `RoutingPlan`; losses and metrics
+Routers decide and executors (`flax_switch.ops.moe.executors`) execute. All routers fill the same `RoutingPlan`; losses and metrics
 are computed here as well, because they judge the decision and not its execution.
 
 Sources: Switch Transformers (2101.03961), ST-MoE (2202.08906), V-MoE (2106.05974), Expert Choice (2202.09368).
@@ -48,14 +48,14 @@ class Routed:
     logits: Float[Array, "G S E"]
     probs: Float[Array, "G S E"]  # before any cast; zero at ignored padding
     chose: Float[Array, "G S E"]  # 1 where a token chose the expert, before capacity
-    counted: Bool[Array, "G S"] | None  # places that are no filling of the last group; None: all
-    real: Bool[Array, "G S"] | None  # and no ignored padding; None: all
+    counted: Bool[Array, "G S"] | None  # False at places that only pad the last group; None: all True
+    real: Bool[Array, "G S"] | None  # also False at ignored padding; None: all True
     overflowed: Float[Array, " G"] | None = None  # choices of a dropless plan that did not fit their experts' device; None: 0
 
 
 @flax.struct.dataclass
 class RouterOutput:
-    """What a sparse layer tells about its routing. Losses are unweighted; the training step weighs and adds them."""
+    """The routing of a sparse layer: losses, metrics and choices. Losses are unweighted; the training step weighs and adds them."""
 
     load_balancing_loss: Float[Array, ""]
     z_loss: Float[Array, ""]
@@ -68,7 +68,7 @@ class RouterOutput:
 
 
 def expert_capacity(config: SwitchConfig, tokens_per_group: int, *, deterministic: bool) -> int | None:
-    """C, the slots of each expert in each group; None if the config is dropless.
+    """Returns C, the slots of each expert in each group; None if the config is dropless.
 
     "factor": max(round(factor * S / E), min_expert_capacity) with Python's rounding (half to even), as flaxformer has it.
     "fixed": `config.expert_capacity`. Never more than S, since no expert can be sent more.
@@ -92,7 +92,7 @@ def router_logits(
     jitter: float = 0.0,
     jitter_rng: PRNGKeyArray | None = None,
 ) -> Float[Array, "G S E"]:
-    """Router logits in float32, from inputs multiplied by U(1-jitter, 1+jitter) where `jitter_rng` is given.
+    """Returns router logits in float32, from inputs multiplied by U(1-jitter, 1+jitter) where `jitter_rng` is given.
 
     Only the router sees the jittered input (2101.03961, section 2.4). The product is float32 on every backend, since a small
     change of a logit can change the expert.
@@ -113,7 +113,7 @@ def tokens_choose(
     batch_prioritized: bool = False,
     normalize: bool = False,
 ) -> RoutingPlan:
-    """Every token takes its `num_selected` most probable experts; the lowest index wins ties.
+    """Plans that every token takes its `num_selected` most probable experts; the lowest index wins ties.
 
     Slots fill choice by choice: all first choices before any second choice, in the order of tokens, or with
     `batch_prioritized` in descending order of a token's highest probability (2106.05974, section 3).
@@ -135,13 +135,13 @@ def tokens_choose(
 
 
 def _probability_of(probs: Float[Array, "G S E"], expert: Int[Array, "G S N"]) -> Float[Array, "G S N"]:
-    """`probs[g, s, expert[g, s, n]]` as a masked sum: its gradient needs no scatter, and it shards along G."""
+    """Returns `probs[g, s, expert[g, s, n]]` as a masked sum: its gradient needs no scatter, and it shards along G."""
     chosen = jax.nn.one_hot(expert, probs.shape[-1], dtype=bool)
     return jnp.where(chosen, probs[:, :, None, :], 0).sum(-1)
 
 
 def _queue_slots(expert: Int[Array, "G S N"], num_experts: int, priority: Float[Array, "G S"] | None) -> Int[Array, "G S N"]:
-    """Each choice's place in its expert's queue, counting choice-major. Index `num_experts` stands in no queue."""
+    """Returns each choice's place in its expert's queue, first choices before second ones. Index `num_experts` has none."""
     G, S, N = expert.shape
     if priority is not None:
         order = jnp.argsort(-priority, axis=-1, stable=True)
@@ -163,7 +163,7 @@ def _inverse_permutation(order: Int[Array, "G R"]) -> Int[Array, "G R"]:
 
 
 def experts_choose(probs: Float[Array, "G S E"], *, capacity: int, routed: Bool[Array, "G S"] | None = None) -> RoutingPlan:
-    """Every expert takes its `capacity` most probable tokens (2202.09368, equation 2); the lowest index wins ties.
+    """Plans that every expert takes its `capacity` most probable tokens (2202.09368, equation 2); the lowest index wins ties.
 
     routed: tokens that may be taken; the others count as improbable, and are not kept if their turn comes all the same. Not for
     decoders: a token's experts depend on later tokens.
@@ -181,17 +181,17 @@ def experts_choose(probs: Float[Array, "G S E"], *, capacity: int, routed: Bool[
 
 
 def expert_membership(expert: Int[Array, "G S N"], num_experts: int) -> Float[Array, "G S E"]:
-    """1 where any of a token's choices is the expert, else 0."""
+    """Returns 1 where any of a token's choices is the expert, else 0."""
     return jax.nn.one_hot(expert, num_experts, dtype=bool).any(-2).astype(jnp.float32)
 
 
 def load_balancing_loss(fraction: Float[Array, "G E"], mean_probs: Float[Array, "G E"]) -> Float[Array, ""]:
-    """E^2 times the mean over groups and experts of f * P (2101.03961, equations 4 to 6); 1 when both are uniform and N = 1."""
+    """Returns E^2 times the mean over groups and experts of f * P (2101.03961, equations 4 to 6): 1 if uniform and N = 1."""
     return fraction.shape[-1] ** 2 * jnp.mean(fraction * mean_probs)
 
 
 def router_z_loss(logits: Float[Array, "G S E"], counted: Bool[Array, "G S"] | None = None) -> Float[Array, ""]:
-    """Mean over tokens of logsumexp(logits)^2 (2202.08906, equation 5)."""
+    """Returns mean over tokens of logsumexp(logits)^2 (2202.08906, equation 5)."""
     return token_mean(jax.nn.logsumexp(logits, axis=-1) ** 2, counted)
 
 
@@ -203,7 +203,7 @@ def _own(x: Array) -> Array:
 
 
 def token_mean(values: Float[Array, "G S"], counted: Bool[Array, "G S"] | None, total: Total = _own) -> Float[Array, ""]:
-    """The mean of `values` over the tokens that count, or over all."""
+    """Returns the mean of `values` over the tokens that count, or over all."""
     if counted is None:
         return total(values.mean()) / total(jnp.ones(()))
     return total(jnp.where(counted, values, 0.0).sum()) / jnp.maximum(total(counted.sum()), 1)
@@ -212,7 +212,7 @@ def token_mean(values: Float[Array, "G S"], counted: Bool[Array, "G S"] | None, 
 def routing_metrics(
     plan: RoutingPlan, probs: Float[Array, "G S E"], counted: Bool[Array, "G S"] | None, total: Total = _own
 ) -> dict[str, Array]:
-    """What to watch while training; all float32 scalars but tokens_per_expert [E].
+    """Returns what to watch while training; all float32 scalars but tokens_per_expert [E].
 
     fraction_tokens_left_behind: of the counted tokens, those that no expert took. router_confidence: mean weight of the choices
     kept. router_entropy: mean entropy of the router's distribution, in nats. expert_usage: share of all slots in use.
@@ -290,12 +290,12 @@ def _both(a: Bool[Array, "G S"] | None, b: Bool[Array, "G S"] | None) -> Bool[Ar
 
 
 def report(routed: Routed, grouping: Grouping, *, with_logits: bool = False, total: Total = lambda x: x) -> RouterOutput:
-    """Losses, metrics and the choices of each token, by batch and length again.
+    """Returns losses, metrics and the choices of each token [B, L, ...].
 
     total: inside an SPMD body, adds up over its devices; for the metrics only.
     """
     plan, counted = routed.plan, routed.counted
-    # Means are over all places of a group but its filling: ignored padding stays in the denominators, as in flaxformer.
+    # Means are over all places of a group but those added to fill it; ignored padding counts in the denominators, as in flaxformer.
     share = 1.0 / plan.expert.shape[1] if counted is None else 1.0 / counted.sum(1, keepdims=True)
     probs = routed.probs if counted is None else jnp.where(counted[..., None], routed.probs, 0.0)
     balance = load_balancing_loss(routed.chose.sum(1) * share, probs.sum(1) * share)

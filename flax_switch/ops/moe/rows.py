@@ -15,7 +15,7 @@ def _take(x: Shaped[Array, "G S D"], index: Int[Array, "G R"]) -> Shaped[Array, 
 
 @jax.custom_vjp
 def take_rows(x: Shaped[Array, "G S D"], index: Int[Array, "G R"], inverse: Int[Array, "G S N"] | None) -> Shaped[Array, "G R D"]:
-    """`out[g, r] = x[g, index[g, r]]`; zero where the index is S.
+    """Returns `out[g, r] = x[g, index[g, r]]`; zero where the index is S.
 
     inverse: for every s the rows r with index[r] == s, filled up with R; None if there may be many, and then the gradient is
     a scatter-add.
@@ -32,7 +32,7 @@ def _sum_rows(rows: Shaped[Array, "G R D"], index: Int[Array, "G R"], inverse: I
 def sum_rows(
     rows: Shaped[Array, "G R D"], index: Int[Array, "G R"], inverse: Int[Array, "G S N"] | None, num_tokens: int
 ) -> Shaped[Array, "G S D"]:
-    """`out[g, s] = sum of rows[g, r] over r with index[g, r] == s`: the transpose of `take_rows`, with the same arguments."""
+    """Returns `out[g, s] = sum of rows[g, r] over r with index[g, r] == s`, the transpose of `take_rows` with its arguments."""
     if inverse is not None:
         return _sum_rows(rows, index, inverse)
     zeros = jnp.zeros((rows.shape[0], num_tokens, rows.shape[2]), rows.dtype)

@@ -1,4 +1,4 @@
-"""A projection's gradients are those of `x @ kernel`, whatever form a processor is given."""
+"""A projection's gradients are those of `x @ kernel`, whatever form a CPU is given."""
 
 import jax
 import jax.numpy as jnp

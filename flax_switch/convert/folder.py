@@ -205,19 +205,19 @@ def _finish(old: Path, new: Path) -> None:
 
 
 def _own_files(folder: Path) -> set[str]:
-    """The names of a model's files in a folder, of those that may be there; none where there is no model."""
+    """Returns the names of a model's files in a folder, of those that may be there; none where there is no model."""
     if not holds_model(folder):
         return set()
     return {path.name for pattern in (*MARKERS, *COMPANIONS, *_WEIGHTS) for path in folder.glob(pattern)}
 
 
 def holds_model(folder: Path) -> bool:
-    """Whether a folder has one of the files that mark a model."""
+    """Says whether a folder has one of the files that mark a model."""
     return any((folder / marker).exists() for marker in MARKERS)
 
 
 def _read_plan(folder: Path) -> str | None:
-    """The fingerprint in a folder that a conversion is at work on; None in any other."""
+    """Returns the fingerprint in a folder that a conversion is at work on; None in any other."""
     path = folder / _PLAN
     text = path.read_bytes()[:65].decode(errors="replace") if path.is_file() else ""
     return text if re.fullmatch("[0-9a-f]{64}", text) else None

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 def load_vocabulary(folder: Path) -> Vocabulary | None:
-    """The vocabulary of a model's folder, or None where it has none (or one that is no T5 tokenizer, which is logged)."""
+    """Returns the vocabulary of a model's folder, or None where it has none (or one that is no T5 tokenizer, which is logged)."""
     from flax_switch.data.foreign_vocabulary import ForeignVocabulary
     from flax_switch.data.vocabulary import Vocabulary
 
@@ -91,7 +91,7 @@ def _is_t5s(part: Mapping[str, Any]) -> bool:
 
 
 def _parts(value: Any, plural: str) -> list[Mapping[str, Any]]:
-    """The parts of a sequence of them, of one, or of none."""
+    """Returns the parts of a sequence of them, of one, or of none."""
     if value is None:
         return []
     parts = value.get(plural, [value]) if isinstance(value, Mapping) else [value]
@@ -119,7 +119,7 @@ def count_sentinels(folder: Path) -> int:
 
 
 def tokenizer_config(num_sentinels: int, added: Sequence[AddedToken] = ()) -> bytes:
-    """The tokenizer_config.json that makes AutoTokenizer open a `spiece.model` as T5's, with sentinels and added tokens."""
+    """Returns the tokenizer_config.json that makes AutoTokenizer open a `spiece.model` as T5's, with sentinels and added tokens."""
     values: dict[str, Any] = {
         "tokenizer_class": "T5Tokenizer",
         "eos_token": "</s>",
@@ -198,7 +198,7 @@ def sentencepiece_model(tokenizer: Mapping[str, Any]) -> tuple[bytes, int]:
 
 
 def _charsmap(normalizer: Any) -> bytes:
-    """The precompiled character map among a tokenizer.json's normalisers; none means the text stays as it is."""
+    """Returns the precompiled character map among a tokenizer.json's normalisers; none means the text stays as it is."""
     for part in _parts(normalizer, "normalizers"):
         if part.get("type") == "Precompiled":
             try:

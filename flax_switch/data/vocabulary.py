@@ -92,7 +92,7 @@ class Vocabulary:
     def from_sentencepiece(
         cls, model: bytes | epath.PathLike, num_sentinels: int = 100, added: Sequence[AddedToken] = ()
     ) -> Vocabulary:
-        """A vocabulary from a SentencePiece model: its bytes, or the path of a `.model` file such as T5's `spiece.model`.
+        """Makes a vocabulary from a SentencePiece model: its bytes, or the path of a `.model` file such as T5's `spiece.model`.
 
         Raises `ConfigError` where the file cannot be read, is no such model, or its ids are not T5's.
         """

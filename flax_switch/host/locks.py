@@ -118,7 +118,7 @@ def _unlock(file: int) -> None:
 
 
 def _is_at(file: int, place: Path) -> bool:
-    """Whether the open file is still the one of that name."""
+    """Says whether the open file is still the one of that name."""
     with contextlib.suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(file), os.stat(place))
     return False

@@ -103,7 +103,7 @@ class SwitchEncoder(nn.Module):
         return stack.token_embedder(ids) if self.config.separate_embeddings else shared
 
     def _token_ids(self, stack: StackConfig, ids: Int[AnyArray, "B L"] | None) -> Int[Array, "B L"] | None:
-        """The ids that sparse layers are routed by; None where they are routed by what they compute."""
+        """Returns the ids that sparse layers are routed by; None where they are routed by what they compute."""
         if self.config.learned_router or not stack.sparse_layers:
             return None
         if ids is None:

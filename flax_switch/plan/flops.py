@@ -33,7 +33,7 @@ def train_flops(config: SwitchConfig, batch: int, source: int, target: int) -> f
 
 
 def _stack_flops(config: SwitchConfig, stack: StackConfig, length: int, source: int) -> int:
-    """Of one sequence of `length` tokens; a decoder attends to `source` encoded ones, too."""
+    """Returns the FLOPs of one sequence of `length` tokens; a decoder attends to `source` encoded ones, too."""
     D, HK = config.d_model, config.num_heads * config.d_kv
     kernels = 3 if config.is_gated else 2
     attention = 2 * length * 4 * D * HK + 2 * length * 2 * length * HK

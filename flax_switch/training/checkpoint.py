@@ -164,7 +164,7 @@ def differing_fields(old: RunConfig, new: RunConfig) -> list[str]:
 
 
 def changeable_fields(config: RunConfig) -> set[str]:
-    """The names, as in `flat_fields`, of what a resumed run may change: what is marked by `config.base.may_change`."""
+    """Returns the names, as in `flat_fields`, of what a resumed run may change: what is marked by `config.base.may_change`."""
     return {
         f"{section.name}.{field.name}"
         for section in dataclasses.fields(config)

@@ -125,7 +125,7 @@ def copied_weights(teacher: Checkpoint, student: SwitchConfig) -> dict[str, Lazy
 
 
 def _is_sparse_mlp(path: str, teacher: SwitchConfig) -> bool:
-    """Whether a path lies in the MLP of a layer that is sparse in the teacher."""
+    """Says whether a path lies in the MLP of a layer that is sparse in the teacher."""
     return any(path.startswith(f"{stack.name}/layers_{i}/mlp/") for stack in teacher.stacks for i in stack.sparse_layers)
 
 

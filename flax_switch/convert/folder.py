@@ -313,10 +313,12 @@ def read_folder(
     read_file: Callable[[Path], dict[str, LazyTensor]],
     suffix: str,
     derived: Collection[str] = (),
+    name_of: Callable[[str], str] = str,
 ) -> Shard:
     """All tensors of `stem.suffix`, or of the shards its index names.
 
     `derived` names tensors that are made of others where they are absent: index and shards may disagree about those.
+    `name_of` turns the index's names of tensors into those that `read_file` gives them.
 
     Raises:
       CheckpointError: if the index names a file outside the folder or one that is not there, or disagrees with the files.
@@ -336,7 +338,7 @@ def read_folder(
     tensors: Shard = {}
     for name in files:
         held = read_file(folder / name)
-        listed = {tensor for tensor, file in weight_map.items() if file == name}
+        listed = {name_of(tensor) for tensor, file in weight_map.items() if file == name}
         wrong = sorted((listed ^ held.keys()) - set(derived))[:5]
         if wrong:
             raise CheckpointError(f"{index_path} and {name} disagree on what the file holds: {', '.join(wrong)}")

@@ -20,7 +20,7 @@ def local_folder(source: str | Path, revision: str | None = None) -> Path:
     """Returns the folder of a checkpoint: the source itself if it is there (it may be in object storage), else the hub's snapshot
     of the model of that name.
 
-    Only what is needed is fetched: configs, tokenizer, and safetensors, or torch files where there are no safetensors.
+    Only what is needed is fetched: configs, tokenizer, and safetensors, torch files where there are none, or Flax's.
 
     Raises:
       CheckpointError: if the source is neither, or the hub (or, offline, its cache) does not have it.
@@ -49,9 +49,10 @@ def local_folder(source: str | Path, revision: str | None = None) -> Path:
             f"{name!r} is no folder here. If it is a model on the Hugging Face hub, install pip install 'flax_switch[hub]'."
         ) from error
     try:
-        snapshot = Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=[*_SMALL, "*.safetensors"]))
-        if not any(snapshot.glob("*.safetensors")):
-            snapshot = Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=[*_SMALL, "*.bin"]))
+        for weights in ("*.safetensors", "*.bin", "*.msgpack"):
+            snapshot = Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=[*_SMALL, weights]))
+            if any(snapshot.glob(weights)):
+                break
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(

@@ -1,6 +1,6 @@
 """Hugging Face checkpoint folders: the table of names, and reading them.
 
-Read are safetensors and torch's .bin, one file or shards with an index, written by transformers 4 or 5, of
+Read are safetensors, torch's .bin and flax_model.msgpack, one file or shards with an index, written by transformers 4 or 5, of
 `SwitchTransformers...` and, for models without sparse layers, of `T5...` 1.0 and 1.1. Written is what transformers 5 writes.
 """
 
@@ -13,6 +13,7 @@ from typing import Any
 from flax_switch.config import ConfigError, SwitchConfig
 from flax_switch.config import huggingface as config_huggingface
 from flax_switch.convert.canonical import canonical_shapes
+from flax_switch.convert.flax_msgpack import pytorch_name, read_flax_msgpack
 from flax_switch.convert.folder import read_folder
 from flax_switch.convert.mapping import TRANSPOSE, Rule, to_canonical, to_foreign
 from flax_switch.convert.safetensors_file import read_safetensors
@@ -116,18 +117,21 @@ def derived_names(values: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def read_tensors(folder: Path, derived: Collection[str] = ()) -> dict[str, LazyTensor]:
-    """All tensors of the folder's weights, whichever of the four forms they are in; safetensors come first. For `derived`, see
+    """All tensors of the folder's weights, whichever form they are in; safetensors come first. For `derived`, see
     `read_folder`.
     """
-    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin"), ("flax_model", "msgpack")):
         if any((folder / f"{stem}.{suffix}{index}").exists() for index in ("", ".index.json")):
             if suffix == "safetensors":
                 return read_folder(folder, stem, read_safetensors, suffix, derived)
+            if suffix == "msgpack":
+                return read_folder(folder, stem, read_flax_msgpack, suffix, derived, lambda name: pytorch_name(name)[0])
             from flax_switch.convert.torch_bin import read_torch_bin  # torch is needed for .bin files alone
 
             return read_folder(folder, stem, read_torch_bin, suffix, derived)
     raise CheckpointError(
-        f"{folder} has a config.json but no weights: expected model.safetensors or pytorch_model.bin, or an index of shards."
+        f"{folder} has a config.json but no weights: expected model.safetensors, pytorch_model.bin or flax_model.msgpack, or "
+        "an index of shards."
     )
 
 

@@ -1,0 +1,36 @@
+"""Muon (github.com/KellerJordan/Muon): the momentum of a matrix, made orthogonal, is its update.
+
+`optax.contrib.muon` does the work. What is decided here is which parameters are matrices: attention's and the MLPs' kernels, each
+expert's and each scanned layer's by itself. Embeddings, relative biases, norms and routers take Adam's updates.
+"""
+
+from typing import Any
+
+import jax
+import optax
+
+from flax_switch.training.parameter_scale import own_axes
+
+NOT_MATRICES = ("vocab", "relpos_buckets", "unmodeled")  # axes of tables and routers
+UPDATE_RMS = 0.2  # of a matrix: about Adam's, so that one rate suits both (2502.16982, section 2.2)
+
+
+def matrix_axes(names: tuple[str, ...]) -> optax.contrib.MuonDimensionNumbers | None:
+    """The axes of the matrices in a parameter with these logical axes, in and out; None where it holds none."""
+    own = own_axes(names)
+    if len(own) != 2 or set(names) & set(NOT_MATRICES):
+        return None
+    return optax.contrib.MuonDimensionNumbers(*own)
+
+
+def scale_by_muon(axes: Any, b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+    """Turns gradients into directions: Muon's with momentum 0.95 for matrices, Adam's with b1, b2 and eps for the rest."""
+    is_names = lambda x: type(x) is tuple  # noqa: E731
+    return optax.contrib.muon(
+        -1.0,  # no rate: what comes out points along the gradient
+        eps=eps,
+        adam_b1=b1,
+        adam_b2=b2,
+        consistent_rms=UPDATE_RMS,
+        muon_weight_dimension_numbers=jax.tree.map(matrix_axes, axes, is_leaf=is_names),
+    )

@@ -7,12 +7,16 @@ expert's and each scanned layer's by itself. Embeddings, relative biases, norms 
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
-from flax_switch.training.parameter_scale import own_axes
+from flax_switch.training.parameter_scale import own_axes, parameter_scale
 
 NOT_MATRICES = ("vocab", "relpos_buckets", "unmodeled")  # axes of tables and routers
 UPDATE_RMS = 0.2  # of a matrix: about Adam's, so that one rate suits both (2502.16982, section 2.2)
+ATTENTION = 2.0  # its kernels go at twice the rate: what is copied through cross-attention is learned earlier
+NORMS = 0.3  # at the full rate, some shrink until their layer is switched off
+BIASES = 0.5  # relative biases are added to logits: their own size, small at first, is no measure for a step
 
 
 def matrix_axes(names: tuple[str, ...]) -> optax.contrib.MuonDimensionNumbers | None:
@@ -34,3 +38,11 @@ def scale_by_muon(axes: Any, b1: float, b2: float, eps: float) -> optax.Gradient
         consistent_rms=UPDATE_RMS,
         muon_weight_dimension_numbers=jax.tree.map(matrix_axes, axes, is_leaf=is_names),
     )
+
+
+def muon_scale(param: jax.Array, names: tuple[str, ...]) -> jax.Array:
+    """What a direction is multiplied by besides the rate: the parameter's RMS, but for relative biases, times a share by kind."""
+    if "relpos_buckets" in names:
+        return jnp.float32(BIASES)
+    share = ATTENTION if "joined_kv" in names else NORMS if len(own_axes(names)) == 1 else 1.0
+    return share * parameter_scale(param, names)

@@ -9,8 +9,8 @@ import optax
 from flax_switch.config import OptimizerConfig
 from flax_switch.partitioning import pmap_devices
 from flax_switch.training.adafactor import AdafactorState, adafactor, state_axes
-from flax_switch.training.muon import scale_by_muon
-from flax_switch.training.parameter_scale import scale_by_parameter_scale
+from flax_switch.training.muon import muon_scale, scale_by_muon
+from flax_switch.training.parameter_scale import parameter_scale, scale_by_parameter_scale
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -48,10 +48,10 @@ def build_optimizer(config: OptimizerConfig, axes: Any, steps: int) -> optax.Gra
     elif config.name == "adamw":
         optimizer = optax.adamw(schedule, config.b1, config.b2, config.eps, weight_decay=config.weight_decay)
     else:
-        betas = config.b1, config.b2, config.eps
+        betas, muon = (config.b1, config.b2, config.eps), config.name == "muon"
         optimizer = optax.chain(
-            scale_by_muon(axes, *betas) if config.name == "muon" else optax.scale_by_adam(*betas),
-            scale_by_parameter_scale(axes),
+            scale_by_muon(axes, *betas) if muon else optax.scale_by_adam(*betas),
+            scale_by_parameter_scale(axes, muon_scale if muon else parameter_scale),
             optax.add_decayed_weights(config.weight_decay),
             optax.scale_by_learning_rate(schedule),
         )

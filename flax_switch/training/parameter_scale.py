@@ -4,6 +4,7 @@ Embeddings of scale 1 and kernels of scale 0.05 then move by the same share of t
 layer, is scaled by its own RMS, as if it were a parameter of its own.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -29,10 +30,10 @@ def parameter_scale(param: jax.Array, names: tuple[str, ...]) -> jax.Array:
     return jnp.maximum(rms(param.astype(jnp.float32), own_axes(names)), MIN_SCALE)
 
 
-def scale_by_parameter_scale(axes: Any) -> optax.GradientTransformation:
-    """Multiplies updates by `parameter_scale`; `axes` is the tree of logical axis names of the parameters."""
+def scale_by_parameter_scale(axes: Any, scale: Callable[..., jax.Array] = parameter_scale) -> optax.GradientTransformation:
+    """Multiplies updates by `scale` of the parameter; `axes` is the tree of logical axis names of the parameters."""
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        return jax.tree.map(lambda u, p, names: u * parameter_scale(p, names), updates, params, axes), state
+        return jax.tree.map(lambda u, p, names: u * scale(p, names), updates, params, axes), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

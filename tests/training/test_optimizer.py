@@ -11,7 +11,7 @@ from optax.contrib import MuonDimensionNumbers
 from flax_switch.config import OptimizerConfig
 from flax_switch.nn.transformer import SwitchTransformer, logical_axes
 from flax_switch.presets import PRESETS
-from flax_switch.training.muon import matrix_axes, scale_by_muon
+from flax_switch.training.muon import matrix_axes, muon_scale, scale_by_muon
 from flax_switch.training.optimizer import build_optimizer, global_norm, learning_rate_schedule, optimizer_state_axes
 
 STEPS = 50
@@ -91,7 +91,10 @@ def relative(config, params, grads, step, memory):
             update = 0.2 * np.sqrt(max(g.shape)) * newton_schulz(mean)
         else:
             update = mean / (np.sqrt(v / (1 - b2 ** (step + 1))) + config.eps)
-        update = update * max(rms(params[name]), 1e-3) + config.weight_decay * params[name]
+        scale = max(rms(params[name]), 1e-3)
+        if muon:  # norms at 0.3 of the rate, relative biases by an absolute one
+            scale = {"kernel": scale, "scale": 0.3 * scale, "table": 0.5}[name]
+        update = update * scale + config.weight_decay * params[name]
         rate = rate_by_formula(step, config.schedule, config.learning_rate, config.warmup_steps, config.final_learning_rate)
         params[name] = params[name] - rate * update
 
@@ -183,6 +186,13 @@ def test_an_update_of_muon_is_nearly_orthogonal_and_keeps_the_gradients_directio
     u, values, vt = np.linalg.svd(np.asarray(update["w"]) / (0.2 * np.sqrt(10)), full_matrices=False)
     assert values.min() > 0.65 and values.max() < 1.25
     assert np.all(np.einsum("is,ij,sj->s", u, np.asarray(grad), vt) > 0)
+
+
+def test_attention_goes_at_twice_the_rate_of_other_matrices():
+    param = jnp.full((2, 3), 0.5)
+    assert muon_scale(param, ("embed", "joined_kv")) == pytest.approx(1.0)
+    assert muon_scale(param, ("embed", "mlp")) == pytest.approx(0.5)
+    assert muon_scale(jnp.zeros(3), ("embed",)) == pytest.approx(3e-4)
 
 
 def test_embeddings_biases_norms_and_routers_are_no_matrices():

@@ -1,7 +1,7 @@
 """A small Switch Transformer on the embedded corpus, for one machine: what the quickstart trains.
 
 Two examples of three are infilling (the whole text comes back, its gaps filled in), one is span corruption. Muon, and copying
-through the encoder, make it use its encoder within a few hundred steps. docs/pretraining.md has the measured runs and what mattered.
+through the encoder, make it use its encoder within a few hundred steps. docs/pretraining.md has the runs and what mattered.
 
 Command:   flax-switch pretrain --config configs/tiny.py --workdir runs/tiny
 Hardware:  2 CPU cores.
@@ -19,7 +19,7 @@ def get_config():
             model=PRESETS["switch-tiny"].replace(
                 num_encoder_layers=3,
                 num_decoder_layers=3,
-                sparse_layout="huggingface",  # the middle layers, as a Hugging Face config can say it
+                sparse_layout="middle",  # a place that Hugging Face's config can name
                 router_init_std=0.4,
                 capacity_mode="dropless",
                 routing_group="tokens",

@@ -5,7 +5,8 @@ through the encoder, make it use its encoder within a few hundred steps. docs/pr
 
 Command:   flax-switch pretrain --config configs/tiny.py --workdir runs/tiny
 Hardware:  2 CPU cores.
-Expect:    about 4.5 minutes of training.
+Expect:    about 4.5 minutes; held-out, with another row's inputs infilling loses 2.25 nats a token; of masked text 38 % of tokens
+           and 16 % of whole spans right, 1.94 nats below their unigram entropy.
 """
 
 from flax_switch.config import DataConfig, ExperimentConfig, OptimizerConfig, TrainConfig

@@ -2,8 +2,8 @@
 
 Command:   flax-switch pretrain --config configs/t5_tiny.py --workdir runs/t5_tiny
 Hardware:  2 CPU cores.
-Expect:    of masked text 37 % of tokens and 15 % of whole spans right, 1.87 nats below their unigram entropy; docs/pretraining.md has
-           both runs side by side.
+Expect:    of masked text 37 % of tokens and 15 % of whole spans right, 1.87 nats below their unigram entropy; docs/pretraining.md
+           has both runs side by side.
 """
 
 import pathlib

@@ -43,7 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--teacher", type=Path, help="a run of configs/tiny.py")
-    parser.add_argument("--teacher-steps", type=int, default=1200)
+    parser.add_argument("--teacher-steps", type=int, default=800)
     parser.add_argument("--steps", type=int, default=300, help="of every student, and of the model alone")
     parser.add_argument("--students", nargs="*", default=["both", "weights", "probabilities"])
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/distillation.json")

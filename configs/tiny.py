@@ -1,9 +1,12 @@
 """A small Switch Transformer on the embedded corpus, for one machine: what the quickstart trains.
 
+Two examples of three are infilling (the whole text comes back, its gaps filled in), one is span corruption. Muon, and copying
+through the encoder, make it use its encoder within a few hundred steps. docs/pretraining.md has the runs and what mattered.
+
 Command:   flax-switch pretrain --config configs/tiny.py --workdir runs/tiny
 Hardware:  2 CPU cores.
-Expect:    about 4.5 minutes of training; held-out cross-entropy over text targets 3.47 nats per token, 1.07 below their unigram
-           entropy. docs/pretraining.md has the measured run and what mattered in finding this recipe.
+Expect:    about 4.5 minutes; held-out, with another row's inputs infilling loses 2.25 nats a token; of masked text 38 % of tokens
+           and 16 % of whole spans right, 1.94 nats below their unigram entropy.
 """
 
 from flax_switch.config import DataConfig, ExperimentConfig, OptimizerConfig, TrainConfig
@@ -14,18 +17,26 @@ from flax_switch.config.recipes import to_config_dict
 def get_config():
     return to_config_dict(
         ExperimentConfig(
-            model=PRESETS["switch-tiny"],
+            model=PRESETS["switch-tiny"].replace(
+                num_encoder_layers=3,
+                num_decoder_layers=3,
+                sparse_layout="middle",  # a place that Hugging Face's config can name
+                router_init_std=0.4,
+                capacity_mode="dropless",
+                routing_group="tokens",
+                group_size=65536,  # all of a batch: its tokens balance the experts together
+                load_balancing_loss_coef=0.03,
+            ),
             data=DataConfig(
                 vocabulary_size=256,
                 inputs_length=64,
-                targets_length=32,
+                targets_length=76,
                 batch_size=32,
                 span_corruption_rate=0.5,
-                prefix_lm_rate=0.5,
+                infilling_rate=1.0,
+                noise_density=0.25,
             ),
-            optimizer=OptimizerConfig(
-                name="adamw", schedule="linear", learning_rate=3e-3, warmup_steps=100, b2=0.98, clip_global_norm=1.0
-            ),
-            train=TrainConfig(steps=1200, log_every=20, eval_every=300, eval_batches=40, checkpoint_every=300),
+            optimizer=OptimizerConfig(name="muon", schedule="linear", learning_rate=0.05, warmup_steps=100, b2=0.98),
+            train=TrainConfig(steps=800, log_every=20, eval_every=200, eval_batches=40, checkpoint_every=200),
         )
     )

@@ -51,7 +51,7 @@ def test_a_gin_file_of_ones_own_names_a_recipe_by_name_or_path(name, tmp_path, m
 
 def test_a_file_in_the_working_directory_comes_before_the_packages_for_a_gin_file_of_ones_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "base.py").write_text((ROOT / "configs" / "tiny.py").read_text().replace("steps=1200", "steps=77"))
+    (tmp_path / "base.py").write_text((ROOT / "configs" / "tiny.py").read_text().replace("steps=800", "steps=77"))
     (tmp_path / "mine.gin").write_text("recipe.base = 'base.py'\n")
     assert recipes.load_gin(["mine.gin"]).train.steps == 77
 
@@ -101,13 +101,13 @@ def test_recipes_are_listed_with_purpose_size_and_hardware(capsys):
         assert row["purpose"] == text.splitlines()[0] and row["purpose"].endswith(".")
         assert row["hardware"] and " ".join(text.split()).count(row["hardware"]) == 1
         assert (row["parameters"] is None) == (row["command"] == "finetune")
-    assert (rows["tiny"]["parameters"], rows["tiny"]["active_parameters"]) == (2_805_504, 970_496)
+    assert (rows["tiny"]["parameters"], rows["tiny"]["active_parameters"]) == (3_264_896, 1_429_888)
 
 
 def test_the_listing_for_people_has_every_name_and_fits_a_terminal(capsys):
     text = printed(capsys, "recipes")
     assert all(f"\n{name} " in f"\n{text}" for name in shipped.names())
-    assert "tiny                               pretrain  2.81 M parameters, 970 K active per token\n" in text
+    assert "tiny                               pretrain  3.26 M parameters, 1.43 M active per token\n" in text
     assert "Hardware: 2 CPU cores." in text
     assert max(map(len, text.splitlines())) <= 100
 

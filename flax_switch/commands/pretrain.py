@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 
 from flax_switch.commands.options import add_distributed_arguments, add_recipe_arguments, connection, load_config, take_overrides
+from flax_switch.config import ExperimentConfig
+from flax_switch.config.shipped import names
 
 __all__ = ["add_arguments", "run", "take_overrides"]
 
@@ -20,11 +22,27 @@ def run(args: argparse.Namespace) -> int:
     """Trains, then writes samples and the report; exit status 0, or 1 where a signal stopped the run before its end."""
     config, others = load_config(args), connection(args)
     from flax_switch.parallel import processes
+    from flax_switch.training.checkpoint import OtherRunError
     from flax_switch.workflows.finish import finish
     from flax_switch.workflows.pretrain import pretrain
 
     with processes.session(others):
-        result = pretrain(config, args.workdir)
+        try:
+            result = pretrain(config, args.workdir)
+        except OtherRunError as error:
+            raise OtherRunError(f"{error}{_former_recipe(args.workdir)}") from error
         if result.finished:
             finish(result, args.workdir)
     return 0 if result.finished else 1
+
+
+def _former_recipe(workdir: str) -> str:
+    """A sentence on the recipe that continues the run in `workdir`, where one that comes with the package does; else ''."""
+    from flax_switch.config.recipes import load_recipe
+    from flax_switch.training.checkpoint import differing_fields, read_config
+
+    found = read_config(workdir)
+    recipes = ((name, load_recipe(name)) for name in names())
+    same = (name for name, recipe in recipes if isinstance(recipe, ExperimentConfig) and not differing_fields(found, recipe))
+    name = next(same, None)
+    return "" if name is None else f" --config {name} --workdir {workdir} continues the run that is there."

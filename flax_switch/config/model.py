@@ -120,6 +120,7 @@ class SwitchConfig(_Section):
     ignore_padding_tokens: bool = False  # False: padding takes slots and counts in losses, as it does upstream
     padding_semantics: str = "masked"  # how ignored padding behaves: flaxformer's "masked" or "scatter" router
     router_bias: bool = False
+    router_init_std: float = 0.02  # of the router's kernel; at D**-0.5 tokens begin with preferences, at 0.02 with hardly any
     router_jitter_noise: float = 0.0  # training only: router inputs times U(1-eps, 1+eps)
     router_dtype: str = "float32"
     cast_router_probs: bool = False  # Hugging Face: probabilities in the activations' dtype before argmax
@@ -193,6 +194,7 @@ class SwitchConfig(_Section):
             self._check_stack(stack)
         if self.is_sparse:
             self._check_routing()
+        check(self.router_init_std >= 0, f"router_init_std must not be negative; it is {self.router_init_std}.")
         for name in ("dropout_rate", "expert_dropout_rate", "label_smoothing", "router_jitter_noise"):
             rate = getattr(self, name)
             check(rate is None or 0.0 <= rate < 1.0, f"{name} must lie in [0, 1); it is {rate}.")

@@ -61,7 +61,7 @@ _TINY = SwitchConfig(
 )  # fmt: skip
 
 PRESETS: dict[str, SwitchConfig] = {
-    # One machine: what `configs/tiny.py` trains.
+    # One machine: what `configs/tiny_language_model.py` trains; `configs/tiny.py` has a layer more in each stack.
     "switch-tiny": _TINY,
     **{f"switch-base-{e}": _SWITCH.replace(num_experts=e) for e in (8, 16, 32, 64, 128, 256)},
     "switch-large-128": _SWITCH.replace(**_LARGE),

@@ -71,13 +71,13 @@ class DataConfig(BatchConfig):
 class OptimizerConfig(_Section):
     """The optimiser and its schedule. The defaults are T5X's for pre-training."""
 
-    name: str = "adafactor"  # or "adamw"
+    name: str = "adafactor"  # or "adamw", "adamw_rms" (rates relative to a parameter's RMS), "muon" (the same, matrices by Muon)
     schedule: str = "rsqrt"  # learning_rate * rsqrt(max(step, warmup_steps)); or "constant", "linear", "cosine"
     learning_rate: float = 1.0  # the factor in rsqrt; else the peak
     warmup_steps: int = 10_000  # rsqrt: constant until then; others: linear from 0
     final_learning_rate: float = 0.0  # of linear and cosine, at the last step
     decay_rate: float = 0.8  # Adafactor's second moments: 1 - step**-decay_rate
-    multiply_by_parameter_scale: bool = True
+    multiply_by_parameter_scale: bool = True  # Adafactor's; adamw_rms and muon always do, adamw never does
     min_dim_size_to_factor: int = 128
     clipping_threshold: float | None = 1.0  # Adafactor's, on the update's RMS, per expert
     b1: float = 0.9
@@ -89,7 +89,7 @@ class OptimizerConfig(_Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of("optimizer.name", self.name, ("adafactor", "adamw"))
+        one_of("optimizer.name", self.name, ("adafactor", "adamw", "adamw_rms", "muon"))
         one_of("optimizer.schedule", self.schedule, ("rsqrt", "constant", "linear", "cosine"))
         check(self.learning_rate > 0, f"optimizer.learning_rate must be positive; it is {self.learning_rate}.")
         check(self.warmup_steps >= 0, f"optimizer.warmup_steps must not be negative; it is {self.warmup_steps}.")

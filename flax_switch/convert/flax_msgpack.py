@@ -36,7 +36,7 @@ Leaf = LazyTensor | int
 
 
 def read_flax_msgpack(path: Path) -> dict[str, LazyTensor]:
-    """The tensors of a file under PyTorch's names and in PyTorch's layout, unread.
+    """Returns the tensors of a file under PyTorch's names and in PyTorch's layout, unread.
 
     Raises:
       CheckpointError: if the file is truncated, or holds anything but arrays by name.
@@ -55,7 +55,7 @@ def pytorch_name(path: str) -> tuple[str, bool]:
 
 
 def read_tree(path: Path) -> dict[str, LazyTensor]:
-    """The arrays of a file by their '/'-joined path, unread."""
+    """Returns the arrays of a file by their '/'-joined path, unread."""
     with path.open("rb") as file:
         walk = _Walk(path, file)
         leaves = dict(walk.tree("", 0))
@@ -65,7 +65,7 @@ def read_tree(path: Path) -> dict[str, LazyTensor]:
 
 
 def _joined(path: Path, leaves: dict[str, Leaf]) -> dict[str, LazyTensor]:
-    """The arrays with those in chunks put together."""
+    """Returns the arrays with those in chunks put together."""
     chunked = {name.removesuffix(f"/{_CHUNKED}") for name in leaves if name.endswith(f"/{_CHUNKED}")}
     tensors: dict[str, LazyTensor] = {name: _unchunked(path, name, leaves) for name in chunked}
     for name, leaf in leaves.items():
@@ -88,7 +88,7 @@ def _unchunked(path: Path, name: str, leaves: dict[str, Leaf]) -> LazyTensor:
 
 
 def _numbered(leaves: dict[str, Leaf], prefix: str) -> list[Leaf]:
-    """The leaves `prefix/0`, `prefix/1`, ... as far as there are any."""
+    """Returns the leaves `prefix/0`, `prefix/1`, ... as far as there are any."""
     found: list[Leaf] = []
     while f"{prefix}/{len(found)}" in leaves:
         found.append(leaves[f"{prefix}/{len(found)}"])
@@ -129,7 +129,7 @@ class _Walk:
         return int.from_bytes(self.take(count), "big")
 
     def length(self, first: int, fixed: range, sized: dict[int, int], what: str) -> int:
-        """How long a value is: a few lengths stand in its first byte, others follow it."""
+        """Reads how long a value is: a few lengths stand in its first byte, others follow it."""
         if first in fixed:
             return first - fixed.start
         if first not in sized:
@@ -175,7 +175,7 @@ class _Walk:
         return self.length(first, range(0x80), _INTEGERS, "a size")
 
     def array(self, name: str, count: int) -> LazyTensor:
-        """The array of an extension of `count` bytes: msgpack of shape, dtype and contents."""
+        """Reads the array of an extension of `count` bytes: msgpack of shape, dtype and contents."""
         if self.number(1) != _ARRAY:
             raise self.corrupt(f"{name!r} is no array")
         end = self.file.tell() + count

@@ -77,7 +77,7 @@ class RouterWeights(nn.Module):
     def __call__(self) -> tuple[Array, Array | None]:
         """Returns (kernel, bias or None)."""
         config = self.config
-        shape, init = (config.d_model, config.num_experts), nn.initializers.normal(0.02)
+        shape, init = (config.d_model, config.num_experts), nn.initializers.normal(config.router_init_std)
         return Kernel(shape, ("embed", "unmodeled"), init, config.param_dtype, config.router_bias, name="w")()
 
 

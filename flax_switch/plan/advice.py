@@ -46,7 +46,7 @@ def _split_weights(config: ExperimentConfig, mesh: tuple[int, int, int]) -> list
                 f"Split every kernel over more devices, at the price of all-reduces: --mesh data={sizes[0]},expert={sizes[1]},"
                 f"model={2 * model} (from the {axis} axis)."
             )
-    if config.optimizer.name == "adamw":
+    if config.optimizer.name != "adafactor":
         advice.append("Adafactor keeps a thousandth of AdamW's state: --config.optimizer.name=adafactor.")
     return advice
 

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-BATCH_AXES = ("expert", "layers")
+from flax_switch.training.parameter_scale import own_axes, parameter_scale, rms
+
 _TINY = 1e-30  # keeps second moments of zero gradients positive
-_MIN_SCALE = 1e-3  # parameters near zero still move
 
 
 class AdafactorState(NamedTuple):
@@ -30,7 +30,7 @@ def factored_axes(shape: tuple[int, ...], axes: tuple[str, ...], min_size: int) 
 
     Parameters with batch axes factor their two other axes whatever their size; others only where both are at least `min_size`.
     """
-    own = [i for i, name in enumerate(axes) if name not in BATCH_AXES]
+    own = own_axes(axes)
     if len(own) != 2:
         return None
     if len(own) == len(axes) and min(shape) < min_size:
@@ -88,8 +88,6 @@ def adafactor(
 
         def one(grad, param, names, row, col, full):
             grad = grad.astype(jnp.float32)
-            batch = tuple(i for i, name in enumerate(names) if name in BATCH_AXES)
-            own = tuple(i for i in range(param.ndim) if i not in batch)
             square = jnp.square(grad) + _TINY
             factors = factored_axes(param.shape, names, min_dim_size_to_factor)
             if factors is None:
@@ -102,10 +100,10 @@ def adafactor(
                 row_mean = row.mean(r - (c < r), keepdims=True)
                 update = grad * jnp.expand_dims((row / row_mean) ** -0.5, c) * jnp.expand_dims(col**-0.5, r)
             if clipping_threshold is not None:
-                update /= jnp.maximum(1.0, _rms(update, own) / clipping_threshold)
+                update /= jnp.maximum(1.0, rms(update, own_axes(names)) / clipping_threshold)
             scale = jnp.asarray(step_size)
             if multiply_by_parameter_scale:
-                scale = scale * jnp.maximum(_rms(param.astype(jnp.float32), own), _MIN_SCALE)
+                scale = scale * parameter_scale(param, names)
             return -scale * update, row, col, full
 
         results = jax.tree.map(one, updates, params, axes, state.row, state.col, state.full)
@@ -114,10 +112,6 @@ def adafactor(
         return updates, AdafactorState(state.count + 1, row, col, full)
 
     return optax.GradientTransformation(init, update)
-
-
-def _rms(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    return jnp.sqrt(jnp.square(x).mean(axes, keepdims=True))
 
 
 def _without(items: tuple, index: int) -> tuple:

@@ -10,6 +10,7 @@ A workdir holds
 
 import dataclasses
 import errno
+import itertools
 import json
 from typing import Any
 
@@ -115,6 +116,10 @@ class explain_full_disk:  # noqa: N801 - reads as a statement
             ) from error
 
 
+class OtherRunError(ConfigError):
+    """The workdir holds a run of another config."""
+
+
 def claim_workdir(workdir: epath.PathLike, config: RunConfig) -> epath.Path:
     """Creates the workdir with its config, or checks that it belongs to the same run.
 
@@ -143,13 +148,19 @@ def claim_workdir(workdir: epath.PathLike, config: RunConfig) -> epath.Path:
     found = read_config(workdir)
     differing = differing_fields(found, config)
     if differing:
-        raise ConfigError(
+        raise OtherRunError(
             f"The workdir {workdir} holds another run. It differs in: {'; '.join(differing)}. Restore these settings to continue "
-            "it, or name a new workdir."
+            f"it, or name a new workdir: --workdir {_unused(workdir)}."
         )
     if found != config:  # in what may change
         write_config(workdir, config)
     return workdir
+
+
+def _unused(workdir: epath.Path) -> epath.Path:
+    """Returns a folder beside `workdir` that is not there yet: runs/tiny_2."""
+    beside = (workdir.parent / f"{workdir.name}_{number}" for number in itertools.count(2))
+    return next(path for path in beside if not path.exists())
 
 
 def differing_fields(old: RunConfig, new: RunConfig) -> list[str]:

@@ -9,6 +9,8 @@ import optax
 from flax_switch.config import OptimizerConfig
 from flax_switch.parallel.pmap import pmap_devices
 from flax_switch.training.adafactor import AdafactorState, adafactor, state_axes
+from flax_switch.training.muon import muon_scale, scale_by_muon
+from flax_switch.training.parameter_scale import parameter_scale, scale_by_parameter_scale
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -43,8 +45,16 @@ def build_optimizer(config: OptimizerConfig, axes: Any, steps: int) -> optax.Gra
             min_dim_size_to_factor=config.min_dim_size_to_factor,
             clipping_threshold=config.clipping_threshold,
         )
-    else:
+    elif config.name == "adamw":
         optimizer = optax.adamw(schedule, config.b1, config.b2, config.eps, weight_decay=config.weight_decay)
+    else:
+        betas, muon = (config.b1, config.b2, config.eps), config.name == "muon"
+        optimizer = optax.chain(
+            scale_by_muon(axes, *betas) if muon else optax.scale_by_adam(*betas),
+            scale_by_parameter_scale(axes, muon_scale if muon else parameter_scale),
+            optax.add_decayed_weights(config.weight_decay),
+            optax.scale_by_learning_rate(schedule),
+        )
     if config.clip_global_norm is not None:
         optimizer = optax.chain(_clip_by_global_norm(config.clip_global_norm, axes), optimizer)
     return optimizer
@@ -77,23 +87,25 @@ def _clip_by_global_norm(limit: float, axes: Any) -> optax.GradientTransformatio
 
 def optimizer_state_axes(state: Any, params: Any, axes: Any, config: OptimizerConfig) -> Any:
     """Returns the tree of logical axes of an optimiser's state: statistics are split like the parameter they belong to."""
-    param_structure = jax.tree.structure(params)
+    # Muon's and Adam's parts of a state leave out each other's parameters, so what a leaf is of is told by the end of its path.
+    names = dict(zip(_paths(params), jax.tree.structure(params).flatten_up_to(axes), strict=True))
 
-    def is_params(node):
-        return jax.tree.structure(node) == param_structure
-
-    def is_known(node):
-        return isinstance(node, AdafactorState) or is_params(node)
-
-    def axes_of(node):
+    def axes_of(path, node):
         if isinstance(node, AdafactorState):
-            parts = jax.tree.map(lambda p, names: state_axes(p.shape, names, config.min_dim_size_to_factor), params, axes)
-            # One (row, col, full) triple per parameter.
-            leaves = jax.tree.leaves(parts, is_leaf=lambda x: isinstance(x, tuple) and isinstance(x[0], tuple))
-            row, col, full = (param_structure.unflatten([leaf[i] for leaf in leaves]) for i in range(3))
-            return node._replace(count=(), row=row, col=col, full=full)
-        if is_params(node):
-            return axes
-        return (None,) * len(node.shape)
+            return _adafactor_axes(node, params, axes, config)
+        ends = (path[i:] for i in range(len(path)))
+        return next((names[end] for end in ends if end in names), (None,) * len(node.shape))
 
-    return jax.tree.map(axes_of, state, is_leaf=is_known)
+    return jax.tree_util.tree_map_with_path(axes_of, state, is_leaf=lambda node: isinstance(node, AdafactorState))
+
+
+def _paths(tree: Any) -> list[tuple]:
+    return [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def _adafactor_axes(state: AdafactorState, params: Any, axes: Any, config: OptimizerConfig) -> AdafactorState:
+    """Returns the (row, col, full) statistics of each parameter as three trees."""
+    parts = jax.tree.map(lambda p, names: state_axes(p.shape, names, config.min_dim_size_to_factor), params, axes)
+    leaves = jax.tree.structure(params).flatten_up_to(parts)
+    row, col, full = (jax.tree.structure(params).unflatten([leaf[i] for leaf in leaves]) for i in range(3))
+    return state._replace(count=(), row=row, col=col, full=full)

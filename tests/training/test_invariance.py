@@ -44,11 +44,11 @@ def make_batch(rows=16, source=8, target=8):
     }
 
 
-def build(model, mesh, microbatches=1, **settings):
+def build(model, mesh, microbatches=1, optimizer=OPTIMIZER, **settings):
     config = ExperimentConfig(
         model=MODELS[model].replace(**settings),
         data=DataConfig(batch_size=16),
-        optimizer=OPTIMIZER,
+        optimizer=optimizer,
         mesh=mesh,
         train=TrainConfig(steps=10, microbatches=microbatches),
     )
@@ -100,6 +100,15 @@ def name(mesh):
 @pytest.mark.parametrize("model", MODELS)
 def test_every_mesh_trains_alike(model, mesh):
     compare(train(build(model, mesh)), on_one_device(model))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES[4:6], ids=name)
+@pytest.mark.parametrize("optimizer", ["adamw_rms", "muon"])
+def test_every_mesh_trains_alike_with_rates_relative_to_parameters(optimizer, mesh):
+    relative = OPTIMIZER.replace(name=optimizer, b2=0.98, eps=1e-3)
+    run, alone = (build("capacity", where, optimizer=relative) for where in (mesh, ONE))
+    compare(train(run, steps=3)[0].params, train(alone, steps=3)[0].params)
 
 
 @pytest.mark.slow

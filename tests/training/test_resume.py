@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from flax_switch.cli import main
 from flax_switch.config import ConfigError, ExperimentConfig
 from flax_switch.config.distillation import DistillConfig
 from flax_switch.config.finetuning import FinetuneConfig
+from flax_switch.config.recipes import load_recipe
 from flax_switch.training.checkpoint import changeable_fields, claim_workdir, differing_fields, explain_full_disk, read_config
 from flax_switch.training.metrics import MetricsWriter, read_metrics
 
@@ -130,6 +132,17 @@ def test_a_stopped_run_saves_where_it_is_and_continues(tmp_path, environment, un
     assert f"saved at step {stopped_at}. Run the same command again to continue." in " ".join(output.split())
     assert f"from step {stopped_at}." in " ".join(finish(workdir, environment).split())
     assert losses(workdir) == undisturbed
+
+
+def test_a_run_of_the_former_default_is_refused_with_the_recipe_that_continues_it_and_a_free_folder(tmp_path, capsys):
+    run, former = tmp_path / "tiny", load_recipe("tiny_language_model", ["train.steps=700"])
+    claim_workdir(run, former)
+    (tmp_path / "tiny_2").mkdir()
+    assert main(["pretrain", "--config", "tiny", "--workdir", str(run)]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"--workdir {tmp_path}/tiny_3." in said
+    assert f"--config tiny_language_model --workdir {run} continues the run that is there." in said
+    assert read_config(run) == former
 
 
 def test_a_workdir_of_another_run_is_refused_naming_the_fields(tmp_path):

@@ -41,7 +41,7 @@ def scale_by_muon(axes: Any, b1: float, b2: float, eps: float) -> optax.Gradient
 
 
 def muon_scale(param: jax.Array, names: tuple[str, ...]) -> jax.Array:
-    """Returns what a direction is multiplied by besides the rate: the parameter's RMS, but for relative biases, times a share by kind."""
+    """Returns the factor of a direction besides the rate: the parameter's RMS, but for relative biases, times a share by kind."""
     if "relpos_buckets" in names:
         return jnp.float32(BIASES)
     share = ATTENTION if "joined_kv" in names else NORMS if len(own_axes(names)) == 1 else 1.0

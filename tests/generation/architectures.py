@@ -59,7 +59,8 @@ AXES = {
 TRAINING_ONLY = dict(
     capacity_factor=0.5, router_jitter_noise=0.1, expert_parallel_buffer_factor=1.0, load_balancing_loss_coef=0.5,
     router_z_loss_coef=0.5, router_loss_reduction="huggingface", z_loss_coef=0.5, label_smoothing=0.1,
-    loss_normalizer="total_target_tokens", dropout_rate=0.5, expert_dropout_rate=0.4, init_scale=3.0, router_init_std=0.3, remat_policy="full",
+    loss_normalizer="total_target_tokens", dropout_rate=0.5, expert_dropout_rate=0.4, init_scale=3.0, remat_policy="full",
+    router_init_std=0.3,
 )  # fmt: skip
 # With tokens that choose, neither may any capacity.
 CAPACITIES = [

@@ -10,7 +10,8 @@ from optax.contrib import MuonDimensionNumbers
 
 from flax_switch.config import OptimizerConfig
 from flax_switch.config.presets import PRESETS
-from flax_switch.nn.transformer import SwitchTransformer, logical_axes
+from flax_switch.nn.init import logical_axes
+from flax_switch.nn.transformer import SwitchTransformer
 from flax_switch.training.muon import matrix_axes, muon_scale, scale_by_muon
 from flax_switch.training.optimizer import build_optimizer, global_norm, learning_rate_schedule, optimizer_state_axes
 

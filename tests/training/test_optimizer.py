@@ -1,5 +1,7 @@
 """Optimisers, schedules and clipping against their formulas written out in NumPy, float64."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -167,7 +169,8 @@ def test_the_norm_is_that_of_all_gradients_as_one_vector():
 def test_a_stack_of_matrices_is_updated_like_separate_parameters(name, stack):
     config = OptimizerConfig(name=name, schedule="constant", learning_rate=0.1, warmup_steps=0, min_dim_size_to_factor=3)
     param = jnp.asarray(RNG.normal(size=(5, 8, 12)) * np.arange(1.0, 6.0)[:, None, None], jnp.float32)
-    stacked, alone = {"w": param}, {str(e): param[e] for e in range(5)}
+    stacked: Any = {"w": param}
+    alone: Any = {str(e): param[e] for e in range(5)}
     together = build_optimizer(config, {"w": (stack, "embed", "mlp")}, STEPS)
     apart = build_optimizer(config, dict.fromkeys(alone, ("embed", "mlp")), STEPS)
     states = together.init(stacked), apart.init(alone)
@@ -197,7 +200,8 @@ def test_attention_goes_at_twice_the_rate_of_other_matrices():
 
 def test_embeddings_biases_norms_and_routers_are_no_matrices():
     model = SwitchTransformer(PRESETS["switch-tiny"])
-    found = {"/".join(path): matrix_axes(names) for path, names in flatten_dict(logical_axes(model)).items()}
+    axes: Any = flatten_dict(logical_axes(model))
+    found = {"/".join(path): matrix_axes(names) for path, names in axes.items()}
     assert found["decoder/layers_1/mlp/expert/wi/kernel"] == MuonDimensionNumbers(1, 2)
     assert found["encoder/layers_0/attention/out/kernel"] == MuonDimensionNumbers(0, 1)
     others = [path for path, axes in found.items() if axes is None]

@@ -105,7 +105,7 @@ def write_bytes(path: epath.PathLike, content: bytes) -> None:
 
 def _temporary(path: Path | epath.Path) -> Any:
     """Returns a name beside `path` that no other writer has; made by hand, as tempfile's files are their owner's alone to read."""
-    return path.parent / f"{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}"
+    return path.parent / f".{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}"
 
 
 @contextlib.contextmanager
@@ -132,7 +132,8 @@ def _flush(file: Path) -> None:
 
 def _remove_abandoned(path: Path) -> None:
     """Removes what a killed writer of `path` left behind."""
-    for left in path.parent.glob(f"{path.name}.tmp-*"):
+    patterns = (f".{path.name}.tmp-*", f"{path.name}.tmp-*")  # the latter of 0.1.0
+    for left in (found for pattern in patterns for found in path.parent.glob(pattern)):
         with contextlib.suppress(FileNotFoundError):  # its writer may be finishing right now
             newest = max(f.stat().st_mtime for f in (left, *left.glob("*")))
             if time.time() - newest > _ABANDONED:

@@ -136,7 +136,9 @@ def claim_workdir(workdir: epath.PathLike, config: RunConfig) -> epath.Path:
             )
         if workdir.exists() and not workdir.is_dir():
             raise ConfigError(f"The workdir {workdir} is a file; name a folder.")
-        strangers = [p.name for p in workdir.iterdir() if not p.name.startswith(".")] if workdir.exists() else []
+        strangers = (
+            [p.name for p in workdir.iterdir() if not p.name.startswith(".") and ".tmp-" not in p.name] if workdir.exists() else []
+        )
         if strangers:
             raise ConfigError(
                 f"The workdir {workdir} holds {', '.join(sorted(strangers)[:3])} and no {CONFIG_FILE}, so it belongs to "

@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from etils import epath
 from flax_switch.config import ConfigError
 from flax_switch.host.files import in_store, write_text
 from flax_switch.host.json_text import json_object
+from flax_switch.training.board import Board
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -27,6 +29,15 @@ def plain(metrics: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[key] = np.asarray(value, np.float64).tolist()
     return flat
+
+
+def scalars(metrics: dict[str, Any]) -> Iterable[tuple[str, float]]:
+    """Yields the metrics that are numbers, and those that have one for each sparse layer layer by layer."""
+    for name, value in metrics.items():
+        if isinstance(value, int | float):
+            yield name, value
+        elif name.startswith("routers/") and np.ndim(value) == 1:
+            yield from ((f"{name}/sparse_layer_{layer}", entry) for layer, entry in enumerate(value))
 
 
 class MetricsWriter:
@@ -45,9 +56,7 @@ class MetricsWriter:
         self._lines = [json.dumps(line) + "\n" for line in read_metrics(workdir) if line["step"] <= resume_step]
         write_text(self._path, "".join(self._lines))
         if not self._stored and importlib.util.find_spec("tensorboardX") is not None:
-            from tensorboardX import SummaryWriter
-
-            self._board = SummaryWriter(str(epath.Path(workdir) / "tensorboard"), purge_step=resume_step + 1)
+            self._board = Board(Path(workdir) / "tensorboard", purge_step=resume_step + 1)
 
     def write(self, step: int, kind: str, metrics: dict[str, Any]) -> None:
         """Writes one line {"step", "kind", ...}; `kind` is "train", "eval" or "final"."""
@@ -60,12 +69,7 @@ class MetricsWriter:
             with self._path.open("a") as file:
                 file.write(line)
         if self._board is not None:
-            for name, value in metrics.items():
-                if isinstance(value, int | float):
-                    self._board.add_scalar(f"{kind}/{name}", value, step)
-                elif name.startswith("routers/") and np.ndim(value) == 1:
-                    for layer, entry in enumerate(value):
-                        self._board.add_scalar(f"{kind}/{name}/sparse_layer_{layer}", entry, step)
+            self._board.add_scalars(step, {f"{kind}/{name}": value for name, value in scalars(metrics)})
 
     def flush(self) -> None:
         """Writes what is held back; call it before a checkpoint is saved, so that no checkpoint is ahead of the metrics."""

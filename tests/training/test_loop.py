@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import errno
 import inspect
 import os
 import signal
@@ -170,3 +171,25 @@ def test_a_loss_that_is_no_number_is_written_and_ends_the_run_before_it_is_saved
     with pytest.raises(FloatingPointError, match="at step 4"):
         world.train()
     assert world.kinds("train") == [2, 4] and not world.kinds("save")
+
+
+def test_a_full_disk_costs_the_events_and_not_the_run(tmp_path, monkeypatch, caplog):
+    from tensorboardX.event_file_writer import EventsWriter
+
+    from flax_switch.training.metrics import MetricsWriter, read_metrics
+
+    written = []
+
+    def full(self, event):
+        written.append(event)
+        if len(written) > 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(EventsWriter, "write_event", full)
+    writer = MetricsWriter(tmp_path)
+    for step in range(1, 50):
+        writer.write(step, "train", {"loss": 1.0, "grad_norm": 2.0})
+    writer.close()
+    assert len(written) == 6, "nothing is tried again"
+    assert [r.getMessage().count("No space left") for r in caplog.records] == [1]
+    assert len(list(read_metrics(tmp_path))) == 49

@@ -1,4 +1,4 @@
-"""docs/architecture.md says what is there: the drawing, every function it names, every test; the glossary has the letters of ops."""
+"""docs/architecture.md says what is there: the drawing, every function and test it names; the glossary has the letters of ops."""
 
 import ast
 import functools

@@ -4,8 +4,8 @@
     decoder_input_ids, decoder_attention_mask       [B, targets_length]  targets shifted right by the start token (pad)
     labels                                          [B, targets_length]  targets; -100 at padding, which has no loss
 and with packing
-    input_segment_ids, input_positions              [B, inputs_length]   segments count from 1, 0 is padding;
-    decoder_segment_ids, decoder_positions          [B, targets_length]  positions restart with each segment
+    input_segment_ids                               [B, inputs_length]   segments count from 1, 0 is padding
+    decoder_segment_ids                             [B, targets_length]
 """
 
 from __future__ import annotations
@@ -50,13 +50,11 @@ def pack_batch(
     examples: Examples, rows: Integer[np.ndarray, " M"], batch_size: int, inputs_length: int, targets_length: int
 ) -> Batch:
     """Lays out several examples a row: example m goes to `rows[m]` (ascending), after those already there."""
-    input_ids, segment_ids, positions = _lay_out(examples.inputs, examples.input_lengths, rows, (batch_size, inputs_length))
-    targets, decoder_segment_ids, decoder_positions = _lay_out(
-        examples.targets, examples.target_lengths, rows, (batch_size, targets_length)
-    )
+    input_ids, segment_ids = _lay_out(examples.inputs, examples.input_lengths, rows, (batch_size, inputs_length))
+    targets, decoder_segment_ids = _lay_out(examples.targets, examples.target_lengths, rows, (batch_size, targets_length))
     decoder_input_ids = np.zeros_like(targets)
-    decoder_input_ids[:, 1:] = targets[:, :-1]
-    decoder_input_ids[decoder_positions == 0] = 0  # each segment starts anew
+    goes_on = decoder_segment_ids[:, 1:] == decoder_segment_ids[:, :-1]  # each segment starts anew
+    decoder_input_ids[:, 1:] = np.where(goes_on, targets[:, :-1], 0)
     decoder_mask = (decoder_segment_ids > 0).astype(np.int32)
     return {
         "input_ids": input_ids,
@@ -65,17 +63,13 @@ def pack_batch(
         "attention_mask": (segment_ids > 0).astype(np.int32),
         "decoder_attention_mask": decoder_mask,
         "input_segment_ids": segment_ids,
-        "input_positions": positions,
         "decoder_segment_ids": decoder_segment_ids,
-        "decoder_positions": decoder_positions,
     }
 
 
-def _lay_out(
-    values: np.ndarray, lengths: np.ndarray, rows: np.ndarray, shape: tuple[int, int]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns (ids, segment ids, positions) of examples laid one after another in their rows."""
-    ids, segments, positions = (np.zeros(shape, np.int32) for _ in range(3))
+def _lay_out(values: np.ndarray, lengths: np.ndarray, rows: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (ids, segment ids) of examples laid one after another in their rows."""
+    ids, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     first_of_row = np.searchsorted(rows, rows)  # the index of the first example in each example's row
     before = np.cumsum(lengths) - lengths
     starts = before - before[first_of_row]  # where in its row each example starts
@@ -83,8 +77,7 @@ def _lay_out(
     row, column = rows[example], starts[example] + offset
     ids[row, column] = values[example, offset]
     segments[row, column] = (np.arange(len(rows)) - first_of_row + 1)[example]
-    positions[row, column] = offset
-    return ids, segments, positions
+    return ids, segments
 
 
 def _mask(lengths: np.ndarray, width: int) -> np.ndarray:

@@ -11,7 +11,7 @@ import numpy as np
 from flax_switch.config import StackConfig, SwitchConfig
 from flax_switch.plan.hlo import Instruction, UnknownText, executions, read_computations, shape_of
 
-_GROUPED = re.compile(r'op_name="[^"]*/grouped_(?:rows|kernels)/pallas_call"')
+_GROUPED = re.compile(r'op_name="[^"]*/grouped_(?:rows|gradients)/pallas_call"')
 BACKWARD = 2  # gradients take two products for each one of the forward pass
 
 

@@ -53,8 +53,7 @@ def batch_structs(config: ExperimentConfig, mesh: AnyMesh) -> dict[str, jax.Shap
     lengths = dict.fromkeys(("input_ids", "attention_mask"), data.inputs_length)
     lengths |= dict.fromkeys(("decoder_input_ids", "decoder_attention_mask", "labels"), data.targets_length)
     if data.packing:
-        lengths |= dict.fromkeys(("input_segment_ids", "input_positions"), data.inputs_length)
-        lengths |= dict.fromkeys(("decoder_segment_ids", "decoder_positions"), data.targets_length)
+        lengths |= {"input_segment_ids": data.inputs_length, "decoder_segment_ids": data.targets_length}
     sharding = batch_sharding(mesh)
     return {name: jax.ShapeDtypeStruct((data.batch_size, length), jnp.int32, sharding=sharding) for name, length in lengths.items()}
 

@@ -107,7 +107,7 @@ def open_checkpoint(
         config, architecture, tensors = training_run.read_run(folder, allow_missing=allow_missing)
     else:
         config, architecture, tensors = t5x.read_t5x(folder, changes=changes, allow_missing=allow_missing)
-    config = config.replace(**(changes or {}))
+    config = widened(config, changes or {}, folder).replace(**(changes or {}))
     shapes = canonical_shapes(config, architecture)
     for path, tensor in tensors.items():
         check(
@@ -116,6 +116,18 @@ def open_checkpoint(
             "of behaviour, not sizes.",
         )
     return Checkpoint(format, folder, config, architecture, tensors, raw)
+
+
+def widened(config: SwitchConfig, changes: Mapping[str, Any], folder: Path) -> SwitchConfig:
+    """Has a float16 model compute in float32, unless `changes` ask for another dtype; its parameters stay float16.
+
+    T5's residual stream exceeds float16's 65,504. transformers clamps it after each sublayer and keeps T5's wo in float32; with
+    room for it neither is needed.
+    """
+    if config.dtype != "float16" or "dtype" in changes:
+        return config
+    log.info("%s has float16 parameters; it computes in float32, as T5's activations exceed float16's range", folder)
+    return config.replace(dtype="float32", expert_dtype=None if config.expert_dtype == "float16" else config.expert_dtype)
 
 
 def convert(

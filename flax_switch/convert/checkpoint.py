@@ -16,6 +16,7 @@ from flax_switch.config import SwitchConfig, check, one_of
 from flax_switch.config import huggingface as config_huggingface
 from flax_switch.convert import hub, huggingface, native, t5x, tokenizer, training_run
 from flax_switch.convert.canonical import canonical_shapes, is_router
+from flax_switch.convert.doors import check_folder, read_companion
 from flax_switch.convert.folder import (
     COMPANIONS,
     DEFAULT_SHARD_SIZE,
@@ -54,9 +55,10 @@ class Checkpoint:
 
 
 def detect_format(folder: Path) -> str:
-    """Which format a folder is in: "flax_switch", "t5x", "orbax" or "huggingface"."""
+    """Which format a folder is in: "flax_switch", "t5x", "orbax" or "huggingface". Raises for a device, pipe or socket in it."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is no folder: a checkpoint is one, or the name of a model on the Hugging Face hub.")
+    check_folder(folder)
     if (folder / native.CONFIG_FILE).is_file():
         return "flax_switch"
     if t5x.find_checkpoint(folder) is not None:
@@ -238,9 +240,11 @@ def export_config(checkpoint: Checkpoint) -> tuple[dict[str, Any], str]:
 
 
 def companion_files(folder: Path) -> dict[str, bytes]:
-    """The files beside the weights that travel with a model: its tokenizer and generation settings."""
-    folder = training_run.vocabulary_folder(folder)
-    return {name: (folder / name).read_bytes() for name in COMPANIONS if (folder / name).is_file()}
+    """The `COMPANIONS` of a checkpoint, of a run its own; a link out of the folder raises `CheckpointError`."""
+    place = training_run.vocabulary_folder(folder)
+    check_folder(place)
+    root = folder if place == folder else place.parent
+    return {name: read_companion(place / name, root) for name in COMPANIONS if (place / name).is_file()}
 
 
 def source_identity(folder: Path) -> list:

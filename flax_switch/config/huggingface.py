@@ -100,11 +100,7 @@ def from_huggingface(values: Mapping[str, Any]) -> SwitchConfig:
       ConfigError: for another `model_type`, an activation we lack, `eos_token_id`s that are none, or a size that is absent beside a
         key that is not known.
     """
-    model_type = values.get("model_type", "switch_transformers")
-    check(
-        model_type in ("switch_transformers", "t5"),
-        f"config.json has model_type {model_type!r}; flax_switch reads 'switch_transformers' and, for dense models, 't5'.",
-    )
+    model_type = check_model_type(values)
     table = _SWITCH if model_type == "switch_transformers" else _T5
     _check_keys(values, table)
     fields: dict[str, Any] = {ours: values.get(theirs, default) for ours, theirs, default in table}
@@ -134,6 +130,16 @@ def from_huggingface(values: Mapping[str, Any]) -> SwitchConfig:
         tie_word_embeddings=tied,
         separate_embeddings=not tied,
     )
+
+
+def check_model_type(values: Mapping[str, Any]) -> str:
+    """The `model_type` of a `config.json`. Raises `ConfigError` for one that is not read here."""
+    model_type = values.get("model_type", "switch_transformers")
+    check(
+        model_type in ("switch_transformers", "t5"),
+        f"config.json has model_type {model_type!r}; flax_switch reads 'switch_transformers' and, for dense models, 't5'.",
+    )
+    return model_type
 
 
 def _check_keys(values: Mapping[str, Any], table: tuple[tuple[str, str, Any], ...]) -> None:

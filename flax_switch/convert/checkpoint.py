@@ -16,6 +16,7 @@ from flax_switch.config import SwitchConfig, check, one_of
 from flax_switch.config import huggingface as config_huggingface
 from flax_switch.convert import hub, huggingface, native, t5x, tokenizer, training_run
 from flax_switch.convert.canonical import canonical_shapes, is_router
+from flax_switch.convert.doors import check_folder, read_companion
 from flax_switch.convert.folder import (
     COMPANIONS,
     DEFAULT_SHARD_SIZE,
@@ -57,6 +58,7 @@ def detect_format(folder: Path) -> str:
     """Returns which format a folder is in: "flax_switch", "t5x", "orbax" or "huggingface"."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is no folder: a checkpoint is one, or the name of a model on the Hugging Face hub.")
+    check_folder(folder)
     if (folder / native.CONFIG_FILE).is_file():
         return "flax_switch"
     if t5x.find_checkpoint(folder) is not None:
@@ -107,7 +109,7 @@ def open_checkpoint(
         config, architecture, tensors = training_run.read_run(folder, allow_missing=allow_missing)
     else:
         config, architecture, tensors = t5x.read_t5x(folder, changes=changes, allow_missing=allow_missing)
-    config = config.replace(**(changes or {}))
+    config = widened(config, changes or {}, folder).replace(**(changes or {}))
     shapes = canonical_shapes(config, architecture)
     for path, tensor in tensors.items():
         check(
@@ -116,6 +118,18 @@ def open_checkpoint(
             "of behaviour, not sizes.",
         )
     return Checkpoint(format, folder, config, architecture, tensors, raw)
+
+
+def widened(config: SwitchConfig, changes: Mapping[str, Any], folder: Path) -> SwitchConfig:
+    """Has a float16 model compute in float32, unless `changes` ask for another dtype; its parameters stay float16.
+
+    T5's residual stream exceeds float16's 65,504. transformers clamps it after each sublayer and keeps T5's wo in float32; with
+    room for it neither is needed.
+    """
+    if config.dtype != "float16" or "dtype" in changes:
+        return config
+    log.info("%s has float16 parameters; it computes in float32, as T5's activations exceed float16's range", folder)
+    return config.replace(dtype="float32", expert_dtype=None if config.expert_dtype == "float16" else config.expert_dtype)
 
 
 def convert(

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from flax_switch.config import ConfigError, check
 from flax_switch.convert import t5x, training_run
+from flax_switch.convert.doors import check_folder
 from flax_switch.convert.safetensors_file import write_safetensors
 from flax_switch.convert.tensors import CheckpointError, LazyTensor, concatenate, narrow
 from flax_switch.host.files import in_store
@@ -280,6 +281,7 @@ def check_destination(destination: Path, *, overwrite: bool) -> None:
     """Raises if the destination is no folder, or holds what may not be overwritten."""
     if destination.exists() and not destination.is_dir():
         raise CheckpointError(f"{destination} is a file; a checkpoint is a folder. Choose another destination.")
+    check_folder(destination)
     if training_run.is_run(destination) or training_run.find_checkpoint(destination) or t5x.find_checkpoint(destination):
         raise CheckpointError(
             f"{destination} holds a training run or a T5X checkpoint, which a model must not take the place of. Choose another "

@@ -15,6 +15,7 @@ import numpy as np
 
 from flax_switch.config import SwitchConfig, check, sparse_layers
 from flax_switch.convert.canonical import canonical_shapes
+from flax_switch.convert.doors import check_folder
 from flax_switch.convert.mapping import SAME_NAMES, to_canonical
 from flax_switch.convert.scan import unstack_layers
 from flax_switch.convert.tensors import CheckpointError, LazyTensor, from_array, join_axes
@@ -47,6 +48,7 @@ def read_t5x(
     file = find_checkpoint(folder)
     if file is None:
         raise CheckpointError(f"{folder} holds no T5X checkpoint: there is no file 'checkpoint' in it or in checkpoint_<step>.")
+    check_folder(file.parent, below=True)
     target = read_target(file)
     tensors = {path: _joined_heads(path, tensor) for path, tensor in unscanned(target).items()}
     config = infer_config(tensors).replace(**(changes or {}))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from flax_switch.config import ConfigError, SwitchConfig
 from flax_switch.convert.canonical import canonical_shapes
+from flax_switch.convert.doors import check_counts, check_folder
 from flax_switch.convert.mapping import SAME_NAMES, to_canonical
 from flax_switch.convert.scan import unstack_layers
 from flax_switch.convert.tensors import CheckpointError, LazyTensor
@@ -49,11 +50,13 @@ def vocabulary_folder(folder: Path) -> Path:
 def read_run(step: Path, *, allow_missing: Sequence[str] = ()) -> tuple[SwitchConfig, str, dict[str, LazyTensor]]:
     """Returns the config, architecture and canonical tensors of a step folder."""
     config_file = step.parent.parent / "config.json"
+    check_folder(step, below=True)
+    check_folder(config_file.parent)
+    tensors = unstack_layers(read_params(step / "params"))
     try:
         config = SwitchConfig.from_dict(field(read_json(config_file), "model", dict, str(config_file)))
     except ConfigError as error:
         raise CheckpointError(f"{step} is a training checkpoint, but its run's config cannot be read: {error}") from error
-    tensors = unstack_layers(read_params(step / "params"))
     try:
         return config, "full", to_canonical(tensors, SAME_NAMES, canonical_shapes(config), allow_missing=allow_missing)
     except CheckpointError as error:

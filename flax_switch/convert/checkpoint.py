@@ -16,7 +16,7 @@ from flax_switch.config import SwitchConfig, check, one_of
 from flax_switch.config import huggingface as config_huggingface
 from flax_switch.convert import hub, huggingface, native, t5x, tokenizer, training_run
 from flax_switch.convert.canonical import canonical_shapes, is_router
-from flax_switch.convert.doors import check_folder, read_companion
+from flax_switch.convert.doors import check_folder
 from flax_switch.convert.folder import (
     COMPANIONS,
     DEFAULT_SHARD_SIZE,

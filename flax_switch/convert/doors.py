@@ -46,7 +46,7 @@ def _mode(path: Path) -> int:
 
 
 def read_companion(path: Path, folder: Path) -> bytes:
-    """The contents of a file that is copied into an export.
+    """Returns the contents of a file that is copied into an export.
 
     A link may lead to another file of `folder`, or, where that is a snapshot in the Hugging Face hub's cache, to its blobs. Any
     other would copy whatever file of this machine it names.

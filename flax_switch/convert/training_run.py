@@ -12,7 +12,7 @@ from pathlib import Path
 
 from flax_switch.config import ConfigError, SwitchConfig
 from flax_switch.convert.canonical import canonical_shapes
-from flax_switch.convert.doors import check_counts, check_folder
+from flax_switch.convert.doors import check_folder
 from flax_switch.convert.mapping import SAME_NAMES, to_canonical
 from flax_switch.convert.scan import unstack_layers
 from flax_switch.convert.tensors import CheckpointError, LazyTensor

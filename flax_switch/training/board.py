@@ -1,5 +1,6 @@
 """TensorBoard's events, written in the thread that has them: a full disk costs the events and nothing else."""
 
+import contextlib
 import logging
 import time
 from pathlib import Path
@@ -65,6 +66,9 @@ class _Guard:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
         if not isinstance(error, OSError):
             return False
-        self._board._writer = None
+        writer, self._board._writer = self._board._writer, None
+        with contextlib.suppress(OSError):
+            if writer is not None:
+                writer.close()
         log.warning("%s cannot be written (%s); training goes on without.", self._what, error.strerror or error)
         return True

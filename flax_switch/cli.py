@@ -8,8 +8,10 @@ import errno
 import importlib
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 
 import flax_switch
+from flax_switch.commands.options import hyphened, refuse
 from flax_switch.config import ConfigError
 from flax_switch.host.memory import keep_freed_memory
 
@@ -38,9 +40,25 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, description in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=description, description=description, allow_abbrev=False)
+        subparser.set_defaults(parser=subparser, overrides_taken={})
         if name == command:
             importlib.import_module(f"flax_switch.commands.{name}").add_arguments(subparser)
     return parser
+
+
+def parse_known(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Returns the arguments of a command, and what argparse does not know: overrides, or mistakes."""
+    return build_parser(argv[0] if argv and argv[0] in COMMANDS else None).parse_known_args(list(map(hyphened, argv)))
+
+
+def take_rest(args: argparse.Namespace, rest: list[str]) -> ModuleType:
+    """Gives a command the overrides that it takes, and returns its module. Raises `ConfigError` for what it does not take."""
+    module = importlib.import_module(f"flax_switch.commands.{args.command}")
+    if hasattr(module, "take_overrides"):
+        module.take_overrides(args, rest)
+    elif rest:
+        refuse(args, rest[0])
+    return module
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,15 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None and sys.argv[1:2] and sys.argv[1] in TRAINING:
         keep_freed_memory()
     argv = list(sys.argv[1:] if argv is None else argv)
-    command = argv[0] if argv and argv[0] in COMMANDS else None
-    parser = build_parser(command)
-    args, rest = parser.parse_known_args(argv)
-    module = importlib.import_module(f"flax_switch.commands.{args.command}")
-    if rest and not hasattr(module, "take_overrides"):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    args, rest = parse_known(argv)
     try:
-        if hasattr(module, "take_overrides"):
-            module.take_overrides(args, rest)
+        module = take_rest(args, rest)
         return module.run(args)
     except ConfigError as error:
         print(f"flax-switch {args.command}: {error}", file=sys.stderr)

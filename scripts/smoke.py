@@ -36,7 +36,7 @@ def main() -> None:
         resumed = flax_switch(*recipe, "--config.train.steps=6")
         assert "from step 4" in resumed, resumed
         assert (Path(run) / "report.html").stat().st_size > 10_000
-        generated = flax_switch("generate", "--checkpoint", run, "--max_new_tokens", "8", stdin="Return the <extra_id_0> list.\n")
+        generated = flax_switch("generate", "--checkpoint", run, "--max-new-tokens", "8", stdin="Return the <extra_id_0> list.\n")
         assert generated.strip(), "generate printed nothing"
         flax_switch("convert", run, exported, "--to", "huggingface")
         flax_switch("convert", exported, back, "--to", "flax_switch")

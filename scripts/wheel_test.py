@@ -170,11 +170,11 @@ def use_wheel(scripts: Path, empty: Path) -> None:
     expect(mistyped.returncode == 2 and b"Did you mean --config tiny?" in mistyped.stderr, mistyped.stderr.decode())
     recipe = ["pretrain", "--config", "tiny", "--workdir", "runs/tiny", *(f"--config.{setting}" for setting in SMALL)]
     flax_switch(*recipe, "--config.train.steps=4")
-    gin = ["pretrain", "--gin_file", "tiny", "--workdir", "runs/tiny", *(f"--gin.{setting}" for setting in SMALL)]
+    gin = ["pretrain", "--gin-file", "tiny", "--workdir", "runs/tiny", *(f"--gin.{setting}" for setting in SMALL)]
     expect("from step 4" in flax_switch(*gin, "--gin.train.steps=6"), "the run did not resume")
     expect("report.html" in flax_switch("report", "runs/tiny"), "report")
     expect((empty / "runs/tiny/report.html").stat().st_size > 10_000, "the report is too small")
-    lines = flax_switch("generate", "--checkpoint", "runs/tiny", "--max_new_tokens", "8", stdin="Return the <extra_id_0> list.\n")
+    lines = flax_switch("generate", "--checkpoint", "runs/tiny", "--max-new-tokens", "8", stdin="Return the <extra_id_0> list.\n")
     expect(len([json.loads(line) for line in lines.splitlines()]) == 1, f"generated {lines!r}")
     expect(os.listdir(empty) == ["runs"], f"left behind: {os.listdir(empty)}")
 

@@ -66,8 +66,8 @@ def test_a_file_in_the_working_directory_comes_before_the_packages_for_a_gin_fil
         (["--config", "mine/recipee.py"], "Did you mean mine/recipe.py?"),
         (["--config", "qqqq"], "There is no recipe qqqq. "),
         (["--config", "mine"], "There is no recipe mine. "),
-        (["--gin_file", "tinny"], "There is no gin file tinny. Did you mean --gin_file tiny?"),
-        (["--gin_file", "base.gin"], "recipe.base = 'tinny'"),
+        (["--gin-file", "tinny"], "There is no gin file tinny. Did you mean --gin-file tiny?"),
+        (["--gin-file", "base.gin"], "recipe.base = 'tinny'"),
     ],
 )
 def test_a_mistyped_recipe_is_an_error_with_the_nearest_and_where_the_list_is(given, message, tmp_path, monkeypatch, capsys):

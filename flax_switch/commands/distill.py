@@ -12,7 +12,7 @@ __all__ = ["add_arguments", "run", "take_overrides"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Recipe, overrides, teacher and workdir."""
-    add_recipe_arguments(parser)
+    add_recipe_arguments(parser, "distillation")
     parser.add_argument("--teacher", required=True, metavar="CHECKPOINT", help=FORMATS)
     parser.add_argument("--workdir", required=True, metavar="DIR", help="where the run lives; the same one continues it")
 

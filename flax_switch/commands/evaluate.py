@@ -19,7 +19,7 @@ __all__ = ["add_arguments", "run", "take_overrides"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Checkpoint, recipe, overrides, and where results go."""
-    add_recipe_arguments(parser)
+    add_recipe_arguments(parser, "finetuning", without="optimizer")
     parser.add_argument("--checkpoint", required=True, metavar="CHECKPOINT", help=FORMATS)
     parser.add_argument("--vocabulary", metavar="PATH", help="a spiece.model or a folder with one; default: the checkpoint's")
     parser.add_argument("--output", default="evaluation", metavar="DIR", help="for metrics.json and predictions.jsonl")
@@ -55,7 +55,7 @@ def _recipe(args: argparse.Namespace) -> FinetuneRecipe:
     from flax_switch.workflows.finetune import recipe_of
 
     if args.bindings:
-        raise ConfigError("--gin.… binds fields of a --gin_file; without one use --config.SECTION.FIELD=VALUE.")
+        raise ConfigError("--gin.… binds fields of a --gin-file; without one use --config.SECTION.FIELD=VALUE.")
     for folder in (Path(args.checkpoint), Path(args.checkpoint).parent):
         if (folder / CONFIG_FILE).is_file() and (folder / "checkpoints").is_dir():
             config = read_config(folder)

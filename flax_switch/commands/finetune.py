@@ -12,14 +12,14 @@ __all__ = ["add_arguments", "run", "take_overrides"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Recipe, overrides, what to start from, and workdir."""
-    add_recipe_arguments(parser)
+    add_recipe_arguments(parser, "finetuning")
     parser.add_argument(
         "--init", required=True, metavar="CHECKPOINT",
         help=f"{FORMATS}; random:CHECKPOINT (or random:PRESET) takes its shape and vocabulary and starts from random weights",
     )  # fmt: skip
     parser.add_argument("--vocabulary", metavar="PATH", help="a spiece.model or a folder with one; default: the checkpoint's")
     parser.add_argument("--workdir", required=True, metavar="DIR", help="where the run lives; the same one continues it")
-    parser.epilog = f"{parser.epilog} The section evaluation is fine-tuning's; model sets fields of the checkpoint's config."
+    parser.epilog = f"{parser.epilog} The section model sets fields of the checkpoint's config."
 
 
 @explain_missing_extras

@@ -1,15 +1,20 @@
-"""flax-switch generate --checkpoint PATH [--input FILE|-] [--output FILE] [--max_new_tokens N ...]"""
+"""flax-switch generate --checkpoint PATH [--input FILE|-] [--output FILE] [--max-new-tokens N ...]"""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from flax_switch.config import ConfigError, reject_unknown_keys
+from flax_switch.commands.options import hyphened, refuse
+from flax_switch.config import ConfigError, check
+
+if TYPE_CHECKING:
+    from flax_switch.generation.text import Line
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,45 +23,76 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--input", default="-", metavar="FILE", help="text or JSON lines; - is standard input (the default)")
     parser.add_argument("--output", metavar="FILE", help="JSON lines; default: standard output")
     parser.add_argument("--field", default="text", help="of JSON lines (default: text)")
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--max_source_length", type=int, default=512, help="tokens; longer lines are errors")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--max-source-length", type=int, default=512, help="tokens; longer lines are errors")
     parser.add_argument("--seed", type=int, default=0, help="of sampling")
-    parser.add_argument("--dtype", help="of activations, for instance bfloat16; default: the checkpoint's")
+    parser.add_argument("--dtype", help="of the parameters, for instance bfloat16; default: the checkpoint's")
     parser.epilog = (
-        "Controls have Hugging Face's names: --max_new_tokens 64 --num_beams 4 --do_sample true --temperature 0.7 --top_p 0.9 ..."
+        "Controls have Hugging Face's names: --max-new-tokens 64 --num-beams 4 --do-sample true --temperature 0.7 --top-p 0.9 ..."
     )
 
 
 def take_overrides(args: argparse.Namespace, rest: list[str]) -> None:
-    """Reads the controls: what argparse did not know."""
-    args.controls, rest = {}, list(rest)
+    """Reads the controls, which argparse does not know: `--num-beams 4` or `--num-beams=4`. Raises for what cannot be."""
+    from flax_switch.config.values import parse_value
+    from flax_switch.generation.controls import GenerationConfig
+
+    fields = {hyphened(f"--{field.name}"): field.name for field in dataclasses.fields(GenerationConfig)}
+    args.controls, args.overrides_taken, rest = {}, dict(zip(fields, fields, strict=True)), list(rest)
     while rest:
-        name, equals, value = rest.pop(0).partition("=")
-        if not name.startswith("--") or not (equals or rest):
-            raise ConfigError(f"Unknown argument {name!r}; controls are given as --num_beams 4 or --num_beams=4. See --help.")
-        args.controls[name[2:].replace("-", "_")] = value if equals else rest.pop(0)
+        name, equals, value = rest[0].partition("=")
+        if name not in fields:
+            refuse(args, rest[0])
+        check(equals or len(rest) > 1, f"{name} needs a value, as in --num-beams 4.")
+        rest.pop(0)
+        args.controls[fields[name]] = parse_value(value if equals else rest.pop(0))
+    args.settings = GenerationConfig(**args.controls)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit status 0, or 1 where some lines could not be used."""
-    from flax_switch.config.values import parse_value
-    from flax_switch.generation.controls import GenerationConfig
-    from flax_switch.generation.text import generate_lines, read_lines
-    from flax_switch.pretrained import load_pretrained
+    """Exit status 0, or 1 where some lines could not be used. All that can be checked is, before weights are loaded."""
+    from flax_switch.convert.checkpoint import open_checkpoint
+    from flax_switch.generation.generate import check_seeds
+    from flax_switch.pretrained import from_checkpoint
 
-    controls = {name: parse_value(value) for name, value in args.controls.items()}
-    reject_unknown_keys(GenerationConfig, controls)
-    options = {"batch_size": args.batch_size, "max_source_length": args.max_source_length, "seed": args.seed, **controls}
-    if args.batch_size < 1:
-        raise ConfigError(f"--batch_size must be at least 1; it is {args.batch_size}.")
-    pretrained = load_pretrained(args.checkpoint, **({"dtype": args.dtype} if args.dtype else {}))
+    check(args.batch_size >= 1, f"--batch-size must be at least 1; it is {args.batch_size}.")
+    check_seeds(args.seed, 1)
+    opened = open_checkpoint(args.checkpoint)
+    args.settings.for_model(opened.config)
+    options = {"batch_size": args.batch_size, "max_source_length": args.max_source_length, "seed": args.seed, **args.controls}
     if args.input == "-" and sys.stdin.isatty():
-        return _converse(pretrained, options)
+        return _converse(from_checkpoint(opened, dtype=args.dtype), options)
+    lines = _lines(args)
+    with contextlib.ExitStack() as stack:
+        file = sys.stdout
+        if args.output:
+            try:
+                file = stack.enter_context(open(args.output, "w", encoding="utf-8"))
+            except OSError as error:
+                raise ConfigError(f"Cannot write {args.output}: {error}.") from error
+        results = _results(from_checkpoint(opened, dtype=args.dtype), lines, options)
+        for result in results:
+            file.write(json.dumps(result, ensure_ascii=False) + "\n")
+    bad = [result for result in results if "error" in result]
+    for result in bad:
+        print(f"{args.input}, line {result['line']}: {result['error']}.", file=sys.stderr)
+    return 1 if bad else 0
+
+
+def _lines(args: argparse.Namespace) -> list[Line]:
+    from flax_switch.generation.text import read_lines
+
     try:
         with open(args.input, "rb") if args.input != "-" else sys.stdin.buffer as file:  # bytes: a bad line is one line's error
-            lines = read_lines(file, args.field)
+            return read_lines(file, args.field)
     except OSError as error:
         raise ConfigError(f"Cannot read {args.input}: {error}.") from error
+
+
+def _results(pretrained: Any, lines: list[Line], options: dict[str, Any]) -> list[dict[str, Any]]:
+    """The lines' results; shows how far it is."""
+    from flax_switch.generation.text import generate_lines
+
     started, done = time.perf_counter(), [0, 0]
 
     def progress(finished: int, tokens: int) -> None:
@@ -64,22 +100,10 @@ def run(args: argparse.Namespace) -> int:
         rate = done[1] / (time.perf_counter() - started)
         print(f"\r{done[0]}/{len(lines)} lines, {rate:,.0f} tokens/s", end="", file=sys.stderr, flush=True)
 
-    with contextlib.ExitStack() as stack:
-        file = sys.stdout
-        if args.output:  # opened first: a place that cannot be written should not cost the work
-            try:
-                file = stack.enter_context(open(args.output, "w", encoding="utf-8"))
-            except OSError as error:
-                raise ConfigError(f"Cannot write {args.output}: {error}.") from error
-        results = generate_lines(pretrained, lines, on_batch=progress, **options)
-        if done[0]:
-            print(file=sys.stderr)
-        for result in results:
-            file.write(json.dumps(result, ensure_ascii=False) + "\n")
-    bad = [result for result in results if "error" in result]
-    for result in bad:
-        print(f"{args.input}, line {result['line']}: {result['error']}.", file=sys.stderr)
-    return 1 if bad else 0
+    results = generate_lines(pretrained, lines, on_batch=progress, **options)
+    if done[0]:
+        print(file=sys.stderr)
+    return results
 
 
 def _converse(pretrained: Any, options: dict[str, Any]) -> int:

@@ -3,50 +3,70 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+import dataclasses
+import difflib
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from flax_switch.config import ConfigError, ExperimentConfig
+from flax_switch.config import ConfigError, ExperimentConfig, SwitchConfig, one_of
 from flax_switch.config.distillation import DistillConfig
 from flax_switch.config.finetuning import FinetuneRecipe
-from flax_switch.config.kinds import Recipe
+from flax_switch.config.kinds import RECIPES, Recipe
 
 if TYPE_CHECKING:
     from flax_switch.parallel.processes import Connection
 
 
-def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
-    """--config or --gin_file, and overrides of either."""
+def add_recipe_arguments(parser: argparse.ArgumentParser, kind: str, without: str | None = None) -> None:
+    """Adds --config and --gin-file, and declares what they may change: the fields of a recipe of the kind, one section left out."""
     parser.add_argument(
         "--config", metavar="RECIPE", help="one by name, such as tiny (flax-switch recipes lists them), or a file of your own"
     )
     parser.add_argument(
-        "--gin_file",
+        "--gin-file",
         metavar="FILE",
         action="append",
         default=[],
         help="a gin file that names a recipe and changes it; or such a name",
     )
+    found = {field.name: field.default_factory for field in dataclasses.fields(RECIPES[kind]) if field.name != without}
+    sections = {name: SwitchConfig if section is dict else section for name, section in found.items() if isinstance(section, type)}
+    overrides = {hyphened(f"--{f.name}"): f"--config.{s}.{f.name}" for s in sections for f in dataclasses.fields(sections[s])}
+    parser.set_defaults(sections=tuple(sections), overrides_taken=overrides)
     parser.epilog = (
-        "Any field can be set: --config.SECTION.FIELD=VALUE with --config, --gin.SECTION.FIELD=VALUE with --gin_file; "
-        "sections are model, data, optimizer, mesh, train."
+        "Any field can be set: --config.SECTION.FIELD=VALUE with --config, --gin.SECTION.FIELD=VALUE with --gin-file; "
+        f"sections are {', '.join(sections)}."
     )
 
 
+def hyphened(argument: str) -> str:
+    """Returns an argument with hyphens in its option's name, in which underscores do as well; names of fields stay as they are."""
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value if name.startswith("--") and "." not in name else argument
+
+
 def take_overrides(args: argparse.Namespace, rest: list[str]) -> None:
-    """Sorts what argparse did not know into args.overrides and args.bindings; anything else is an error."""
+    """Sorts what argparse did not know into args.overrides and args.bindings; what the command does not take is an error."""
     args.overrides, args.bindings = [], []
     rest = list(rest)
     while rest:
-        text = rest.pop(0)
-        for prefix, place in (("--config.", args.overrides), ("--gin.", args.bindings)):
-            if text.startswith(prefix):
-                text = text.removeprefix(prefix)
-                if "=" not in text and rest and not rest[0].startswith("--"):
-                    text = f"{text}={rest.pop(0)}"
-                place.append(text)
-                break
-        else:
-            raise ConfigError(f"Unknown argument {text!r}; fields are set with --config.SECTION.FIELD=VALUE. See --help.")
+        name, equals, value = rest[0].partition("=")
+        option, _, field = name.partition(".")
+        place = {"--config": args.overrides, "--gin": args.bindings}.get(option)
+        if place is None:
+            refuse(args, rest[0])
+        one_of(f"The section of {name}", field.partition(".")[0], (*args.sections, *(["recipe"] if option == "--gin" else [])))
+        rest.pop(0)
+        if not equals and rest and not rest[0].startswith("--"):
+            equals, value = "=", rest.pop(0)
+        place.append(f"{field}{equals}{value}")
+
+
+def refuse(args: argparse.Namespace, argument: str) -> NoReturn:
+    """Raises `ConfigError` for an argument that the command does not take, with the nearest that it takes."""
+    taken = {name: name for action in args.parser._actions for name in action.option_strings} | args.overrides_taken
+    near = difflib.get_close_matches(argument.partition("=")[0], taken, n=1)
+    hint = f"; did you mean {taken[near[0]]}?" if near else "."
+    raise ConfigError(f"Unknown argument {argument!r}{hint} See flax-switch {args.command} --help.")
 
 
 def load_config(args: argparse.Namespace) -> ExperimentConfig:
@@ -93,14 +113,14 @@ def load_any(args: argparse.Namespace) -> Recipe:
 
     if bool(args.config) == bool(args.gin_file):
         raise ConfigError(
-            "Name a recipe: either --config tiny or --gin_file tiny, or files of your own; `flax-switch recipes` lists them."
+            "Name a recipe: either --config tiny or --gin-file tiny, or files of your own; `flax-switch recipes` lists them."
         )
     if args.config:
         if args.bindings:
-            raise ConfigError("--gin.… binds fields of a --gin_file; with --config use --config.SECTION.FIELD=VALUE.")
+            raise ConfigError("--gin.… binds fields of a --gin-file; with --config use --config.SECTION.FIELD=VALUE.")
         return recipes.load_recipe(args.config, args.overrides)
     if args.overrides:
-        raise ConfigError("--config.… sets fields of a --config recipe; with --gin_file use --gin.SECTION.FIELD=VALUE.")
+        raise ConfigError("--config.… sets fields of a --config recipe; with --gin-file use --gin.SECTION.FIELD=VALUE.")
     return recipes.load_gin(args.gin_file, args.bindings)
 
 
@@ -111,11 +131,11 @@ def add_distributed_arguments(parser: argparse.ArgumentParser) -> None:
         "--distributed", action="store_true",
         help="this is one of several processes; the rest is detected on Cloud TPU, SLURM, Open MPI and Kubernetes",
     )  # fmt: skip
-    group.add_argument("--coordinator_address", metavar="HOST:PORT", help="of process 0; or JAX_COORDINATOR_ADDRESS")
-    group.add_argument("--num_processes", type=int, metavar="N", help="or JAX_NUM_PROCESSES")
-    group.add_argument("--process_id", type=int, metavar="I", help="0 to N-1; or JAX_PROCESS_ID")
-    group.add_argument("--heartbeat_timeout", type=int, metavar="S", help="seconds after which a silent process is dead (60)")
-    group.add_argument("--connect_timeout", type=int, metavar="S", help="seconds in which all processes must have started (300)")
+    group.add_argument("--coordinator-address", metavar="HOST:PORT", help="of process 0; or JAX_COORDINATOR_ADDRESS")
+    group.add_argument("--num-processes", type=int, metavar="N", help="or JAX_NUM_PROCESSES")
+    group.add_argument("--process-id", type=int, metavar="I", help="0 to N-1; or JAX_PROCESS_ID")
+    group.add_argument("--heartbeat-timeout", type=int, metavar="S", help="seconds after which a silent process is dead (60)")
+    group.add_argument("--connect-timeout", type=int, metavar="S", help="seconds in which all processes must have started (300)")
 
 
 def connection(args: argparse.Namespace) -> Connection | None:
@@ -123,7 +143,7 @@ def connection(args: argparse.Namespace) -> Connection | None:
     names = ("coordinator_address", "num_processes", "process_id", "heartbeat_timeout", "connect_timeout")
     given = {name: getattr(args, name) for name in names}
     if not args.distributed:
-        unused = [f"--{name}" for name, value in given.items() if value is not None]
+        unused = [hyphened(f"--{name}") for name, value in given.items() if value is not None]
         if unused:
             raise ConfigError(f"{', '.join(unused)} are for several processes: add --distributed.")
         return None

@@ -15,7 +15,7 @@ __all__ = ["add_arguments", "run", "take_overrides"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Recipe, overrides, machine and mesh."""
-    add_recipe_arguments(parser)
+    add_recipe_arguments(parser, "pretraining")
     parser.add_argument("--topology", required=True, metavar="NAME", help="v5e:4x4, v6e:16x16, v5p:8x8x8, h100:8, cpu:8, ...")
     parser.add_argument("--mesh", metavar="AXES", help="in place of the recipe's: data=2,expert=4,model=2; data takes what is left")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the plan as JSON, too")

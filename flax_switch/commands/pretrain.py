@@ -13,7 +13,7 @@ __all__ = ["add_arguments", "run", "take_overrides"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Recipe, overrides, workdir, and how several processes find each other."""
-    add_recipe_arguments(parser)
+    add_recipe_arguments(parser, "pretraining")
     add_distributed_arguments(parser)
     parser.add_argument("--workdir", required=True, metavar="DIR", help="where the run lives; the same one continues it")
 

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "name", metavar="NAME", nargs="?", help="say all that this one's docstring says: command, hardware, what to expect"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.epilog = "Run one with flax-switch COMMAND --config NAME, or --gin_file NAME: gin files of the same names come with it."
+    parser.epilog = "Run one with flax-switch COMMAND --config NAME, or --gin-file NAME: gin files of the same names come with it."
 
 
 def run(args: argparse.Namespace) -> int:

@@ -61,7 +61,7 @@ def _file(name: str, suffix: str) -> Path:
 
 def _suggestion(path: Path, suffix: str) -> str:
     """What follows the path that is not there: the nearest file beside it, or the nearest name."""
-    option = "--config" if suffix == ".py" else "--gin_file"
+    option = "--config" if suffix == ".py" else "--gin-file"
     beside = sorted(p.stem for p in path.parent.glob(f"*{suffix}")) if path.parent.is_dir() else []
     bare = str(path) == path.name and not path.suffix
     if not bare and (near := difflib.get_close_matches(path.stem, beside, n=1)):

@@ -124,7 +124,7 @@ def connect(connection: Connection) -> None:
             f"Not all processes met at {where} within {connection.connect_timeout} s. Either process 0 cannot be reached there (is "
             "it running, is the port free and open between the hosts, is no proxy in between?), or fewer processes were started "
             f"than the number of processes, {connection.num_processes or 'as the cluster gives it'}, says. Start all of them "
-            "within --connect_timeout seconds, with the same address and number."
+            "within --connect-timeout seconds, with the same address and number."
         )
         os._exit(2)
 
@@ -133,7 +133,7 @@ def connect(connection: Connection) -> None:
     if connection.process_id is not None:
         _print_error(
             f"Process {connection.process_id} of {connection.num_processes} is looking for {where}. If JAX aborts it right away, "
-            "process 0 expects fewer processes: --num_processes differs."
+            "process 0 expects fewer processes: --num-processes differs."
         )
     timer.start()
     try:
@@ -147,7 +147,9 @@ def connect(connection: Connection) -> None:
         )
     except ValueError as error:
         missing = [
-            f"--{name}" for name in ("coordinator_address", "num_processes", "process_id") if getattr(connection, name) is None
+            f"--{name.replace('_', '-')}"
+            for name in ("coordinator_address", "num_processes", "process_id")
+            if getattr(connection, name) is None
         ]
         raise ConfigError(
             f"JAX detects no cluster here (Cloud TPU, SLURM, Open MPI, Kubernetes), so the processes must be told of each other: "

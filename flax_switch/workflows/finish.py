@@ -169,7 +169,7 @@ def finish_finetuning(result: RunResult, workdir: epath.PathLike) -> None:
         f"Model:               {model}\n\n"
         f"Next: evaluate it on other examples, generate with it, or export it:\n"
         f"  flax-switch evaluate --checkpoint {quoted} --config.data.validation=test.jsonl\n"
-        f"  flax-switch generate --checkpoint {quoted} --input texts.txt --num_beams 4\n"
+        f"  flax-switch generate --checkpoint {quoted} --input texts.txt --num-beams 4\n"
         f"  flax-switch convert {quoted} exported --to huggingface"
     )
 

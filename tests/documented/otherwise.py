@@ -78,7 +78,7 @@ LIST = [
     ),
     Otherwise(r"flax-switch (pretrain|distill|evaluate|plan)$", names_a_command, "a mention of the command, no call of it"),
     Otherwise(r"mpirun .* flax-switch pretrain \.\.\. ", names_a_command, "needs a cluster, and leaves out what others say"),
-    Otherwise(r"flax-switch \w+ --gin_file configs/gin/\w+\.gin .*\[--gin", parsed, "tests/test_recipes: it is the recipe's run"),
+    Otherwise(r"flax-switch \w+ --gin-file configs/gin/\w+\.gin .*\[--gin", parsed, "tests/test_recipes: it is the recipe's run"),
     Otherwise(r"flax-switch pretrain .* --workdir gs://bucket/.* --distributed", parsed, "needs a cluster and a cloud"),
     Otherwise(r"gcloud ", parsed, "needs a cloud"),
     Otherwise(r"for i in 0 1 2 3; do\n  ssh ", parsed, "needs four hosts"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
 import io
 import os
 import re
@@ -49,11 +48,8 @@ def filled_in(text: str) -> str:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The arguments of a flax-switch command, by its own parser; its overrides are sorted, too."""
-    args, rest = cli.build_parser(argv[0]).parse_known_args(argv)
-    module = importlib.import_module(f"flax_switch.commands.{args.command}")
-    assert hasattr(module, "take_overrides") or not rest, f"unrecognized arguments: {rest}"
-    if hasattr(module, "take_overrides"):
-        module.take_overrides(args, rest)
+    args, rest = cli.parse_known(argv)
+    cli.take_rest(args, rest)
     return args
 
 
@@ -73,7 +69,7 @@ def outputs(argv: list[str]) -> set[str]:
 def appended(argv: list[str]) -> list[str]:
     """What the test adds to a command: two steps, small batches, and small sizes where the recipe is of a large model."""
     if argv[0] == "generate":
-        return ["--max_new_tokens", "4"]
+        return ["--max-new-tokens", "4"]
     if argv[0] == "plan":
         return [] if "--no-compile" in argv else ["--no-compile"]
     if argv[0] == "evaluate":
@@ -82,7 +78,7 @@ def appended(argv: list[str]) -> list[str]:
     if config is None:
         return []
     small = _finetuning(config) if isinstance(config, FinetuneRecipe) else _pretraining(config)
-    prefix = "--gin." if "--gin_file" in argv else "--config."
+    prefix = "--gin." if "--gin-file" in argv else "--config."
     return [f"{prefix}{name}={value!r}" for name, value in small.items()]
 
 

@@ -222,12 +222,12 @@ def start(config, workdir, folder, *more, count=2, environments=None, numbers=No
     )
     command = [sys.executable, "-m", "flax_switch.cli", "pretrain", "--config", str(recipe), "--workdir", str(workdir)]
     command += [f"--config.{setting}" for setting in LONG]
-    command += ["--distributed", f"--heartbeat_timeout={HEARTBEAT}", "--connect_timeout=120"]
+    command += ["--distributed", f"--heartbeat-timeout={HEARTBEAT}", "--connect-timeout=120"]
     if told:
-        command += [f"--coordinator_address=127.0.0.1:{free_port()}"]
+        command += [f"--coordinator-address=127.0.0.1:{free_port()}"]
     commands = []
     for i in range(count):
-        place = [f"--process_id={i}", f"--num_processes={numbers[i] if numbers else count}"] if told else []
+        place = [f"--process-id={i}", f"--num-processes={numbers[i] if numbers else count}"] if told else []
         commands.append([*command, *place, *(more[i] if more else ())])
     return Processes(commands, folder / "logs", environments or [environment(1)] * count)
 
@@ -327,7 +327,7 @@ def test_a_process_that_fails_alone_ends_the_others_with_its_reason(config, tmp_
 @pytest.mark.slow
 def test_a_coordinator_that_is_not_there_and_processes_that_do_not_come_are_said(config, tmp_path):
     for process_id in (0, 1):
-        more = [f"--process_id={process_id}", "--num_processes=2", "--connect_timeout=4"]
+        more = [f"--process-id={process_id}", "--num-processes=2", "--connect-timeout=4"]
         begun = time.monotonic()
         with start(config, tmp_path / "run", tmp_path / f"alone{process_id}", more, count=1) as processes:
             assert processes.wait(90) == [2]
@@ -341,7 +341,7 @@ def test_without_a_cluster_the_missing_options_are_named():
     result = subprocess.run([*command, "--distributed"], cwd=ROOT, env=environment(1), capture_output=True, text=True, timeout=90)
     assert result.returncode == 2
     assert "JAX detects no cluster here" in result.stderr
-    assert "--coordinator_address, --num_processes, --process_id" in result.stderr
+    assert "--coordinator-address, --num-processes, --process-id" in result.stderr
 
 
 def test_how_processes_find_each_other_is_checked(monkeypatch, capsys):
@@ -359,5 +359,5 @@ def test_how_processes_find_each_other_is_checked(monkeypatch, capsys):
     monkeypatch.setenv("JAX_NUM_PROCESSES", "many")
     with pytest.raises(ConfigError, match="JAX_NUM_PROCESSES must be a number"):
         Connection.resolved()
-    assert main(["pretrain", "--config", "configs/tiny.py", "--workdir", "x", "--num_processes=2"]) == 2
+    assert main(["pretrain", "--config", "configs/tiny.py", "--workdir", "x", "--num-processes=2"]) == 2
     assert "add --distributed" in capsys.readouterr().err

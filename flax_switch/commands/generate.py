@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
+import os
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flax_switch.commands.options import hyphened, refuse
@@ -22,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, metavar="PATH", help="a run, a Hugging Face folder or a folder of ours")
     parser.add_argument("--input", default="-", metavar="FILE", help="text or JSON lines; - is standard input (the default)")
     parser.add_argument("--output", metavar="FILE", help="JSON lines; default: standard output")
+    parser.add_argument("--resume", action="store_true", help="go on with what a run that was cut off left in FILE.partial")
     parser.add_argument("--field", default="text", help="of JSON lines (default: text)")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-source-length", type=int, default=512, help="tokens; longer lines are errors")
@@ -46,33 +49,31 @@ def take_overrides(args: argparse.Namespace, rest: list[str]) -> None:
         check(equals or len(rest) > 1, f"{name} needs a value, as in --num-beams 4.")
         rest.pop(0)
         args.controls[fields[name]] = parse_value(value if equals else rest.pop(0))
-    args.settings = GenerationConfig(**args.controls)
 
 
 def run(args: argparse.Namespace) -> int:
     """Exit status 0, or 1 where some lines could not be used. All that can be checked is, before weights are loaded."""
     from flax_switch.convert.checkpoint import open_checkpoint
+    from flax_switch.generation.controls import GenerationConfig
+    from flax_switch.generation.defaults import read_defaults, with_defaults
     from flax_switch.generation.generate import check_seeds
     from flax_switch.pretrained import from_checkpoint
 
     check(args.batch_size >= 1, f"--batch-size must be at least 1; it is {args.batch_size}.")
     check_seeds(args.seed, 1)
     opened = open_checkpoint(args.checkpoint)
-    args.settings.for_model(opened.config)
+    GenerationConfig(**with_defaults(read_defaults(opened.path), args.controls)).for_model(opened.config)
     options = {"batch_size": args.batch_size, "max_source_length": args.max_source_length, "seed": args.seed, **args.controls}
     if args.input == "-" and sys.stdin.isatty():
         return _converse(from_checkpoint(opened, dtype=args.dtype), options)
     lines = _lines(args)
-    with contextlib.ExitStack() as stack:
-        file = sys.stdout
-        if args.output:
-            try:
-                file = stack.enter_context(open(args.output, "w", encoding="utf-8"))
-            except OSError as error:
-                raise ConfigError(f"Cannot write {args.output}: {error}.") from error
+    if args.output is None:
+        check(not args.resume, "--resume continues an --output; standard output is not kept.")
         results = _results(from_checkpoint(opened, dtype=args.dtype), lines, options)
         for result in results:
-            file.write(json.dumps(result, ensure_ascii=False) + "\n")
+            sys.stdout.write(json.dumps(result, ensure_ascii=False) + "\n")
+    else:
+        results = _to_file(args, opened, lines, options)
     bad = [result for result in results if "error" in result]
     for result in bad:
         print(f"{args.input}, line {result['line']}: {result['error']}.", file=sys.stderr)
@@ -89,8 +90,28 @@ def _lines(args: argparse.Namespace) -> list[Line]:
         raise ConfigError(f"Cannot read {args.input}: {error}.") from error
 
 
-def _results(pretrained: Any, lines: list[Line], options: dict[str, Any]) -> list[dict[str, Any]]:
-    """The lines' results; shows how far it is."""
+def _to_file(args: argparse.Namespace, opened: Any, lines: list[Line], options: dict[str, Any]) -> list[dict[str, Any]]:
+    """The results of all lines, those of an earlier run included; they are in the output file then."""
+    from flax_switch.commands.partial import Partial
+    from flax_switch.pretrained import from_checkpoint
+
+    output = Path(args.output)
+    same = args.input != "-" and output.exists() and os.path.samefile(args.input, output)
+    check(not same, f"--output {args.output} is the input; name another file.")
+    run = {**options, "batch_size": None, "checkpoint": str(opened.path.resolve()), "dtype": args.dtype}
+    run["lines"] = [dataclasses.astuple(line) for line in lines]
+    with Partial(output, run, resume=args.resume) as partial:
+        missing = [line for line in lines if line.number not in partial.done]
+        if missing:
+            _results(from_checkpoint(opened, dtype=args.dtype), missing, options, partial.add)
+        partial.finish()
+    return [partial.done[line.number] for line in lines]
+
+
+def _results(
+    pretrained: Any, lines: list[Line], options: dict[str, Any], keep: Callable[[list[dict[str, Any]]], None] = lambda results: None
+) -> list[dict[str, Any]]:
+    """The lines' results, which `keep` is told batch by batch; shows how far it is."""
     from flax_switch.generation.text import generate_lines
 
     started, done = time.perf_counter(), [0, 0]
@@ -100,7 +121,7 @@ def _results(pretrained: Any, lines: list[Line], options: dict[str, Any]) -> lis
         rate = done[1] / (time.perf_counter() - started)
         print(f"\r{done[0]}/{len(lines)} lines, {rate:,.0f} tokens/s", end="", file=sys.stderr, flush=True)
 
-    results = generate_lines(pretrained, lines, on_batch=progress, **options)
+    results = generate_lines(pretrained, lines, on_batch=progress, on_results=keep, **options)
     if done[0]:
         print(file=sys.stderr)
     return results

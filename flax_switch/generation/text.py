@@ -65,14 +65,15 @@ def generate_lines(
     batch_size: int = 8,
     max_source_length: int = 512,
     on_batch: Callable[[int, int], None] = lambda lines, tokens: None,
+    on_results: Callable[[list[dict[str, Any]]], None] = lambda results: None,
     **controls: Any,
 ) -> list[dict[str, Any]]:
     """Returns a result for each line, in order: {"line", "input", "outputs", "scores"}, or {"line", "error"} for a bad one.
 
     Sources are sorted into length buckets and every batch is filled up to `batch_size`, so that a program compiles once per bucket.
-    `on_batch(lines, tokens)` is called after each batch with the numbers it finished. With sampling, what a line draws depends on
-    the seed and its number, not on the batch it fell into. Raises `ConfigError` for a checkpoint without a
-    vocabulary and for controls that cannot be.
+    `on_batch(lines, tokens)` is called after each batch with the numbers it finished, `on_results` with its results and, first of
+    all, with those of lines that cannot be used. With sampling, what a line draws depends on the seed and its number, not on the
+    batch it fell into. Raises `ConfigError` for a checkpoint without a vocabulary and for controls that cannot be.
     """
     vocabulary, config = pretrained.vocabulary, pretrained.config
     controls = with_defaults(getattr(pretrained, "generation_defaults", {}), controls)
@@ -93,6 +94,8 @@ def generate_lines(
             results[i] = {"line": line.number, "error": error}
         else:
             sources.append((i, ids))
+    if results:
+        on_results(list(results.values()))
     if not sources:
         return [results[i] for i in range(len(lines))]
     for batch, rows, scores in generate_batches(
@@ -109,6 +112,7 @@ def generate_lines(
             results[i] = {"line": lines[i].number, "input": lines[i].text, "outputs": outputs}
             if scores is not None:
                 results[i]["scores"] = [float(score) for score in scores[row]]
+        on_results([results[i] for i in batch])
         on_batch(len(batch), int((rows != config.pad_token_id).sum()))
     return [results[i] for i in range(len(lines))]
 

@@ -9,6 +9,26 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 
+class _Guard:
+    """Ends the writing at the first error of the operating system."""
+
+    def __init__(self, board: Any, what: object) -> None:
+        self._board, self._what = board, what
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        if not isinstance(error, OSError):
+            return False
+        writer, self._board._writer = self._board._writer, None
+        with contextlib.suppress(OSError):
+            if writer is not None:
+                writer.close()
+        log.warning("%s cannot be written (%s); training goes on without.", self._what, error.strerror or error)
+        return True
+
+
 class Board:
     """Writes scalars to an events file. Those of steps from `purge_step` on that a killed run left are hidden.
 
@@ -50,25 +70,5 @@ class Board:
                 self._writer.close()
         self._writer = None
 
-    def _guarded(self, what: object) -> "_Guard":
+    def _guarded(self, what: object) -> contextlib.AbstractContextManager:
         return _Guard(self, what)
-
-
-class _Guard:
-    """Ends the writing at the first error of the operating system."""
-
-    def __init__(self, board: Board, what: object) -> None:
-        self._board, self._what = board, what
-
-    def __enter__(self) -> None:
-        return
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
-        if not isinstance(error, OSError):
-            return False
-        writer, self._board._writer = self._board._writer, None
-        with contextlib.suppress(OSError):
-            if writer is not None:
-                writer.close()
-        log.warning("%s cannot be written (%s); training goes on without.", self._what, error.strerror or error)
-        return True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from flax_switch.commands.checkpoints import FORMATS
-from flax_switch.commands.options import add_recipe_arguments, load_distillation, take_overrides
+from flax_switch.commands.options import add_recipe_arguments, load_config, take_overrides
 
 __all__ = ["add_arguments", "run", "take_overrides"]
 
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Trains the student, then writes samples and the report; exit status 0, or 1 where a signal stopped the run before its end."""
-    config = load_distillation(args).replace(teacher=args.teacher)
+    config = load_config(args).replace(teacher=args.teacher)
     from flax_switch.workflows.distill import distill
     from flax_switch.workflows.finish import finish
 

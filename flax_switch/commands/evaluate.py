@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flax_switch.commands.checkpoints import FORMATS, explain_missing_extras
-from flax_switch.commands.options import add_recipe_arguments, load_finetuning, take_overrides
+from flax_switch.commands.options import add_recipe_arguments, load_config, take_overrides
 from flax_switch.config import ConfigError
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
 def _recipe(args: argparse.Namespace) -> FinetuneRecipe:
     """The recipe that was named, or that of the run the checkpoint belongs to."""
     if args.config or args.gin_file:
-        return load_finetuning(args)
+        return load_config(args)
     from flax_switch.config import recipes
     from flax_switch.config.finetuning import FinetuneConfig, FinetuneRecipe
     from flax_switch.training.checkpoint import CONFIG_FILE, read_config

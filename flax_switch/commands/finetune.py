@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from flax_switch.commands.checkpoints import FORMATS, explain_missing_extras
-from flax_switch.commands.options import add_recipe_arguments, load_finetuning, take_overrides
+from flax_switch.commands.options import add_recipe_arguments, load_config, take_overrides
 
 __all__ = ["add_arguments", "run", "take_overrides"]
 
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 @explain_missing_extras
 def run(args: argparse.Namespace) -> int:
     """Fine-tunes, then shows predictions and writes the report; exit status 1 where a signal stopped the run before its end."""
-    recipe = load_finetuning(args)
+    recipe = load_config(args)
     from flax_switch.workflows.finetune import finetune
     from flax_switch.workflows.finish import finish_finetuning
 

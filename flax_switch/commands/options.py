@@ -7,9 +7,7 @@ import dataclasses
 import difflib
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from flax_switch.config import ConfigError, ExperimentConfig, SwitchConfig, one_of
-from flax_switch.config.distillation import DistillConfig
-from flax_switch.config.finetuning import FinetuneRecipe
+from flax_switch.config import ConfigError, SwitchConfig, one_of
 from flax_switch.config.kinds import RECIPES, Recipe
 
 if TYPE_CHECKING:
@@ -31,7 +29,7 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, kind: str, without: st
     found = {field.name: field.default_factory for field in dataclasses.fields(RECIPES[kind]) if field.name != without}
     sections = {name: SwitchConfig if section is dict else section for name, section in found.items() if isinstance(section, type)}
     overrides = {hyphened(f"--{f.name}"): f"--config.{s}.{f.name}" for s in sections for f in dataclasses.fields(sections[s])}
-    parser.set_defaults(sections=tuple(sections), overrides_taken=overrides)
+    parser.set_defaults(kind=kind, sections=tuple(sections), overrides_taken=overrides)
     parser.epilog = (
         "Any field can be set: --config.SECTION.FIELD=VALUE with --config, --gin.SECTION.FIELD=VALUE with --gin-file; "
         f"sections are {', '.join(sections)}."
@@ -69,21 +67,6 @@ def refuse(args: argparse.Namespace, argument: str) -> NoReturn:
     raise ConfigError(f"Unknown argument {argument!r}{hint} See flax-switch {args.command} --help.")
 
 
-def load_config(args: argparse.Namespace) -> ExperimentConfig:
-    """The pre-training config that the arguments name."""
-    return _of_kind(args, ExperimentConfig.kind)
-
-
-def load_distillation(args: argparse.Namespace) -> DistillConfig:
-    """The distillation config that the arguments name."""
-    return _of_kind(args, DistillConfig.kind)
-
-
-def load_finetuning(args: argparse.Namespace) -> FinetuneRecipe:
-    """The fine-tuning recipe that the arguments name."""
-    return _of_kind(args, FinetuneRecipe.kind)
-
-
 # A recipe's kind -> the command that runs it, and a recipe of the kind.
 _KINDS = {
     "pretraining": ("pretrain", "tiny"),
@@ -92,12 +75,13 @@ _KINDS = {
 }
 
 
-def _of_kind(args: argparse.Namespace, kind: str) -> Any:
+def load_config(args: argparse.Namespace) -> Any:
+    """Returns the recipe that the arguments name; raises `ConfigError` where it is of another kind than the command's."""
     config = load_any(args)
-    if config.kind != kind:
+    if config.kind != args.kind:
         raise ConfigError(
             f"{args.config or args.gin_file[0]} is a recipe for flax-switch {command_of(config)}; this command takes one such as "
-            f"{_KINDS[kind][1]}."
+            f"{_KINDS[args.kind][1]}."
         )
     return config
 

@@ -33,10 +33,8 @@ def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
 
 def may_change(default: Any) -> Any:
     """Declares a field, or a section given by its class, in which a resumed run may differ from the one it continues."""
-    metadata = {"may_change": True}
-    if isinstance(default, type):
-        return dataclasses.field(default_factory=default, metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+    value: Any = {"default_factory" if isinstance(default, type) else "default": default}
+    return dataclasses.field(**value, metadata={"may_change": True})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from flax_switch.config import MeshConfig, OptimizerConfig, SwitchConfig, TrainConfig, check, one_of, reject_unknown_keys
 from flax_switch.config.base import _Section, may_change
-from flax_switch.config.run import BatchConfig
+from flax_switch.config.run import BatchConfig, check_microbatches
 
 # Metric -> the scores it gives, all of them the higher the better.
 METRICS: dict[str, tuple[str, ...]] = {
@@ -162,10 +162,7 @@ class FinetuneConfig(_Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(
-            self.data.batch_size % self.train.microbatches == 0,
-            f"train.microbatches ({self.train.microbatches}) must divide data.batch_size ({self.data.batch_size}).",
-        )
+        check_microbatches(self.data, self.train)
         one_of("evaluation.best", self.best, (*self.scores, LOSS))
 
     def metrics_of(self, task: TaskConfig) -> tuple[str, ...]:

@@ -156,7 +156,12 @@ class ExperimentConfig(_Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(
-            self.data.batch_size % self.train.microbatches == 0,
-            f"train.microbatches ({self.train.microbatches}) must divide data.batch_size ({self.data.batch_size}).",
-        )
+        check_microbatches(self.data, self.train)
+
+
+def check_microbatches(data: BatchConfig, train: TrainConfig) -> None:
+    """Raises unless the batches of a run split into its micro-batches."""
+    check(
+        data.batch_size % train.microbatches == 0,
+        f"train.microbatches ({train.microbatches}) must divide data.batch_size ({data.batch_size}).",
+    )

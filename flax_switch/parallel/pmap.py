@@ -11,8 +11,30 @@ from typing import Any
 import jax
 
 
+class OneProgram:
+    """Where a program is all of a step, as under jit: it has the whole batch, so sums and means over devices are the identity."""
+
+    size = 1
+
+    def sum(self, x: Any) -> Any:
+        """Adds up a tree over all devices."""
+        return x
+
+    def mean(self, x: Any) -> Any:
+        """Returns a tree's mean over all devices."""
+        return x
+
+    def mean_of_experts(self, x: Any) -> Any:
+        """Returns the mean of what differs from expert to expert, and on each device holds the whole batch's."""
+        return x
+
+    def own_key(self, key: jax.Array) -> jax.Array:
+        """Returns a key with which each device draws differently."""
+        return key
+
+
 @dataclasses.dataclass(frozen=True)
-class PmapDevices:
+class PmapDevices(OneProgram):
     """The devices of a pmap: one named axis, on which device d * expert + e holds part e of the experts."""
 
     data: int
@@ -42,6 +64,14 @@ class PmapDevices:
         """Averages a tree over all devices."""
         return jax.lax.pmean(x, self.axis)
 
+    def mean_of_experts(self, x: Any) -> Any:
+        """The mean over the replicas of a device's experts, which hold every peer's share."""
+        return self.sum(x, self.data_groups) / self.size
+
+    def own_key(self, key: jax.Array) -> jax.Array:
+        """The key with the device's number folded in."""
+        return jax.random.fold_in(key, jax.lax.axis_index(self.axis))
+
 
 _PMAP: contextvars.ContextVar[PmapDevices | None] = contextvars.ContextVar("pmap_devices", default=None)
 
@@ -59,3 +89,8 @@ def inside_pmap(devices: PmapDevices) -> Iterator[PmapDevices]:
 def pmap_devices() -> PmapDevices | None:
     """Returns the devices of the pmap whose body is being traced, if one is."""
     return _PMAP.get()
+
+
+def step_devices() -> OneProgram:
+    """The devices over which a step that is being traced adds up: a pmap's, or under jit its one program."""
+    return _PMAP.get() or OneProgram()

@@ -4,7 +4,7 @@ A workdir holds
 
     config.json                    the run's config, its kind first
     vocabulary/                    its vocabulary
-    checkpoints/<step>/            params, opt_state, meta (step, rng, position in the data), each complete or not there
+    checkpoints/<step>/            params, opt_state, meta (rng, position in the data), each complete or not there
     metrics.jsonl, events...       what `flax_switch.training.metrics` writes
 """
 
@@ -47,12 +47,7 @@ class Checkpoints:
         step = int(state.step)
         if step in self._manager.all_steps():
             return
-        meta = {
-            "version": FORMAT_VERSION,
-            "step": step,
-            "rng": np.asarray(state.rng).tolist(),
-            "data": data_state,
-        }
+        meta = {"version": FORMAT_VERSION, "rng": np.asarray(state.rng).tolist(), "data": data_state}
         with explain_full_disk(self.workdir):
             self._manager.save(
                 step,
@@ -85,7 +80,7 @@ class Checkpoints:
         )
         meta = restored["meta"]
         state = TrainState(
-            step=jax.device_put(jnp.int32(meta["step"]), abstract.step.sharding),
+            step=jax.device_put(jnp.int32(step), abstract.step.sharding),
             params=restored["params"],
             opt_state=restored["opt_state"],
             rng=jax.device_put(np.asarray(meta["rng"], np.uint32), abstract.rng.sharding),

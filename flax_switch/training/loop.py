@@ -136,14 +136,11 @@ def _train(
                 writer.flush()
                 checkpoints.save(stepper.release(state), batches.get_state())
                 watch.resume(paused)
+        progress.close()
         if signals.stopped and step < config.steps and not enough:
-            writer.flush()
-            checkpoints.save(stepper.release(state), batches.get_state())
             checkpoints.wait()
-            progress.close()
             console.print(f"{signals.stopped}: saved at step {step}. Run the same command again to continue.")
             return RunResult(run, stepper.release(state), prepared, step, False, None)
-        progress.close()
         if enough:
             console.print(f"Training ended at step {step}: {enough}.")
         if evaluation is None:  # the run was complete before this call

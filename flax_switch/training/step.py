@@ -15,7 +15,7 @@ from flax_switch.ops.kernels.updates import updates_after
 from flax_switch.ops.losses import IGNORED_LABEL, LossOutput, loss_weights, seq2seq_loss, token_cross_entropy
 from flax_switch.ops.moe.groups import rows_of_whole_groups
 from flax_switch.parallel.mesh import batch_sharding, replicated, traced_on
-from flax_switch.parallel.pmap import pmap_devices
+from flax_switch.parallel.pmap import step_devices
 from flax_switch.training.freezing import merged, trainable_part
 from flax_switch.training.optimizer import global_norm, learning_rate_schedule
 from flax_switch.training.state import Run, TrainState, is_split, state_shardings
@@ -54,19 +54,17 @@ def loss_and_grads(run: Run, params: Any, batch: Batch, rng: jax.Array, loss_of:
     """Gradients of the trained parameters and metrics of a batch, in one piece or in `train.microbatches` pieces with the same sum.
 
     Each piece divides its cross-entropy by the whole batch's normaliser and its routers' losses by the number of pieces, so that
-    splitting changes memory and not the update (where routing groups lie within a piece, and but for dropout's draws). Inside a
-    pmap the parts of its devices are such pieces too, and what is returned is their mean. `loss_of` is `true_loss` where none
-    is given.
+    splitting changes memory and not the update (where routing groups lie within a piece, and but for dropout's draws). Where each
+    device has a part of the batch, these are such pieces too, and what is returned is their mean. `loss_of` is `true_loss` where
+    none is given.
     """
     config = run.config.model
     loss_of = loss_of or true_loss(config)
     pieces = run.config.train.microbatches
     labels, segments = batch["labels"], batch.get("decoder_segment_ids")
     _, divisor = loss_weights((labels != IGNORED_LABEL).astype(jnp.float32), config.loss_normalizer, segments)
-    devices = pmap_devices()
-    if devices is not None:  # a constant is the whole batch's; other normalisers have counted this device's part
-        divisor = devices.mean(divisor) if isinstance(config.loss_normalizer, str) else divisor / devices.size
-
+    devices = step_devices()  # a constant is the whole batch's; other normalisers have counted this device's part
+    divisor = devices.mean(divisor) if isinstance(config.loss_normalizer, str) else divisor / devices.size
     trained = trainable_part(params, run.config.optimizer.trainable)
 
     def loss_fn(trained, piece, rng):
@@ -96,16 +94,14 @@ def loss_and_grads(run: Run, params: Any, batch: Batch, rng: jax.Array, loss_of:
 
 
 def _over_devices(run: Run, grads: Any, metrics: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Inside a pmap: the means over its devices; an expert's gradients, which hold every peer's, over its replicas only."""
-    devices = pmap_devices()
-    if devices is None:
-        return grads, metrics
+    """Returns the means over the devices; of an expert's gradients, which hold every peer's, over its replicas only."""
+    devices = step_devices()
 
     def mean(grad, leaf):
-        return devices.sum(grad, devices.data_groups) / devices.size if is_split(leaf) else devices.mean(grad)
+        return devices.mean_of_experts(grad) if is_split(leaf) else devices.mean(grad)
 
-    tokens = devices.sum(metrics["target_tokens"])
-    return jax.tree.map(mean, grads, trained_leaves(run)), {**devices.mean(metrics), "target_tokens": tokens}
+    grads = jax.tree.map(mean, grads, trained_leaves(run))
+    return grads, {**devices.mean(metrics), "target_tokens": devices.sum(metrics["target_tokens"])}
 
 
 def trained_leaves(run: Run) -> Any:
@@ -115,10 +111,7 @@ def trained_leaves(run: Run) -> Any:
 
 def train_step(run: Run, state: TrainState, batch: Batch, loss_of: Loss | None = None) -> tuple[TrainState, dict[str, Any]]:
     """Makes one update, of `true_loss` where no other loss is given; `state.step` counts it."""
-    rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-    devices = pmap_devices()
-    if devices is not None:  # each draws its own dropout
-        rng = jax.random.fold_in(rng, jax.lax.axis_index(devices.axis))
+    rng = step_devices().own_key(jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step))
     grads, metrics = loss_and_grads(run, state.params, batch, rng, loss_of)
     trained = trainable_part(state.params, run.config.optimizer.trainable)
     norm = global_norm(grads, jax.tree.map(is_split, trained_leaves(run)))

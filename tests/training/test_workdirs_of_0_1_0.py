@@ -56,6 +56,10 @@ def test_a_run_of_0_1_0_resumes_to_the_bit(tmp_path):
     undisturbed = pretrain(config, tmp_path / "undisturbed")
     shutil.copytree(tmp_path / "undisturbed", tmp_path / "stopped")
     shutil.rmtree(tmp_path / "stopped" / "checkpoints" / "4")
+    meta = tmp_path / "stopped" / "checkpoints" / "2" / "meta" / "metadata"
+    values = json.loads(meta.read_text())
+    assert "step" not in values, "the step is the name of the folder"
+    meta.write_text(json.dumps({"version": 1, "step": 2, **values}))  # 0.1.0 wrote it here, too
     resumed = pretrain(config, workdir_of_0_1_0(tmp_path / "stopped", "pretraining"))
     assert losses(tmp_path / "stopped") == losses(tmp_path / "undisturbed")
     assert [line["step"] for line in losses(tmp_path / "stopped") if line["kind"] == "train"] == [1, 2, 3, 4]

@@ -92,5 +92,5 @@ def pmap_devices() -> PmapDevices | None:
 
 
 def step_devices() -> OneProgram:
-    """The devices over which a step that is being traced adds up: a pmap's, or under jit its one program."""
+    """Returns the devices over which a step that is being traced adds up: a pmap's, or under jit its one program."""
     return _PMAP.get() or OneProgram()

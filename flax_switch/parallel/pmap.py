@@ -65,11 +65,11 @@ class PmapDevices(OneProgram):
         return jax.lax.pmean(x, self.axis)
 
     def mean_of_experts(self, x: Any) -> Any:
-        """The mean over the replicas of a device's experts, which hold every peer's share."""
+        """Returns the mean over the replicas of a device's experts, which hold every peer's share."""
         return self.sum(x, self.data_groups) / self.size
 
     def own_key(self, key: jax.Array) -> jax.Array:
-        """The key with the device's number folded in."""
+        """Returns the key with the device's number folded in."""
         return jax.random.fold_in(key, jax.lax.axis_index(self.axis))
 
 

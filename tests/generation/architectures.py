@@ -103,7 +103,7 @@ def pairwise():
         return row
 
     while missing:
-        first = dict(min(missing, key=sorted))
+        first = dict(sorted(min(missing, key=sorted)))
         rows.append(max((grown(first, missing) for _ in range(20)), key=lambda row: len(met(row, missing))))
         missing -= met(rows[-1], missing)
     return rows

@@ -73,7 +73,7 @@ class OptimizerConfig(_Section):
 
     name: str = "adafactor"  # or "adamw", "adamw_rms" (rates relative to a parameter's RMS), "muon" (the same, matrices by Muon)
     schedule: str = "rsqrt"  # learning_rate * rsqrt(max(step, warmup_steps)); or "constant", "linear", "cosine"
-    learning_rate: float = 1.0  # the factor in rsqrt; else the peak
+    learning_rate: float = may_change(1.0)  # the factor in rsqrt; else the peak. Lower it where losses are no numbers
     warmup_steps: int = 10_000  # rsqrt: constant until then; others: linear from 0
     final_learning_rate: float = 0.0  # of linear and cosine, at the last step
     decay_rate: float = 0.8  # Adafactor's second moments: 1 - step**-decay_rate
@@ -134,11 +134,13 @@ class TrainConfig(_Section):
     checkpoint_every: int = may_change(1000)
     keep_last: int = may_change(3)
     keep_every: int | None = may_change(None)  # keep checkpoints whose step is a multiple of it for good
+    max_nonfinite_steps: int = may_change(10)  # so many updates in a row that are no numbers, and so skipped, end the run
     sample_spans: int = may_change(4)  # held-out examples shown at the end: with masked spans filled in, or beside predictions
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("steps", "microbatches", "log_every", "eval_every", "eval_batches", "checkpoint_every", "keep_last"):
+        counts = ("steps", "microbatches", "log_every", "eval_every", "eval_batches", "checkpoint_every", "keep_last")
+        for name in (*counts, "max_nonfinite_steps"):
             check(getattr(self, name) >= 1, f"train.{name} must be at least 1; it is {getattr(self, name)}.")
 
 

@@ -24,6 +24,7 @@ from flax_switch.config import ConfigError, check
 from flax_switch.config.kinds import RUNS, RunConfig, kind_of
 from flax_switch.host.files import absolute, write_text
 from flax_switch.host.json_text import read_json
+from flax_switch.training.skipped import all_finite
 from flax_switch.training.state import TrainState
 
 CONFIG_FILE = "config.json"
@@ -47,6 +48,11 @@ class Checkpoints:
         step = int(state.step)
         if step in self._manager.all_steps():
             return
+        if not all_finite(state.params):
+            raise FloatingPointError(
+                f"Parameters are no numbers after step {step}, and are not saved. Earlier checkpoints are kept. Lower "
+                "optimizer.learning_rate, which a run may change when it goes on."
+            )
         meta = {"version": FORMAT_VERSION, "rng": np.asarray(state.rng).tolist(), "data": data_state}
         with explain_full_disk(self.workdir):
             self._manager.save(

@@ -16,6 +16,7 @@ from flax_switch.parallel.mesh import batch_rows
 from flax_switch.training.checkpoint import Checkpoints
 from flax_switch.training.metrics import MetricsWriter, plain
 from flax_switch.training.progress import StopSignals, Stopwatch, TrainProgress, console
+from flax_switch.training.skipped import Skipped
 from flax_switch.training.state import Run, TrainState
 from flax_switch.training.stepper import Stepper, build_stepper
 
@@ -99,7 +100,7 @@ def _train(
 ) -> RunResult:  # fmt: skip
     config = run.config.train
     state = stepper.hold(state)
-    progress, watch = TrainProgress(start, config.steps), Stopwatch()
+    progress, watch, skipped = TrainProgress(start, config.steps), Stopwatch(), Skipped(config.max_nonfinite_steps)
     evaluation = None
     with StopSignals() as signals:
         step, enough = start, evaluator.conclude(start, None, None)
@@ -117,11 +118,12 @@ def _train(
                 watch.count(waited, _tokens(batch) * run.config.data.batch_size / len(batch["labels"]))
             progress.advance(step)
             last = step == config.steps
+            skipped.add(metrics)
             if step % config.log_every == 0 or last:
-                line = {**plain(metrics), **watch.read()}
+                line = {**plain(metrics), **watch.read(), **skipped.read()}
                 writer.write(step, "train", line)
                 progress.log(step, line)
-                check_finite(line, step)
+                skipped.check(step, checkpoints.latest_step())
             if step % config.eval_every == 0 or last:
                 paused = watch.pause()
                 params = stepper.release(state).params
@@ -146,15 +148,6 @@ def _train(
         if evaluation is None:  # the run was complete before this call
             evaluation = evaluator(stepper.release(state).params)
     return RunResult(run, stepper.release(state), prepared, step, True, evaluation)
-
-
-def check_finite(metrics: dict[str, Any], step: int) -> None:
-    """Raises `FloatingPointError` where the loss is no number any more: going on would only overwrite good checkpoints."""
-    if not np.isfinite(metrics["loss"]):
-        raise FloatingPointError(
-            f"The loss is {metrics['loss']} at step {step}. Earlier checkpoints are kept. Lower optimizer.learning_rate, raise "
-            "optimizer.warmup_steps, or set optimizer.clip_global_norm; in bfloat16 keep model.router_dtype='float32'."
-        )
 
 
 def _tokens(batch: Batch) -> int:

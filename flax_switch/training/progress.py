@@ -44,7 +44,7 @@ class TrainProgress:
         status = (
             f"loss {metrics['loss']:.3f}  {metrics['tokens_per_second']:,.0f} tokens/s  "
             f"data wait {100 * metrics['data_wait_fraction']:.1f} %"
-        )
+        ) + (f"  {metrics['skipped_steps']} skipped" if metrics.get("skipped_steps") else "")
         if self._bar is not None:
             self._bar.update(self._task, completed=step, status=status)
         else:

@@ -110,18 +110,30 @@ def trained_leaves(run: Run) -> Any:
 
 
 def train_step(run: Run, state: TrainState, batch: Batch, loss_of: Loss | None = None) -> tuple[TrainState, dict[str, Any]]:
-    """Makes one update, of `true_loss` where no other loss is given; `state.step` counts it."""
+    """Makes one update, of `true_loss` where no other loss is given; `state.step` counts it.
+
+    Where the loss or the norm of the gradients is not finite, parameters and the optimiser's state, its place in the schedule
+    included, stay as they are, and "skipped" is 1 in the metrics.
+    """
     rng = step_devices().own_key(jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step))
     grads, metrics = loss_and_grads(run, state.params, batch, rng, loss_of)
     trained = trainable_part(state.params, run.config.optimizer.trainable)
     norm = global_norm(grads, jax.tree.map(is_split, trained_leaves(run)))
     updates, opt_state = run.optimizer.update(grads, state.opt_state, trained)
     updated: Any = optax.apply_updates(trained, updates_after(norm, updates))
+    finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
+    updated, opt_state = only_if(finite, (updated, opt_state), (trained, state.opt_state))
     params = merged(state.params, updated)
     schedule = learning_rate_schedule(run.config.optimizer, run.config.train.steps)
     metrics["grad_norm"] = norm
+    metrics["skipped"] = 1.0 - finite
     metrics["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
     return TrainState(state.step + 1, params, opt_state, state.rng), metrics
+
+
+def only_if(condition: jax.Array, new: Any, old: Any) -> Any:
+    """Returns the tree `new` where the condition holds, which is the same on every device, and else `old`."""
+    return jax.tree.map(lambda new, old: jnp.where(condition, new, old), new, old)
 
 
 def eval_step(run: Run, params: Any, batch: Batch) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from flax_switch.data.span_corruption import restore
 from flax_switch.training import progress
 from flax_switch.training.checkpoint import Checkpoints
 from flax_switch.training.evaluate import Evaluator, describe, perplexity
-from flax_switch.training.loop import check_finite
 from flax_switch.training.metrics import read_metrics
 from flax_switch.training.step import compile_eval_step
 from flax_switch.workflows import report
@@ -270,10 +269,3 @@ def test_a_stopwatch_gives_rates_since_it_was_last_read_and_leaves_out_pauses(mo
     clock[0] += 4.0
     watch.count(1.0, 8.0)
     assert watch.read() == pytest.approx({"seconds_per_step": 4.0, "tokens_per_second": 2.0, "data_wait_fraction": 0.25})
-
-
-@pytest.mark.parametrize("loss", [math.nan, math.inf])
-def test_a_loss_that_is_no_number_ends_the_run_and_says_what_to_change(loss):
-    check_finite({"loss": 3.0}, 7)
-    with pytest.raises(FloatingPointError, match=r"at step 7.*clip_global_norm"):
-        check_finite({"loss": loss}, 7)

@@ -95,7 +95,7 @@ class DecoderCache:
         """The cache after `length` more tokens of each row, which `layers` hold."""
         return dataclasses.replace(self, layers=layers, index=self.index + length)
 
-    def after(self, prefix: "DecoderCache") -> Self:
+    def after(self, prefix: Self) -> Self:
         """This empty cache with what one row of each source has decoded: beams find it at beam 0, samples get a copy each."""
         layers = tuple(
             dataclasses.replace(layer, past=before.past.spread(layer.past.key.shape[0], self.beams, layer.past.key.shape[-1]))

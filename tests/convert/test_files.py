@@ -166,9 +166,8 @@ def test_a_wrong_index_is_refused_and_nothing_is_written(tmp_path, damage, words
 
 def t5(tied: bool, path: Path, held: set[str], listed: set[str]) -> Path:
     """A T5 whose shard and index hold tensors of these names besides all that are no embeddings."""
-    config = transformers.T5Config(
-        vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, tie_word_embeddings=tied, decoder_start_token_id=0
-    )
+    sizes = dict(vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    config = transformers.T5Config.from_dict(dict(sizes, tie_word_embeddings=tied, decoder_start_token_id=0))
     state = transformers.T5ForConditionalGeneration(config).state_dict()
     others = {name for name in state if "embed" not in name and name != "lm_head.weight"}
     path.mkdir()

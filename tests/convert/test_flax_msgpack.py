@@ -44,7 +44,7 @@ def as_flax(state: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
     return flat
 
 
-def saved(path: Path, kind: str, shards: int = 1, dtype=np.float32) -> tuple[Path, dict[str, torch.Tensor]]:
+def saved(path: Path, kind: str, shards: int = 1, dtype: type = np.float32) -> tuple[Path, dict[str, torch.Tensor]]:
     """A folder of a Flax T5, and the tensors that PyTorch's has."""
     config = transformers.T5Config(**SIZES, **KINDS[kind])
     state = transformers.T5ForConditionalGeneration(config).state_dict()
@@ -99,8 +99,14 @@ def test_an_array_in_chunks_is_one_array_and_blocks_of_it_are_read(tmp_path, mon
     np.testing.assert_array_equal(block, arrays["a"][1:4, 2:3, 0:2])
 
 
+def packed(value: object, **options: bool) -> bytes:
+    data = msgpack.packb(value, **options)
+    assert data is not None
+    return data
+
+
 def array_of(shape, dtype="float32", contents=b""):
-    return msgpack.ExtType(1, msgpack.packb((shape, dtype, contents), use_bin_type=True))
+    return msgpack.ExtType(1, packed((shape, dtype, contents), use_bin_type=True))
 
 
 @pytest.mark.parametrize(
@@ -110,17 +116,17 @@ def array_of(shape, dtype="float32", contents=b""):
         (b"\xdf\xff\xff\xff\xff", "ends too early"),
         (b"\x81" * 100, "a name was expected"),
         (b"\x81\xa1a" * 100, "levels deep"),
-        (msgpack.packb([1]), "a map of names"),
-        (msgpack.packb({"a": 1}), "is a number"),
-        (msgpack.packb({"a": "text"}), "a map of names"),
-        (msgpack.packb({"a/b": array_of([0])}), "no name"),
-        (msgpack.packb({"a": msgpack.ExtType(3, b"x")}), "no array"),
-        (msgpack.packb({"a": array_of([10**9, 10**9])}), "does not fit"),
-        (msgpack.packb({"a": array_of([2], contents=bytes(4))}), "does not fit"),
-        (msgpack.packb({"a": array_of([0], "object")}), "dtype 'object'"),
-        (msgpack.packb({"a": array_of([0])}) + b"x", "follow the last"),
-        (b"\x82" + 2 * msgpack.packb({"a": array_of([0])})[1:], "comes twice"),
-        (msgpack.packb({"a": {"__msgpack_chunked_array__": True, "shape": {"0": 3}, "chunks": {}}}), "chunks of 'a'"),
+        (packed([1]), "a map of names"),
+        (packed({"a": 1}), "is a number"),
+        (packed({"a": "text"}), "a map of names"),
+        (packed({"a/b": array_of([0])}), "no name"),
+        (packed({"a": msgpack.ExtType(3, b"x")}), "no array"),
+        (packed({"a": array_of([10**9, 10**9])}), "does not fit"),
+        (packed({"a": array_of([2], contents=bytes(4))}), "does not fit"),
+        (packed({"a": array_of([0], "object")}), "dtype 'object'"),
+        (packed({"a": array_of([0])}) + b"x", "follow the last"),
+        (b"\x82" + 2 * packed({"a": array_of([0])})[1:], "comes twice"),
+        (packed({"a": {"__msgpack_chunked_array__": True, "shape": {"0": 3}, "chunks": {}}}), "chunks of 'a'"),
     ],
 )
 def test_a_file_that_is_none_is_refused_by_name(tmp_path, contents, words):

@@ -11,6 +11,7 @@ import transformers
 
 import flax_switch as fs
 from flax_switch.convert import convert, open_checkpoint
+from flax_switch.pretrained.outputs import Seq2SeqLMOutput
 from tests.convert import oracle
 
 IDS, LABELS = np.array([[5, 9, 33, 1]]), np.array([[11, 12, 1]])
@@ -47,7 +48,9 @@ def test_a_float16_checkpoint_computes_float32s_loss_and_says_so(tmp_path, kind,
     model_class = getattr(transformers, f"{kind}ForConditionalGeneration")
     theirs = model_class.from_pretrained(tmp_path / "half", dtype=torch.float32)
     expected = theirs(input_ids=torch.tensor(IDS), labels=torch.tensor(LABELS)).loss.item()
-    np.testing.assert_allclose(float(ours(IDS, labels=LABELS).loss), expected, rtol=1e-3)
+    output = ours(IDS, labels=LABELS)
+    assert isinstance(output, Seq2SeqLMOutput) and output.loss is not None
+    np.testing.assert_allclose(float(output.loss), expected, rtol=1e-3)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,6 +1,7 @@
 """A destination holds the old model or the new one, whole, and one conversion at a time: whoever is killed, whatever was there."""
 
 import errno
+import functools
 import itertools
 import multiprocessing
 import os
@@ -121,9 +122,7 @@ def test_a_kill_at_any_file_operation_leaves_the_old_model_or_the_new_one(tmp_pa
         (destination / "notes" / "mine.txt").write_text("a user's own")
         old, new = digest(destination), digest(source)
 
-        def action(source=source, destination=destination):
-            return convert(source, destination, to=to, overwrite=True)
-
+        action = functools.partial(convert, source, destination, to=to, overwrite=True)
         killed = killed_at(at, monkeypatch, action)
         if destination.exists():
             assert digest(destination) in (old, new)

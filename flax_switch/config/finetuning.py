@@ -132,7 +132,7 @@ class FinetuneOptimizerConfig(OptimizerConfig):
     """The optimiser; the defaults are T5X's for fine-tuning: Adafactor at a constant 1e-3."""
 
     schedule: str = "constant"
-    learning_rate: float = 1e-3
+    learning_rate: float = may_change(1e-3)
     warmup_steps: int = 0
 
 

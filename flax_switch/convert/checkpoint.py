@@ -16,7 +16,7 @@ from flax_switch.config import SwitchConfig, check, one_of
 from flax_switch.config import huggingface as config_huggingface
 from flax_switch.convert import hub, huggingface, native, t5x, tokenizer, training_run
 from flax_switch.convert.canonical import canonical_shapes, is_router
-from flax_switch.convert.doors import check_folder
+from flax_switch.convert.doors import check_folder, read_companion
 from flax_switch.convert.folder import (
     COMPANIONS,
     DEFAULT_SHARD_SIZE,
@@ -55,7 +55,7 @@ class Checkpoint:
 
 
 def detect_format(folder: Path) -> str:
-    """Returns which format a folder is in: "flax_switch", "t5x", "orbax" or "huggingface"."""
+    """Returns a folder's format: "flax_switch", "t5x", "orbax" or "huggingface". Raises for a device, pipe or socket in it."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is no folder: a checkpoint is one, or the name of a model on the Hugging Face hub.")
     check_folder(folder)
@@ -240,9 +240,11 @@ def export_config(checkpoint: Checkpoint) -> tuple[dict[str, Any], str]:
 
 
 def companion_files(folder: Path) -> dict[str, bytes]:
-    """Returns the files beside the weights that travel with a model: its tokenizer and generation settings."""
-    folder = training_run.vocabulary_folder(folder)
-    return {name: (folder / name).read_bytes() for name in COMPANIONS if (folder / name).is_file()}
+    """Returns the `COMPANIONS` of a checkpoint, of a run its own; a link out of the folder raises `CheckpointError`."""
+    place = training_run.vocabulary_folder(folder)
+    check_folder(place)
+    root = folder if place == folder else place.parent
+    return {name: read_companion(place / name, root) for name in COMPANIONS if (place / name).is_file()}
 
 
 def source_identity(folder: Path) -> list:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import stat
 from collections.abc import Mapping
@@ -25,9 +26,9 @@ def read_json(path: epath.PathLike) -> dict[str, Any]:
     path = epath.Path(path)
     try:
         if "://" not in str(path):
-            status = path.stat()
-            check(stat.S_ISREG(getattr(status, "mode", None) or 0o100000), f"{path} is no regular file.")
-            check(status.length <= LARGEST_FILE, f"{path} has {status.length:,} bytes: that is no file of settings.")
+            status = os.stat(path)
+            check(stat.S_ISREG(status.st_mode), f"{path} is no regular file.")
+            check(status.st_size <= LARGEST_FILE, f"{path} has {status.st_size:,} bytes: that is no file of settings.")
         content = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"Cannot read {path}: {error.strerror or error}.") from error

@@ -12,13 +12,18 @@ import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from flax_switch.config import ConfigError
 
-if sys.platform == "win32":
-    import msvcrt
-else:
+try:
     import fcntl
+except ImportError:  # Windows
+    fcntl = None
+try:
+    import msvcrt
+except ImportError:
+    msvcrt = None
 
 _HELD = (errno.EWOULDBLOCK, errno.EACCES, errno.EAGAIN, errno.EDEADLK)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
@@ -102,19 +107,25 @@ def _try_lock(file: int, place: Path) -> bool:
 
 
 def _lock(file: int) -> None:
-    if sys.platform == "win32":
-        os.lseek(file, _LOCKED_BYTE, os.SEEK_SET)
-        msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
-    else:
+    if fcntl is not None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    else:
+        _windows(file, "LK_NBLCK")
 
 
 def _unlock(file: int) -> None:
-    if sys.platform == "win32":
-        os.lseek(file, _LOCKED_BYTE, os.SEEK_SET)
-        msvcrt.locking(file, msvcrt.LK_UNLCK, 1)
-    else:
+    if fcntl is not None:
         fcntl.flock(file, fcntl.LOCK_UN)  # also for children that inherited the file
+    else:
+        _windows(file, "LK_UNLCK")
+
+
+def _windows(file: int, mode: str) -> None:
+    if msvcrt is None:
+        raise OSError(errno.ENOSYS, "this system has no locks")
+    os.lseek(file, _LOCKED_BYTE, os.SEEK_SET)
+    module: Any = msvcrt  # type checkers know it on Windows alone
+    module.locking(file, getattr(module, mode), 1)
 
 
 def _is_at(file: int, place: Path) -> bool:

@@ -9,11 +9,11 @@ from flax_switch.cli import main
 from flax_switch.commands.partial import Partial
 from flax_switch.config import ConfigError
 
-RESULTS = [{"line": n, "input": f"text {n}", "outputs": [f"output é {n}"]} for n in (1, 2, 4, 5)]
+RESULTS = [{"line": n, "input": f"text {n}", "outputs": [f"output é\u2028 \x85{n}"]} for n in (1, 2, 4, 5)]
 
 
 def lines_of(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").removesuffix("\n").split("\n")]
 
 
 def cut_off(output, run, results, ending=""):

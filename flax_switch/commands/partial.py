@@ -32,7 +32,8 @@ class Partial:
             self._read(resume)
 
     def _read(self, resume: bool) -> None:
-        first, *lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
+        # Texts may hold what `splitlines` takes for an end of line; in JSON no newline stands within one.
+        first, *lines = self._path.read_text(encoding="utf-8", errors="replace").split("\n")
         for line in lines:
             try:
                 result = json_object(line, str(self._path))

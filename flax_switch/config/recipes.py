@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import runpy
+import traceback
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,16 +63,22 @@ def load_gin(paths: Sequence[str | Path], bindings: Iterable[str] = ()) -> Recip
         sections = _gin_sections()
         try:
             gin.parse_config_files_and_bindings([str(p) for p in paths], list(bindings))
-        except (ValueError, SyntaxError) as error:
-            raise ConfigError(f"The gin configuration cannot be read: {error}") from error
-        base = sections["recipe"]().get("base")
-        if base is None:
+            bound = {name: section() for name, section in sections.items()}
+        except Exception as error:  # gin raises whatever an import or a reference in the file raises
+            what = str(error).strip() or type(error).__name__
+            raise ConfigError(
+                f"The gin configuration cannot be read: {what}. Here a gin file names a recipe (recipe.base = 'tiny') and binds "
+                "fields of its sections (train.steps = 500); T5X's own files, which import and include its modules, are no recipes."
+            ) from error
+        finally:
+            gin.clear_config()
+        base = bound["recipe"].get("base")
+        if not isinstance(base, str):
             raise ConfigError("A gin file names the recipe it changes: recipe.base = 'tiny'.")
         values = _config_dict(_find_base(base, paths))
         for name in SECTIONS:
-            for key, value in sections[name]().items():
+            for key, value in bound[name].items():
                 _set(values, f"{name}.{key}", value)
-        gin.clear_config()
     return from_config_dict(values)
 
 
@@ -105,10 +112,20 @@ def _find_base(base: str, gin_paths: Sequence[Path]) -> Path:
 
 def _config_dict(given: str | Path) -> ml_collections.ConfigDict:
     path = shipped.find(given)
-    module = runpy.run_path(str(path))
-    if "get_config" not in module:
-        raise ConfigError(f"{path} is no recipe: it defines no get_config().")
-    return module["get_config"]()
+    try:
+        module = runpy.run_path(str(path))
+        if "get_config" not in module:
+            raise ConfigError(f"{path} is no recipe: it defines no get_config().")
+        values = module["get_config"]()
+    except ConfigError:
+        raise
+    except Exception as error:  # a recipe is code, and raises what it likes
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        where = f", line {lines[-1]}" if lines else ""
+        raise ConfigError(f"The recipe {path}{where} raises {type(error).__name__}: {error}.") from error
+    if not isinstance(values, ml_collections.ConfigDict):
+        raise ConfigError(f"{path} is no recipe: its get_config() returns {type(values).__name__}, not to_config_dict(...).")
+    return values
 
 
 def override(values: ml_collections.ConfigDict, overrides: Iterable[str]) -> ml_collections.ConfigDict:
@@ -121,7 +138,7 @@ def override(values: ml_collections.ConfigDict, overrides: Iterable[str]) -> ml_
 def _set(values: ml_collections.ConfigDict, key: str, value: Any) -> None:
     section, _, field = key.partition(".")
     sections = [name for name in values if name in SECTIONS]
-    if section not in sections or not field:
+    if section not in sections or not field or "." in field:
         if section != "kind":
             RECIPES[kind_of(values.to_dict())].from_dict({section: {}})  # an unknown section is an error with the nearest name
         raise ConfigError(f"{key!r} names no field; write section.field, with the section one of {', '.join(sections)}.")

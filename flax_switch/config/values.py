@@ -15,7 +15,7 @@ def parse_value(text: str) -> Any:
         return named[text.lower()]
     try:
         return _tuples(ast.literal_eval(text))
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # all that literal_eval raises
         return text
 
 

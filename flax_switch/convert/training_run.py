@@ -12,7 +12,7 @@ from pathlib import Path
 
 from flax_switch.config import ConfigError, SwitchConfig
 from flax_switch.convert.canonical import canonical_shapes
-from flax_switch.convert.doors import check_folder
+from flax_switch.convert.doors import check_counts, check_folder
 from flax_switch.convert.mapping import SAME_NAMES, to_canonical
 from flax_switch.convert.scan import unstack_layers
 from flax_switch.convert.tensors import CheckpointError, LazyTensor
@@ -54,7 +54,11 @@ def read_run(step: Path, *, allow_missing: Sequence[str] = ()) -> tuple[SwitchCo
     check_folder(config_file.parent)
     tensors = unstack_layers(read_params(step / "params"))
     try:
-        config = SwitchConfig.from_dict(field(read_json(config_file), "model", dict, str(config_file)))
+        values = field(read_json(config_file), "model", dict, str(config_file))
+        check_counts(values, tensors, config_file)
+        config = SwitchConfig.from_dict(values)
+    except CheckpointError:
+        raise
     except ConfigError as error:
         raise CheckpointError(f"{step} is a training checkpoint, but its run's config cannot be read: {error}") from error
     try:

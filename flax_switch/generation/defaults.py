@@ -3,8 +3,9 @@
 import dataclasses
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
+
+from etils import epath
 
 from flax_switch.config import ConfigError
 from flax_switch.generation.controls import BEAMS_ONLY, SAMPLING_ONLY, GenerationConfig, tuples
@@ -26,13 +27,13 @@ _NEUTRAL = {
 }  # fmt: skip
 
 
-def read_defaults(folder: Path) -> dict[str, Any]:
+def read_defaults(folder: epath.PathLike) -> dict[str, Any]:
     """Returns the controls that a model's folder asks for; what it asks for and we have not is named in the log.
 
     max_length and min_length, which count the start token, become max_new_tokens and min_new_tokens. Raises `ConfigError` for a
     file that cannot be read, or a value that cannot be.
     """
-    path = folder / FILE
+    path = epath.Path(folder) / FILE
     if not path.is_file():
         return {}
     values = {name: value for name, value in read_json(path).items() if value is not None and name not in _SILENT}

@@ -1,8 +1,9 @@
 """The training loop: prepare, resume, step, evaluate, save, report. Fine-tuning and distillation run in the same one."""
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -12,6 +13,8 @@ from etils import epath
 from flax_switch.config import ConfigError, ExperimentConfig
 from flax_switch.config.finetuning import FinetuneConfig
 from flax_switch.data import Vocabulary
+from flax_switch.host.files import in_store
+from flax_switch.host.locks import locked
 from flax_switch.parallel.mesh import batch_rows
 from flax_switch.training.checkpoint import Checkpoints
 from flax_switch.training.metrics import MetricsWriter, plain
@@ -66,23 +69,34 @@ def train(
     make_stepper: Callable[[Run], Stepper] = build_stepper,
 ) -> RunResult:
     """Trains from the last checkpoint in `workdir`, or from `first_state(run)`, to the end or a signal."""
-    config = run.config
-    checkpoints = Checkpoints(workdir, config.train.keep_last, config.train.keep_every)
-    batches = prepared.train_iterator(batch_rows(run.mesh, config.data.batch_size))
-    if checkpoints.latest_step() is None:
-        state, start = first_state(run), 0
-    else:
-        state, data_state = checkpoints.restore(run.abstract_state)
-        batches.set_state(data_state)
-        start = int(state.step)
-        console.print(f"Continuing {workdir} from step {start}.")
-    writer = MetricsWriter(workdir, start)
-    try:
-        return _train(run, prepared, state, start, batches, checkpoints, writer, make_evaluator(), make_stepper(run))
-    finally:
-        batches.close()
-        checkpoints.close()
-        writer.close()
+    with one_run_at_a_time(workdir):
+        config = run.config
+        checkpoints = Checkpoints(workdir, config.train.keep_last, config.train.keep_every)
+        batches = prepared.train_iterator(batch_rows(run.mesh, config.data.batch_size))
+        if checkpoints.latest_step() is None:
+            state, start = first_state(run), 0
+        else:
+            state, data_state = checkpoints.restore(run.abstract_state)
+            batches.set_state(data_state)
+            start = int(state.step)
+            console.print(f"Continuing {workdir} from step {start}.")
+        writer = MetricsWriter(workdir, start)
+        try:
+            return _train(run, prepared, state, start, batches, checkpoints, writer, make_evaluator(), make_stepper(run))
+        finally:
+            batches.close()
+            checkpoints.close()
+            writer.close()
+
+
+@contextlib.contextmanager
+def one_run_at_a_time(workdir: epath.PathLike) -> Iterator[None]:
+    """Holds a workdir for this run; a second one is told who holds it. Object storage has no locks: nothing is held there."""
+    if jax.process_index() > 0 or in_store(workdir):
+        yield
+        return
+    with locked(workdir, what="training run"):
+        yield
 
 
 def check_vocabulary(config: ExperimentConfig | FinetuneConfig, vocabulary: Vocabulary) -> None:

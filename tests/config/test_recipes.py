@@ -91,3 +91,46 @@ def test_bad_gin_files_are_clear_errors(tmp_path):
     path.write_text("trian.steps = 5\n")
     with pytest.raises(ConfigError, match="trian"):
         load_gin([path])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "from __gin__ import dynamic_registration\n",
+        "import t5x\n",
+        "include 't5x/configs/runs/pretrain.gin'\n",
+        "train.steps = @nowhere()\n",
+    ],
+    ids=["dynamic registration", "import", "include", "a reference"],
+)
+def test_gin_files_of_t5x_are_one_message(text, tmp_path):
+    (tmp_path / "a.gin").write_text(text + "recipe.base = 'tiny'\n")
+    with pytest.raises(ConfigError, match=r"(?s)cannot be read: .*T5X's own files"):
+        load_gin([tmp_path / "a.gin"])
+    assert load_gin(["tiny"]) == load_recipe("tiny"), "nothing of it stays"
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("raise KeyError('x')\n", "a.py, line 1 raises KeyError: 'x'"),
+        ("def get_config():\n    return 1 / 0\n", "a.py, line 2 raises ZeroDivisionError"),
+        ("def get_config(:\n", "raises SyntaxError"),
+        ("def get_config():\n    return {'model': 1}\n", "returns dict, not to_config_dict"),
+        ("import nowhere_at_all\n", "raises ModuleNotFoundError"),
+    ],
+)
+def test_whatever_a_recipe_raises_is_one_message(code, message, tmp_path):
+    (tmp_path / "a.py").write_text(code)
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(tmp_path / "a.py")
+
+
+@pytest.mark.parametrize("text", ["train.steps.foo=3", "train=3", "train.=3"])
+def test_an_override_below_a_field_is_one_message(text):
+    with pytest.raises(ConfigError, match="names no field; write section.field"):
+        load_recipe("tiny", [text])
+
+
+def test_a_value_that_is_no_literal_is_text():
+    assert load_recipe("tiny", ["data.source={[]: 1}"]).data.source == "{[]: 1}"

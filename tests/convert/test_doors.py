@@ -11,9 +11,10 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from flax_switch import CheckpointError
-from flax_switch.convert import convert, open_checkpoint
+from flax_switch import CheckpointError, SwitchConfig
+from flax_switch.convert import convert, open_checkpoint, training_run
 from flax_switch.convert.checkpoint import COMPANIONS
+from flax_switch.convert.tensors import from_array
 from tests.convert import oracle, t5x_files
 from tests.convert.test_publication import SMALL, digest, model, params
 
@@ -140,3 +141,14 @@ def test_many_experts_in_a_small_file_end_at_once(tmp_path):
     with pytest.raises(CheckpointError, match="missing"):
         open_checkpoint(source)
     assert time.monotonic() - began < 5
+
+
+def test_a_runs_config_is_compared_with_its_tensors_before_anything_is_built(tmp_path, monkeypatch):
+    step = tmp_path / "run" / "checkpoints" / "7"
+    (step / "params").mkdir(parents=True)
+    model = SwitchConfig().to_dict() | {"num_encoder_layers": 10**9}
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"model": model, "train": {}}))
+    tensors = {"encoder/layers_0/mlp/wi/kernel": from_array(np.zeros((2, 2), np.float32))}
+    monkeypatch.setattr(training_run, "read_params", lambda folder: tensors)
+    with pytest.raises(CheckpointError, match="num_encoder_layers=1000000000, and 1 tensors"):
+        training_run.read_run(step)

@@ -87,9 +87,9 @@ def train_run(cell: dict[str, Any], jax, np):
     from flax_switch.training.step import compile_train_step
 
     try:
-        from flax_switch.parallel.mesh import create_mesh, shard_batch, use_mesh
+        from flax_switch.parallel.mesh import create_mesh, shard_batch
     except ModuleNotFoundError:  # checkouts of 0.1
-        from flax_switch.partitioning import create_mesh, shard_batch, use_mesh  # type: ignore[import-not-found,no-redef]
+        from flax_switch.partitioning import create_mesh, shard_batch  # type: ignore[import-not-found,no-redef]
 
     model = SwitchConfig(**cell["model"])
     optimizer = OptimizerConfig(name="adamw", schedule="constant", learning_rate=1e-3, warmup_steps=0)
@@ -101,14 +101,12 @@ def train_run(cell: dict[str, Any], jax, np):
     arrays = dict(input_ids=inputs, decoder_input_ids=shifted, labels=labels)
     masks = dict(attention_mask=np.ones_like(inputs), decoder_attention_mask=np.ones_like(labels))
     run = build_run(experiment, create_mesh(MeshConfig(), jax.devices()[:1]))
-    with use_mesh(run.mesh):
-        state = [init_state(run)]
-        batch, compiled = shard_batch({**arrays, **masks}, run.mesh), compile_train_step(run)
+    state = [init_state(run)]
+    batch, compiled = shard_batch({**arrays, **masks}, run.mesh), compile_train_step(run)
 
     def step() -> float:
-        with use_mesh(run.mesh):
-            state[0], metrics = compiled(state[0], batch)
-            jax.block_until_ready(state[0])
+        state[0], metrics = compiled(state[0], batch)
+        jax.block_until_ready(state[0])
         return float(metrics["cross_entropy"])
 
     return step

@@ -30,7 +30,7 @@ import torch
 import transformers
 
 from flax_switch.config import ExperimentConfig, MeshConfig, OptimizerConfig, TrainConfig
-from flax_switch.parallel.mesh import create_mesh, shard_batch, use_mesh
+from flax_switch.parallel.mesh import create_mesh, shard_batch
 from flax_switch.pretrained import load_pretrained
 from flax_switch.training.state import TrainState, build_run, init_state, state_shardings
 from flax_switch.training.step import compile_train_step
@@ -92,16 +92,15 @@ def our_step(dropout: float, folder: str, batch: dict[str, np.ndarray], learning
         train=TrainConfig(),
     )
     run = build_run(experiment, create_mesh(experiment.mesh, jax.devices()[:1]))
-    with use_mesh(run.mesh):
-        fresh = init_state(run)
-        state = [TrainState(fresh.step, jax.device_put(pretrained.params, state_shardings(run).params), fresh.opt_state, fresh.rng)]
-        batch = shard_batch(batch, run.mesh)
-        compiled = compile_train_step(run)
+    fresh = init_state(run)
+    state = [TrainState(fresh.step, jax.device_put(pretrained.params, state_shardings(run).params), fresh.opt_state, fresh.rng)]
+    batch = shard_batch(batch, run.mesh)
+    compiled = compile_train_step(run)
 
-        def step() -> float:
-            state[0], metrics = compiled(state[0], batch)
-            jax.block_until_ready(state[0])
-            return float(metrics["cross_entropy"])
+    def step() -> float:
+        state[0], metrics = compiled(state[0], batch)
+        jax.block_until_ready(state[0])
+        return float(metrics["cross_entropy"])
 
     return step
 

@@ -53,6 +53,11 @@ class StackConfig:
     sparse_layers: tuple[int, ...]  # their indices
 
     @property
+    def causal(self) -> bool:
+        """Whether positions see what came before them only."""
+        return self.name == "decoder"
+
+    @property
     def num_sparse(self) -> int:
         """How many layers are sparse."""
         return len(self.sparse_layers)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flax_switch.config import SwitchConfig
+from flax_switch.config import StackConfig, SwitchConfig
 
 ARCHITECTURES = ("full", "headless", "encoder")  # with its head; without; and the encoder alone
 
@@ -26,7 +26,7 @@ def canonical_shapes(config: SwitchConfig, architecture: str = "full") -> dict[s
             layer = f"{stack}/layers_{i}"
             if config.relative_attention_per_layer:
                 shapes[f"{layer}/relpos_bias/rel_embedding"] = table
-            for name, shape in layer_shapes(config, stack, sparse=i in view.sparse_layers).items():
+            for name, shape in layer_shapes(config, view, sparse=i in view.sparse_layers).items():
                 shapes[f"{layer}/{name}"] = shape
         shapes[f"{stack}/{stack}_norm/scale"] = (D,)
     if architecture == "full" and not config.tie_word_embeddings:
@@ -34,11 +34,11 @@ def canonical_shapes(config: SwitchConfig, architecture: str = "full") -> dict[s
     return shapes
 
 
-def layer_shapes(config: SwitchConfig, stack: str, *, sparse: bool) -> dict[str, tuple[int, ...]]:
+def layer_shapes(config: SwitchConfig, stack: StackConfig, *, sparse: bool) -> dict[str, tuple[int, ...]]:
     """Returns the parameters of one layer, its relative position table apart."""
     D, HK, E = config.d_model, config.num_heads * config.d_kv, config.num_experts
     shapes: dict[str, tuple[int, ...]] = {}
-    if stack == "encoder":
+    if not stack.causal:
         attentions = {"attention": "pre_attention_layer_norm"}
     else:
         attentions = {

@@ -17,6 +17,7 @@ from flax_switch.nn.transformer import SwitchEncoder, SwitchTransformer
 from flax_switch.ops import AnyArray
 from flax_switch.ops.kernels.few_rows import unstacked_experts
 from flax_switch.parallel.mesh import batch_sharding, batch_ways, replicated
+from flax_switch.parallel.placement import ONE_DEVICE, LaidOutByCompiler
 
 
 @flax.struct.dataclass
@@ -75,6 +76,7 @@ def generate(
         params, config = unstack_layers(params, config), config.replace(scan_layers=False)
     inputs, where = (ids, mask, prefix, seeds), getattr(jax.tree.leaves(params)[0], "sharding", None)
     mesh = where.mesh if isinstance(where, NamedSharding) and where.mesh.size > 1 else None
+    devices = ONE_DEVICE if mesh is None else LaidOutByCompiler()
     if mesh is not None:
         sharding = batch_sharding(mesh) if B % batch_ways(mesh) == 0 else replicated(mesh)
         inputs = tuple(jax.device_put(x, sharding) for x in inputs)
@@ -82,7 +84,7 @@ def generate(
     if unstacked := unstacked_experts(params, config.decoder.sparse_layers, config.num_experts):
         variables["unstacked"] = unstacked
     program, numbers = split_numbers(settings)
-    output = jax.device_get(run_program(config, program, variables, *inputs, numbers, sharded=mesh is not None))
+    output = jax.device_get(run_program(config, program, variables, *inputs, numbers, devices=devices))
     return GenerationOutput(
         sequences=output.tokens[:, : prefix.shape[1] + int(output.new_tokens)],
         scores=output.scores,

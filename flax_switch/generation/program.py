@@ -18,6 +18,7 @@ from flax_switch.generation.sampling import Rows, extend_rows, start_rows
 from flax_switch.nn.cache import DecoderCache
 from flax_switch.nn.transformer import SwitchTransformer
 from flax_switch.ops.mlp import expert_dtype
+from flax_switch.parallel.placement import ONE_DEVICE, Placement
 
 
 @flax.struct.dataclass
@@ -48,14 +49,7 @@ def decoder_config(config: SwitchConfig, routing: str) -> SwitchConfig:
     return encoder_config(config, routing)
 
 
-def on_devices(config: SwitchConfig, sharded: bool) -> SwitchConfig:
-    """Returns the config; where experts lie on several devices, so that none can pick from all, with the executor of training."""
-    if not sharded or config.moe_executor != "auto":
-        return config
-    return config.replace(moe_executor="ragged" if config.capacity_mode == "dropless" else "gather")
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1), static_argnames="sharded")
+@functools.partial(jax.jit, static_argnums=(0, 1), static_argnames="devices")
 def run_program(
     config: SwitchConfig,
     controls: GenerationConfig,
@@ -66,21 +60,21 @@ def run_program(
     seeds: Integer[Array, "B 2"],
     numbers: Mapping[str, Array],
     *,
-    sharded: bool = False,
+    devices: Placement = ONE_DEVICE,
 ) -> ProgramOutput:
     """Encodes, decodes until all rows are finished, and returns what was found.
 
     Args:
       controls, numbers: from `controls.split_numbers`.
       variables: "params" and, where it is faster to read experts one by one, those of `few_rows.unstacked_experts`.
-      sharded: whether parameters lie on several devices.
+      devices: where the parameters lie.
     """
     B, P = prefix.shape
     max_length = P + controls.max_new_tokens
-    encoder = SwitchTransformer(on_devices(encoder_config(config, controls.routing), sharded))
+    encoder = SwitchTransformer(encoder_config(config, controls.routing), devices=devices)
     encoded = encoder.apply(variables, input_ids, mask, method="encode").last_hidden_state
-    config = on_devices(decoder_config(config, controls.routing), sharded)
-    model, variables = SwitchTransformer(config), in_compute_dtype(variables, config)
+    config = decoder_config(config, controls.routing)
+    model, variables = SwitchTransformer(config, devices=devices), in_compute_dtype(variables, config)
     beams, rows = controls.num_beams, B * controls.rows_per_source
     keys = jax.vmap(lambda s: jax.random.fold_in(jax.random.key(s[0]), s[1]))(seeds)
     # In dropless mode nothing depends on padding; with Hugging Face's capacity n-grams count it too, as there.

@@ -15,7 +15,7 @@ from flax_switch.nn.layers import MLP, Dropout, RMSNorm
 from flax_switch.nn.moe import SparseMLP
 from flax_switch.nn.outputs import LayerOutput
 from flax_switch.ops.moe.expert_parallel import EXCHANGED
-from flax_switch.parallel.mesh import keep_batch_split
+from flax_switch.parallel.placement import ONE_DEVICE, Placement
 
 
 @flax.struct.dataclass
@@ -32,18 +32,19 @@ class LayerInputs:
     deterministic: bool = flax.struct.field(pytree_node=False, default=True)
     output_router_logits: bool = flax.struct.field(pytree_node=False, default=False)
     output_attentions: bool = flax.struct.field(pytree_node=False, default=False)
+    devices: Placement = flax.struct.field(pytree_node=False, default=ONE_DEVICE)
 
 
 class Layer(nn.Module):
-    """A layer of the `encoder` or `decoder` stack."""
+    """A layer of the encoder or decoder."""
 
     config: SwitchConfig
-    stack: str
+    stack: StackConfig
     sparse: bool
 
     def setup(self) -> None:
         config = self.config
-        if self.stack == "encoder":
+        if not self.stack.causal:
             self.pre_attention_layer_norm = RMSNorm(config)
             self.attention = Attention(config)
         else:
@@ -52,9 +53,9 @@ class Layer(nn.Module):
             self.pre_cross_attention_layer_norm = RMSNorm(config)
             self.encoder_decoder_attention = Attention(config)
         if config.relative_attention_per_layer:
-            self.relpos_bias = RelativePositionBias(config, bidirectional=self.stack == "encoder")
+            self.relpos_bias = RelativePositionBias(config, bidirectional=not self.stack.causal)
         self.pre_mlp_layer_norm = RMSNorm(config)
-        self.mlp = SparseMLP(config, self.stack) if self.sparse else MLP(config)
+        self.mlp = SparseMLP(config, self.stack.causal) if self.sparse else MLP(config)
         if self.sparse and config.extra_mlp:
             self.pre_extra_mlp_layer_norm = RMSNorm(config)
             self.extra_mlp = MLP(config)
@@ -68,9 +69,9 @@ class Layer(nn.Module):
         self, x: Float[Array, "B Q D"], inputs: LayerInputs, cache: LayerCache | None = None
     ) -> tuple[Float[Array, "B Q D"], LayerOutput]:
         """Runs the layer; with a cache, keys and values are appended to it at `inputs.cache_index`."""
-        x = keep_batch_split(x)
+        x = inputs.devices.keep_batch_split(x)
         deterministic = inputs.deterministic
-        encoder = self.stack == "encoder"
+        encoder = not self.stack.causal
 
         y = self._normed(self.pre_attention_layer_norm if encoder else self.pre_self_attention_layer_norm, x, inputs)
         attention = self.attention if encoder else self.self_attention
@@ -107,6 +108,7 @@ class Layer(nn.Module):
                 deterministic=deterministic,
                 token_ids=inputs.token_ids,
                 with_logits=inputs.output_router_logits,
+                devices=inputs.devices,
             )
         else:
             y = self.mlp(y, deterministic=deterministic)
@@ -145,7 +147,7 @@ class ScanBlock(nn.Module):
         size = self.stack.block_size
         assert size is not None  # the config refuses to scan layers that do not repeat
         for j in range(size):
-            layer = Layer(self.config, self.stack.name, sparse=j in self.stack.sparse_layers, name=f"subblock_{j}")
+            layer = Layer(self.config, self.stack, sparse=j in self.stack.sparse_layers, name=f"subblock_{j}")
             x, output = layer(x, inputs)
             outputs.append((output, x if with_hidden_states else None))
         return x, tuple(outputs)

@@ -12,8 +12,7 @@ from flax_switch.nn.layers import Initializer
 from flax_switch.ops.moe.block import MoEParams, moe_block
 from flax_switch.ops.moe.groups import flaxformer_replicas
 from flax_switch.ops.moe.routing import RouterOutput
-from flax_switch.parallel.mesh import current_devices
-from flax_switch.parallel.pmap import PmapDevices
+from flax_switch.parallel.placement import ONE_DEVICE, Placement
 
 
 class Kernel(nn.Module):
@@ -100,7 +99,7 @@ class SparseMLP(nn.Module):
     """
 
     config: SwitchConfig
-    stack: str  # "encoder" or "decoder"
+    causal: bool = False
 
     @nn.compact
     def __call__(
@@ -111,6 +110,7 @@ class SparseMLP(nn.Module):
         deterministic: bool,
         token_ids: Int[Array, "B L"] | None = None,
         with_logits: bool = False,
+        devices: Placement = ONE_DEVICE,
     ) -> tuple[Float[Array, "B L D"], RouterOutput]:
         """Routes and computes; see `ops.moe.block.moe_block`.
 
@@ -118,9 +118,7 @@ class SparseMLP(nn.Module):
         """
         config = self.config
         router_kernel, router_bias = Router(config, name="router")() if config.learned_router else (None, None)
-        devices = current_devices()
-        own_experts = config.num_experts // (devices.expert if isinstance(devices, PmapDevices) else 1)
-        expert = MLPKernels(config, own_experts, name="expert")()
+        expert = MLPKernels(config, devices.own_experts(config.num_experts), name="expert")()
         shared = MLPKernels(config, name="shared_expert")() if config.shared_expert else None
         unstacked = self.get_variable("unstacked", "experts") if self.has_variable("unstacked", "experts") else None
         dropout_rate = config.dropout_rate if config.expert_dropout_rate is None else config.expert_dropout_rate
@@ -128,12 +126,12 @@ class SparseMLP(nn.Module):
             MoEParams(router_kernel, router_bias, expert, shared, unstacked),
             x,
             config=config,
-            stack=self.stack,
             padding_mask=padding_mask,
             deterministic=deterministic,
             token_ids=token_ids,
             jitter_rng=self._rng("jitter", config.router_jitter_noise, deterministic),
             dropout_rng=self._rng("dropout", dropout_rate, deterministic),
+            causal=self.causal,
             replicas=flaxformer_replicas(config.num_experts) if config.routing_group == "flaxformer" else 1,
             with_logits=with_logits,
             devices=devices,

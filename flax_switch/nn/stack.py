@@ -13,7 +13,6 @@ from flax_switch.nn.cache import DecoderCache, KeyValue
 from flax_switch.nn.layer import Layer, LayerInputs, ScanBlock, remat, zero_padding
 from flax_switch.nn.layers import Dropout, Embedding, RMSNorm
 from flax_switch.nn.outputs import LayerOutput
-from flax_switch.parallel.mesh import keep_batch_split
 
 SCAN_AXIS = 1  # of stacked parameters, as in T5X's scanned checkpoints
 
@@ -29,7 +28,7 @@ class Stack(nn.Module):
         if config.separate_embeddings:
             self.token_embedder = Embedding(config)
         if not config.relative_attention_per_layer:
-            self.relpos_bias = RelativePositionBias(config, bidirectional=stack.name == "encoder")
+            self.relpos_bias = RelativePositionBias(config, bidirectional=not stack.causal)
         if config.scan_layers:
             block = nn.scan(
                 remat(ScanBlock, config.remat_policy),
@@ -42,7 +41,7 @@ class Stack(nn.Module):
             setattr(self, stack.name, block(config, stack))
         else:
             layer = remat(Layer, config.remat_policy)
-            self.layers = [layer(config, stack.name, sparse=i in stack.sparse_layers) for i in range(stack.num_layers)]
+            self.layers = [layer(config, stack, sparse=i in stack.sparse_layers) for i in range(stack.num_layers)]
         norm = RMSNorm(config)
         setattr(self, f"{stack.name}_norm", norm)
         self.dropout = Dropout(config.dropout_rate)
@@ -78,7 +77,7 @@ class Stack(nn.Module):
                 x, output = layer(x, inputs, None if cache is None else cache.layers[i])
                 outputs.append(output)
                 hidden_states.append(x)
-        x = getattr(self, f"{self.stack.name}_norm")(keep_batch_split(x))
+        x = getattr(self, f"{self.stack.name}_norm")(inputs.devices.keep_batch_split(x))
         x = zero_padding(x, inputs.padding_mask, config)
         x = self.dropout(x, deterministic=inputs.deterministic)
         hidden_states[-1] = x

@@ -1,5 +1,6 @@
 """The models: `SwitchTransformer`, an encoder-decoder with a language-model head, and `SwitchEncoder`, the encoder alone."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -15,15 +16,18 @@ from flax_switch.nn.outputs import DecoderOutput, EncoderOutput, ModelOutput
 from flax_switch.nn.stack import Stack
 from flax_switch.ops import AnyArray
 from flax_switch.ops.attention import cross_attention_mask, self_attention_mask
+from flax_switch.parallel.placement import ONE_DEVICE, Placement
 
 
 class SwitchEncoder(nn.Module):
     """The encoder with its token embeddings.
 
-    Parameters: `token_embedder/embedding [V, D]` and `encoder/...`, named as in T5X checkpoints.
+    Parameters: `token_embedder/embedding [V, D]` and `encoder/...`, named as in T5X checkpoints. devices: where the program that
+    applies the model runs, `parallel.placement.placed_on(mesh)` for one that jit lays over a mesh.
     """
 
     config: SwitchConfig
+    devices: Placement = dataclasses.field(default=ONE_DEVICE, kw_only=True)
 
     if TYPE_CHECKING:  # Flax's own says Any or a tuple, whatever is asked for
 
@@ -80,6 +84,7 @@ class SwitchEncoder(nn.Module):
             deterministic=deterministic,
             output_router_logits=output_router_logits,
             output_attentions=output_attentions,
+            devices=self.devices,
         )
         x, outputs, hidden_states = self.encoder(x, inputs, output_hidden_states=output_hidden_states)
         return EncoderOutput(
@@ -192,6 +197,7 @@ class SwitchTransformer(SwitchEncoder):
             deterministic=deterministic,
             output_router_logits=output_router_logits,
             output_attentions=output_attentions,
+            devices=self.devices,
         )
         x, outputs, hidden_states = self.decoder(x, inputs, cache=cache, output_hidden_states=output_hidden_states)
         logits = None

@@ -6,9 +6,8 @@ Batches are split over the expert and data axes together, so that expert paralle
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,7 +16,6 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from flax_switch.config import MeshConfig, check
-from flax_switch.parallel.pmap import PmapDevices, pmap_devices
 
 MESH_AXES = ("data", "expert", "model")
 AnyMesh = Mesh | AbstractMesh  # the planner has shapes and shardings without devices
@@ -136,38 +134,3 @@ def shard_batch(batch: dict[str, np.ndarray], mesh: AnyMesh) -> dict[str, jax.Ar
     """Puts this process's part of a batch, its `batch_rows`, onto the mesh as global arrays [B, ...]."""
     sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
-
-
-@contextlib.contextmanager
-def use_mesh(mesh: AnyMesh) -> Iterator[AnyMesh]:
-    """Makes `mesh` the current one for `shard_map` and sharding constraints inside jit."""
-    assert isinstance(mesh, Mesh)  # arrays lie on devices
-    with jax.set_mesh(mesh):
-        yield mesh
-
-
-@contextlib.contextmanager
-def traced_on(mesh: AnyMesh) -> Iterator[None]:
-    """Makes `mesh` the current one inside a function that jit traces, whoever calls it."""
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        yield
-
-
-def keep_batch_split(x: jax.Array) -> jax.Array:
-    """Constrains activations [B, ...] to be split as the batch is over the mesh being traced for, where it divides their rows.
-
-    Without it GSPMD may prefer to cut activations like fsdp's parameters, and move every row to do so.
-    """
-    mesh = current_devices()
-    if not isinstance(mesh, AbstractMesh) or x.shape[0] % math.prod(mesh.shape[a] for a in BATCH_AXES):
-        return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
-
-
-def current_devices() -> AbstractMesh | PmapDevices | None:
-    """Returns where the program being traced will run: a pmap's devices, a mesh of several with our axes, or None if unknown."""
-    if (devices := pmap_devices()) is not None:
-        return devices
-    mesh = jax.sharding.get_abstract_mesh()
-    ours = mesh.axis_names == MESH_AXES and mesh.size > 1 and not mesh.manual_axes
-    return mesh if ours else None

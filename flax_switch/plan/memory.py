@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from flax_switch.config import ExperimentConfig, check
 from flax_switch.ops.losses import seq2seq_loss
-from flax_switch.parallel.mesh import MESH_AXES, AnyMesh, batch_sharding, batch_ways, traced_on
+from flax_switch.parallel.mesh import MESH_AXES, AnyMesh, batch_sharding, batch_ways
 from flax_switch.training.state import Run
 from flax_switch.training.step import forward
 
@@ -92,8 +92,7 @@ def saved_activations(run: Run, batch: dict[str, jax.ShapeDtypeStruct]) -> int:
         return jax.vjp(loss, params)[1]
 
     plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-    with traced_on(run.mesh):
-        kept = jax.tree.leaves(jax.eval_shape(pullback, plain, piece, run.abstract_state.rng))
+    kept = jax.tree.leaves(jax.eval_shape(pullback, plain, piece, run.abstract_state.rng))
     share = {_kind(leaf): device_bytes([leaf]) / (leaf.size * leaf.dtype.itemsize) for leaf in jax.tree.leaves(params)}
     ways = batch_ways(run.mesh)
     total = 0.0

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from flax_switch.config import ExperimentConfig
-from flax_switch.generation.program import decode, decoder_config, in_compute_dtype, on_devices, start_cache
+from flax_switch.generation.program import decode, decoder_config, in_compute_dtype, start_cache
 from flax_switch.nn.transformer import SwitchTransformer
-from flax_switch.parallel.mesh import batch_sharding, batch_ways, use_mesh
+from flax_switch.parallel.mesh import batch_sharding, batch_ways
+from flax_switch.parallel.placement import LaidOutByCompiler
 from flax_switch.plan.collectives import Collective, Unreadable, readable_collectives
 from flax_switch.plan.flops import program_flops
 from flax_switch.plan.hlo import UnknownText
@@ -94,7 +95,7 @@ def compile_decode(config: ExperimentConfig, mesh: Mesh) -> Program:
     """
     model = config.model.replace(scan_layers=False)
     run = build_run(config.replace(model=model), mesh)
-    decoder = SwitchTransformer(on_devices(decoder_config(model, "auto"), sharded=True))
+    decoder = SwitchTransformer(decoder_config(model, "auto"), devices=LaidOutByCompiler())
     rows, length = DECODE_ROWS * batch_ways(mesh), config.data.targets_length
     split = batch_sharding(mesh)
 
@@ -123,7 +124,7 @@ def compile_decode(config: ExperimentConfig, mesh: Mesh) -> Program:
 def _compiled(name: str, mesh: Mesh, lower: Callable[[], Any]) -> Program:
     start, cpu = time.perf_counter(), time.process_time()
     try:
-        with use_mesh(mesh), warnings.catch_warnings():
+        with warnings.catch_warnings():
             # A program for a GPU that is not here enters JAX's cache, if one is kept, and cannot be read from it.
             warnings.filterwarnings("ignore", "Error reading persistent compilation cache entry")
             compiled = lower().compile()

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from flax_switch.config import OptimizerConfig
-from flax_switch.parallel.pmap import pmap_devices
+from flax_switch.parallel.placement import ONE_DEVICE, Placement
 from flax_switch.training.adafactor import AdafactorState, adafactor, state_axes
 from flax_switch.training.muon import muon_scale, scale_by_muon
 from flax_switch.training.parameter_scale import parameter_scale, scale_by_parameter_scale
@@ -30,10 +30,11 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
     return optax.join_schedules([optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1)), after], [warmup])
 
 
-def build_optimizer(config: OptimizerConfig, axes: Any, steps: int) -> optax.GradientTransformation:
+def build_optimizer(config: OptimizerConfig, axes: Any, steps: int) -> optax.GradientTransformationExtraArgs:
     """Makes the gradient transformation for parameters whose logical axes are `axes`.
 
-    Both are the trained part alone where `config.trainable` leaves parameters out (`freezing.trainable_part`).
+    Both are the trained part alone where `config.trainable` leaves parameters out (`freezing.trainable_part`). `update` takes
+    `norm`, that of the gradients (`global_norm`); clipping computes it where it is not given.
     """
     schedule = learning_rate_schedule(config, steps)
     if config.name == "adafactor":
@@ -56,18 +57,15 @@ def build_optimizer(config: OptimizerConfig, axes: Any, steps: int) -> optax.Gra
             optax.scale_by_learning_rate(schedule),
         )
     if config.clip_global_norm is not None:
-        optimizer = optax.chain(_clip_by_global_norm(config.clip_global_norm, axes), optimizer)
-    return optimizer
+        optimizer = optax.chain(_clip_by_global_norm(config.clip_global_norm), optimizer)
+    return optax.with_extra_args_support(optimizer)
 
 
-def global_norm(grads: Any, by_expert: Any) -> jax.Array:
-    """Returns the norm of all gradients; inside a pmap also of those whose experts (`by_expert`: True) other devices hold."""
-    squares = jax.tree.map(_sum_of_squares, grads)
-    devices = pmap_devices()
-    if devices is None:
-        return jnp.sqrt(sum(jax.tree.leaves(squares)))
-    own, shared = (sum(jax.tree.leaves(jax.tree.map(lambda s, e: s * (e == on), squares, by_expert))) for on in (True, False))  # noqa: B023
-    return jnp.sqrt(shared + devices.sum(own, devices.expert_groups))
+def global_norm(grads: Any, by_expert: Any, devices: Placement = ONE_DEVICE) -> jax.Array:
+    """Returns the norm of all gradients; under pmap also of those whose experts (`by_expert`: True) other devices hold."""
+    squares = [(_sum_of_squares(g), e) for g, e in zip(jax.tree.leaves(grads), jax.tree.leaves(by_expert), strict=True)]
+    own = iter(devices.sum_over_experts([square for square, e in squares if e]))
+    return jnp.sqrt(sum(next(own) if e else square for square, e in squares))
 
 
 def _sum_of_squares(x: jax.Array) -> jax.Array:
@@ -75,14 +73,14 @@ def _sum_of_squares(x: jax.Array) -> jax.Array:
     return (x * jax.lax.optimization_barrier(x)).sum()
 
 
-def _clip_by_global_norm(limit: float, axes: Any) -> optax.GradientTransformation:
-    """`optax.clip_by_global_norm`, by the norm above."""
+def _clip_by_global_norm(limit: float) -> optax.GradientTransformationExtraArgs:
+    """`optax.clip_by_global_norm`, by the norm that `update` is given."""
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        norm = global_norm(updates, jax.tree.map(lambda _, names: "expert" in names, updates, axes))
+    def update(updates: Any, state: Any, params: Any = None, *, norm: jax.Array | None = None, **_: Any) -> tuple[Any, Any]:
+        norm = optax.global_norm(updates) if norm is None else norm
         return jax.tree.map(lambda g: jnp.where(norm < limit, g, g / norm.astype(g.dtype) * limit), updates), state
 
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
 def optimizer_state_axes(state: Any, params: Any, axes: Any, config: OptimizerConfig) -> Any:

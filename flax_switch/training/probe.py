@@ -17,7 +17,7 @@ from flax_switch.data import Prepared, text_token_mask
 from flax_switch.data.examples import OBJECTIVES
 from flax_switch.data.statistics import most_frequent_share, unigram_entropy
 from flax_switch.ops.losses import token_cross_entropy
-from flax_switch.parallel.mesh import batch_rows, batch_sharding, replicated, shard_batch, traced_on
+from flax_switch.parallel.mesh import batch_rows, batch_sharding, replicated, shard_batch
 from flax_switch.training.metrics import plain
 from flax_switch.training.state import Run, state_shardings
 from flax_switch.training.step import Batch, forward
@@ -50,13 +50,8 @@ def probe_step(run: Run, params: Any, batch: Batch) -> dict[str, jax.Array]:
 
 def compile_probe_step(run: Run) -> Callable[[Any, Batch], dict[str, jax.Array]]:
     """Returns `probe_step` jitted over the run's mesh."""
-
-    def step(params, batch):
-        with traced_on(run.mesh):
-            return probe_step(run, params, batch)
-
     return jax.jit(
-        step,
+        functools.partial(probe_step, run),
         in_shardings=(state_shardings(run).params, batch_sharding(run.mesh)),
         out_shardings=replicated(run.mesh),
     )

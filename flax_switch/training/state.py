@@ -12,7 +12,8 @@ from flax_switch.config import ExperimentConfig
 from flax_switch.config.finetuning import FinetuneConfig
 from flax_switch.nn.init import init_params, logical_axes
 from flax_switch.nn.transformer import SwitchTransformer
-from flax_switch.parallel.mesh import AnyMesh, tree_shardings, use_mesh
+from flax_switch.parallel.mesh import AnyMesh, tree_shardings
+from flax_switch.parallel.placement import placed_on
 from flax_switch.training.freezing import trainable_part
 from flax_switch.training.optimizer import build_optimizer, optimizer_state_axes
 
@@ -40,7 +41,7 @@ class Run:
 
 def build_run(config: ExperimentConfig | FinetuneConfig, mesh: AnyMesh) -> Run:
     """Returns model, optimiser and the abstract state with its shardings, without allocating an array."""
-    model = SwitchTransformer(config.model)
+    model = SwitchTransformer(config.model, devices=placed_on(mesh))
     axes = logical_axes(model)
     trained_axes = trainable_part(axes, config.optimizer.trainable)
     optimizer = build_optimizer(config.optimizer, trained_axes, config.train.steps)
@@ -64,14 +65,13 @@ def init_state(run: Run, params: Any = None) -> TrainState:
     Given parameters (of a checkpoint, laid out by `state_shardings(run).params`) stay where they are.
     """
     shardings = state_shardings(run)
-    with use_mesh(run.mesh):
-        if params is None:
-            return jax.jit(lambda: _fresh(run.config, run.model, run.optimizer), out_shardings=shardings)()
-        rest = jax.jit(
-            lambda p: dataclasses.replace(_fresh(run.config, run.model, run.optimizer, p), params=None),
-            out_shardings=dataclasses.replace(shardings, params=None),
-        )(params)
-        return dataclasses.replace(rest, params=params)
+    if params is None:
+        return jax.jit(lambda: _fresh(run.config, run.model, run.optimizer), out_shardings=shardings)()
+    rest = jax.jit(
+        lambda p: dataclasses.replace(_fresh(run.config, run.model, run.optimizer, p), params=None),
+        out_shardings=dataclasses.replace(shardings, params=None),
+    )(params)
+    return dataclasses.replace(rest, params=params)
 
 
 def state_shardings(run: Run) -> TrainState:

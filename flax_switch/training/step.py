@@ -1,6 +1,7 @@
 """One step of training and one of evaluation: the only place where losses meet gradients."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,11 +12,10 @@ import optax
 from flax_switch.config import SwitchConfig
 from flax_switch.nn.outputs import ModelOutput
 from flax_switch.nn.transformer import SwitchEncoder
-from flax_switch.ops.kernels.updates import updates_after
+from flax_switch.ops.kernels.updates import update_if
 from flax_switch.ops.losses import IGNORED_LABEL, LossOutput, loss_weights, seq2seq_loss, token_cross_entropy
 from flax_switch.ops.moe.groups import rows_of_whole_groups
-from flax_switch.parallel.mesh import batch_sharding, replicated, traced_on
-from flax_switch.parallel.pmap import step_devices
+from flax_switch.parallel.mesh import batch_sharding, replicated
 from flax_switch.training.freezing import merged, trainable_part
 from flax_switch.training.optimizer import global_norm, learning_rate_schedule
 from flax_switch.training.state import Run, TrainState, is_split, state_shardings
@@ -63,7 +63,7 @@ def loss_and_grads(run: Run, params: Any, batch: Batch, rng: jax.Array, loss_of:
     pieces = run.config.train.microbatches
     labels, segments = batch["labels"], batch.get("decoder_segment_ids")
     _, divisor = loss_weights((labels != IGNORED_LABEL).astype(jnp.float32), config.loss_normalizer, segments)
-    devices = step_devices()  # a constant is the whole batch's; other normalisers have counted this device's part
+    devices = run.model.devices  # a constant is the whole batch's; other normalisers have counted this device's part
     divisor = devices.mean(divisor) if isinstance(config.loss_normalizer, str) else divisor / devices.size
     trained = trainable_part(params, run.config.optimizer.trainable)
 
@@ -95,7 +95,7 @@ def loss_and_grads(run: Run, params: Any, batch: Batch, rng: jax.Array, loss_of:
 
 def _over_devices(run: Run, grads: Any, metrics: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Returns the means over the devices; of an expert's gradients, which hold every peer's, over its replicas only."""
-    devices = step_devices()
+    devices = run.model.devices
 
     def mean(grad, leaf):
         return devices.mean_of_experts(grad) if is_split(leaf) else devices.mean(grad)
@@ -115,25 +115,25 @@ def train_step(run: Run, state: TrainState, batch: Batch, loss_of: Loss | None =
     Where the loss or the norm of the gradients is not finite, parameters and the optimiser's state, its place in the schedule
     included, stay as they are, and "skipped" is 1 in the metrics.
     """
-    rng = step_devices().own_key(jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step))
+    devices = run.model.devices
+    rng = devices.own_key(jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step))
     grads, metrics = loss_and_grads(run, state.params, batch, rng, loss_of)
     trained = trainable_part(state.params, run.config.optimizer.trainable)
-    norm = global_norm(grads, jax.tree.map(is_split, trained_leaves(run)))
-    updates, opt_state = run.optimizer.update(grads, state.opt_state, trained)
-    updated: Any = optax.apply_updates(trained, updates_after(norm, updates))
+    norm = global_norm(grads, jax.tree.map(is_split, trained_leaves(run)), devices)
     finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
-    updated, opt_state = only_if(finite, (updated, opt_state), (trained, state.opt_state))
-    params = merged(state.params, updated)
+
+    def update(old, grads, norm):
+        trained, opt_state = old
+        updates, opt_state = run.optimizer.update(grads, opt_state, trained, norm=norm)
+        return optax.apply_updates(trained, updates), opt_state
+
+    trained, opt_state = update_if(finite, update, (trained, state.opt_state), grads, norm)
+    params = merged(state.params, trained)
     schedule = learning_rate_schedule(run.config.optimizer, run.config.train.steps)
     metrics["grad_norm"] = norm
     metrics["skipped"] = 1.0 - finite
     metrics["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
     return TrainState(state.step + 1, params, opt_state, state.rng), metrics
-
-
-def only_if(condition: jax.Array, new: Any, old: Any) -> Any:
-    """Returns the tree `new` where the condition holds, which is the same on every device, and else `old`."""
-    return jax.tree.map(lambda new, old: jnp.where(condition, new, old), new, old)
 
 
 def eval_step(run: Run, params: Any, batch: Batch) -> dict[str, Any]:
@@ -183,13 +183,8 @@ def _metrics(loss: LossOutput, routers: dict[str, jax.Array]) -> dict[str, Any]:
 def compile_train_step(run: Run) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]:
     """`train_step` jitted over the run's mesh; the old state's memory is reused."""
     shardings = state_shardings(run)
-
-    def step(state, batch):
-        with traced_on(run.mesh):
-            return train_step(run, state, batch)
-
     return jax.jit(
-        step,
+        functools.partial(train_step, run),
         in_shardings=(shardings, batch_sharding(run.mesh)),
         out_shardings=(shardings, replicated(run.mesh)),
         donate_argnums=0,
@@ -198,13 +193,8 @@ def compile_train_step(run: Run) -> Callable[[TrainState, Batch], tuple[TrainSta
 
 def compile_eval_step(run: Run) -> Callable[[Any, Batch], dict[str, Any]]:
     """`eval_step` jitted over the run's mesh."""
-
-    def step(params, batch):
-        with traced_on(run.mesh):
-            return eval_step(run, params, batch)
-
     return jax.jit(
-        step,
+        functools.partial(eval_step, run),
         in_shardings=(state_shardings(run).params, batch_sharding(run.mesh)),
         out_shardings=replicated(run.mesh),
     )

@@ -1,6 +1,7 @@
 """A run's steps under `jax.jit` or `jax.pmap`: the same function of a state and a batch, the state held in different forms."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,9 +12,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flax_switch.config import check
 from flax_switch.parallel.mesh import replicated, shard_batch
-from flax_switch.parallel.pmap import PmapDevices, inside_pmap
+from flax_switch.parallel.placement import UnderPmap
 from flax_switch.training.state import Run, TrainState, is_split, state_shardings
-from flax_switch.training.step import Batch, compile_train_step, train_step
+from flax_switch.training.step import compile_train_step, train_step
 
 HostBatch = dict[str, np.ndarray]
 
@@ -47,7 +48,8 @@ def _pmap_stepper(run: Run) -> Stepper:
     )
     mesh, abstract = run.mesh, run.abstract_state
     assert isinstance(mesh, Mesh)
-    devices = PmapDevices(mesh.shape["data"], mesh.shape["expert"])
+    devices = UnderPmap(mesh.shape["data"], mesh.shape["expert"])
+    on_device = dataclasses.replace(run, model=run.model.clone(devices=devices))
     rows, pieces = run.config.data.batch_size, run.config.train.microbatches
     check(
         rows % (devices.size * pieces) == 0,
@@ -56,13 +58,10 @@ def _pmap_stepper(run: Run) -> Stepper:
     )
     axes = jax.tree.map(lambda leaf: 0 if is_split(leaf) else None, abstract)
 
-    def body(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
-        with inside_pmap(devices):
-            return train_step(run, state, batch)
-
     pmapped = jax.pmap(
-        body, devices.axis, in_axes=(axes, 0), out_axes=(axes, None), donate_argnums=0, devices=tuple(mesh.devices.flat)
-    )
+        functools.partial(train_step, on_device), devices.axis, in_axes=(axes, 0), out_axes=(axes, None), donate_argnums=0,
+        devices=tuple(mesh.devices.flat),
+    )  # fmt: skip
 
     def step(state: TrainState, batch: HostBatch) -> tuple[TrainState, dict[str, Any]]:
         return pmapped(state, {name: x.reshape(devices.size, -1, *x.shape[1:]) for name, x in batch.items()})

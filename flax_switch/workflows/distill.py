@@ -21,7 +21,7 @@ from flax_switch.convert.tensors import LazyTensor
 from flax_switch.data import Vocabulary
 from flax_switch.nn.outputs import ModelOutput
 from flax_switch.ops.losses import IGNORED_LABEL, LossOutput, loss_weights
-from flax_switch.parallel.mesh import batch_sharding, check_batch_size, create_mesh, replicated, shard_batch, traced_on
+from flax_switch.parallel.mesh import batch_sharding, check_batch_size, create_mesh, replicated, shard_batch
 from flax_switch.pretrained import Pretrained, from_checkpoint
 from flax_switch.training.checkpoint import claim_workdir
 from flax_switch.training.evaluate import Evaluator
@@ -156,7 +156,7 @@ def loss_beside_teacher(run: Run, teacher: Pretrained, params: Any) -> Loss:
 
     def loss_of(output: ModelOutput, batch: Batch, divisor: Array) -> LossOutput:
         loss = true_loss(config.model)(output, batch, divisor)
-        teacher_output = forward(teacher.model, params, batch, None)
+        teacher_output = forward(teacher.model.clone(devices=run.model.devices), params, batch, None)
         counted = (batch["labels"] != IGNORED_LABEL).astype(jnp.float32)
         weights, _ = loss_weights(counted, config.model.loss_normalizer, batch.get("decoder_segment_ids"))
         assert output.logits is not None and teacher_output.logits is not None  # `check_teacher` has refused models without a head
@@ -170,8 +170,7 @@ def distillation_stepper(run: Run, teacher: Pretrained) -> Stepper:
     shardings = state_shardings(run)
 
     def step(params: Any, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
-        with traced_on(run.mesh):
-            return train_step(run, state, batch, loss_beside_teacher(run, teacher, params))
+        return train_step(run, state, batch, loss_beside_teacher(run, teacher, params))
 
     compiled = jax.jit(
         step,

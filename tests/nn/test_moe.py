@@ -28,7 +28,7 @@ def variables_of(module, seed=0):
 
 
 def small(**settings):
-    module = SparseMLP(SMALL.replace(**settings), "encoder")
+    module = SparseMLP(SMALL.replace(**settings))
     return module, variables_of(module)
 
 
@@ -62,7 +62,7 @@ def test_flaxformers_layers_are_reproduced_with_their_gradients(name, mode):
     params = unflatten_dict({tuple(k.split("/")[1:]): jnp.asarray(golden[k]) for k in golden.files if k.startswith("param/")})
 
     def loss(params, x):
-        y, router = SparseMLP(config, "encoder").apply({"params": params}, x, padding_mask=None, deterministic=mode == "eval")
+        y, router = SparseMLP(config).apply({"params": params}, x, padding_mask=None, deterministic=mode == "eval")
         total = jnp.vdot(y, golden["cotangent"]) + 0.01 * router.load_balancing_loss + 0.001 * router.z_loss
         return total, (y, router)
 
@@ -106,7 +106,7 @@ def test_hugging_faces_layer_is_reproduced_with_its_capacity_by_sequence_and_its
     x = torch.randn(3, 10, 8).to(getattr(torch, dtype))
     want, logits = layer(x), layer.router(x)[2]
     params = {"expert": expert, "router": router}
-    y, output = apply(SparseMLP(config, "encoder"), {"params": params}, to_jax(x).astype(dtype), with_logits=True)
+    y, output = apply(SparseMLP(config), {"params": params}, to_jax(x).astype(dtype), with_logits=True)
     assert not output.kept.all()
     np.testing.assert_allclose(output.logits, to_jax(logits), atol=1e-5)
     scale = np.abs(to_jax(want)).max()
@@ -120,7 +120,7 @@ def test_hugging_faces_layer_is_reproduced_with_its_capacity_by_sequence_and_its
 
 def test_parameters_have_the_canonical_names_shapes_and_axes():
     config = SMALL.replace(mlp_activations=("gelu_new", "linear"), router_bias=True, shared_expert=True, expert_d_ff=10)
-    module = SparseMLP(config, "encoder")
+    module = SparseMLP(config)
     x = jnp.zeros((1, 2, 8))
     boxed = jax.eval_shape(lambda key: module.init(key, x, padding_mask=None, deterministic=True), jax.random.key(0))["params"]
     wi, wo = ((4, 8, 10), ("expert", "embed", "mlp")), ((4, 10, 8), ("expert", "mlp", "embed"))
@@ -138,7 +138,7 @@ def test_parameters_have_the_canonical_names_shapes_and_axes():
 
 def test_experts_are_drawn_one_by_one_with_their_own_fan_in():
     config, x = SMALL.replace(d_model=64, d_ff=96), jnp.zeros((1, 4, 64))
-    modules = [SparseMLP(config.replace(num_experts=n), "encoder") for n in (6, 2)]
+    modules = [SparseMLP(config.replace(num_experts=n)) for n in (6, 2)]
     init = lambda module: module.init(jax.random.key(0), x, padding_mask=None, deterministic=True)  # noqa: E731
     kernels = [nn.unbox(jax.jit(functools.partial(init, module))())["params"]["expert"] for module in modules]
     np.testing.assert_array_equal(kernels[0]["wi"]["kernel"][:2], kernels[1]["wi"]["kernel"])
@@ -152,7 +152,7 @@ def test_a_shared_expert_adds_a_dense_mlp():
     x = random_input(2, 5, 8)
     y, _ = apply(module, variables, x)
     shared = variables["params"].pop("shared_expert")
-    routed, _ = apply(SparseMLP(SMALL, "encoder"), variables, x)
+    routed, _ = apply(SparseMLP(SMALL), variables, x)
     np.testing.assert_allclose(y - routed, jax.nn.relu(x @ shared["wi"]["kernel"]) @ shared["wo"]["kernel"], atol=1e-6)
 
 
@@ -227,7 +227,7 @@ def test_jitter_and_dropout_draw_from_their_own_streams_and_only_in_training():
     np.testing.assert_array_equal(output.logits, output_dropout.logits)
     assert not np.allclose(y, y_dropout)
     plain, plain_output = apply(module, variables, x, with_logits=True)
-    again, _ = apply(SparseMLP(SMALL, "encoder"), variables, x)
+    again, _ = apply(SparseMLP(SMALL), variables, x)
     np.testing.assert_array_equal(plain, again)
     assert not np.allclose(plain_output.logits, output.logits)
 
@@ -246,7 +246,7 @@ def test_gather_costs_its_capacity_in_flops_and_little_more(num_experts, backwar
         d_model=D, d_ff=F, num_experts=num_experts, dropout_rate=0.0, routing_group="tokens", group_size=T,
         capacity_factor=factor, moe_executor="gather",
     )  # fmt: skip
-    module = SparseMLP(config, "encoder")
+    module = SparseMLP(config)
     x = jax.ShapeDtypeStruct((8, T // 8, D), jnp.float32)
     variables = jax.eval_shape(lambda x: nn.unbox(module.init(jax.random.key(0), x, padding_mask=None, deterministic=True)), x)
 

@@ -8,7 +8,8 @@ import pytest
 
 from flax_switch.config import MeshConfig, SwitchConfig
 from flax_switch.nn.moe import SparseMLP
-from flax_switch.parallel.mesh import batch_sharding, create_mesh, use_mesh
+from flax_switch.parallel.mesh import batch_sharding, create_mesh
+from flax_switch.parallel.placement import ONE_DEVICE, placed_on
 
 MODEL = SwitchConfig(
     d_model=16, num_heads=2, d_kv=8, d_ff=16, num_encoder_layers=1, num_decoder_layers=1, num_sparse_encoder_layers=1,
@@ -27,16 +28,19 @@ def variables_of(module):
 def values_and_gradients(module, variables, mesh):
     """Everything the layer tells of a batch, and its gradients, on a mesh or on one device."""
 
+    mesh = mesh and create_mesh(mesh)
+
     def loss(variables, x):
-        y, router = module.apply(variables, x, padding_mask=jnp.asarray(MASK), token_ids=IDS, deterministic=False)
+        y, router = module.apply(
+            variables, x, padding_mask=jnp.asarray(MASK), token_ids=IDS, deterministic=False,
+            devices=placed_on(mesh) if mesh else ONE_DEVICE,
+        )  # fmt: skip
         return (y * COTANGENT).sum() + router.load_balancing_loss + router.z_loss, (y, router)
 
     run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
     if mesh is None:
         return jax.device_get(run(variables, X))
-    mesh = create_mesh(mesh)
-    with use_mesh(mesh):
-        return jax.device_get(run(variables, jax.device_put(X, batch_sharding(mesh))))
+    return jax.device_get(run(variables, jax.device_put(X, batch_sharding(mesh))))
 
 
 @pytest.mark.parametrize(
@@ -51,7 +55,7 @@ def values_and_gradients(module, variables, mesh):
     ids=["capacity", "tokens", "dropless", "hash"],
 )  # fmt: skip
 def test_on_a_mesh_the_layer_does_what_it_does_on_one_device(settings):
-    module = SparseMLP(MODEL.replace(**settings), "encoder")
+    module = SparseMLP(MODEL.replace(**settings))
     variables = variables_of(module)
     want = values_and_gradients(module, variables, None)
     got = values_and_gradients(module, variables, MeshConfig(data=2, expert=2, model=2))
@@ -61,11 +65,10 @@ def test_on_a_mesh_the_layer_does_what_it_does_on_one_device(settings):
 
 def test_a_full_buffer_drops_choices_and_counts_them_exactly():
     config = MODEL.replace(capacity_mode="dropless", num_selected_experts=2, expert_parallel_buffer_factor=0.5)
-    module = SparseMLP(config, "encoder")
+    module = SparseMLP(config)
     mesh = create_mesh(MeshConfig(data=2, expert=4))
-    run = jax.jit(lambda variables, x: module.apply(variables, x, padding_mask=None, deterministic=False))
-    with use_mesh(mesh):
-        y, router = jax.device_get(run(variables_of(module), jax.device_put(X, batch_sharding(mesh))))
+    run = jax.jit(lambda variables, x: module.apply(variables, x, padding_mask=None, deterministic=False, devices=placed_on(mesh)))
+    y, router = jax.device_get(run(variables_of(module), jax.device_put(X, batch_sharding(mesh))))
     choices = 16 * 16 * 2
     room = choices // 8 // 2  # half a device's even share
     assert router.metrics["choices_overflowed"] == (~router.kept).sum() >= choices / 2
@@ -82,11 +85,11 @@ def test_choices_that_overflow_are_counted_without_ignored_padding():
     x, overflowed = jnp.ones(SHAPE), {}
     mesh = create_mesh(MeshConfig(data=1, expert=4), jax.devices()[:4])
     for ignoring in (False, True):
-        module = SparseMLP(config.replace(ignore_padding_tokens=ignoring), "encoder")
+        module = SparseMLP(config.replace(ignore_padding_tokens=ignoring))
         variables = jax.tree.map(jnp.zeros_like, variables_of(module))
-        run = jax.jit(lambda v, x, module=module: module.apply(v, x, padding_mask=jnp.asarray(MASK), deterministic=False)[1])
-        with use_mesh(mesh):
-            router = jax.device_get(run(variables, jax.device_put(x, batch_sharding(mesh))))
+        options = dict(padding_mask=jnp.asarray(MASK), deterministic=False, devices=placed_on(mesh))
+        run = jax.jit(lambda v, x, module=module, options=options: module.apply(v, x, **options)[1])
+        router = jax.device_get(run(variables, jax.device_put(x, batch_sharding(mesh))))
         wanted, room = int(MASK.sum()) if ignoring else MASK.size, MASK.size // 4
         assert router.metrics["choices_overflowed"] == wanted - room
         assert router.metrics["tokens_per_expert"].tolist() == [room, 0, 0, 0]
@@ -101,8 +104,7 @@ def test_every_device_draws_its_own_dropout_and_jitter():
         MODEL.replace(
             expert_dropout_rate=0.5, router_jitter_noise=0.2, capacity_mode="dropless", mlp_activations=("linear",),
             normalize_router_weights=True,
-        ),
-        "encoder",
+        )
     )  # fmt: skip
     variables, x = variables_of(module), jnp.broadcast_to(X[:1, :1], SHAPE)
     router = variables["params"]["router"]["router_weights"]["w"]
@@ -111,11 +113,11 @@ def test_every_device_draws_its_own_dropout_and_jitter():
 
     def layer(variables, x):
         rngs = {"dropout": jax.random.key(0), "jitter": jax.random.key(5)}
-        y, router = module.apply(variables, x, padding_mask=None, deterministic=False, rngs=rngs, with_logits=True)
+        options = dict(padding_mask=None, deterministic=False, rngs=rngs, with_logits=True, devices=placed_on(mesh))
+        y, router = module.apply(variables, x, **options)
         return y, router.logits, router.expert_index
 
-    with use_mesh(mesh):
-        y, logits, expert = jax.device_get(jax.jit(layer)(variables, jax.device_put(x, batch_sharding(mesh))))
+    y, logits, expert = jax.device_get(jax.jit(layer)(variables, jax.device_put(x, batch_sharding(mesh))))
     assert not expert.any() and (y != 0).any(-1).all()
     assert len(np.unique(logits[..., 0])) > 0.95 * MASK.size
     assert len({tuple(row) for row in y.reshape(-1, SHAPE[-1]).round(6).tolist()}) > 0.95 * MASK.size
@@ -123,12 +125,12 @@ def test_every_device_draws_its_own_dropout_and_jitter():
 
 def test_the_parts_of_an_expert_on_several_devices_draw_their_own_dropout():
     """Of an expert cut in two, whose hidden units all are 1, an odd number of units is kept as often as an even one."""
-    module = SparseMLP(MODEL.replace(expert_dropout_rate=0.5, capacity_mode="dropless", num_experts=2), "encoder")
+    module = SparseMLP(MODEL.replace(expert_dropout_rate=0.5, capacity_mode="dropless", num_experts=2))
     variables = jax.tree.map(lambda kernel: jnp.full(kernel.shape, 1 / 16), variables_of(module))
     mesh = create_mesh(MeshConfig(data=1, expert=1, model=2), jax.devices()[:2])
-    run = jax.jit(lambda v, x, rng: module.apply(v, x, padding_mask=None, deterministic=False, rngs={"dropout": rng})[0])
-    with use_mesh(mesh):
-        y = jax.device_get(run(variables, jax.device_put(jnp.ones(SHAPE), batch_sharding(mesh)), jax.random.key(0)))
+    options = dict(padding_mask=None, deterministic=False, devices=placed_on(mesh))
+    run = jax.jit(lambda v, x, rng: module.apply(v, x, rngs={"dropout": rng}, **options)[0])
+    y = jax.device_get(run(variables, jax.device_put(jnp.ones(SHAPE), batch_sharding(mesh)), jax.random.key(0)))
     kept = y[..., 0] * 2 * 16 / 2  # a router's weight of 1/2, 1/16 of each unit, a scale of 2
     np.testing.assert_allclose(kept, kept.round(), atol=1e-4)
     assert abs((kept.round() % 2).mean() - 0.5) < 4.5 * 0.5 / 16

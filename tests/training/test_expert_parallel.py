@@ -1,5 +1,6 @@
 """What a compiled expert-parallel train step sends: two all-to-alls there and two back, and no expert's weights."""
 
+import functools
 import math
 
 import flax.linen as nn
@@ -10,7 +11,8 @@ import pytest
 
 from flax_switch.config import DataConfig, ExperimentConfig, MeshConfig, SwitchConfig
 from flax_switch.nn.moe import SparseMLP
-from flax_switch.parallel.mesh import batch_sharding, create_mesh, use_mesh
+from flax_switch.parallel.mesh import batch_sharding, create_mesh
+from flax_switch.parallel.placement import placed_on
 from flax_switch.plan.collectives import collectives
 from flax_switch.training.state import build_run
 from flax_switch.training.step import compile_train_step
@@ -68,13 +70,12 @@ def test_a_sparse_layer_exchanges_twice_forward_and_twice_backward(mesh, remat):
 
 def test_groups_that_would_lie_on_two_devices_are_left_to_the_partitioner_and_said_so(caplog):
     config = MODEL.replace(routing_group="tokens", group_size=48, dropout_rate=0.0)
-    module, x = SparseMLP(config, "encoder"), jnp.asarray(np.random.default_rng(0).normal(size=(8, 12, 16)), jnp.float32)
+    module, x = SparseMLP(config), jnp.asarray(np.random.default_rng(0).normal(size=(8, 12, 16)), jnp.float32)
     variables = nn.unbox(module.init(jax.random.key(0), x[:1], padding_mask=None, deterministic=True))
     mesh = create_mesh(MeshConfig(data=2, expert=4))
-    apply = jax.jit(lambda variables, x: module.apply(variables, x, padding_mask=None, deterministic=True))
-    want = apply(variables, x)
-    with use_mesh(mesh):
-        got = apply(variables, jax.device_put(x, batch_sharding(mesh)))
+    apply = functools.partial(module.apply, padding_mask=None, deterministic=True)
+    want = jax.jit(apply)(variables, x)
+    got = jax.jit(functools.partial(apply, devices=placed_on(mesh)))(variables, jax.device_put(x, batch_sharding(mesh)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), jax.device_get(got), jax.device_get(want))
     assert "would cut through groups" in caplog.text
 

@@ -8,7 +8,7 @@ import pytest
 
 from flax_switch.config import ConfigError, DataConfig, ExperimentConfig, MeshConfig, OptimizerConfig, SwitchConfig, TrainConfig
 from flax_switch.config.recipes import load_recipe
-from flax_switch.parallel.mesh import create_mesh, shard_batch, traced_on
+from flax_switch.parallel.mesh import create_mesh, shard_batch
 from flax_switch.training.metrics import read_metrics
 from flax_switch.training.state import build_run, init_state
 from flax_switch.training.step import loss_and_grads
@@ -129,8 +129,7 @@ def test_micro_batches_train_alike_on_every_mesh(model, mesh):
 def gradients(run):
     @jax.jit
     def run_once(params, batch):
-        with traced_on(run.mesh):
-            return loss_and_grads(run, params, batch, jax.random.key(0))
+        return loss_and_grads(run, params, batch, jax.random.key(0))
 
     return jax.device_get(run_once(init_state(run).params, shard_batch(make_batch(), run.mesh)))
 

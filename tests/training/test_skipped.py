@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from flax_switch.config import DataConfig, ExperimentConfig, MeshConfig, OptimizerConfig, SwitchConfig, TrainConfig
-from flax_switch.parallel.mesh import create_mesh, shard_batch, use_mesh
+from flax_switch.parallel.mesh import create_mesh, shard_batch
 from flax_switch.training.checkpoint import Checkpoints
 from flax_switch.training.skipped import Skipped, all_finite
 from flax_switch.training.state import build_run, init_state
@@ -44,8 +44,7 @@ def setting(optimizer, microbatches, **mesh):
 
         return train_step(run, state, batch, poisoned)
 
-    with use_mesh(run.mesh):
-        return run, init_state(run), shard_batch(batch, run.mesh), step
+    return run, init_state(run), shard_batch(batch, run.mesh), step
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -58,15 +57,14 @@ def setting(optimizer, microbatches, **mesh):
 )  # fmt: skip
 def test_a_bad_update_changes_nothing_but_the_count_of_steps(optimizer, microbatches, mesh, bad):
     run, state, batch, step = setting(optimizer, microbatches, **mesh)
-    with use_mesh(run.mesh):
-        state, metrics = step(state, batch, 1.0)
-        assert metrics["skipped"] == 0
-        after, metrics = step(state, batch, bad)
-        assert metrics["skipped"] == 1 and after.step == state.step + 1
-        old, new = (jax.tree.leaves((one.params, one.opt_state)) for one in (state, after))
-        jax.tree.map(np.testing.assert_array_equal, new, old)
-        again, metrics = step(after, batch, 1.0)
-        expected, _ = step(dataclasses.replace(state, step=after.step), batch, 1.0)
+    state, metrics = step(state, batch, 1.0)
+    assert metrics["skipped"] == 0
+    after, metrics = step(state, batch, bad)
+    assert metrics["skipped"] == 1 and after.step == state.step + 1
+    old, new = (jax.tree.leaves((one.params, one.opt_state)) for one in (state, after))
+    jax.tree.map(np.testing.assert_array_equal, new, old)
+    again, metrics = step(after, batch, 1.0)
+    expected, _ = step(dataclasses.replace(state, step=after.step), batch, 1.0)
     assert metrics["skipped"] == 0 and np.isfinite(metrics["grad_norm"])
     jax.tree.map(np.testing.assert_array_equal, again.params, expected.params)
 

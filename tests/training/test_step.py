@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import PartitionSpec as P
 
 from flax_switch.config import ConfigError, DataConfig, ExperimentConfig, MeshConfig, OptimizerConfig, SwitchConfig, TrainConfig
-from flax_switch.parallel.mesh import batch_ways, create_mesh, mesh_shape, partition_spec, shard_batch, use_mesh
+from flax_switch.parallel.mesh import batch_ways, create_mesh, mesh_shape, partition_spec, shard_batch
 from flax_switch.training.optimizer import learning_rate_schedule
 from flax_switch.training.state import build_run, init_state
 from flax_switch.training.step import compile_train_step, loss_and_grads
@@ -103,9 +103,8 @@ def test_a_sharded_step_equals_the_step_on_one_device(optimizer):
     for mesh, devices in ((MeshConfig(), 1), (MeshConfig(data=2, expert=2, model=2, fsdp=True), 8)):
         run = run_on(config.replace(mesh=mesh), devices)
         state, step = init_state(run), compile_train_step(run)
-        with use_mesh(run.mesh):
-            for _ in range(2):
-                state, metrics = step(state, shard_batch(batch, run.mesh))
+        for _ in range(2):
+            state, metrics = step(state, shard_batch(batch, run.mesh))
         results.append(jax.device_get((state.params, metrics)))
     for a, b in zip(*map(jax.tree.leaves, results), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5)

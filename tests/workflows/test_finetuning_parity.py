@@ -10,7 +10,7 @@ from flax_switch.config import OptimizerConfig
 from flax_switch.config.finetuning import FinetuneDataConfig, FinetuneRecipe, FinetuneTrainConfig
 from flax_switch.data import Vocabulary
 from flax_switch.data.pairs import Pairs, pair_iterator
-from flax_switch.parallel.mesh import create_mesh, use_mesh
+from flax_switch.parallel.mesh import create_mesh
 from flax_switch.training.state import build_run
 from flax_switch.training.step import compile_train_step
 from flax_switch.workflows.start import open_start
@@ -69,11 +69,10 @@ def test_losses_follow_transformers_for_twenty_steps(router_losses, tmp_path, vo
     assert isinstance(start.vocabulary, Vocabulary) and isinstance(recipe.optimizer, OptimizerConfig)
     run = build_run(recipe.resolve(start.config), create_mesh(recipe.mesh, jax.devices()[:1]))
     batches, losses = batches_of(STEPS), []
-    with use_mesh(run.mesh):
-        state, step = start.state(run), compile_train_step(run)
-        for batch in batches:
-            state, metrics = step(state, batch)
-            losses.append(float(metrics["loss"]))
+    state, step = start.state(run), compile_train_step(run)
+    for batch in batches:
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
     expected = torch_losses(model, batches, router_losses)
     assert expected[-1] < 0.8 * expected[0]
     np.testing.assert_allclose(losses, expected, rtol=0, atol=1e-3)

@@ -5,10 +5,11 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
+from flax_switch.ops.kernels import platforms
+
 MASKED = -1e10  # finite, so that a row with nothing to attend to gives the mean instead of NaN
 
 
-@jax.custom_vjp
 def attend(
     query: Float[Array, "B H Q K"],
     key: Float[Array, "B H T K"],
@@ -16,13 +17,17 @@ def attend(
     bias: Float[Array, "#B #H Q T"] | None,
     mask: Bool[Array, "#B 1 #Q T"] | None,
     keep: Float[Array, "B H 1 T"] | None,
+    *,
+    implementation: str | None = None,
 ) -> tuple[Float[Array, "B H Q K"], Float[Array, "B H Q T"]]:
-    """Computes attention; its gradients are written out.
+    """Returns attention's output, and the probabilities before dropout.
 
-    Differentiated by JAX it gives the same numbers, but on a CPU the sum of the bias's gradient over the batch takes
-    longer than any product, and transposed products are slow, too (base shape, batch 4, length 256, forward and
-    backward: 75 ms against 43). keep: 0 for dropped keys, 1 / (1 - rate) for the others.
+    keep: 0 for dropped keys, 1 / (1 - rate) for the others. implementation: one of IMPLEMENTATIONS; by default DEFAULT's.
     """
+    return platforms.run(IMPLEMENTATIONS, DEFAULT, implementation, query, key, value, bias, mask, keep)
+
+
+def _reference(query, key, value, bias, mask, keep):
     logits = jnp.einsum("BHQK,BHTK->BHQT", query, key, preferred_element_type=jnp.float32)
     if bias is not None:
         logits += bias
@@ -32,6 +37,12 @@ def attend(
     return jnp.einsum("BHQT,BHTK->BHQK", _dropped(probs, keep, value.dtype), value), probs
 
 
+# Differentiated by JAX the reference gives the same numbers, but on a CPU the sum of the bias's gradient over the batch takes
+# longer than any product, and transposed products are slow, too (base shape, batch 4, length 256, forward and backward: 75 ms
+# against 43).
+_written_out = jax.custom_vjp(_reference)
+
+
 def _dropped(probs: Float[Array, "B H Q T"], keep: Float[Array, "B H 1 T"] | None, dtype: DTypeLike) -> Float[Array, "B H Q T"]:
     weights = probs.astype(dtype)
     return weights if keep is None else weights * keep
@@ -39,7 +50,7 @@ def _dropped(probs: Float[Array, "B H Q T"], keep: Float[Array, "B H 1 T"] | Non
 
 def _attend_forward(*args):
     query, key, value, bias, mask, keep = jax.tree.map(lambda x: x.value, args, is_leaf=lambda x: hasattr(x, "perturbed"))
-    output, probs = attend(query, key, value, bias, mask, keep)
+    output, probs = _reference(query, key, value, bias, mask, keep)
     return (output, probs), (query, key, value, bias, keep, probs)
 
 
@@ -65,29 +76,41 @@ def _attend_backward(residuals, gradients):
     return d_query, d_key, d_value, d_bias, None, None
 
 
-attend.defvjp(_attend_forward, _attend_backward, symbolic_zeros=True)
+_written_out.defvjp(_attend_forward, _attend_backward, symbolic_zeros=True)
+
+IMPLEMENTATIONS = {"reference": _reference, "written_out": _written_out}
+DEFAULT = {"other": "written_out"}
 
 
 def _sum_over_queries(weights: Float[Array, "B H Q T"], rows: Float[Array, "B H Q K"]) -> Float[Array, "B H T K"]:
     """Sums for each key the queries' rows, by weight."""
+    return platforms.run(SUMS_OVER_QUERIES, {"cpu": "rows_transposed", "other": "reference"}, None, weights, rows)
 
-    def small_factor_first(weights, rows):
-        # A CPU's fast products take no transposed left factor (ops/kernels/projection), and the rows are the smaller to
-        # transpose.
-        rows = jax.lax.optimization_barrier(rows.swapaxes(2, 3))
-        return jnp.einsum("BHKQ,BHQT->BHKT", rows, weights).swapaxes(2, 3)
 
-    product = lambda weights, rows: jnp.einsum("BHQT,BHQK->BHTK", weights, rows)  # noqa: E731
-    return jax.lax.platform_dependent(weights, rows, cpu=small_factor_first, default=product)
+def _rows_transposed(weights: Float[Array, "B H Q T"], rows: Float[Array, "B H Q K"]) -> Float[Array, "B H T K"]:
+    # A CPU's fast products take no transposed left factor (ops/kernels/projection), and the rows are the smaller to transpose.
+    rows = jax.lax.optimization_barrier(rows.swapaxes(2, 3))
+    return jnp.einsum("BHKQ,BHQT->BHKT", rows, weights).swapaxes(2, 3)
+
+
+SUMS_OVER_QUERIES = {
+    "reference": lambda weights, rows: jnp.einsum("BHQT,BHQK->BHTK", weights, rows),
+    "rows_transposed": _rows_transposed,
+}
 
 
 def _sum_to(x: Float[Array, "B H Q T"], shape: tuple[int, ...]) -> Float[Array, "#B #H Q T"]:
     """Sums `x` over the axes that have size 1 in `shape`."""
     if shape[0] == 1 < x.shape[0]:
-        # As a product: XLA's CPU backend takes 20 times as long for a sum over a short leading axis.
-        by_product = lambda x: jnp.einsum("B,BHQT->HQT", jnp.ones(x.shape[0], x.dtype), x)  # noqa: E731
-        x = jax.lax.platform_dependent(x, cpu=by_product, default=lambda x: x.sum(0))[None]
+        x = platforms.run(SUMS_OVER_BATCH, {"cpu": "product", "other": "reference"}, None, x)[None]
     return x.sum(1, keepdims=True) if shape[1] == 1 < x.shape[1] else x
+
+
+SUMS_OVER_BATCH = {
+    "reference": lambda x: x.sum(0),
+    # XLA's CPU backend takes 20 times as long for a sum over a short leading axis.
+    "product": lambda x: jnp.einsum("B,BHQT->HQT", jnp.ones(x.shape[0], x.dtype), x),
+}
 
 
 def cached_attention(

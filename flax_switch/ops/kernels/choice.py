@@ -25,18 +25,18 @@ def choose(
     capacity: int | None,
     num_experts: int,
     unstacked: bool,
-    among_peers: bool = False,
+    split: bool = False,
 ) -> Choice:
     """Returns the executor that a config asks for; for "auto" the one that suits the plan's shape, which the log tells once.
 
     groups: G, S and N of the plan. capacity: None where it is dropless. unstacked: whether experts are arrays of their own, too.
-    among_peers: whether experts lie on several devices, none of which can read all.
+    split: whether experts lie on several devices, none of which can read all.
     """
     G, S, N = groups
     if executor not in ("auto", "hit"):
         return Choice(executor, executor)
     usual = "ragged" if capacity is None else "gather"
-    if among_peers:
+    if split:
         return Choice(usual, usual)
     if executor == "hit" and S == 1:
         return Choice("hit", "hit")

@@ -1,18 +1,34 @@
-"""Lets XLA update parameters in place."""
+"""An update that is made or left out, as a number on the device says."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool
+
+from flax_switch.ops.kernels import platforms
 
 
-def updates_after(norm: jax.Array, updates: Any) -> Any:
-    """Returns the updates, which on a CPU are not computed before `norm`, that of all gradients; all NaN there if the norm is NaN.
+def update_if(
+    condition: Bool[Array, ""], update: Callable[..., Any], old: Any, *args: Any, implementation: str | None = None
+) -> Any:
+    """Returns the tree `update(old, *args)` where the condition holds, and else `old`; no host waits for the condition.
 
-    A parameter can be updated in place once the backward pass has read it. XLA's CPU compiler sees that only where the update
-    cannot come earlier, and else copies the parameters in every step. Training ends in any case where a loss is not finite.
+    implementation: one of IMPLEMENTATIONS; by default DEFAULT's for the platform.
     """
-    one = jax.lax.platform_dependent(
-        norm, cpu=lambda norm: jnp.where(norm >= 0, jnp.ones_like(norm), norm), default=lambda norm: jnp.ones_like(norm)
-    )
-    return jax.tree.map(lambda update: update * one.astype(update.dtype), updates)
+    bound = {name: lambda *operands, run=run: run(update, *operands) for name, run in IMPLEMENTATIONS.items()}
+    return platforms.run(bound, DEFAULT, implementation, condition, old, *args)
+
+
+def _branch(update: Callable[..., Any], condition: Bool[Array, ""], old: Any, *args: Any) -> Any:
+    """Updates in a branch, after the backward pass has read the parameters, so that XLA can write over them without a copy."""
+    return jax.lax.cond(condition, update, lambda old, *_: old, old, *args)
+
+
+def _select(update: Callable[..., Any], condition: Bool[Array, ""], old: Any, *args: Any) -> Any:
+    return jax.tree.map(lambda new, old: jnp.where(condition, new, old), update(old, *args), old)
+
+
+IMPLEMENTATIONS = {"reference": _select, "branch": _branch}
+DEFAULT = {"cuda": "reference", "other": "branch"}  # XLA's branches on a GPU let the host read the condition

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from flax_switch.config import SwitchConfig
@@ -21,7 +20,7 @@ from flax_switch.ops.moe.expert_parallel import exchange_buffers, execute_drople
 from flax_switch.ops.moe.groups import Grouping, make_grouping
 from flax_switch.ops.moe.hashing import hash_logits
 from flax_switch.ops.moe.routing import Routed, RouterOutput, RoutingPlan, report, route, router_logits
-from flax_switch.parallel.pmap import PmapDevices
+from flax_switch.parallel.placement import ONE_DEVICE, LaidOutByCompiler, OnMesh, Placement, UnderPmap
 
 
 @flax.struct.dataclass
@@ -40,46 +39,41 @@ def moe_block(
     x: Float[Array, "B L D"],
     *,
     config: SwitchConfig,
-    stack: str,
     padding_mask: Bool[Array, "B L"] | None,
     deterministic: bool,
     token_ids: Int[Array, "B L"] | None = None,
     jitter_rng: PRNGKeyArray | None = None,
     dropout_rng: PRNGKeyArray | None = None,
+    causal: bool = False,
     replicas: int = 1,
     with_logits: bool = False,
-    devices: AbstractMesh | PmapDevices | None = None,
+    devices: Placement = ONE_DEVICE,
 ) -> tuple[Float[Array, "B L D"], RouterOutput]:
     """Routes each token to its experts and returns the weighted expert outputs, zero for tokens that no expert took.
 
-    config, stack: the stack ("encoder" or "decoder") matters because experts-choose and batch-prioritised routing would let a
-    decoder look ahead; there tokens choose, in order. padding_mask: True for real tokens; used only where
-    `config.ignore_padding_tokens`. deterministic: evaluation's capacity, no jitter, no dropout. token_ids: needed by hash routing
-    only. The generators are needed only where the config's rates are not 0. replicas: see `ops.moe.groups`. devices: where the
-    program runs, if on several: groups are then routed where they lie and tokens sent to the devices of their experts
-    (`ops.moe.expert_parallel`). Inside a pmap x and the experts' kernels are a device's own, losses are those of its own groups,
-    and metrics those of all devices.
+    padding_mask: True for real tokens; used only where `config.ignore_padding_tokens`. deterministic: evaluation's capacity, no
+    jitter, no dropout. token_ids: needed by hash routing only. The generators are needed only where the config's rates are not 0.
+    causal: see `ops.moe.routing.route`. replicas: see `ops.moe.groups`. devices: over a mesh or under pmap groups are routed where
+    they lie, and tokens sent to the devices of their experts (`ops.moe.expert_parallel`). Under pmap x and the experts' kernels
+    are a device's own, losses are those of its own groups, and metrics those of all devices.
     """
     if deterministic:
         jitter_rng = dropout_rng = None
-    parts = devices.size if isinstance(devices, PmapDevices) else 1
-    grouping = make_grouping(config, x.shape[0] * parts, x.shape[1], replicas=replicas)
+    grouping = make_grouping(config, x.shape[0] * devices.size, x.shape[1], replicas=replicas)
     mask = padding_mask if config.ignore_padding_tokens else None
     arrays = (dataclasses.replace(params, shared_expert=None), x, mask, token_ids, jitter_rng, dropout_rng)
-    body = functools.partial(route_and_execute, config=config, stack=stack, deterministic=deterministic)
-    total = {}
-    if isinstance(devices, PmapDevices):
-        grouping = own_groups(grouping, parts)
-        total = {"total": devices.sum}
+    body = functools.partial(route_and_execute, config=config, causal=causal, deterministic=deterministic)
+    if isinstance(devices, UnderPmap):
+        grouping = own_groups(grouping, devices.size)
         y, routed = body(*arrays, grouping=grouping, peers=pmap_peers(devices))
-    elif devices is not None and fits_mesh(grouping, devices):
-        y, routed = over_mesh(body, arrays, devices, grouping, dtype=expert_dtype(config))
+    elif isinstance(devices, OnMesh) and fits_mesh(grouping, devices.mesh):
+        y, routed = over_mesh(body, arrays, devices.mesh, grouping, dtype=expert_dtype(config))
     else:
-        y, routed = body(*arrays, grouping=grouping)
+        y, routed = body(*arrays, grouping=grouping, split=isinstance(devices, LaidOutByCompiler))
     if params.shared_expert is not None:
         experts = expert_function(config, None if dropout_rng is None else jax.random.fold_in(dropout_rng, 1))
         y = y + experts(x.astype(expert_dtype(config)), params.shared_expert, matmul=jnp.matmul).astype(x.dtype)
-    return y, report(routed, grouping, with_logits=with_logits, **total)
+    return y, report(routed, grouping, with_logits=with_logits, total=devices.sum)
 
 
 def route_and_execute(
@@ -91,18 +85,22 @@ def route_and_execute(
     dropout_rng: PRNGKeyArray | None,
     *,
     config: SwitchConfig,
-    stack: str,
+    causal: bool,
     deterministic: bool,
     grouping: Grouping,
     peers: Peers | None = None,
+    split: bool = False,
 ) -> tuple[Float[Array, "B L D"], Routed]:
-    """Runs the SPMD body: what one device does with its tokens, alone or with the `peers` among which experts are split."""
+    """Runs the SPMD body: what one device does with its tokens, alone or with the `peers` among which experts are split.
+
+    split: that they are split although there are no peers to talk to.
+    """
     tokens = grouping.group(x)
     ids = None if token_ids is None else grouping.group(token_ids)
     routed = route(
         ROUTERS[config.router_type](params, tokens, ids, config, jitter_rng),
         config=config,
-        stack=stack,
+        causal=causal,
         counted=grouping.counted(),
         mask=None if mask is None else grouping.group(mask),
         deterministic=deterministic,
@@ -117,7 +115,7 @@ def route_and_execute(
         capacity=plan.capacity,
         num_experts=config.num_experts,
         unstacked=params.unstacked is not None,
-        among_peers=peers is not None,
+        split=split or peers is not None,
     )
     tokens, experts = tokens.astype(expert_dtype(config)), expert_function(config, dropout_rng)
     if peers is None:

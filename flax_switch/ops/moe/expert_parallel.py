@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import AbstractMesh, PartitionSpec
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -30,8 +30,8 @@ from flax_switch.ops.moe.executors import ExpertFunction, SortedExperts, execute
 from flax_switch.ops.moe.groups import Grouping
 from flax_switch.ops.moe.routing import RoutingPlan
 from flax_switch.ops.moe.rows import take_rows
-from flax_switch.parallel.mesh import BATCH_AXES, partition_spec
-from flax_switch.parallel.pmap import PmapDevices
+from flax_switch.parallel.mesh import BATCH_AXES, AnyMesh, partition_spec
+from flax_switch.parallel.placement import UnderPmap
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ def by_expert(counts: Int[Array, "P E"], num_rows: int) -> tuple[Int[Array, " R"
     return reorder(counts), reorder(counts.T)
 
 
-def fits_mesh(grouping: Grouping, mesh: AbstractMesh) -> bool:
+def fits_mesh(grouping: Grouping, mesh: AnyMesh) -> bool:
     """Returns whether every device of a mesh has whole groups.
 
     Otherwise the body runs as one program that GSPMD splits: the same results, with more communication. That is right for single
@@ -138,7 +138,7 @@ def _warn(message: str) -> None:
 
 
 def over_mesh(
-    body: Callable[..., tuple[Array, Any]], arrays: tuple, mesh: AbstractMesh, grouping: Grouping, *, dtype: DTypeLike
+    body: Callable[..., tuple[Array, Any]], arrays: tuple, mesh: AnyMesh, grouping: Grouping, *, dtype: DTypeLike
 ) -> tuple[Array, Any]:
     """Runs `ops.moe.block.route_and_execute` on every device of a mesh.
 
@@ -194,6 +194,6 @@ def own_groups(grouping: Grouping, ways: int) -> Grouping:
     return grouping.part(ways)
 
 
-def pmap_peers(devices: PmapDevices) -> Peers:
+def pmap_peers(devices: UnderPmap) -> Peers:
     """Returns the devices of a pmap among which experts are split."""
     return Peers(devices.axis, devices.expert, devices.expert_groups)

@@ -238,7 +238,7 @@ def route(
     logits: Float[Array, "G S E"],
     *,
     config: SwitchConfig,
-    stack: str,
+    causal: bool = False,
     counted: Bool[Array, "G S"] | None = None,
     mask: Bool[Array, "G S"] | None = None,
     deterministic: bool = True,
@@ -246,6 +246,7 @@ def route(
 ) -> Routed:
     """Fills the plan that the config asks for.
 
+    causal: experts-choose and batch-prioritised routing would let a token look ahead; there tokens choose, in order.
     counted: False for places added to fill a group, which never take part. mask: False for padding to ignore, or None to
     count it. "masked" padding takes no slot and has no choice; "scatter" padding has probability 0, so that it falls to the
     first experts and takes their slots, as in flaxformer's scatter router. dtype: of the activations, for cast_router_probs.
@@ -256,7 +257,7 @@ def route(
         logits = jnp.where(mask[..., None], logits, 0.0)  # as flaxformer has it: ignored padding adds ln(E)^2 to the z-loss
         probs = jnp.where(mask[..., None], probs, 0.0)
     capacity = expert_capacity(config, logits.shape[1], deterministic=deterministic)
-    if config.router_type == "experts_choose" and stack == "encoder":
+    if config.router_type == "experts_choose" and not causal:
         assert capacity is not None  # the config refuses dropless experts-choose
         plan = experts_choose(_cast(probs, config, dtype), capacity=capacity, routed=real)
         return Routed(plan, logits, probs, plan.kept.astype(jnp.float32), counted, real)
@@ -267,7 +268,7 @@ def route(
         num_selected=config.num_selected_experts,
         capacity=capacity,
         routed=routed,
-        batch_prioritized=config.batch_prioritized_routing and stack == "encoder",
+        batch_prioritized=config.batch_prioritized_routing and not causal,
         normalize=config.normalize_router_weights,
     )
     chosen = plan.expert

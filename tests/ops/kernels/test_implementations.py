@@ -10,7 +10,7 @@ from grouped_oracle import GROUPS, operands
 from jax.sharding import PartitionSpec as P
 
 from flax_switch.config import ConfigError, MeshConfig
-from flax_switch.ops.kernels import exchange, few_rows, grouped, projection
+from flax_switch.ops.kernels import attention, exchange, few_rows, grouped, projection, updates
 from flax_switch.ops.mlp import mlp
 from flax_switch.parallel.mesh import create_mesh
 
@@ -78,6 +78,44 @@ def projected_transposed(implementation, rows):
     return with_gradients(functools.partial(projection.project_transposed, implementation=implementation), x, kernel)
 
 
+def attended(implementation, case):
+    """Output and probabilities, both with a gradient. Some row has nothing to attend to."""
+    rng = np.random.default_rng(2)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    query, key, value, bias = draw(3, 2, 5, 4), draw(3, 2, 7, 4), draw(3, 2, 7, 4), draw(*case["bias"], 5, 7)
+    mask = jnp.asarray(rng.random((3, 1, 5, 7)) < 0.6).at[1, :, 2].set(False) if case["mask"] else None
+    keep = jnp.asarray((rng.random((3, 2, 1, 7)) < 0.5) * 2.0, jnp.float32) if case["dropout"] else None
+
+    def both(query, key, value, bias):
+        output, probs = attention.attend(query, key, value, bias, mask, keep, implementation=implementation)
+        return jnp.concatenate([output.ravel(), probs.ravel() * case["probs"]])
+
+    return with_gradients(both, query, key, value, bias)
+
+
+def summed(table):
+    def run(implementation, shape):
+        weights, rows = (jnp.cos(jnp.arange(np.prod(shape) * n) + 1.0).reshape(*shape, n) for n in (6, 3))
+        return table[implementation](*((weights, rows) if table is attention.SUMS_OVER_QUERIES else (weights,)))
+
+    return run
+
+
+def updated(implementation, condition):
+    step = lambda old, gradient: {"w": old["w"] - gradient, "count": old["count"] + 1}  # noqa: E731
+    old = {"w": jnp.arange(5.0), "count": jnp.int32(3)}
+    run = jax.jit(lambda condition, gradient: updates.update_if(condition, step, old, gradient, implementation=implementation))
+    result = run(condition, jnp.full(5, 0.5 if condition else jnp.nan))
+    assert int(result["count"]) == 3 + condition
+    return result
+
+
+ATTENTION = {
+    "plain": dict(bias=(1, 2), mask=False, dropout=False, probs=0.0),
+    "masked, a bias for each row": dict(bias=(3, 2), mask=True, dropout=False, probs=0.0),
+    "dropout, a bias for all heads": dict(bias=(1, 1), mask=True, dropout=True, probs=0.0),
+    "gradient through the probabilities": dict(bias=(1, 2), mask=True, dropout=True, probs=1.0),
+}
 COUNTS = {
     "uneven": [[3, 0, 2, 4], [0, 0, 0, 0], [5, 1, 1, 0], [2, 2, 2, 3]],
     "nothing": [[0] * 4] * 4,
@@ -88,6 +126,10 @@ OPERATIONS = {  # its implementations, how to run one on a case, its cases
     "grouped_matmul": (grouped.IMPLEMENTATIONS, grouped_products, GROUPS),
     "few_rows": (few_rows.IMPLEMENTATIONS, outputs_of_few, HIT),
     "kernel_gradient": (projection.KERNEL_GRADIENTS, gradient_of_kernel, {"wide": (4, 9), "narrow": (9, 4)}),
+    "attend": (attention.IMPLEMENTATIONS, attended, ATTENTION),
+    "sum over queries": (attention.SUMS_OVER_QUERIES, summed(attention.SUMS_OVER_QUERIES), {"4 rows": (2, 3, 5)}),
+    "sum over the batch": (attention.SUMS_OVER_BATCH, summed(attention.SUMS_OVER_BATCH), {"4 rows": (2, 3, 5)}),
+    "update_if": (updates.IMPLEMENTATIONS, updated, {"made": True, "left out": False}),
     "project_transposed": (projection.TRANSPOSED_PROJECTIONS, projected_transposed, {"one row": 1, "rows": 9}),
 }
 RUNS = [

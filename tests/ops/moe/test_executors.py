@@ -16,7 +16,7 @@ from flax_switch.ops.moe.groups import make_grouping
 from flax_switch.ops.moe.routing import route as route_eagerly
 
 D, F = 8, 12
-route = jax.jit(route_eagerly, static_argnames=("config", "stack", "deterministic", "dtype"))
+route = jax.jit(route_eagerly, static_argnames=("config", "causal", "deterministic", "dtype"))
 CONFIG = SwitchConfig(d_model=D, d_ff=F, num_experts=4, dropout_rate=0.0, min_expert_capacity=1, capacity_factor=1.0)
 TOP2 = dict(num_selected_experts=2, mlp_activations=("gelu_new", "linear"))
 CASES = {  # config, (batch, length), what the router's kernel is multiplied by
@@ -59,7 +59,7 @@ def oracle(params, x, config, mask):
     token_ids = None if config.learned_router else grouping.group(ids(config, x.shape[:2]))
     logits = ROUTERS[config.router_type](params, tokens, token_ids, config, None)
     mask = grouping.group(mask) if config.ignore_padding_tokens else None
-    plan = route(logits, config=config, stack="encoder", counted=grouping.counted(), mask=mask, deterministic=False).plan
+    plan = route(logits, config=config, causal=False, counted=grouping.counted(), mask=mask, deterministic=False).plan
     every = functools.partial(mlp, activations=config.mlp_activations, matmul=jnp.matmul)
     answers = jax.vmap(lambda kernels: every(tokens, kernels))(params.expert)  # [E, G, S, D]
     share = jnp.where(plan.kept, plan.weight, 0.0)[..., None] * jax.nn.one_hot(plan.expert, config.num_experts)
@@ -93,7 +93,7 @@ def test_values_and_gradients_equal_the_oracles(case, dtype, executor):
     config = config.replace(moe_executor=executor, dtype=dtype)
     params, x, cotangent, mask = inputs(config, shape, sharpness, dtype)
     block = functools.partial(
-        moe_block, config=config, stack="encoder", padding_mask=mask, deterministic=False, token_ids=ids(config, shape)
+        moe_block, config=config, causal=False, padding_mask=mask, deterministic=False, token_ids=ids(config, shape)
     )
     got = values_and_gradients(lambda p, x: block(p, x)[0], params, x, cotangent)
     want = wanted(case, dtype)
@@ -109,7 +109,7 @@ def test_cases_that_are_to_drop_tokens_drop_some(case):
     config, shape, sharpness = CASES[case]
     params, x, _, _ = inputs(config, shape, sharpness, jnp.float32)
     logits = ROUTERS[config.router_type](params, x, ids(config, shape), config, None)
-    assert not route(logits, config=config, stack="encoder", deterministic=False).plan.kept.all()
+    assert not route(logits, config=config, causal=False, deterministic=False).plan.kept.all()
 
 
 def test_a_dropped_token_gets_zero_and_an_unused_expert_no_gradient():
@@ -117,7 +117,7 @@ def test_a_dropped_token_gets_zero_and_an_unused_expert_no_gradient():
     params, x, cotangent, _ = inputs(config, (1, 6), None, jnp.float32)  # all six tokens want expert 2, which takes two
     for executor in ("gather", "ragged"):
         block = functools.partial(
-            moe_block, config=config.replace(moe_executor=executor), stack="decoder", padding_mask=None, deterministic=False
+            moe_block, config=config.replace(moe_executor=executor), causal=True, padding_mask=None, deterministic=False
         )
         got = values_and_gradients(lambda p, x, block=block: block(p, x)[0], params, x, cotangent)
         np.testing.assert_array_equal(got["output"][0, 2:], 0)
@@ -128,7 +128,7 @@ def test_a_dropped_token_gets_zero_and_an_unused_expert_no_gradient():
 def test_an_empty_slot_holds_zeros_and_a_slot_the_token_that_the_plan_says():
     logits = jnp.asarray(np.random.default_rng(1).normal(size=(2, 9, 3)), jnp.float32)
     config = CONFIG.replace(num_experts=3, num_selected_experts=2, capacity_mode="fixed", expert_capacity=8)
-    plan = route(logits, config=config, stack="encoder").plan
+    plan = route(logits, config=config, causal=False).plan
     x = jnp.asarray(np.random.default_rng(2).normal(size=(2, 9, 4)), jnp.float32)
     buffers = jax.jit(lambda plan, x: executors.gather_dispatch(plan, executors.slot_view(plan), x))(plan, x)
     mask = jax.jit(lambda plan: executors.einsum_masks(plan, jnp.float32)[0])(plan)
@@ -185,7 +185,7 @@ def test_dropout_inside_experts_leaves_the_mean_and_needs_a_generator():
 
 def test_execute_runs_a_plan_made_by_hand_on_experts_made_by_hand():
     """The seam for other bodies: a plan, rows and kernels in, answers out."""
-    plan = route(jnp.eye(4)[None] * 9, config=CONFIG.replace(capacity_mode="dropless"), stack="decoder").plan
+    plan = route(jnp.eye(4)[None] * 9, config=CONFIG.replace(capacity_mode="dropless"), causal=True).plan
     kernels = {"wi": jnp.arange(1.0, 5.0)[:, None, None], "wo": jnp.ones((4, 1, 1))}
     experts = functools.partial(mlp, activations=("relu",))
     for executor in EXECUTORS:
@@ -205,7 +205,7 @@ def test_experts_compute_in_their_own_dtype(executor, shared):
     for dtype in (None, "bfloat16"):
         config = CONFIG.replace(d_model=1, d_ff=1, num_experts=1, mlp_activations=("linear",), expert_dtype=dtype)
         config = config.replace(moe_executor=executor, capacity_mode="dropless", shared_expert=shared)
-        block = functools.partial(moe_block, config=config, stack="encoder", padding_mask=None, deterministic=True)
+        block = functools.partial(moe_block, config=config, causal=False, padding_mask=None, deterministic=True)
         y = jax.jit(lambda p, x, block=block: block(p, x)[0])(params, x)
         assert y.dtype == jnp.float32
         got[dtype] = float(y[0, 0, 0])
@@ -223,7 +223,7 @@ def test_a_bfloat16_model_routes_in_float32(executor):
     bias = jnp.asarray([1.0 + 2**-11, 1.0])  # turns the choice around, and would be lost likewise
     for given, router_dtype, expected in ((None, "float32", 1), (bias, "float32", 0), (None, "bfloat16", 0)):
         settings = config.replace(router_dtype=router_dtype, moe_executor=executor)
-        block = functools.partial(moe_block, config=settings, stack="encoder", padding_mask=None, deterministic=True)
+        block = functools.partial(moe_block, config=settings, causal=False, padding_mask=None, deterministic=True)
         y, routed = jax.jit(lambda p, x, block=block: block(p, x, with_logits=True))(MoEParams(router, given, experts), x)
         assert y.dtype == jnp.bfloat16 and routed.logits.dtype == jnp.float32
         np.testing.assert_array_equal(routed.expert_index, expected)

@@ -24,7 +24,7 @@ EXPERTS_CHOOSE = np.load(GOLDENS / "routers_experts_choose.npz")
 SEEDS = st.integers(0, 999)
 
 tokens_choose = jax.jit(routing.tokens_choose, static_argnames=("num_selected", "capacity", "batch_prioritized", "normalize"))
-route = jax.jit(route_eagerly, static_argnames=("config", "stack", "deterministic", "dtype"))
+route = jax.jit(route_eagerly, static_argnames=("config", "causal", "deterministic", "dtype"))
 experts_choose = jax.jit(routing.experts_choose, static_argnames="capacity")
 
 
@@ -51,7 +51,7 @@ def test_tokens_choose_reproduces_flaxformers_masked_router(case):
     )
     real = np.abs(golden["token_inputs"]).sum(-1) > 0
     logits = routing.router_logits(jnp.asarray(golden["token_inputs"]), jnp.asarray(golden["router_kernel"]))
-    routed = route(logits, config=config, stack="encoder", mask=jnp.asarray(real) if "ignored" in case else None)
+    routed = route(logits, config=config, causal=False, mask=jnp.asarray(real) if "ignored" in case else None)
     mask, weights = einsum_masks(routed.plan, jnp.uint8)
     np.testing.assert_array_equal(mask, golden["dispatch_mask"])
     np.testing.assert_allclose(weights, golden["combine_array"], atol=1e-6)
@@ -138,7 +138,7 @@ def test_experts_choose_prefers_real_tokens_and_never_keeps_padding():
 @pytest.mark.parametrize("choice", [dict(num_selected_experts=1), dict(num_selected_experts=3)])
 def test_no_two_choices_share_a_slot_and_every_choice_within_capacity_is_kept(choice):
     config = SwitchConfig(num_experts=5, capacity_mode="fixed", expert_capacity=4, **choice)
-    plan = route(jnp.asarray(np.random.default_rng(1).normal(size=(3, 17, 5)), jnp.float32), config=config, stack="encoder").plan
+    plan = route(jnp.asarray(np.random.default_rng(1).normal(size=(3, 17, 5)), jnp.float32), config=config, causal=False).plan
     plan = jax.tree.map(np.asarray, plan)
     places = {(g, int(plan.expert[g, s, n]), int(plan.slot[g, s, n])) for g, s, n in np.argwhere(plan.kept).tolist()}
     assert len(places) == plan.kept.sum()
@@ -150,7 +150,7 @@ def test_no_two_choices_share_a_slot_and_every_choice_within_capacity_is_kept(ch
 def test_batch_prioritised_routing_drops_the_least_certain_and_only_in_the_encoder():
     logits = jnp.asarray([[[1.0, 0.0], [3.0, 0.0], [2.0, 0.0]]])  # all choose expert 0; certainty rises 0, 2, 1
     config = SwitchConfig(num_experts=2, capacity_mode="fixed", expert_capacity=2, batch_prioritized_routing=True)
-    kept = lambda stack: route(logits, config=config, stack=stack).plan.kept[0, :, 0].tolist()  # noqa: E731
+    kept = lambda stack: route(logits, config=config, causal=stack == "decoder").plan.kept[0, :, 0].tolist()  # noqa: E731
     assert kept("encoder") == [False, True, True]
     assert kept("decoder") == [True, True, False]
 
@@ -158,8 +158,8 @@ def test_batch_prioritised_routing_drops_the_least_certain_and_only_in_the_encod
 def test_a_decoder_lets_tokens_choose_even_where_experts_choose_in_the_encoder():
     config = SwitchConfig(num_experts=3, router_type="experts_choose", num_selected_experts=2)
     logits = jnp.zeros((1, 8, 3))
-    assert not route(logits, config=config, stack="encoder").plan.tokens_choose
-    assert route(logits, config=config, stack="decoder").plan.expert.shape == (1, 8, 2)
+    assert not route(logits, config=config, causal=False).plan.tokens_choose
+    assert route(logits, config=config, causal=True).plan.expert.shape == (1, 8, 2)
 
 
 def test_normalised_weights_sum_to_one_and_raw_ones_are_probabilities():
@@ -177,7 +177,7 @@ def test_scatter_padding_takes_slots_of_the_first_expert_and_masked_padding_take
     config = SwitchConfig(num_experts=2, capacity_mode="fixed", expert_capacity=3)
     kept = {}
     for semantics in ("masked", "scatter"):
-        routed = route(logits, config=config.replace(padding_semantics=semantics), stack="encoder", mask=mask)
+        routed = route(logits, config=config.replace(padding_semantics=semantics), causal=False, mask=mask)
         kept[semantics] = routed.plan.kept[0, :, 0].tolist()
     assert kept["masked"] == [True, False, True, True]
     assert kept["scatter"] == [True, True, True, False]
@@ -191,7 +191,7 @@ def test_tokens_left_behind_counts_real_tokens_only_where_padding_is_ignored(sem
         num_experts=2, num_selected_experts=2, capacity_mode="fixed", expert_capacity=3, padding_semantics=semantics
     )
     mask = jnp.asarray([[True] * 4 + [False] * 4])
-    routed = route(jnp.zeros((1, 8, 2)), config=config, stack="encoder", mask=mask)
+    routed = route(jnp.zeros((1, 8, 2)), config=config, causal=False, mask=mask)
     metrics = routing.routing_metrics(routed.plan, routed.probs, routed.real)
     assert metrics["fraction_tokens_left_behind"] == 0.25  # of four real tokens, three found a slot
 
@@ -199,7 +199,7 @@ def test_tokens_left_behind_counts_real_tokens_only_where_padding_is_ignored(sem
 def test_probabilities_cast_to_bfloat16_choose_as_hugging_face_does_but_the_loss_judges_float32():
     logits = jnp.asarray([[[1.0, 1.0005]]])  # a tie in bfloat16, which goes to the lower index
     config = SwitchConfig(num_experts=2, cast_router_probs=True)
-    routed = route(logits, config=config, stack="encoder", dtype=jnp.bfloat16)
+    routed = route(logits, config=config, causal=False, dtype=jnp.bfloat16)
     assert routed.plan.expert[0, 0, 0] == 0
     assert routed.plan.weight[0, 0, 0] == jax.nn.softmax(logits)[0, 0, 0].astype(jnp.bfloat16)
     np.testing.assert_array_equal(routed.chose[0, 0], [0.0, 1.0])
@@ -218,7 +218,7 @@ def test_indices_stay_integers_beyond_256_experts_in_bfloat16():
     logits = 20.0 * jax.nn.one_hot(jnp.arange(E), E)[None]
     config = SwitchConfig(num_experts=E, cast_router_probs=True, capacity_mode="fixed", expert_capacity=2)
     mask = jnp.arange(E)[None] % 3 > 0
-    plan = route(logits, config=config, stack="encoder", dtype=jnp.bfloat16, mask=mask).plan
+    plan = route(logits, config=config, causal=False, dtype=jnp.bfloat16, mask=mask).plan
     np.testing.assert_array_equal(plan.expert[0, :, 0], np.arange(E))
     np.testing.assert_array_equal(plan.kept[0, :, 0], mask[0])
     assert plan.expert.dtype == plan.slot.dtype == jnp.int32
@@ -254,9 +254,9 @@ def test_places_that_fill_a_group_change_no_loss_and_no_metric():
     filled = jnp.concatenate([logits, jnp.full((1, 3, 4), 9.0)], axis=1)
     config = SwitchConfig(num_experts=4, capacity_mode="fixed", expert_capacity=2, num_selected_experts=2, routing_group="tokens")
     counted = (jnp.arange(13) < 10)[None]
-    plain = report(route(logits, config=config, stack="encoder"), make_grouping(config, 1, 10))
+    plain = report(route(logits, config=config, causal=False), make_grouping(config, 1, 10))
     grouping = make_grouping(config, 1, 10).replace(group_size=13)
-    padded = report(route(filled, config=config, stack="encoder", counted=counted), grouping)
+    padded = report(route(filled, config=config, causal=False, counted=counted), grouping)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), plain, padded)
 
 

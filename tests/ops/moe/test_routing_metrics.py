@@ -93,7 +93,7 @@ def test_losses_and_metrics_are_those_of_a_loop_over_tokens(case):
 
     @jax.jit
     def run(logits, mask):
-        routed = route(logits, config=config, stack="encoder", mask=mask if config.ignore_padding_tokens else None)
+        routed = route(logits, config=config, causal=False, mask=mask if config.ignore_padding_tokens else None)
         return report(routed, make_grouping(config, B, L))
 
     output = run(logits_of(config), MASK)
@@ -107,7 +107,7 @@ def test_losses_and_metrics_are_those_of_a_loop_over_tokens(case):
 def test_a_certain_router_has_no_entropy_and_an_undecided_one_the_logarithm_of_the_experts():
     config = SwitchConfig(num_experts=E, capacity_mode="dropless")
     for logits, entropy in ((jnp.zeros((1, L, E)), np.log(E)), (1000.0 * jax.nn.one_hot(jnp.arange(L) % E, E)[None], 0.0)):
-        routed = route(logits, config=config, stack="encoder")
+        routed = route(logits, config=config, causal=False)
         metrics = routing.routing_metrics(routed.plan, routed.probs, None)
         np.testing.assert_allclose(metrics["router_entropy"], entropy, atol=1e-6)
 
@@ -116,6 +116,6 @@ def test_more_capacity_leaves_fewer_tokens_behind_until_none_is():
     left = []
     for capacity in range(1, L + 1):
         config = SwitchConfig(num_experts=E, capacity_mode="fixed", expert_capacity=capacity)
-        routed = route(jnp.asarray(LOGITS), config=config, stack="encoder")
+        routed = route(jnp.asarray(LOGITS), config=config, causal=False)
         left.append(float(routing.routing_metrics(routed.plan, routed.probs, None)["fraction_tokens_left_behind"]))
     assert left[0] > left[1] > left[-1] == 0.0 and left == sorted(left, reverse=True)

@@ -34,7 +34,7 @@ class Run:
 
     config: ExperimentConfig | FinetuneConfig = flax.struct.field(pytree_node=False)
     model: SwitchTransformer = flax.struct.field(pytree_node=False)
-    optimizer: optax.GradientTransformation = flax.struct.field(pytree_node=False)
+    optimizer: optax.GradientTransformationExtraArgs = flax.struct.field(pytree_node=False)
     mesh: AnyMesh = flax.struct.field(pytree_node=False)
     abstract_state: TrainState  # shapes, dtypes and shardings
 

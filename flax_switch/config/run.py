@@ -58,11 +58,11 @@ class DataConfig(BatchConfig):
             self.mean_noise_span_length >= 1.0,
             f"data.mean_noise_span_length must be at least 1; it is {self.mean_noise_span_length}.",
         )
-        rates = (self.span_corruption_rate, self.prefix_lm_rate, self.infilling_rate)
+        rates = {f"data.{f.name}": getattr(self, f.name) for f in dataclasses.fields(self) if f.name.endswith("_rate")}
         check(
-            min(rates) >= 0 and sum(rates) > 0,
-            "data.span_corruption_rate, data.prefix_lm_rate and data.infilling_rate must not be negative, and one of them must be "
-            f"positive; they are {', '.join(map(str, rates))}.",
+            min(rates.values()) >= 0 and sum(rates.values()) > 0,
+            f"{', '.join(rates)} must not be negative, and one of them must be positive; they are "
+            f"{', '.join(map(str, rates.values()))}.",
         )
         check(0.0 < self.heldout_fraction < 1.0, f"data.heldout_fraction must lie in (0, 1); it is {self.heldout_fraction}.")
 

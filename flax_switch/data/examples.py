@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int8, Int32, Int64
 
-OBJECTIVES = ("span_corruption", "prefix_lm", "infilling")
+from flax_switch.config import DataConfig
+
+if TYPE_CHECKING:
+    from flax_switch.data.objectives import Mixture
 
 
 class Examples(NamedTuple):
@@ -17,8 +21,22 @@ class Examples(NamedTuple):
     input_lengths: Int64[np.ndarray, " M"]
     targets: Int32[np.ndarray, "M T"]
     target_lengths: Int64[np.ndarray, " M"]
-    objective: Int8[np.ndarray, " M"] | None = None  # an index into OBJECTIVES; None where there is one alone, or none of them
+    objective: Int8[np.ndarray, " M"] | None = None  # a row of OBJECTIVES; None where there is one alone, or none of them
     hidden: Bool[np.ndarray, "M T"] | None = None  # targets whose text is not in the inputs; None: all of them
+
+
+Lengths = tuple[Int64[np.ndarray, " M"], Int64[np.ndarray, " M"]]  # of inputs and targets, EOS included
+
+
+class Objective(NamedTuple):
+    """What makes examples of texts: a row of `objectives.OBJECTIVES`."""
+
+    # (mixture, tokens [M, L], lengths [M], keys [M], the most that inputs and targets may hold) -> examples
+    make: Callable[[Mixture, np.ndarray, np.ndarray, np.ndarray, Lengths], Examples]
+    room: Callable[[Mixture, np.ndarray], Lengths]  # lengths of the inputs and targets that texts of these lengths become
+    longest_text: Callable[[DataConfig], int]  # the most tokens that fit data.inputs_length and data.targets_length
+    masks: bool = True  # whether the inputs hold sentinels
+    fits_any_room: bool = False  # whether it makes do with the room that other objectives of a mixture need
 
 
 def span_of_each(lengths: Int64[np.ndarray, " M"]) -> tuple[Int64[np.ndarray, " total"], Int64[np.ndarray, " total"]]:

@@ -10,12 +10,24 @@ inputs are exactly those of span corruption with the same key.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 from jaxtyping import Integer, UInt64
 
-from flax_switch.data.examples import Examples
+from flax_switch.config import DataConfig, check
+from flax_switch.data.examples import Examples, Lengths, Objective
 from flax_switch.data.prefix_lm import cut
-from flax_switch.data.span_corruption import random_spans_noise_mask, span_corrupt
+from flax_switch.data.span_corruption import (
+    corrupted_lengths,
+    derived_raw_length,
+    random_spans_noise_mask,
+    settings_of,
+    span_corrupt,
+)
+
+if TYPE_CHECKING:
+    from flax_switch.data.objectives import Mixture
 
 
 def infill(
@@ -40,3 +52,21 @@ def infill(
     mask = random_spans_noise_mask(lengths, keys, **noise)
     hidden[:, : mask.shape[1]] = mask
     return Examples(corrupted.inputs, corrupted.input_lengths, targets, lengths + 1, hidden=hidden)
+
+
+def _longest_text(config: DataConfig) -> int:
+    check(config.targets_length >= 3, f"Infilling needs data.targets_length of at least 3; it is {config.targets_length}.")
+    noise = (config.noise_density, config.mean_noise_span_length)
+    return min(derived_raw_length(config.inputs_length, None, *noise)[0], config.targets_length - 1)
+
+
+def _room(mixture: Mixture, lengths: np.ndarray) -> Lengths:
+    inputs, targets = corrupted_lengths(lengths, mixture.config.noise_density, mixture.config.mean_noise_span_length)
+    return inputs, np.maximum(targets, lengths + 1)
+
+
+OBJECTIVE = Objective(
+    make=lambda mixture, tokens, lengths, keys, limits: infill(tokens, lengths, keys, **settings_of(mixture)),
+    room=_room,
+    longest_text=_longest_text,
+)

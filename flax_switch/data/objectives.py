@@ -8,27 +8,27 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int8, Int32, Int64, Integer, UInt64
 
-from flax_switch.config import DataConfig, check
+from flax_switch.config import DataConfig
+from flax_switch.data import infilling, prefix_lm, span_corruption
 from flax_switch.data.cache import TokenStore
-from flax_switch.data.examples import OBJECTIVES, Examples
-from flax_switch.data.infilling import infill
-from flax_switch.data.prefix_lm import prefix_lm
+from flax_switch.data.examples import Examples, Lengths, Objective
 from flax_switch.data.random_bits import example_keys, fold_in, uniform
-from flax_switch.data.span_corruption import corrupted_lengths, derived_raw_length, span_corrupt
+from flax_switch.data.span_corruption import check_sentinels
 from flax_switch.data.vocabulary import Vocabulary
+
+# The objectives by the name that `data.NAME_rate` has. An example's `objective` is an index, so that a new one comes last.
+OBJECTIVES: dict[str, Objective] = {
+    "span_corruption": span_corruption.OBJECTIVE,
+    "prefix_lm": prefix_lm.OBJECTIVE,
+    "infilling": infilling.OBJECTIVE,
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """Objectives with their rates; which of them an example gets depends on its key alone."""
+    """Objectives at their rates; which of them an example gets depends on its key alone."""
 
-    span_corruption_rate: float
-    prefix_lm_rate: float
-    infilling_rate: float
-    noise_density: float
-    mean_noise_span_length: float
-    inputs_length: int
-    targets_length: int
+    config: DataConfig
     top_sentinel: int
     eos_id: int
     raw_length: int  # tokens in a full chunk
@@ -36,40 +36,50 @@ class Mixture:
     @classmethod
     def of(cls, config: DataConfig, vocabulary: Vocabulary) -> Mixture:
         """Raises `ConfigError` where the lengths or the number of sentinels do not suffice."""
-        names = [field.name for field in dataclasses.fields(cls)][:7]
-        return cls(
-            **{name: getattr(config, name) for name in names},
-            top_sentinel=vocabulary.num_pieces + vocabulary.num_sentinels - 1,
-            eos_id=vocabulary.eos_id,
-            raw_length=_raw_length(config, vocabulary.num_sentinels),
-        )
+        used = [objective for name, objective in OBJECTIVES.items() if rate(config, name)]
+        raw_length = min(objective.longest_text(config) for objective in used)
+        if any(objective.masks for objective in used):
+            check_sentinels(raw_length, config.noise_density, config.mean_noise_span_length, vocabulary.num_sentinels)
+        return cls(config, vocabulary.num_pieces + vocabulary.num_sentinels - 1, vocabulary.eos_id, raw_length)
+
+    def replace(self, **changes: Any) -> Mixture:
+        """Returns a copy with other settings of `config`."""
+        return dataclasses.replace(self, config=self.config.replace(**changes))
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """The rates of the objectives that have a part in it."""
+        return {name: rate(self.config, name) for name in OBJECTIVES if rate(self.config, name)}
 
     def identity(self) -> dict[str, Any]:
-        """Returns what tells this way of making examples from others; an objective that has no part in it is not named."""
-        fields = dataclasses.asdict(self)
-        if not self.infilling_rate:
-            del fields["infilling_rate"]  # streams of before there was infilling go on
-        return fields
+        """Returns what tells this way of making examples from others.
 
-    def lengths(self, lengths: Integer[np.ndarray, " M"]) -> tuple[Int64[np.ndarray, " M"], Int64[np.ndarray, " M"]]:
+        An objective that has no part in it is not named, but for two: streams of before there were more go on.
+        """
+        names = ("noise_density", "mean_noise_span_length", "inputs_length", "targets_length")
+        rates = {f"{name}_rate": value for name, value in ({"span_corruption": 0.0, "prefix_lm": 0.0} | self.rates).items()}
+        made = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)[1:]}
+        return {**rates, **{name: getattr(self.config, name) for name in names}, **made}
+
+    def lengths(self, lengths: Integer[np.ndarray, " M"]) -> Lengths:
         """Returns the room that inputs and targets of texts of these lengths need, whichever objective they get."""
-        if self.span_corruption_rate + self.infilling_rate > 0:
-            inputs, targets = corrupted_lengths(lengths, self.noise_density, self.mean_noise_span_length)
-            return inputs, np.maximum(targets, lengths + 1) if self.infilling_rate else targets
-        targets = np.minimum(lengths // 2 + 1, self.targets_length)
-        return np.minimum(lengths - targets + 2, self.inputs_length), targets
+        used = [OBJECTIVES[name] for name in self.rates]
+        firm = [objective for objective in used if not objective.fits_any_room] or used
+        inputs, targets = zip(*(objective.room(self, lengths) for objective in firm), strict=True)
+        return np.max(inputs, axis=0), np.max(targets, axis=0)
 
     def __call__(
         self, tokens: Integer[np.ndarray, "M L"], lengths: Integer[np.ndarray, " M"], keys: UInt64[np.ndarray, " M"],
         *, limits: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> Examples:  # fmt: skip
         """Makes examples of M texts. `limits` (for packing) are lengths of inputs and targets that prefix-LM must keep to."""
-        limits = limits or (np.full(len(keys), self.inputs_length), np.full(len(keys), self.targets_length))
+        limits = limits or (np.full(len(keys), self.config.inputs_length), np.full(len(keys), self.config.targets_length))
         chosen = self._objectives(keys)
         parts = []
-        for objective in np.unique(chosen) if len(chosen) else (0,):  # a process may have no row of a batch
-            rows = np.flatnonzero(chosen == objective)
-            made = self._make(OBJECTIVES[objective], tokens[rows], lengths[rows], keys[rows], tuple(a[rows] for a in limits))
+        for number in np.unique(chosen) if len(chosen) else (0,):  # a process may have no row of a batch
+            rows = np.flatnonzero(chosen == number)
+            objective = list(OBJECTIVES.values())[number]
+            made = objective.make(self, tokens[rows], lengths[rows], keys[rows], (limits[0][rows], limits[1][rows]))
             parts.append((rows, made))
         if len(parts) == 1:
             return parts[0][1]._replace(objective=chosen)
@@ -77,42 +87,15 @@ class Mixture:
 
     def _objectives(self, keys: UInt64[np.ndarray, " M"]) -> Int8[np.ndarray, " M"]:
         """Draws an index into OBJECTIVES for every key."""
-        rates = np.array([self.span_corruption_rate, self.prefix_lm_rate, self.infilling_rate])
+        rates = np.array([rate(self.config, name) for name in OBJECTIVES])
         ends = np.cumsum(rates) / rates.sum()
         last = int(np.flatnonzero(rates)[-1])  # rounding must not choose one of rate 0
         return np.minimum(np.searchsorted(ends, uniform(fold_in(keys, 0)), side="right"), last).astype(np.int8)
 
-    def _make(self, objective: str, tokens: np.ndarray, lengths: np.ndarray, keys: np.ndarray, limits: tuple) -> Examples:
-        if objective == "prefix_lm":
-            inputs_limit, targets_limit = limits
-            return prefix_lm(tokens, lengths, keys, inputs_length=inputs_limit, targets_length=targets_limit, eos_id=self.eos_id)
-        corrupt = infill if objective == "infilling" else span_corrupt
-        return corrupt(
-            tokens,
-            lengths,
-            keys,
-            top_sentinel=self.top_sentinel,
-            eos_id=self.eos_id,
-            noise_density=self.noise_density,
-            mean_noise_span_length=self.mean_noise_span_length,
-        )
 
-
-def _raw_length(config: DataConfig, num_sentinels: int) -> int:
-    """Returns the tokens of a full chunk: as many as fit, whichever objective of the mixture it gets."""
-    if config.span_corruption_rate + config.infilling_rate == 0:
-        return config.inputs_length + config.targets_length - 2
-    raw_length, _ = derived_raw_length(
-        config.inputs_length,
-        config.targets_length if config.span_corruption_rate > 0 else None,
-        config.noise_density,
-        config.mean_noise_span_length,
-        num_sentinels,
-    )
-    if config.infilling_rate > 0:
-        raw_length = min(raw_length, config.targets_length - 1)
-        check(raw_length >= 2, f"Infilling needs data.targets_length of at least 3; it is {config.targets_length}.")
-    return raw_length
+def rate(config: DataConfig, objective: str) -> float:
+    """Returns an objective's rate in the mixture that a config asks for."""
+    return getattr(config, f"{objective}_rate")
 
 
 def _in_order(parts: list[tuple[np.ndarray, Examples]], count: int) -> Examples:

@@ -8,11 +8,16 @@ task it has.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 from jaxtyping import Integer, UInt64
 
-from flax_switch.data.examples import Examples
+from flax_switch.data.examples import Examples, Lengths, Objective
 from flax_switch.data.random_bits import fold_in, uniform
+
+if TYPE_CHECKING:
+    from flax_switch.data.objectives import Mixture
 
 
 def prefix_lm(
@@ -40,3 +45,22 @@ def cut(tokens: np.ndarray, starts: np.ndarray, counts: np.ndarray, eos_id: int)
     taken = np.take_along_axis(tokens, source, axis=1)
     ended = np.where(columns == counts[:, None], eos_id, 0)
     return np.where(columns < counts[:, None], taken, ended).astype(np.int32)
+
+
+def _make(mixture: Mixture, tokens: np.ndarray, lengths: np.ndarray, keys: np.ndarray, limits: Lengths) -> Examples:
+    inputs_limit, targets_limit = limits
+    return prefix_lm(tokens, lengths, keys, inputs_length=inputs_limit, targets_length=targets_limit, eos_id=mixture.eos_id)
+
+
+def _room(mixture: Mixture, lengths: np.ndarray) -> Lengths:
+    targets = np.minimum(lengths // 2 + 1, mixture.config.targets_length)
+    return np.minimum(lengths - targets + 2, mixture.config.inputs_length), targets
+
+
+OBJECTIVE = Objective(
+    make=_make,
+    room=_room,
+    longest_text=lambda config: config.inputs_length + config.targets_length - 2,
+    masks=False,
+    fits_any_room=True,
+)

@@ -11,12 +11,17 @@ All functions work on M examples at once, with a 64-bit key each (`flax_switch.d
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 from jaxtyping import Bool, Int32, Int64, Integer, UInt64
 
-from flax_switch.config import ConfigError, check
-from flax_switch.data.examples import Examples, span_of_each
+from flax_switch.config import ConfigError, DataConfig, check
+from flax_switch.data.examples import Examples, Objective, span_of_each
 from flax_switch.data.random_bits import fold_in, random_words
+
+if TYPE_CHECKING:
+    from flax_switch.data.objectives import Mixture
 
 
 def noise_counts(
@@ -63,13 +68,19 @@ def derived_raw_length(
             f"Span corruption needs inputs_length and targets_length of at least 3; they are {inputs_length} and {targets_length}."
         )
     last = int(np.argmin(fits)) - 1 if not fits.all() else len(fits) - 1
-    _, spans = noise_counts(lengths[last], noise_density, mean_noise_span_length)
+    if num_sentinels is not None:
+        check_sentinels(int(lengths[last]), noise_density, mean_noise_span_length, num_sentinels)
+    return int(lengths[last]), int(targets[last])
+
+
+def check_sentinels(length: int, noise_density: float, mean_noise_span_length: float, num_sentinels: int) -> None:
+    """Raises `ConfigError` where a text of this length has more masked spans than there are sentinels."""
+    _, spans = noise_counts(np.asarray(length), noise_density, mean_noise_span_length)
     check(
-        num_sentinels is None or spans <= num_sentinels,
-        f"Span corruption of {lengths[last]} tokens needs {spans} sentinels, but the vocabulary has {num_sentinels}. Raise "
+        int(spans) <= num_sentinels,
+        f"Span corruption of {length} tokens needs {spans} sentinels, but the vocabulary has {num_sentinels}. Raise "
         "data.num_sentinels or data.mean_noise_span_length, or lower data.inputs_length.",
     )
-    return int(lengths[last]), int(targets[last])
 
 
 def _random_segments(
@@ -198,3 +209,22 @@ def restore(
     pieces = np.split(inputs, np.flatnonzero(is_sentinel(inputs)))
     restored = [pieces[0], *(part for span, piece in zip(spans, pieces[1:], strict=True) for part in (span, piece[1:]))]
     return np.concatenate(restored).astype(np.int32)
+
+
+def settings_of(mixture: Mixture) -> dict[str, Any]:
+    """Returns the keyword arguments of `span_corrupt` that a mixture has."""
+    config = mixture.config
+    noise = dict(noise_density=config.noise_density, mean_noise_span_length=config.mean_noise_span_length)
+    return dict(top_sentinel=mixture.top_sentinel, eos_id=mixture.eos_id, **noise)
+
+
+def _longest_text(config: DataConfig) -> int:
+    noise = (config.noise_density, config.mean_noise_span_length)
+    return derived_raw_length(config.inputs_length, config.targets_length, *noise)[0]
+
+
+OBJECTIVE = Objective(
+    make=lambda mixture, tokens, lengths, keys, limits: span_corrupt(tokens, lengths, keys, **settings_of(mixture)),
+    room=lambda mixture, lengths: corrupted_lengths(lengths, mixture.config.noise_density, mixture.config.mean_noise_span_length),
+    longest_text=_longest_text,
+)

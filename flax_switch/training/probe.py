@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_switch.data import Prepared, text_token_mask
-from flax_switch.data.examples import OBJECTIVES
+from flax_switch.data.objectives import OBJECTIVES
 from flax_switch.data.statistics import most_frequent_share, unigram_entropy
 from flax_switch.ops.losses import token_cross_entropy
 from flax_switch.parallel.mesh import batch_rows, batch_sharding, replicated, shard_batch
@@ -83,8 +83,7 @@ class Probe:
     @property
     def classes(self) -> list[str]:
         """The objectives of the mixture, and `masked`: text that has to be made up, where others can be copied."""
-        mixture = self.prepared.mixture
-        return [*(name for name in OBJECTIVES if getattr(mixture, f"{name}_rate") > 0), "masked"]
+        return [*self.prepared.mixture.rates, "masked"]
 
     def __call__(self, params: Any) -> dict[str, float]:
         """Measures; all in nats a text token, sentinels and EOS left out.
@@ -122,9 +121,9 @@ class Probe:
         text = text_token_mask(labels, vocabulary.num_pieces, vocabulary.eos_id)
         objective = batch["objective"][:, None]
         names = self.classes[:-1]
-        filled = OBJECTIVES.index("infilling" if "infilling" in names else names[0])
-        masked = text & (batch["masked"] > 0) & (objective == filled)
-        classes = [text & (objective == OBJECTIVES.index(name)) for name in names]
+        number = list(OBJECTIVES).index
+        masked = text & (batch["masked"] > 0) & (objective == number("infilling" if "infilling" in names else names[0]))
+        classes = [text & (objective == number(name)) for name in names]
         begins = masked & ~np.pad(masked, ((0, 0), (1, 0)))[:, :-1]
         span = np.where(masked, np.cumsum(begins, axis=1), 0).astype(np.int32)
         rest = {name: array for name, array in batch.items() if name not in ("objective", "masked")}

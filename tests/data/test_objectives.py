@@ -1,12 +1,11 @@
 """Prefix-LM, mixtures of objectives and the chunks they are made of."""
 
-import dataclasses
-
 import hypothesis
 import numpy as np
+import pytest
 from hypothesis import strategies as st
 
-from flax_switch.data.objectives import ConcatenatedText, Mixture, SeparateDocuments
+from flax_switch.data.objectives import OBJECTIVES, ConcatenatedText, Mixture, SeparateDocuments
 from flax_switch.data.prefix_lm import prefix_lm
 from flax_switch.data.random_bits import example_keys, fold_in, random_words, uniform
 from flax_switch.data.span_corruption import restore
@@ -56,7 +55,7 @@ def test_random_words_are_uniform_and_keys_of_different_examples_epochs_seeds_an
 
 
 def test_a_mixture_draws_objectives_at_its_rates_and_each_example_keeps_its_own(prepared):
-    mixture = dataclasses.replace(prepared.mixture, span_corruption_rate=3.0, prefix_lm_rate=1.0)
+    mixture = prepared.mixture.replace(span_corruption_rate=3.0, prefix_lm_rate=1.0)
     source = ConcatenatedText(prepared.train, mixture, seed=0)
     ids, epochs = np.divmod(np.arange(4000), 40)[::-1]
     made = source.examples(ids, epochs)
@@ -64,16 +63,29 @@ def test_a_mixture_draws_objectives_at_its_rates_and_each_example_keeps_its_own(
     assert abs(with_sentinels.mean() - 0.75) < 0.03
     for objective, chosen in (("span_corruption", with_sentinels), ("prefix_lm", ~with_sentinels)):
         rates = dict(span_corruption_rate=0.0, prefix_lm_rate=0.0) | {f"{objective}_rate": 1.0}
-        pure = ConcatenatedText(prepared.train, dataclasses.replace(mixture, **rates), seed=0).examples(ids, epochs)
+        pure = ConcatenatedText(prepared.train, mixture.replace(**rates), seed=0).examples(ids, epochs)
         np.testing.assert_array_equal(pure.target_lengths[chosen], made.target_lengths[chosen])
         width = pure.targets.shape[1]
         np.testing.assert_array_equal(pure.targets[chosen], made.targets[chosen][:, :width])
 
 
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_keeps_to_the_room_that_it_asks_for_and_needs_all_of_it(name, prepared, config, vocabulary):
+    rates = {f"{other}_rate": float(other == name) for other in OBJECTIVES}
+    mixture = Mixture.of(config.replace(**rates, inputs_length=24, targets_length=30), vocabulary)
+    made = ConcatenatedText(prepared.train, mixture, seed=0).examples(np.arange(300), np.zeros(300, int))
+    assert made.input_lengths.max() <= 24 and made.target_lengths.max() <= 30
+    assert made.input_lengths.max() == 24 or made.target_lengths.max() == 30
+    packed = SeparateDocuments(prepared.train, mixture, seed=0)
+    made = packed.examples(np.arange(packed.num_examples), np.zeros(packed.num_examples, int))
+    assert (made.input_lengths <= packed.input_lengths).all() and (made.target_lengths <= packed.target_lengths).all()
+    for array, lengths in ((made.inputs, made.input_lengths), (made.targets, made.target_lengths)):
+        last = np.take_along_axis(array, lengths[:, None] - 1, axis=1)
+        assert (last == mixture.eos_id).all() and not array[np.arange(array.shape[1]) >= lengths[:, None]].any()
+
+
 def test_which_objective_an_example_gets_says_nothing_about_where_its_text_is_split(prepared):
-    mixture = dataclasses.replace(
-        prepared.mixture, span_corruption_rate=1.0, prefix_lm_rate=1.0, targets_length=8, inputs_length=64
-    )
+    mixture = prepared.mixture.replace(span_corruption_rate=1.0, prefix_lm_rate=1.0, targets_length=8, inputs_length=64)
     count, length = 6000, 27
     made = mixture(np.full((count, length), 5), np.full(count, length), keys(count))
     continued = ~(made.inputs > mixture.top_sentinel - 20).any(axis=1)

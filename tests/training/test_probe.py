@@ -8,7 +8,7 @@ import pytest
 from flax_switch.config import DataConfig, ExperimentConfig, SwitchConfig, TrainConfig
 from flax_switch.data import prepare
 from flax_switch.data.batches import IGNORED
-from flax_switch.data.examples import OBJECTIVES
+from flax_switch.data.objectives import OBJECTIVES
 from flax_switch.nn.outputs import ModelOutput
 from flax_switch.nn.transformer import SwitchTransformer
 from flax_switch.parallel.mesh import create_mesh
@@ -61,7 +61,7 @@ def by_hand(prepared, batches):
     spans = []
     for own, other in prepared.heldout_probes(batches):
         for b in range(len(own["labels"])):
-            objective, open_span = OBJECTIVES[own["objective"][b]], False
+            objective, open_span = tuple(OBJECTIVES)[own["objective"][b]], False
             for t, label in enumerate(own["labels"][b]):
                 text = label not in (IGNORED, 0, 1) and label < prepared.vocabulary.num_pieces
                 masked = text and objective == "infilling" and own["masked"][b, t]
@@ -129,6 +129,6 @@ def test_unigram_statistics_are_those_of_the_masked_text_alone(prepared):
     for own, _ in prepared.heldout_probes(probe.batches):
         for b, t in zip(*np.nonzero(own["masked"]), strict=True):
             label = own["labels"][b, t]
-            if OBJECTIVES[own["objective"][b]] == "infilling" and label > 1 and label < prepared.vocabulary.num_pieces:
+            if tuple(OBJECTIVES)[own["objective"][b]] == "infilling" and label > 1 and label < prepared.vocabulary.num_pieces:
                 counts[label] += 1
     np.testing.assert_array_equal(probe.masked_counts, counts)

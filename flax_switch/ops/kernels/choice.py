@@ -46,7 +46,7 @@ def choose(
     few = S == 1 and num_experts > G * N
     chosen = Choice("hit" if S == 1 and unstacked else on_cpu, "hit" if few else usual)
     shape = f"{G * N} choices of {num_experts} experts" if S == 1 else "dropless plans" if capacity is None else "a static capacity"
-    _announce(chosen, shape)
+    _announce(executor, chosen, shape)
     return chosen
 
 
@@ -56,6 +56,19 @@ def run_chosen(choice: Choice, implementation: Callable[[str], Callable[[Array],
     return cpu(x) if choice.cpu == choice.elsewhere else jax.lax.platform_dependent(x, cpu=cpu, default=elsewhere)
 
 
+def of_buffers(choice: Choice) -> str:
+    """Returns which executor fills buffers that travel to other devices: the chosen one, or "gather", which the log tells once."""
+    if choice.elsewhere in ("einsum", "gather"):
+        return choice.elsewhere
+    _replaced(choice.elsewhere)
+    return "gather"
+
+
 @functools.cache
-def _announce(choice: Choice, shape: str) -> None:
-    log.info("moe_executor='auto' runs %r on CPU and %r elsewhere, for %s.", *choice, shape)
+def _announce(asked: str, choice: Choice, shape: str) -> None:
+    log.info("moe_executor=%r runs %r on CPU and %r elsewhere, for %s.", asked, *choice, shape)
+
+
+@functools.cache
+def _replaced(asked: str) -> None:
+    log.warning("moe_executor=%r has no buffers, in which a static capacity travels between devices: 'gather' runs there.", asked)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from flax_switch.config import SwitchConfig
-from flax_switch.ops.kernels.choice import choose, run_chosen
+from flax_switch.ops.kernels.choice import choose, of_buffers, run_chosen
 from flax_switch.ops.kernels.exchange import Peers
 from flax_switch.ops.kernels.few_rows import few_rows
 from flax_switch.ops.kernels.grouped import batched_matmul, grouped_matmul
@@ -128,7 +128,7 @@ def route_and_execute(
         routed = dataclasses.replace(routed, plan=plan, overflowed=overflowed)
     else:  # whatever has a capacity travels in buffers
         run = exchange_buffers(buffered_experts(experts, params.expert), peers)
-        y = execute_buffers(plan, tokens, run, executor="einsum" if executor.elsewhere == "einsum" else "gather")
+        y = execute_buffers(plan, tokens, run, executor=of_buffers(executor))
     return grouping.ungroup(y).astype(x.dtype), routed
 
 

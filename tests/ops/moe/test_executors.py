@@ -160,7 +160,7 @@ def test_auto_picks_by_shape_and_platform_and_says_so_once(case, caplog):
     (record,) = caplog.records
     assert f"{expected[0]!r} on CPU and {expected[1]!r} elsewhere" in record.getMessage()
     usual = "gather" if capacity else "ragged"
-    assert choice.choose("auto", **settings, among_peers=True) == (usual, usual), "no device has all experts"
+    assert choice.choose("auto", **settings, split=True) == (usual, usual), "no device has all experts"
 
 
 def test_an_executor_asked_for_runs_where_it_can():

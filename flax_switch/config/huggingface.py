@@ -1,12 +1,14 @@
 """Hugging Face's `config.json` as a `SwitchConfig`, and back.
 
-Two kinds of folder are understood: `switch_transformers`, and `t5` (1.0 and 1.1) for models without sparse layers. A config read
-from Hugging Face carries Hugging Face's semantics: a fixed expert capacity per sequence, padding that takes slots, probabilities
-in the activations' dtype, losses concatenated on the length axis, no z-loss on the logits.
+`switch_transformers` is understood and, for models without sparse layers, the T5 family: `t5` (1.0 and 1.1, FLAN, ByT5), `mt5`, and
+`umt5`, in which every layer has its own table of relative positions. A config read from Hugging Face carries Hugging Face's
+semantics: a fixed expert capacity per sequence, padding that takes slots, probabilities in the activations' dtype, losses
+concatenated on the length axis, no z-loss on the logits.
 """
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,6 +46,10 @@ _T5 = (
     ("num_heads", "num_heads", 8),
     ("num_encoder_layers", "num_layers", 6),
 )
+_MT5_DEFAULTS = {"vocab_size": 250112, "d_ff": 1024, "num_heads": 6, "num_layers": 8}
+_MT5 = tuple((ours, theirs, _MT5_DEFAULTS.get(theirs, default)) for ours, theirs, default in _T5)
+_TABLES = {"switch_transformers": _SWITCH, "t5": _T5, "mt5": _MT5, "umt5": _MT5}
+T5_FAMILY = ("t5", "mt5", "umt5")  # dense models, whose files have T5's names
 
 # What gives a model its shape, and stands in every file that transformers writes. Where one is absent and there is a key that is
 # not known here, that key may be its new name.
@@ -91,7 +97,7 @@ def from_huggingface(values: Mapping[str, Any]) -> SwitchConfig:
     """The config that a transformers `config.json` describes, with Hugging Face's semantics.
 
     Args:
-      values: the parsed file. `model_type` must be `switch_transformers` or `t5`; unknown keys are ignored, as transformers does,
+      values: the parsed file. `model_type` must be one of those above; unknown keys are ignored, as transformers does,
         and absent ones take transformers' defaults, but not both where the model's shape is concerned. Stale keys of released
         files (`encoder_sparse_step`, `is_full_sparse`, `router_type`, `num_selected_experts`, `router_ignore_padding_tokens`)
         have no effect there and none here.
@@ -101,7 +107,7 @@ def from_huggingface(values: Mapping[str, Any]) -> SwitchConfig:
         key that is not known.
     """
     model_type = check_model_type(values)
-    table = _SWITCH if model_type == "switch_transformers" else _T5
+    table = _TABLES[model_type]
     _check_keys(values, table)
     fields: dict[str, Any] = {ours: values.get(theirs, default) for ours, theirs, default in table}
     decoder_layers = values.get("num_decoder_layers")
@@ -116,8 +122,9 @@ def from_huggingface(values: Mapping[str, Any]) -> SwitchConfig:
     fields["extra_eos_token_ids"] = tuple(more)
     start = values.get("decoder_start_token_id")
     fields["decoder_start_token_id"] = fields["pad_token_id"] if start is None else start
-    if model_type == "t5":
-        return SwitchConfig(**fields, **_t5_fields(values), **SEMANTICS)
+    if model_type in T5_FAMILY:
+        per_layer = model_type == "umt5"
+        return SwitchConfig(**fields, **_t5_fields(values), relative_attention_per_layer=per_layer, **SEMANTICS)
     tied = is_tied(values)
     capacity = values.get("expert_capacity", 64)
     semantics: dict[str, Any] = dict(SEMANTICS, capacity_mode="dropless" if capacity >= NEVER_DROPS else "fixed")
@@ -135,9 +142,11 @@ def from_huggingface(values: Mapping[str, Any]) -> SwitchConfig:
 def check_model_type(values: Mapping[str, Any]) -> str:
     """The `model_type` of a `config.json`. Raises `ConfigError` for one that is not read here."""
     model_type = values.get("model_type", "switch_transformers")
+    near = difflib.get_close_matches(str(model_type), _TABLES, n=1, cutoff=0.4)
     check(
-        model_type in ("switch_transformers", "t5"),
-        f"config.json has model_type {model_type!r}; flax_switch reads 'switch_transformers' and, for dense models, 't5'.",
+        isinstance(model_type, str) and model_type in _TABLES,
+        f"config.json has model_type {model_type!r}, another architecture; flax_switch reads 'switch_transformers' and, without "
+        f"sparse layers, 't5', 'mt5' and 'umt5'.{f' The nearest is {near[0]!r}.' if near else ''}",
     )
     return model_type
 
@@ -208,14 +217,21 @@ def _architecture_problems(config: SwitchConfig) -> list[str]:
                 problems.append(f"{field}={getattr(config, field)!r}: the {stack.name}'s sparse layers {stack.sparse_layers}")
     elif _is_dense(config) and _feed_forward_proj(config) is None:
         problems.append(f"mlp_activations={config.mlp_activations!r} (T5 knows an activation, or one times a linear gate)")
-    if config.relative_attention_per_layer:
-        problems.append("relative_attention_per_layer=True (the first layer's table serves all layers there)")
+    if config.relative_attention_per_layer and not _is_umt5(config):
+        problems.append(
+            "relative_attention_per_layer=True (there the first layer's table serves all layers, but in UMT5, which has no "
+            "sparse layers)"
+        )
     return problems
 
 
 def _refuse(problems: list[str]) -> None:
     if problems:
         raise ConfigError("Hugging Face's classes cannot represent " + "; ".join(problems) + ".")
+
+
+def _is_umt5(config: SwitchConfig) -> bool:
+    return config.relative_attention_per_layer and _is_dense(config)
 
 
 def _is_dense(config: SwitchConfig) -> bool:
@@ -226,9 +242,13 @@ def is_tied(values: Mapping[str, Any]) -> bool:
     """Whether a `config.json` ties the head to the embedding, read as transformers reads it.
 
     Its T5 takes all but `false` for tied, `null` too; its SwitchTransformers refuses what is neither true nor false. transformers 5
-    writes tie_word_embeddings=true into every T5 config and keeps what it meant in scale_decoder_outputs.
+    writes tie_word_embeddings=true into every T5 config and keeps what it meant in scale_decoder_outputs. Its mT5 never scales
+    the decoder's output, so that the head is one of its own, whether a file holds it or not. Its UMT5 ties as the file says;
+    transformers 5 scales the output where the file says false, too, which T5X and transformers 4 do not, nor is it done here.
     """
     tied = values.get("tie_word_embeddings", True)
+    if values.get("model_type") in ("mt5", "umt5"):
+        return values["model_type"] == "umt5" and tied is not False
     if values.get("model_type") == "t5":
         return bool(values["scale_decoder_outputs"]) if "scale_decoder_outputs" in values else tied is not False
     check(
@@ -265,7 +285,7 @@ def _switch_activations(values: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _t5_fields(values: Mapping[str, Any]) -> dict[str, Any]:
-    projection = values.get("feed_forward_proj", "relu")
+    projection = values.get("feed_forward_proj", "relu" if values.get("model_type") == "t5" else "gated-gelu")
     if projection == "gated-gelu":  # transformers: the tanh approximation, in this one case
         activations = ("gelu_new", "linear")
     elif projection.startswith("gated-"):
@@ -328,8 +348,8 @@ def _switch_config(config: SwitchConfig) -> dict[str, Any]:
 
 def _t5_config(config: SwitchConfig) -> dict[str, Any]:
     return {
-        "model_type": "t5",
-        "architectures": ["T5ForConditionalGeneration"],
+        "model_type": "umt5" if _is_umt5(config) else "t5",
+        "architectures": ["UMT5ForConditionalGeneration" if _is_umt5(config) else "T5ForConditionalGeneration"],
         **_shared_fields(config, _T5),
         "feed_forward_proj": _feed_forward_proj(config),
         "is_gated_act": config.is_gated,

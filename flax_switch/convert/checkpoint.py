@@ -233,6 +233,8 @@ def export_config(checkpoint: Checkpoint) -> tuple[dict[str, Any], str]:
     came_with = checkpoint.huggingface
     if came_with is None:
         return values, values["model_type"]
+    if (came_with.get("model_type"), values["model_type"]) == ("mt5", "t5") and not config.tie_word_embeddings:
+        values |= {"model_type": "mt5", "architectures": [huggingface.class_name("mt5", checkpoint.architecture)]}  # the same model
     if SwitchConfig.from_huggingface(came_with) == SwitchConfig.from_huggingface(values):
         return dict(came_with), came_with.get("model_type", "switch_transformers")
     kept = {key: value for key, value in came_with.items() if key not in _STALE}

@@ -1,7 +1,8 @@
 """Hugging Face checkpoint folders: the table of names, and reading them.
 
 Read are safetensors, torch's .bin and flax_model.msgpack, one file or shards with an index, written by transformers 4 or 5, of
-`SwitchTransformers...` and, for models without sparse layers, of `T5...` 1.0 and 1.1. Written is what transformers 5 writes.
+`SwitchTransformers...` and, for models without sparse layers, of `T5...`, `MT5...` and `UMT5...`. Written is what transformers 5
+writes.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 from flax_switch.config import ConfigError, SwitchConfig
 from flax_switch.config import huggingface as config_huggingface
+from flax_switch.config.huggingface import T5_FAMILY
 from flax_switch.convert.canonical import canonical_shapes
 from flax_switch.convert.doors import check_counts
 from flax_switch.convert.flax_msgpack import pytorch_name, read_flax_msgpack
@@ -69,6 +71,11 @@ SWITCH_RULES = (
 T5_RULES = (
     *_COMMON_RULES,
     *(Rule(f"{ours}/mlp/{{w}}/kernel", f"{theirs}.DenseReluDense.{{w}}.weight", TRANSPOSE) for ours, theirs in _MLPS.items()),
+    Rule(
+        "{stack}/layers_{i}/relpos_bias/rel_embedding",
+        "{stack}.block.{i}.layer.0.SelfAttention.relative_attention_bias.weight",
+        TRANSPOSE,
+    ),
 )
 
 _EMBEDDING_COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
@@ -81,13 +88,16 @@ _CLASSES = {
         "headless": "SwitchTransformersModel",
         "encoder": "SwitchTransformersEncoderModel",
     },
-    "t5": {"full": "T5ForConditionalGeneration", "headless": "T5Model", "encoder": "T5EncoderModel"},
+    **{
+        kind: dict(full=f"{name}ForConditionalGeneration", headless=f"{name}Model", encoder=f"{name}EncoderModel")
+        for kind, name in zip(T5_FAMILY, ("T5", "MT5", "UMT5"), strict=True)
+    },
 }
 
 
 def rules_for(model_type: str) -> tuple[Rule, ...]:
-    """Returns the table of `switch_transformers` or `t5`."""
-    return T5_RULES if model_type == "t5" else SWITCH_RULES
+    """Returns the table of `switch_transformers` or of the T5 family."""
+    return T5_RULES if model_type in T5_FAMILY else SWITCH_RULES
 
 
 def class_name(model_type: str, architecture: str) -> str:
@@ -115,7 +125,7 @@ def read_huggingface(folder: Path, *, allow_missing: Sequence[str] = ()) -> tupl
 def derived_names(values: Mapping[str, Any]) -> tuple[str, ...]:
     """Names the tensors that a config.json makes copies of shared.weight: no file need hold them."""
     tied = config_huggingface.is_tied(values)
-    copies = _EMBEDDING_COPIES if tied or values.get("model_type") == "t5" else ()
+    copies = _EMBEDDING_COPIES if tied or values.get("model_type") in T5_FAMILY else ()
     return (*copies, "lm_head.weight") if tied else copies
 
 
@@ -182,7 +192,7 @@ def settle_embeddings(
             )
         tensors.setdefault("shared.weight", tensors[name])
         del tensors[name]
-    untied_t5 = values.get("model_type") == "t5" and architecture == "full" and not config.tie_word_embeddings
+    untied_t5 = values.get("model_type") in T5_FAMILY and architecture == "full" and not config.tie_word_embeddings
     if untied_t5 and "shared.weight" in tensors:
         tensors.setdefault("lm_head.weight", tensors["shared.weight"])
     return config, tensors

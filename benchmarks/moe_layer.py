@@ -38,6 +38,12 @@ from flax_switch.plan.topology import compile_devices, parse_topology  # noqa: E
 CAPACITY_FACTOR = 1.25
 
 
+def sequences(T, D, dtype):
+    """T tokens in sequences of 512, or in one where they are fewer."""
+    length = min(T, 512)
+    return jax.ShapeDtypeStruct((T // length, length, D), dtype)
+
+
 def sparse(executor, E, T, D, F, dtype):
     """Ours: (function of variables and x, shapes of the variables, rows processed)."""
     dropless = executor == "ragged"
@@ -47,7 +53,7 @@ def sparse(executor, E, T, D, F, dtype):
         capacity_mode="dropless" if dropless else "factor",
     )  # fmt: skip
     module = SparseMLP(config, "encoder")
-    x = jax.ShapeDtypeStruct((T // 512, 512, D), dtype)
+    x = sequences(T, D, dtype)
     shapes = jax.eval_shape(lambda x: nn.unbox(module.init(jax.random.key(0), x, padding_mask=None, deterministic=True)), x)
     apply = lambda variables, x: module.apply(variables, x, padding_mask=None, deterministic=False)[0]  # noqa: E731
     return apply, shapes, T if dropless else round(CAPACITY_FACTOR * T)
@@ -97,7 +103,7 @@ def flaxformers(E, T, D, F, dtype, least):
         ),
         router=router, num_expert_partitions=1, num_model_partitions=1, dropout_rate=0.0, min_expert_capacity=least,
     )  # fmt: skip
-    x = jax.ShapeDtypeStruct((T // 512, 512, D), dtype)
+    x = sequences(T, D, dtype)
     init = lambda x: {"params": module.init(jax.random.key(0), x, enable_dropout=False)["params"]}  # noqa: E731
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), nn.unbox(jax.eval_shape(init, x)))
     rngs = {"dropout": jax.random.key(0), "jitter": jax.random.key(0)}
@@ -133,8 +139,8 @@ def rows_of(executors, E, T, D, F, dtype):
 
 
 def x_shape(name, rows, T, D, dtype):
-    """Dense rows get all their rows at once; layers get sequences of 512 tokens."""
-    return jax.ShapeDtypeStruct((rows, D) if name.startswith("dense") else (T // 512, 512, D), dtype)
+    """Dense rows get all their rows at once; layers get sequences."""
+    return jax.ShapeDtypeStruct((rows, D), dtype) if name.startswith("dense") else sequences(T, D, dtype)
 
 
 def count(function, *shapes, device=None):

@@ -37,12 +37,14 @@ def _by_expert(x: Float[Array, "G E C D"], kernel: Array, *, transpose: bool) ->
         product = jnp.einsum("EFD,ERD->EFR", kernel, rows).swapaxes(1, 2)
     else:
         product = jnp.einsum("ERD,EDF->ERF", rows, kernel)
-    return product.reshape(x.shape[1], x.shape[0], -1, product.shape[2]).swapaxes(0, 1)
+    G, E, C, _ = x.shape  # not -1, which has no value for a batch without rows
+    return product.reshape(E, G, C, product.shape[2]).swapaxes(0, 1)
 
 
 def _rows_by_expert(x: Float[Array, "G E C D"]) -> Float[Array, "E R D"]:
     """Joins the rows of an expert from all groups: with two axes of rows XLA transposes the whole product on a CPU."""
-    return x.swapaxes(0, 1).reshape(x.shape[1], -1, x.shape[3])
+    G, E, C, D = x.shape
+    return x.swapaxes(0, 1).reshape(E, G * C, D)
 
 
 def _batched_forward(x, kernel):

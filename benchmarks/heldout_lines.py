@@ -2,10 +2,10 @@
 
     python benchmarks/heldout_lines.py runs/tiny
 
-Sentences are drawn from the run's held-out text by --seed, gaps are made as in training, outputs are greedy. Counted are outputs that
-hold everything that the input shows, in its order, and first fills that change with the input: the model is given the text before
-the first gap and completes the gap with its own sentence as inputs, and again with the next sentence's in their place. Where both
-are the same the decoder made its fill of what came before alone. Prints a table for docs/pretraining.md and writes --output.
+Sentences are drawn from the run's held-out text by --seed, gaps are made as in training, outputs are greedy. Counted are outputs
+that hold everything that the input shows, in its order, and first fills that change with the input: the model is given the text
+before the first gap and completes the gap with its own sentence as inputs, and again with another sentence's in their place. Where
+both are the same the decoder made its fill of what came before alone. Prints a table for docs/pretraining.md and writes --output.
 """
 
 from __future__ import annotations
@@ -80,7 +80,9 @@ def main() -> None:
     )  # fmt: skip
     batch = pad_batch(examples, config.inputs_length, config.targets_length)
     inputs, mask = batch["input_ids"], batch["attention_mask"]
-    outputs = np.asarray(pretrained.generate(jnp.asarray(inputs), jnp.asarray(mask), max_new_tokens=config.targets_length).sequences)
+    outputs = np.asarray(
+        pretrained.generate(jnp.asarray(inputs), jnp.asarray(mask), max_new_tokens=config.targets_length).sequences
+    )
     begins = examples.hidden.argmax(1)
     gaps = np.stack([begins, [b + np.argmin(np.r_[row[b:], False]) for row, b in zip(examples.hidden, begins, strict=True)]], 1)
     own = first_fills(pretrained, batch, inputs, mask, gaps)

@@ -240,8 +240,9 @@ def summary(tuned: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def print_table(rows: list[dict[str, Any]]) -> None:
     """Prints the table that docs have."""
-    print("\n| cell | rate | parameters | loss, median (min to max) | of the dense model's steps | CPU time | confidence | token bits |")
-    print("|---|---|---|---|---|---|---|---|")
+    heads = ("cell", "rate", "parameters", "loss, median (min to max)", "of the dense model's steps", "of its CPU time", "confidence",
+             "token bits")  # fmt: skip
+    print(f"\n| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
     for row in rows:
         losses = row["losses"]
         shares = [" ".join("never" if x is None else f"{x:.2f}" for x in row[k]) for k in ("steps_of_dense", "cpu_of_dense")]

@@ -2,8 +2,8 @@
 
     python benchmarks/speedrun.py --workdir runs/speedrun [--config tiny]
 
-The level: the encoder is worth 2 nats a token for infilling, and masked text is 1.5 nats below its unigram entropy. Training stops at
-the first evaluation, one every 50 steps, that finds both. Seconds are of compilation and training; evaluation, the corpus and the
+The level: the encoder is worth 2 nats a token for infilling, and masked text is 1.5 nats below its unigram entropy. Training stops
+at the first evaluation, one every 50 steps, that finds both. Seconds are of compilation and training; evaluation, the corpus and the
 vocabulary are left out. Printed is a row of the table: date, commit, CPU, steps, seconds, CPU seconds.
 """
 
@@ -45,7 +45,7 @@ class UntilLevel(Evaluator):
         self.spent[1] += time.process_time() - began[1]
         return evaluation
 
-    def conclude(self, step: int, params: Any, evaluation: dict[str, Any] | None) -> str | None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def conclude(self, step: int, params: Any, evaluation: dict[str, Any] | None) -> Any:
         """Returns why training ends, or None."""
         return "the level is reached" if evaluation and reached(evaluation) else None
 
@@ -77,10 +77,8 @@ def main() -> None:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip() or "no commit"
     level = "" if result.evaluation and reached(result.evaluation) else " (level not reached)"
     machine = run_record.processor()
-    print(
-        f"| {datetime.date.today()} | {commit} | {machine['cores']} cores of {machine['name']} | {result.step}{level} | {seconds:.0f} "
-        f"| {cpu:.0f} | what changed |"
-    )
+    cores = f"{machine['cores']} cores of {machine['name']}"
+    print(f"| {datetime.date.today()} | {commit} | {cores} | {result.step}{level} | {seconds:.0f} | {cpu:.0f} | what changed |")
 
 
 if __name__ == "__main__":

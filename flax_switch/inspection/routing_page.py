@@ -64,7 +64,7 @@ def _table(measured: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def draw(routing: RunRouting, measured: Mapping[str, Mapping[str, Any]]) -> bytes:
-    """Returns a PNG: a row for each sparse layer with saturation, experts by kind, and the next layer's experts or co-activation."""
+    """Returns a PNG, a row for each sparse layer: saturation, experts by kind, and the next layer's experts or co-activation."""
     check(
         importlib.util.find_spec("matplotlib") is not None,
         "The page's pictures need matplotlib: pip install 'flax_switch[plots]', or print figures alone with --json.",

@@ -62,7 +62,7 @@ def follow(run: str | Path) -> RunRouting:
     if not isinstance(config, ExperimentConfig):
         raise ConfigError(f"{run} is a run of {config.kind}; routing is followed through runs of pre-training. See inspect --text.")
     check(config.model.is_sparse, f"The model of {run} has no sparse layer, so there is no routing to look at.")
-    check(config.model.router_type != "experts_choose", "Experts choose in this model; what is measured here is what tokens choose.")
+    check(config.model.router_type != "experts_choose", "Experts choose in this model; measured is what tokens choose.")
     last = find_checkpoint(Path(run))
     if last is None:
         raise ConfigError(f"{run} has no checkpoint yet; the first comes after train.checkpoint_every steps.")

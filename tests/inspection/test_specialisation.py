@@ -19,9 +19,7 @@ def test_saturation_counts_choices_that_stay_whatever_their_order():
 
 def test_co_activation_is_the_share_of_an_experts_tokens_that_another_takes_too():
     chosen = np.asarray([[0, 1], [1, 0], [0, 2], [0, 3]])
-    np.testing.assert_allclose(
-        figures.co_activation(chosen, 4), [[0, 0.5, 0.25, 0.25], [1, 0, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0]]
-    )
+    np.testing.assert_allclose(figures.co_activation(chosen, 4), [[0, 0.5, 0.25, 0.25], [1, 0, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0]])
     assert not figures.co_activation(chosen[:, :1], 4).any()
 
 

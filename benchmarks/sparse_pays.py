@@ -240,8 +240,8 @@ def summary(tuned: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def print_table(rows: list[dict[str, Any]]) -> None:
     """Prints the table that docs have."""
-    heads = ("cell", "rate", "parameters", "loss, median (min to max)", "of the dense model's steps", "of its CPU time", "confidence",
-             "token bits")  # fmt: skip
+    heads = ("cell", "rate", "parameters", "loss, median (min to max)", "of the dense model's steps", "of its CPU time",
+             "confidence", "token bits")  # fmt: skip
     print(f"\n| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
     for row in rows:
         losses = row["losses"]

@@ -3,8 +3,8 @@
     python benchmarks/speedrun.py --workdir runs/speedrun [--config tiny]
 
 The level: the encoder is worth 2 nats a token for infilling, and masked text is 1.5 nats below its unigram entropy. Training stops
-at the first evaluation, one every 50 steps, that finds both. Seconds are of compilation and training; evaluation, the corpus and the
-vocabulary are left out. Printed is a row of the table: date, commit, CPU, steps, seconds, CPU seconds.
+at the first evaluation, one every 50 steps, that finds both. Seconds are of compilation and training; evaluation, the corpus and
+the vocabulary are left out. Printed is a row of the table: date, commit, CPU, steps, seconds, CPU seconds.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     python benchmarks/heldout_lines.py runs/tiny
 
-Sentences are drawn from the run's held-out text by --seed, gaps are made as in training, outputs are greedy. Counted are outputs
+Sentences are drawn from the run's held-out text by --seed; each has --gaps gaps of two to four pieces. Counted are outputs
 that hold everything that the input shows, in its order, and first fills that change with the input: the model is given the text
 before the first gap and completes the gap with its own sentence as inputs, and again with another sentence's in their place. Where
 both are the same the decoder made its fill of what came before alone. Prints a table for docs/pretraining.md and writes --output.
@@ -63,6 +63,8 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--lines", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--gaps", type=int, default=1)
+    parser.add_argument("--beams", type=int, default=1)
     parser.add_argument("--output", type=Path, default=run_record.RESULTS / "heldout_lines.json")
     args = parser.parse_args()
     config, pretrained = read_config(args.run).data, flax_switch.load_pretrained(args.run)
@@ -75,13 +77,15 @@ def main() -> None:
         row[: len(sentence)] = sentence
     examples = infill(
         tokens, lengths, example_keys(args.seed, np.zeros_like(lengths), np.arange(len(ids))),
-        top_sentinel=vocabulary.num_pieces + vocabulary.num_sentinels - 1, noise_density=config.noise_density,
-        mean_noise_span_length=config.mean_noise_span_length,
+        top_sentinel=vocabulary.num_pieces + vocabulary.num_sentinels - 1, noise_density=3 * args.gaps / lengths.mean(),
+        mean_noise_span_length=3.0,
     )  # fmt: skip
     batch = pad_batch(examples, config.inputs_length, config.targets_length)
     inputs, mask = batch["input_ids"], batch["attention_mask"]
     outputs = np.asarray(
-        pretrained.generate(jnp.asarray(inputs), jnp.asarray(mask), max_new_tokens=config.targets_length).sequences
+        pretrained.generate(
+            jnp.asarray(inputs), jnp.asarray(mask), max_new_tokens=config.targets_length, num_beams=args.beams
+        ).sequences
     )
     begins = examples.hidden.argmax(1)
     gaps = np.stack([begins, [b + np.argmin(np.r_[row[b:], False]) for row, b in zip(examples.hidden, begins, strict=True)]], 1)
@@ -91,7 +95,7 @@ def main() -> None:
     for i, (source, output) in enumerate(zip(inputs, outputs, strict=True)):
         rows.append(dict(
             input=vocabulary.decode(source[source > 1].tolist(), skip_special_tokens=False),
-            output=vocabulary.decode(output.tolist()), truth=vocabulary.decode(ids[i]),
+            output=vocabulary.decode(output[output > 1].tolist(), skip_special_tokens=False), truth=vocabulary.decode(ids[i]),
             keeps=fills(vocabulary, source, output) is not None, first_fill=own[i], first_fill_with_another_input=other[i],
             first_gap=vocabulary.decode(ids[i][gaps[i, 0] : gaps[i, 1]]),
         ))  # fmt: skip

@@ -196,8 +196,7 @@ class SwitchConfig(_Section):
         if self.is_sparse:
             self._check_routing()
         check(
-            0 <= self.copying_heads <= self.num_heads,
-            f"copying_heads must lie between 0 and num_heads ({self.num_heads}); it is {self.copying_heads}.",
+            0 <= self.copying_heads <= self.num_heads, f"copying_heads must be 0 to {self.num_heads}; it is {self.copying_heads}."
         )
         check(self.router_init_std >= 0, f"router_init_std must not be negative; it is {self.router_init_std}.")
         for name in ("dropout_rate", "expert_dropout_rate", "label_smoothing", "router_jitter_noise"):

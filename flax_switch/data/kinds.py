@@ -39,7 +39,7 @@ def _kinds(config: DataConfig) -> Iterator[tuple[str, Iterator[str]]]:
         yield from ((name, iter(documents)) for name, documents in corpus.by_origin().items())
         return
     for path in sources.find_files(config.source):
-        yield path.name, sources.documents([path], config.text_field, config.document_separator)
+        yield path.name, sources.documents_of(path, config.text_field, config.document_separator)
 
 
 def _tokens(documents: Iterator[str], heldout_fraction: float, vocabulary: Vocabulary, most: int) -> np.ndarray:

@@ -46,8 +46,9 @@ def run(tmp_path_factory):
     for name, letters in (("left", "abcd"), ("right", "efgh")):
         words = ["".join(random.choice(list(letters), random.integers(1, 6))) for _ in range(80)]
         (folder / f"{name}.txt").write_text("\n".join(" ".join(random.choice(words, 20)) for _ in range(300)))
+    (folder / "empty.txt").write_text("\n")
     data = DataConfig(
-        source=(str(folder / "left.txt"), str(folder / "right.txt")), vocabulary_size=90, num_sentinels=20, inputs_length=24,
+        source=str(folder / "*.txt"), vocabulary_size=90, num_sentinels=20, inputs_length=24,
         targets_length=28, batch_size=8, heldout_fraction=0.2, cache_dir=str(folder / "cache"), infilling_rate=1.0,
     )  # fmt: skip
     train = TrainConfig(steps=2, log_every=1, eval_every=2, eval_batches=1, checkpoint_every=1)

@@ -22,6 +22,7 @@ def get_config():
                 num_decoder_layers=3,
                 sparse_layout="middle",  # a place that Hugging Face's config can name
                 router_init_std=0.4,
+                copying_heads=2,
                 capacity_mode="dropless",
                 routing_group="tokens",
                 group_size=65536,  # all of a batch: its tokens balance the experts together
@@ -32,11 +33,13 @@ def get_config():
                 inputs_length=64,
                 targets_length=76,
                 batch_size=32,
-                span_corruption_rate=0.5,
+                packing=True,  # documents by themselves, short ones too: what a line on the command line is like
+                span_corruption_rate=0.7,  # less than infilling: inputs do not say which of the two is wanted
                 infilling_rate=1.0,
                 noise_density=0.25,
+                mean_noise_span_length=2.5,
             ),
             optimizer=OptimizerConfig(name="muon", schedule="linear", learning_rate=0.05, warmup_steps=100, b2=0.98),
-            train=TrainConfig(steps=800, log_every=20, eval_every=200, eval_batches=40, checkpoint_every=200),
+            train=TrainConfig(steps=1000, log_every=20, eval_every=250, eval_batches=40, checkpoint_every=250),
         )
     )

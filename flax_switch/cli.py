@@ -1,5 +1,5 @@
-"""The command line: flax-switch pretrain, finetune, distill, evaluate, generate, convert, upcycle, inspect, plan, report, recipes,
-presets."""
+"""The command line: flax-switch pretrain, finetune, distill, evaluate, generate, convert, upcycle, inspect, plan, report, routing,
+recipes, presets."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ COMMANDS = {
     "inspect": "say what is in a checkpoint, without loading it",
     "plan": "say what a run would need and do on a machine, without the machine",
     "report": "write the HTML report of a run",
+    "routing": "follow the routing of a run from checkpoint to checkpoint",
     "recipes": "list the recipes that come with the package",
     "presets": "list the models of the papers, with their sizes",
 }

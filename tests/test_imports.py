@@ -22,7 +22,7 @@ ALLOWED = {
     "training": {"config", "data", "host", "nn", "ops", "parallel"},
     "pretrained": {"config", "convert", "data", "generation", "nn", "ops", "parallel"},
     "plan": {"config", "generation", "host", "nn", "ops", "parallel", "training"},
-    "inspection": {"config", "convert", "nn", "ops", "pretrained"},
+    "inspection": {"config", "convert", "data", "nn", "ops", "pretrained", "training"},
     "workflows": {"config", "convert", "data", "generation", "host", "nn", "ops", "parallel", "pretrained", "training"},
 }
 

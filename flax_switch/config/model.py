@@ -153,6 +153,7 @@ class SwitchConfig(_Section):
     expert_dropout_rate: float | None = None  # None: dropout_rate
     zero_padding_activations: bool = True  # flaxformer multiplies the padding mask in before each sublayer; HF does not
     init_scale: float = 0.1  # of variance-scaling initialisers (Switch, table 3)
+    copying_heads: int = 0  # heads of every cross-attention that begin by attending to the token's like in the inputs
     dtype: str = "float32"  # of activations and matrix products; routers, norms, softmax and losses stay float32
     param_dtype: str = "float32"
     expert_dtype: str | None = None  # of activations inside the experts; None: dtype
@@ -199,6 +200,9 @@ class SwitchConfig(_Section):
             self._check_stack(stack)
         if self.is_sparse:
             self._check_routing()
+        check(
+            0 <= self.copying_heads <= self.num_heads, f"copying_heads must be 0 to {self.num_heads}; it is {self.copying_heads}."
+        )
         check(self.router_init_std >= 0, f"router_init_std must not be negative; it is {self.router_init_std}.")
         for name in ("dropout_rate", "expert_dropout_rate", "label_smoothing", "router_jitter_noise"):
             rate = getattr(self, name)

@@ -8,9 +8,11 @@ on the installed versions, so the text is cached under a key of them, and token 
 from __future__ import annotations
 
 import ast
+import contextlib
 import gc
 import hashlib
 import importlib.util
+import itertools
 import os
 import re
 import sys
@@ -68,19 +70,35 @@ def default_corpus(cache_dir: Path, say: Callable[[str], None] = lambda _: None)
 
 def extract() -> list[str]:
     """Reads, cleans and de-duplicates the corpus from the installed source files, in a few seconds."""
+    with _quick_parsing():
+        return deduplicated(prose.paragraphs(text) for text in _texts())
+
+
+def by_origin() -> dict[str, list[str]]:
+    """Returns the documents of `extract`, in its order, by where they are from: the language reference, the library, a package."""
+    seen: set[str] = set()
+    with _quick_parsing():
+        return {name: deduplicated(map(prose.paragraphs, texts), seen) for name, texts in _origins()}
+
+
+@contextlib.contextmanager
+def _quick_parsing() -> Iterator[None]:
     collecting = gc.isenabled()
     gc.disable()  # syntax trees hold no cycles; without the collector, building them takes 40 % of the time
     try:
         with warnings.catch_warnings(action="ignore"):  # parsing complains about others' escape sequences
-            return deduplicated(prose.paragraphs(text) for text in _texts())
+            yield
     finally:
         if collecting:
             gc.enable()
 
 
-def deduplicated(documents: Iterable[list[str]]) -> list[str]:
-    """Joins each document's paragraphs that no earlier document has (letter case and punctuation aside); drops empty ones."""
-    seen: set[str] = set()
+def deduplicated(documents: Iterable[list[str]], seen: set[str] | None = None) -> list[str]:
+    """Joins each document's paragraphs that no earlier document has (letter case and punctuation aside); drops empty ones.
+
+    `seen` holds what calls before this one have found, and is added to.
+    """
+    seen = set() if seen is None else seen
 
     def is_new(text: str) -> bool:
         shape = re.sub(r"[^a-z]+", " ", text.lower()).strip()
@@ -97,13 +115,17 @@ def deduplicated(documents: Iterable[list[str]]) -> list[str]:
 
 
 def _texts() -> Iterator[str]:
+    return itertools.chain.from_iterable(texts for _, texts in _origins())
+
+
+def _origins() -> Iterator[tuple[str, Iterator[str]]]:
     library = Path(sysconfig.get_path("stdlib"))
-    yield from _topics(library / "pydoc_data" / "topics.py")
-    yield from _docstrings(library)
+    yield "Python's reference", _topics(library / "pydoc_data" / "topics.py")
+    yield "Python's library", _docstrings(library)
     for package in DEPENDENCIES:
         spec = importlib.util.find_spec(package)
-        for root in (spec.submodule_search_locations or ()) if spec else ():
-            yield from _docstrings(Path(root))
+        roots = (spec.submodule_search_locations or ()) if spec else ()
+        yield package, itertools.chain.from_iterable(_docstrings(Path(root)) for root in roots)
 
 
 def _topics(path: Path) -> Iterator[str]:

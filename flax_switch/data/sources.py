@@ -81,17 +81,21 @@ def documents(paths: list[Path], text_field: str = "text", separator: str = "lin
     """
     empty = True
     for path in paths:
-        form = FORMATS[kind_of(path)]
-        if form.fields:
-            texts = (_text_of(record, text_field, where) for record, where in form.read(path))
-        else:
-            texts = form.read(path, separator)
-        for text in texts:
-            if text and not text.isspace():
-                empty = False
-                yield text
+        for text in documents_of(path, text_field, separator):
+            empty = False
+            yield text
     others = f" and {len(paths) - 1:,} other files" if len(paths) > 1 else ""
     check(not empty, f"There is no text in {paths[0]}{others}: a document needs more than blanks.")
+
+
+def documents_of(path: Path, text_field: str = "text", separator: str = "line") -> Iterator[str]:
+    """Yields the documents of one file, which may have none; raises as `documents` does."""
+    form = FORMATS[kind_of(path)]
+    if form.fields:
+        texts = (_text_of(record, text_field, where) for record, where in form.read(path))
+    else:
+        texts = form.read(path, separator)
+    yield from (text for text in texts if text and not text.isspace())
 
 
 def records(paths: list[Path]) -> Records:

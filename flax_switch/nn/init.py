@@ -1,16 +1,41 @@
 """Makes the parameters of a model, and tells the names of their axes."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from flax_switch.config import SwitchConfig
 from flax_switch.nn.transformer import SwitchEncoder, SwitchTransformer
 
 
 def init_params(model: SwitchEncoder, rng: Array) -> dict:
     """Makes parameters as plain nested dicts of arrays; traceable, so that jit can lay them straight into their shardings."""
-    return model.init({"params": rng}, *example_inputs(model))["params"]
+    params = model.init({"params": rng}, *example_inputs(model))["params"]
+    return with_copying_heads(params, model.config) if model.config.copying_heads else params
+
+
+def with_copying_heads(params: dict, config: SwitchConfig) -> dict:
+    """Returns parameters whose first `config.copying_heads` heads of every cross-attention have their queries' kernel as keys'.
+
+    The product of the two, then a positive one, makes logits of like tokens large, as it is in trained models (2305.09828): what is
+    to be copied through the encoder is found from the first step on. Later steps may change it.
+    """
+    copied = config.copying_heads * config.d_kv
+
+    def begin(tree: Any) -> Any:
+        if not isinstance(tree, dict):
+            return tree
+        tree = {name: begin(value) for name, value in tree.items()}
+        if cross := tree.get("encoder_decoder_attention"):
+            queries = cross["query"]["kernel"][..., :copied] * config.d_kv**0.5  # which begin smaller: see nn/attention
+            key = cross["key"]["kernel"]
+            tree["encoder_decoder_attention"] = {**cross, "key": {"kernel": key.at[..., :copied].set(queries.astype(key.dtype))}}
+        return tree
+
+    return begin(params)
 
 
 def logical_axes(model: SwitchEncoder) -> dict:

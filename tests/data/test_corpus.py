@@ -167,6 +167,14 @@ def test_documentation_is_looked_for_in_packages_only_and_those_that_are_missing
     assert library.startswith("python3") and packages == ["json"]
 
 
+def test_documents_by_origin_are_those_of_the_corpus_and_a_paragraph_belongs_to_the_first_that_has_it(monkeypatch):
+    shared, mine = "A sentence that two packages have in their documentation.", "A sentence that one of the two packages has alone."
+    origins = {"one": [shared], "two": [shared, mine]}
+    monkeypatch.setattr(corpus, "_origins", lambda: ((name, iter(texts)) for name, texts in origins.items()))
+    assert corpus.by_origin() == {"one": [shared], "two": [mine]}
+    assert corpus.extract() == [shared, mine]
+
+
 def test_an_installation_without_documentation_is_an_error_that_points_to_own_files(monkeypatch, tmp_path):
     monkeypatch.setattr(corpus, "_texts", lambda: iter(["A sentence of some few words only."]))
     with pytest.raises(ConfigError, match="almost no documentation .* set data.source"):

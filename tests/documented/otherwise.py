@@ -74,6 +74,9 @@ LIST = [
     Otherwise(r"pip install ", names_extras, "needs a package index"),
     Otherwise(r"python scripts/data/debian_descriptions\.py", says_how_to_use_it, "asks apt; tests/scripts runs it on small files"),
     Otherwise(
+        r"python scripts/data/source_code\.py", says_how_to_use_it, "reads all packages; tests/scripts runs it on small files"
+    ),
+    Otherwise(
         r"python benchmarks/", says_how_to_use_it, "takes minutes; those with a cheap mode are run by it in another test", slow=True
     ),
     Otherwise(r"flax-switch (pretrain|distill|evaluate|plan)$", names_a_command, "a mention of the command, no call of it"),

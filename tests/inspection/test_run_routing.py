@@ -1,0 +1,85 @@
+"""The routing of a run is followed through its checkpoints, printed and drawn."""
+
+import json
+
+import numpy as np
+import pytest
+
+from flax_switch.cli import main
+from flax_switch.config import DataConfig, ExperimentConfig, SwitchConfig, TrainConfig
+from flax_switch.inspection.run_routing import RunRouting, Tokens, follow, measure, render
+from flax_switch.workflows.pretrain import pretrain
+
+MODEL = SwitchConfig(
+    vocab_size=128, d_model=16, num_heads=2, d_kv=8, d_ff=16, num_encoder_layers=1, num_decoder_layers=2,
+    num_sparse_encoder_layers=1, num_sparse_decoder_layers=2, num_experts=4, dropout_rate=0.0, init_scale=1.0,
+)  # fmt: skip
+
+
+def made_up():
+    """Two layers of a decoder: experts by token, then by the expert before; at step 1 half of the choices were others."""
+    random = np.random.default_rng(0)
+    ids, kinds = random.integers(0, 32, 4000), random.integers(0, 2, 4000)
+    first = ids % 4
+    early = np.where(np.arange(4000) % 2 == 0, first, (first + 1) % 4)
+    last = {("decoder", 0): first[:, None], ("decoder", 1): (3 - first)[:, None]}
+    chosen = {2: last, 1: {("decoder", 0): early[:, None], ("decoder", 1): last["decoder", 1]}}
+    return RunRouting(4, ["a", "b"], {"decoder": Tokens(ids, kinds)}, {i: f"t{i}" for i in range(32)}, chosen)
+
+
+def test_the_figures_of_a_made_up_run_are_those_it_was_made_with():
+    measured = measure(made_up())
+    found = measured["decoder 0"]
+    assert found["saturation"] == {1: 0.5, 2: 1.0}
+    assert found["token_bits"] == pytest.approx(2.0, abs=0.05) and found["kind_bits"] < 0.01
+    assert found["next"][0] == 1.0 and found["next"][1] < 0.4
+    assert found["co_activation"] is None and sum(found["share"]) == pytest.approx(1.0)
+    assert set(found["likes"][1]) == {f"t{i}" for i in range(1, 32, 4)}
+    assert measured["decoder 1"]["next"] is None and measured["decoder 1"]["saturation"][1] == 1.0
+    assert "50%" in render(measured)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    random = np.random.default_rng(0)
+    for name, letters in (("left", "abcd"), ("right", "efgh")):
+        words = ["".join(random.choice(list(letters), random.integers(1, 6))) for _ in range(80)]
+        (folder / f"{name}.txt").write_text("\n".join(" ".join(random.choice(words, 20)) for _ in range(300)))
+    (folder / "empty.txt").write_text("\n")
+    data = DataConfig(
+        source=str(folder / "*.txt"), vocabulary_size=90, num_sentinels=20, inputs_length=24,
+        targets_length=28, batch_size=8, heldout_fraction=0.2, cache_dir=str(folder / "cache"), infilling_rate=1.0,
+    )  # fmt: skip
+    train = TrainConfig(steps=2, log_every=1, eval_every=2, eval_batches=1, checkpoint_every=1)
+    pretrain(ExperimentConfig(model=MODEL, data=data, train=train), folder / "run")
+    return folder / "run"
+
+
+def test_a_run_is_followed_over_its_checkpoints_and_kinds_are_its_files(run):
+    routing = follow(run)
+    assert sorted(routing.chosen) == [1, 2] and routing.kinds == ["left.txt", "right.txt"]
+    assert list(routing.last) == [("encoder", 0), ("decoder", 0), ("decoder", 1)]
+    for (stack, _), chosen in routing.last.items():
+        tokens = routing.tokens[stack]
+        assert chosen.shape == (len(tokens.ids), 1) == (len(tokens.kinds), 1)
+        assert (tokens.ids != 0).all() or stack == "decoder"  # no padding; a decoder begins with 0
+    tokens = routing.tokens["encoder"]
+    for kind, letters in enumerate(("abcd", "efgh")):
+        names = [routing.names[i] for i in np.unique(tokens.ids[tokens.kinds == kind])]
+        assert {c for name in names if "<" not in name for c in name} <= {*letters, "\u2581"}
+
+
+def test_the_command_prints_and_draws(run, capsys):
+    assert main(["routing", str(run)]) == 0
+    assert "encoder 0" in capsys.readouterr().out
+    page = (run / "routing.html").read_text()
+    assert "data:image/png;base64," in page and "left.txt" not in page.split("<img")[0]
+    assert (run / "routing.png").read_bytes()[:4] == b"\x89PNG"
+    assert main(["routing", str(run), "--json"]) == 0
+    assert list(json.loads(capsys.readouterr().out)["layers"]) == ["encoder 0", "decoder 0", "decoder 1"]
+
+
+def test_what_is_no_run_is_one_sentence(tmp_path, capsys):
+    assert main(["routing", str(tmp_path)]) == 2
+    assert "is no workdir of a run" in capsys.readouterr().err

@@ -36,7 +36,7 @@ from flax_switch.host.files import absolute, in_store, remove_temporaries, write
 from flax_switch.host.json_text import json_object, read_json
 from flax_switch.host.manifest import SINCE_VERSION, damage, has_manifest, measure, write_manifest
 from flax_switch.parallel import processes
-from flax_switch.training.skipped import all_finite
+from flax_switch.training.skipped import NotFiniteError, all_finite
 from flax_switch.training.state import TrainState
 
 CONFIG_FILE = "config.json"
@@ -70,7 +70,7 @@ class Checkpoints:
         if step in self.steps():
             return
         if not all_finite(state.params):
-            raise FloatingPointError(
+            raise NotFiniteError(
                 f"Parameters are no numbers after step {step}, and are not saved. Earlier checkpoints are kept. Lower "
                 "optimizer.learning_rate, which a run may change when it goes on."
             )

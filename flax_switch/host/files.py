@@ -55,9 +55,14 @@ def cache_folder(configured: str | None) -> Path:
     return base / "flax_switch"
 
 
+def checksum(path: Path) -> int:
+    """Returns the CRC-32 of a file, computed once as long as its size and its times of change stay."""
+    status = path.stat()
+    return _checksum(path, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
 @functools.lru_cache(maxsize=4096)
-def checksum(path: Path, size: int, changed: int) -> int:
-    """Returns the CRC-32 of a file, computed once for each size and time of change (nanoseconds)."""
+def _checksum(path: Path, *_: int) -> int:
     crc = 0
     with open(path, "rb") as file:
         while block := file.read(1 << 22):

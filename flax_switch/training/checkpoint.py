@@ -161,7 +161,7 @@ class Checkpoints:
                 except Exception as error:  # Orbax and tensorstore have no common one
                     if jax.process_count() > 1 or (verify and has_manifest(self._folder / str(step))):
                         raise
-                    found = f"it cannot be read: {(str(error).splitlines() or [''])[0]}"
+                    found = f"it cannot be read: {str(error)[:200].partition(chr(10))[0]}"
                 else:
                     self._set_aside(damaged, step, say)
                     return restored

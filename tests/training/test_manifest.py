@@ -86,7 +86,7 @@ def zero(path):
 
 
 def largest(step):
-    return max((path for path in (step / "params").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    return max((step / "params" / "ocdbt.process_0" / "d").iterdir(), key=lambda path: path.stat().st_size)
 
 
 def test_a_whole_checkpoint_is_restored_to_the_bit_and_in_silence(saved):
@@ -105,9 +105,6 @@ def test_one_flipped_bit_in_any_file_is_noticed(copy):
     for number, name in enumerate(names):
         whole = (step / name).read_bytes()
         flip(step / name, bit=number % 8)
-        (step / name).rename(step / f"{name}.moved")  # checksums are kept for a path, size and time
-        shutil.copyfile(step / f"{name}.moved", step / name)
-        (step / f"{name}.moved").unlink()
         assert damage(step) == f"the contents of {name} have changed"
         (step / name).write_bytes(whole)
     assert damage(step) is None
@@ -150,6 +147,10 @@ def test_without_a_whole_checkpoint_nothing_is_moved_and_the_message_says_what_h
     assert restored(copy, saved[1], verify=False)[:2] == (6, [])
 
 
+orbax_leaves_readers_behind = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@orbax_leaves_readers_behind
 def test_without_verifying_what_cannot_be_read_is_still_passed_over(saved, copy):
     shutil.rmtree(copy / "checkpoints" / "6" / "params" / "d")
     step, (sentence,), _ = restored(copy, saved[1], verify=False)
@@ -163,6 +164,7 @@ def of_0_1_0(step):
     meta.write_text(json.dumps(json.loads(meta.read_text()) | {"version": 1}))
 
 
+@orbax_leaves_readers_behind
 def test_checkpoints_without_a_manifest_are_those_of_0_1_0_alone(saved, copy):
     newest = copy / "checkpoints" / "6"
     of_0_1_0(newest)

@@ -3,9 +3,9 @@
     python scripts/full_disk.py                    # needs the right to mount a tmpfs
     python scripts/full_disk.py --moments 2 --commands convert
 
-A tmpfs of a part of what the command needs is the disk. The command must end within seconds in one sentence, without a traceback, or
-go on without what could not be written; every checkpoint that is there must be whole. With room for all of it the same command then
-ends as one whose disk was never full.
+A tmpfs of a part of what the command needs is the disk. The command must end within seconds in one sentence, without a traceback,
+or go on without what could not be written; every checkpoint that is there must be whole. With room for all of it the same command
+then ends as one whose disk was never full.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from kill_table import Case, differences, run, undisturbed, warm_up
+from kill_table import Case, compared, run, undisturbed, warm_up
 
 PATIENCE = 60  # seconds longer than undisturbed, on a machine that does other things too
+PHASE_OF = {"pretrain": "report", "convert": "conversion"}  # all of a command is compared in this one
 SMALLEST = 0.02  # of what a command needs
 
 
@@ -46,13 +47,13 @@ def fill(base: Path, folder: Path, name: str, part: float) -> dict[str, Any]:
     try:
         began, notes = time.monotonic(), base.parent / "notes" / f"{name}-{part:.2f}"
         shutil.rmtree(notes, ignore_errors=True)
-        status = run(case.arguments(name), [], None, notes)
+        status = run(case.arguments(name), ["report"], None, notes)
         seconds = time.monotonic() - began
         said = (notes / "log.txt").read_text()
         broken = damaged(folder / name)
         mounted(folder, 1 << 16, "remount")
-        again = run(case.arguments(name), [], None, notes / "again")
-        different = differences(base, folder, name) if again == 0 else [(notes / "again" / "log.txt").read_text()]
+        again = run(case.arguments(name), ["report"], None, notes / "again")
+        different = compared(base, folder, PHASE_OF[name]) if again == 0 else [(notes / "again" / "log.txt").read_text()]
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=True)
     return {

@@ -27,6 +27,14 @@ def add_source_arguments(parser: argparse.ArgumentParser, metavar: str) -> None:
         "--allow-missing", action="append", default=[], metavar="NAME",
         help="forgive a tensor that is missing or left over; may hold * and be repeated",
     )  # fmt: skip
+    add_verify_argument(parser)
+
+
+def add_verify_argument(parser: argparse.ArgumentParser) -> None:
+    """Whether checksums are compared."""
+    parser.add_argument(
+        "--no-verify", action="store_true", help="do not compare a run's checkpoint with its checksums first, which reads all of it"
+    )
 
 
 def add_write_arguments(parser: argparse.ArgumentParser) -> None:

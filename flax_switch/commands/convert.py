@@ -39,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
             allow_missing=args.allow_missing,
             overwrite=args.overwrite,
             revision=args.revision,
+            verify=not args.no_verify,
             **callbacks,
         )
     print(f"Converted {args.source} to {destination}")

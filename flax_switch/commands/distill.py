@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from flax_switch.commands.checkpoints import FORMATS
+from flax_switch.commands.checkpoints import FORMATS, add_verify_argument
 from flax_switch.commands.options import add_recipe_arguments, load_config, take_overrides
 
 __all__ = ["add_arguments", "run", "take_overrides"]
@@ -15,6 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_arguments(parser, "distillation")
     parser.add_argument("--teacher", required=True, metavar="CHECKPOINT", help=FORMATS)
     parser.add_argument("--workdir", required=True, metavar="DIR", help="where the run lives; the same one continues it")
+    add_verify_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -23,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
     from flax_switch.workflows.distill import distill
     from flax_switch.workflows.finish import finish
 
-    result = distill(config, args.workdir)
+    result = distill(config, args.workdir, verify=not args.no_verify)
     if not result.finished:
         return 1
     finish(result, args.workdir)

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flax_switch.commands.checkpoints import FORMATS, explain_missing_extras
+from flax_switch.commands.checkpoints import FORMATS, add_verify_argument, explain_missing_extras
 from flax_switch.commands.options import add_recipe_arguments, load_config, take_overrides
 from flax_switch.config import ConfigError
 
@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_arguments(parser, "finetuning", without="optimizer")
     parser.add_argument("--checkpoint", required=True, metavar="CHECKPOINT", help=FORMATS)
     parser.add_argument("--vocabulary", metavar="PATH", help="a spiece.model or a folder with one; default: the checkpoint's")
+    add_verify_argument(parser)
     parser.add_argument("--output", default="evaluation", metavar="DIR", help="for metrics.json and predictions.jsonl")
     parser.epilog = f"{parser.epilog} Without --config, a fine-tuned run's own recipe is used, and --config.… changes it."
 
@@ -32,13 +33,14 @@ def run(args: argparse.Namespace) -> int:
     recipe = _recipe(args)
     from etils import epath
 
+    from flax_switch.host.files import write_text
     from flax_switch.workflows.finetune import evaluate_checkpoint
     from flax_switch.workflows.predictions import describe, finetuning_config, write_predictions
 
-    run, evaluation, predictions = evaluate_checkpoint(recipe, args.checkpoint, vocabulary=args.vocabulary)
+    options = dict(vocabulary=args.vocabulary, verify=not args.no_verify)
+    run, evaluation, predictions = evaluate_checkpoint(recipe, args.checkpoint, **options)
     output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "metrics.json").write_text(json.dumps(evaluation, indent=2) + "\n")
+    write_text(output / "metrics.json", json.dumps(evaluation, indent=2) + "\n")
     write_predictions(epath.Path(output) / "predictions.jsonl", predictions)
     print(describe(finetuning_config(run), evaluation))
     print(f"Metrics and predictions: {output}")

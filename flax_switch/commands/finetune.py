@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from flax_switch.commands.checkpoints import FORMATS, explain_missing_extras
+from flax_switch.commands.checkpoints import FORMATS, add_verify_argument, explain_missing_extras
 from flax_switch.commands.options import add_recipe_arguments, load_config, take_overrides
 
 __all__ = ["add_arguments", "run", "take_overrides"]
@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--vocabulary", metavar="PATH", help="a spiece.model or a folder with one; default: the checkpoint's")
     parser.add_argument("--workdir", required=True, metavar="DIR", help="where the run lives; the same one continues it")
+    add_verify_argument(parser)
     parser.epilog = f"{parser.epilog} The section model sets fields of the checkpoint's config."
 
 
@@ -29,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     from flax_switch.workflows.finetune import finetune
     from flax_switch.workflows.finish import finish_finetuning
 
-    result = finetune(recipe, args.workdir, init=args.init, vocabulary=args.vocabulary)
+    result = finetune(recipe, args.workdir, init=args.init, vocabulary=args.vocabulary, verify=not args.no_verify)
     if not result.finished:
         return 1
     finish_finetuning(result, args.workdir)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flax_switch.commands.checkpoints import add_verify_argument
 from flax_switch.commands.options import hyphened, refuse
 from flax_switch.config import ConfigError, check
 
@@ -30,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-source-length", type=int, default=512, help="tokens; longer lines are errors")
     parser.add_argument("--seed", type=int, default=0, help="of sampling")
     parser.add_argument("--dtype", help="of the parameters, for instance bfloat16; default: the checkpoint's")
+    add_verify_argument(parser)
     parser.epilog = (
         "Controls have Hugging Face's names: --max-new-tokens 64 --num-beams 4 --do-sample true --temperature 0.7 --top-p 0.9 ..."
     )
@@ -61,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
     check(args.batch_size >= 1, f"--batch-size must be at least 1; it is {args.batch_size}.")
     check_seeds(args.seed, 1)
-    opened = open_checkpoint(args.checkpoint)
+    opened = open_checkpoint(args.checkpoint, verify=not args.no_verify)
     GenerationConfig(**with_defaults(read_defaults(opened.path), args.controls)).for_model(opened.config)
     options = {"batch_size": args.batch_size, "max_source_length": args.max_source_length, "seed": args.seed, **args.controls}
     if args.input == "-" and sys.stdin.isatty():

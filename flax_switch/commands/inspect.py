@@ -33,7 +33,8 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--target and --plot show how a text is routed; give a --text.")
     from flax_switch.inspection.checkpoint import describe, render
 
-    description = describe(args.source, changes=changes_of(args), allow_missing=args.allow_missing, revision=args.revision)
+    options = dict(allow_missing=args.allow_missing, revision=args.revision, verify=not args.no_verify)
+    description = describe(args.source, changes=changes_of(args), **options)
     print(json.dumps(description.to_dict(), indent=2) if args.json else render(description))
     return 0
 
@@ -43,7 +44,9 @@ def _show_routing(args: argparse.Namespace) -> int:
     from flax_switch.pretrained import load_pretrained
 
     changes = changes_of(args)
-    pretrained = load_pretrained(args.source, allow_missing=args.allow_missing, revision=args.revision, **changes)
+    pretrained = load_pretrained(
+        args.source, allow_missing=args.allow_missing, revision=args.revision, verify=not args.no_verify, **changes
+    )
     exploration = explore(pretrained, args.text, args.target)
     if args.json:
         texts = [[dataclasses.asdict(stack) for stack in stacks] for stacks in exploration.texts]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from flax_switch.commands.checkpoints import add_verify_argument
 from flax_switch.commands.options import add_distributed_arguments, add_recipe_arguments, connection, load_config, take_overrides
 from flax_switch.config import ExperimentConfig
 from flax_switch.config.shipped import names
@@ -16,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_arguments(parser, "pretraining")
     add_distributed_arguments(parser)
     parser.add_argument("--workdir", required=True, metavar="DIR", help="where the run lives; the same one continues it")
+    add_verify_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -28,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
 
     with processes.session(others):
         try:
-            result = pretrain(config, args.workdir)
+            result = pretrain(config, args.workdir, verify=not args.no_verify)
         except OtherRunError as error:
             raise OtherRunError(f"{error}{_former_recipe(args.workdir)}") from error
         if result.finished:

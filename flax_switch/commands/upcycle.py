@@ -43,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
             max_shard_size=args.max_shard_size,
             overwrite=args.overwrite,
             revision=args.revision,
+            verify=not args.no_verify,
             **callbacks,
         )
     print(f"Upcycled {args.source} to {destination}")

@@ -82,14 +82,16 @@ def open_checkpoint(
     changes: Mapping[str, Any] | None = None,
     allow_missing: Sequence[str] = (),
     revision: str | None = None,
+    verify: bool = True,
 ) -> Checkpoint:
-    """Opens a checkpoint of any format; reads headers, no weights.
+    """Opens a checkpoint of any format; reads headers, no weights (but for a run's, which it compares with their checksums).
 
     Args:
       source: a folder, or the name of a model on the Hugging Face hub (with the extra `hub`).
       changes: fields of the config to change; for a T5X checkpoint, those that shapes cannot tell.
       allow_missing: patterns of tensors that may be missing, or be left over.
       revision: of a model on the hub.
+      verify: of a training run take the newest checkpoint whose parameters have their checksums; without, the newest.
 
     Raises:
       CheckpointError: naming what is wrong with the folder.
@@ -103,7 +105,7 @@ def open_checkpoint(
     elif format == "flax_switch":
         config, architecture, tensors, raw = native.read_native(folder, allow_missing=allow_missing)
     elif format == "orbax":
-        step = training_run.find_checkpoint(folder)
+        step = training_run.whole_checkpoint(folder) if verify else training_run.find_checkpoint(folder)
         assert step is not None  # `detect_format` has found one
         folder = step
         config, architecture, tensors = training_run.read_run(folder, allow_missing=allow_missing)
@@ -143,6 +145,7 @@ def convert(
     allow_missing: Sequence[str] = (),
     overwrite: bool = False,
     revision: str | None = None,
+    verify: bool = True,
     on_bytes: Callable[[int], None] = lambda n: None,
     on_open: Callable[[int], None] = lambda n: None,
 ) -> Path:
@@ -155,6 +158,7 @@ def convert(
       to: "huggingface" or "flax_switch".
       dtype: of the written tensors; None keeps each tensor's. Routers keep theirs either way (selective precision, 2101.03961).
       max_shard_size: largest file, as "5GB".
+      verify: as for `open_checkpoint`.
       on_open, on_bytes: progress: the number of bytes to write, once, and then those written.
 
     Returns:
@@ -166,7 +170,7 @@ def convert(
     one_of("to", to, FORMATS)
     destination = local_destination(destination)
     with claimed(destination):  # before the source is opened, which the destination may be
-        checkpoint = open_checkpoint(source, changes=changes, allow_missing=allow_missing, revision=revision)
+        checkpoint = open_checkpoint(source, changes=changes, allow_missing=allow_missing, revision=revision, verify=verify)
         return write_checkpoint(
             checkpoint if dtype is None else with_dtype(checkpoint, dtype),
             destination,

@@ -7,6 +7,7 @@ restores whole trees into memory; tensorstore, on which it stands, opens single 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,19 +19,50 @@ from flax_switch.convert.scan import unstack_layers
 from flax_switch.convert.tensors import CheckpointError, LazyTensor
 from flax_switch.convert.zarr import key_value_store, open_array
 from flax_switch.host.json_text import field, parse_json, read_json
+from flax_switch.host.manifest import damage
 
 _METADATA = "_METADATA"
+_PARAMS = "params/"  # what is read of a checkpoint
+
+log = logging.getLogger(__name__)
 
 
 def find_checkpoint(folder: Path) -> Path | None:
     """Returns the step folder that a path means: itself, or the latest complete step of a run or of its `checkpoints`."""
+    return next(iter(_checkpoints(folder)), None)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Returns the step folders that a path means, the newest first."""
     if (folder / "params" / _METADATA).is_file():
-        return folder
+        return [folder]
     for parent in (folder / "checkpoints", folder):
         steps = [path for path in parent.glob("*") if path.name.isdigit() and (path / "params" / _METADATA).is_file()]
         if steps:
-            return max(steps, key=lambda path: int(path.name))
-    return None
+            return sorted(steps, key=lambda path: int(path.name), reverse=True)
+    return []
+
+
+def whole_checkpoint(folder: Path) -> Path:
+    """Returns the newest step folder that a path means and whose parameters are as they were written; reads all of them.
+
+    The log names newer ones that are damaged.
+
+    Raises:
+      CheckpointError: where none is whole.
+    """
+    damaged: dict[Path, str] = {}
+    for step in _checkpoints(folder):
+        found = damage(step, _PARAMS)
+        if found is None:
+            for bad, what in damaged.items():
+                log.warning("The checkpoint %s is damaged (%s); %s is used.", bad, what, step)
+            return step
+        damaged[step] = found
+    listed = "; ".join(f"{step} ({what})" for step, what in damaged.items())
+    raise CheckpointError(
+        f"No checkpoint is whole: {listed}. Put back a copy of one, or give --no-verify to take the newest as it is."
+    )
 
 
 def is_run(folder: Path) -> bool:

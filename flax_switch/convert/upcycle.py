@@ -33,6 +33,7 @@ def upcycle(
     changes: Mapping[str, Any] | None = None,
     allow_missing: Sequence[str] = (),
     revision: str | None = None,
+    verify: bool = True,
     max_shard_size: str | int = DEFAULT_SHARD_SIZE,
     overwrite: bool = False,
     on_bytes: Callable[[int], None] = lambda n: None,
@@ -47,7 +48,7 @@ def upcycle(
       noise: standard deviation of normal noise added to every copy, relative to the standard deviation of the kernel.
       seed: of the routers and the noise.
       to: "flax_switch" or, where Hugging Face can represent it, "huggingface".
-      allow_missing, revision: as for `open_checkpoint`.
+      allow_missing, revision, verify: as for `open_checkpoint`.
       changes: other fields of the config, such as capacity_factor or normalize_router_weights.
 
     Raises:
@@ -55,7 +56,7 @@ def upcycle(
     """
     destination = local_destination(destination)
     with claimed(destination):
-        dense = open_checkpoint(source, allow_missing=allow_missing, revision=revision)
+        dense = open_checkpoint(source, allow_missing=allow_missing, revision=revision, verify=verify)
         fields = dict(
             changes or {},
             num_experts=num_experts,

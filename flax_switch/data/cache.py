@@ -8,11 +8,9 @@ A cache is a folder of four arrays and a `meta.json`. Its name is a fingerprint 
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import itertools
 import json
-import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -73,19 +71,8 @@ def _mapped(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
 def _check_contents(folder: Path, checksums: dict[str, int]) -> None:
     """Raises `ValueError` for a file whose bytes are not those that were written; caches of 0.1.0 have no checksums."""
     for name, expected in checksums.items():
-        status = (folder / name).stat()
-        if _crc32(folder / name, status.st_size, status.st_mtime_ns) != expected:
+        if files.checksum(folder / name) != expected:
             raise ValueError(f"the contents of {name} have changed")
-
-
-@functools.lru_cache(maxsize=64)
-def _crc32(path: Path, size: int, changed: int) -> int:
-    """Returns the checksum of a file, computed once for each size and time of change."""
-    checksum = 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            checksum = zlib.crc32(block, checksum)
-    return checksum
 
 
 def is_heldout(document: str, fraction: float) -> bool:
@@ -143,7 +130,7 @@ def _write(
     meta = {
         "fingerprint": digest.hexdigest(),
         "dtype": dtype.name,
-        "crc32": {path.name: _crc32(path, -1, -1) for path in sorted(folder.iterdir())},
+        "crc32": {path.name: files.checksum(path) for path in sorted(folder.iterdir())},
         "splits": {split: {"documents": len(ends[split]) - 1, "tokens": ends[split][-1]} for split in SPLITS},
     }
     (folder / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")

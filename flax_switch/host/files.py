@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
+import re
 import secrets
 import shutil
 import sys
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from etils import epath
 
 from flax_switch.config import ConfigError
 
+_TEMPORARY = re.compile(r"\..+\.tmp-\d+-[0-9a-f]{8}")  # what `_temporary` makes
 _ABANDONED = 3600.0  # seconds after which an untouched temporary folder belongs to no living writer
 
 
@@ -49,6 +53,21 @@ def cache_folder(configured: str | None) -> Path:
     else:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return base / "flax_switch"
+
+
+def checksum(path: Path) -> int:
+    """Returns the CRC-32 of a file, computed once as long as its size and its times of change stay."""
+    status = path.stat()
+    return _checksum(path, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+@functools.lru_cache(maxsize=4096)
+def _checksum(path: Path, *_: int) -> int:
+    crc = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            crc = zlib.crc32(block, crc)
+    return crc
 
 
 @contextlib.contextmanager
@@ -101,6 +120,15 @@ def write_bytes(path: epath.PathLike, content: bytes) -> None:
             os.replace(temporary, path)
         finally:
             Path(temporary).unlink(missing_ok=True)
+
+
+def remove_temporaries(folder: epath.Path) -> None:
+    """Removes the files that killed writers of `write_bytes` left in a folder in which nobody writes now."""
+    if in_store(folder) or not folder.is_dir():
+        return
+    for path in folder.iterdir():
+        if _TEMPORARY.fullmatch(path.name) and path.is_file():
+            path.unlink(missing_ok=True)
 
 
 def _temporary(path: Path | epath.Path) -> Any:

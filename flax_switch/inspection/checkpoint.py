@@ -57,12 +57,13 @@ def describe(
     changes: Mapping[str, Any] | None = None,
     allow_missing: Sequence[str] = (),
     revision: str | None = None,
+    verify: bool = True,
 ) -> Description:
     """Reads a checkpoint's headers (any format) and describes it; no weights are loaded.
 
     Arguments and errors are `open_checkpoint`'s.
     """
-    opened = open_checkpoint(source, changes=changes, allow_missing=allow_missing, revision=revision)
+    opened = open_checkpoint(source, changes=changes, allow_missing=allow_missing, revision=revision, verify=verify)
     config, sizes = opened.config, {path: math.prod(tensor.shape) for path, tensor in opened.tensors.items()}
     by_kind, by_dtype = dict.fromkeys((kind for kind, _ in _KINDS), 0), {}
     for path, tensor in opened.tensors.items():

@@ -206,6 +206,21 @@ def first_process_first(work: Callable[[], T]) -> T:
     return work()
 
 
+def gather_at_first(name: str, text: str) -> list[str]:
+    """Returns in process 0 every process's text, in order, elsewhere nothing. All give the same name, in any thread."""
+    if _runtime.global_state.client is None:
+        return [text]
+    client, count = _client(), _runtime.global_state.num_processes
+    client.key_value_set(f"flax_switch/{name}/{_process()}", text, allow_overwrite=True)
+    if _process() > 0:
+        return []
+    keys = [f"flax_switch/{name}/{process}" for process in range(count)]
+    texts = [client.blocking_key_value_get(key, _LONG) for key in keys]
+    for key in keys:
+        client.key_value_delete(key)
+    return texts
+
+
 def wait_for_all() -> None:
     """Returns when every process is here."""
     if _runtime.global_state.client is not None:

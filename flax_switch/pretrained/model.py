@@ -185,6 +185,7 @@ def load_pretrained(
     allow_missing: Sequence[str] = (),
     revision: str | None = None,
     seed: int = 0,
+    verify: bool = True,
     **changes: Any,
 ) -> Pretrained:
     """Loads a model from a Hugging Face folder or hub name, a T5X checkpoint, a training run or a folder of our own.
@@ -198,13 +199,14 @@ def load_pretrained(
       mesh: instead of shardings: lay parameters out over this mesh by the library's rules.
       dtype: of the parameters; None keeps each tensor's. Routers keep theirs.
       allow_missing: patterns of tensors that may be missing; they are freshly initialised (with `seed`).
+      verify: of a training run take the newest checkpoint whose parameters have their checksums; without, the newest.
       changes: fields of the config to change, such as scan_layers=True or dropout_rate=0.0.
 
     Raises:
       CheckpointError: naming what is wrong with the checkpoint.
       ConfigError: if a change does not fit the parameters.
     """
-    opened = checkpoints.open_checkpoint(path, changes=changes, allow_missing=allow_missing, revision=revision)
+    opened = checkpoints.open_checkpoint(path, changes=changes, allow_missing=allow_missing, revision=revision, verify=verify)
     return from_checkpoint(opened, shardings=shardings, mesh=mesh, dtype=dtype, seed=seed)
 
 

@@ -4,14 +4,23 @@ A workdir holds
 
     config.json                    the run's config, its kind first
     vocabulary/                    its vocabulary
-    checkpoints/<step>/            params, opt_state, meta (rng, position in the data), each complete or not there
+    checkpoints/<step>/            params, opt_state, meta (rng, position in the data), manifest.json; complete or not there
     metrics.jsonl, events...       what `flax_switch.training.metrics` writes
+
+On a disk a checkpoint is `<step>.saving` until its manifest is written, and `<step>.deleting` once it is no longer kept: what a
+kill left of these is removed. One that was found damaged is set aside as `<step>.damaged`.
 """
 
 import dataclasses
 import errno
 import itertools
 import json
+import logging
+import re
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,17 +28,26 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 
 from flax_switch.config import ConfigError, check
 from flax_switch.config.kinds import RUNS, RunConfig, kind_of
-from flax_switch.host.files import absolute, write_text
-from flax_switch.host.json_text import read_json
-from flax_switch.training.skipped import all_finite
+from flax_switch.host.files import absolute, in_store, remove_temporaries, write_text
+from flax_switch.host.json_text import json_object, read_json
+from flax_switch.host.manifest import SINCE_VERSION, damage, has_manifest, measure, write_manifest
+from flax_switch.parallel import processes
+from flax_switch.training.skipped import NotFiniteError, all_finite
 from flax_switch.training.state import TrainState
 
 CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
-FORMAT_VERSION = 1
+FORMAT_VERSION = SINCE_VERSION
+_ITEMS = ("params", "opt_state", "meta")
+_STRAY = re.compile(r"\d+(\.saving|\.deleting)?(\.orbax-checkpoint-tmp.*)?")
+_COMMITTED = "commit_success.txt"  # Orbax's mark of a complete checkpoint in object storage, where nothing is renamed
+_OWNER = re.compile(r"process_(\d+)(?:/|$)")  # in the paths of files that one process alone writes
+
+log = logging.getLogger(__name__)
 
 
 class Checkpoints:
@@ -37,47 +55,144 @@ class Checkpoints:
 
     def __init__(self, workdir: epath.PathLike, keep_last: int = 3, keep_every: int | None = None):
         """Opens or creates `workdir/checkpoints`; steps that are multiples of `keep_every` are kept for good."""
-        self.workdir = epath.Path(workdir)
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep_last, keep_period=keep_every, enable_async_checkpointing=True, create=True
-        )
-        self._manager = ocp.CheckpointManager(absolute(self.workdir) / CHECKPOINTS, options=options)
+        self.workdir, self._keep_last, self._keep_every = epath.Path(workdir), keep_last, keep_every
+        self._folder = absolute(self.workdir) / CHECKPOINTS
+        self._stored, self._first = in_store(self._folder), jax.process_index() == 0
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(*_ITEMS))
+        self._background = ThreadPoolExecutor(1)
+        self._saving: Future | None = None
 
     def save(self, state: TrainState, data_state: Any) -> None:
         """Starts saving; training goes on meanwhile. A second save waits for the first. Does nothing if the step is saved."""
+        self.wait()
         step = int(state.step)
-        if step in self._manager.all_steps():
+        if step in self.steps():
             return
         if not all_finite(state.params):
-            raise FloatingPointError(
+            raise NotFiniteError(
                 f"Parameters are no numbers after step {step}, and are not saved. Earlier checkpoints are kept. Lower "
                 "optimizer.learning_rate, which a run may change when it goes on."
             )
         meta = {"version": FORMAT_VERSION, "rng": np.asarray(state.rng).tolist(), "data": data_state}
         with explain_full_disk(self.workdir):
-            self._manager.save(
-                step,
+            self._orbax.save(
+                self._folder / (str(step) if self._stored else f"{step}.saving"),
                 args=ocp.args.Composite(
                     params=ocp.args.StandardSave(state.params),
                     opt_state=ocp.args.StandardSave(state.opt_state),
                     meta=ocp.args.JsonSave(meta),
                 ),
+                force=True,
             )
+        self._saving = self._background.submit(self._complete, step)
+
+    def _complete(self, step: int) -> None:
+        """Gives what is being saved its manifest and its name, each process summing up its own files; then older ones may go."""
+        self._orbax.wait_until_finished()
+        if not self._stored:
+            folder, me, count = Path(self._folder / f"{step}.saving"), jax.process_index(), jax.process_count()
+            own = measure(folder, lambda name: _owner(name, count) == me)
+            texts = processes.gather_at_first(f"manifest/{step}", json.dumps(own))
+            if self._first:
+                parts = [json_object(text, "a part of a manifest") for text in texts]
+                write_manifest(folder, {name: entry for part in parts for name, entry in part.items()})
+                folder.rename(self._folder / str(step))
+        if self._first:
+            steps = self.steps()
+            for old in steps[: -self._keep_last]:
+                if not self._keep_every or old % self._keep_every:
+                    self._delete(old)
+
+    def _delete(self, step: int) -> None:
+        folder = self._folder / str(step)
+        if self._stored:
+            (folder / _COMMITTED).unlink(missing_ok=True)
+            folder.rmtree()
+        else:
+            shutil.rmtree(folder.rename(self._folder / f"{step}.deleting"), ignore_errors=True)
 
     def wait(self) -> None:
         """Returns when what `save` started is on disk; raises what went wrong there."""
-        with explain_full_disk(self.workdir):
-            self._manager.wait_until_finished()
+        if self._saving is not None:
+            saving, self._saving = self._saving, None
+            with explain_full_disk(self.workdir):
+                saving.result()
+
+    def steps(self) -> list[int]:
+        """Returns the steps of the complete checkpoints, in order."""
+        found = (path for path in self._folder.iterdir() if path.name.isdecimal())
+        return sorted(int(path.name) for path in found if not self._stored or (path / _COMMITTED).exists())
 
     def latest_step(self) -> int | None:
         """Returns the step of the last complete checkpoint."""
-        return self._manager.latest_step()
+        return max(self.steps(), default=None)
 
-    def restore(self, abstract: TrainState, step: int | None = None) -> tuple[TrainState, Any]:
-        """Restores the state and the data position of a step (the last by default), each array read into `abstract`'s sharding."""
-        step = self.latest_step() if step is None else step
-        restored = self._manager.restore(
-            step,
+    def remove_strays(self) -> None:
+        """Removes what a killed run of this workdir left half-written or half-deleted. No other run may be at work there."""
+        if not self._first or self._stored:
+            return
+        for path in self._folder.iterdir():
+            if _STRAY.fullmatch(path.name) and not path.name.isdecimal() and path.is_dir():
+                shutil.rmtree(path)
+        for folder in (self.workdir, self.workdir / "vocabulary", self.workdir / "predictions"):
+            remove_temporaries(folder)
+
+    def restore(
+        self, abstract: TrainState, *, verify: bool = True, say: Callable[[str], None] = log.warning
+    ) -> tuple[TrainState, Any]:
+        """Restores the newest checkpoint that is whole: its state, each array read into `abstract`'s sharding, and data position.
+
+        Newer ones that are damaged are set aside, and `say` is told of each in a sentence.
+
+        Args:
+          verify: compare every file with the manifest before it is used. Without, and in checkpoints of 0.1.0, which have none,
+            only what cannot be read is noticed.
+
+        Raises:
+          ConfigError: where no checkpoint is whole.
+        """
+        damaged: dict[int, str] = {}
+        for step in reversed(self.steps()):
+            found = self._damage(step) if verify else None
+            if found is None:
+                try:
+                    restored = self._read(abstract, step)
+                except Exception as error:  # Orbax and tensorstore have no common one
+                    if jax.process_count() > 1 or (verify and has_manifest(self._folder / str(step))):
+                        raise
+                    found = f"it cannot be read: {str(error)[:200].partition(chr(10))[0]}"
+                else:
+                    self._set_aside(damaged, step, say)
+                    return restored
+            damaged[step] = found
+        listed = "; ".join(f"{step} ({found})" for step, found in damaged.items())
+        raise ConfigError(
+            f"No checkpoint in {self._folder} is whole: {listed}. Put back a copy of one, give --no-verify to go on from the "
+            "newest as it is, or name another workdir."
+        )
+
+    def _damage(self, step: int) -> str | None:
+        """Says what is wrong with a checkpoint, of whose files each process has read its share; the same in every process."""
+        me, count = jax.process_index(), jax.process_count()
+        found = damage(self._folder / str(step), share=(me, count))
+        if count == 1:
+            return found
+        flags = multihost_utils.process_allgather(np.array(found is not None))
+        return (found or f"process {int(np.argmax(flags))} says in what") if flags.any() else None
+
+    def _set_aside(self, damaged: dict[int, str], step: int, say: Callable[[str], None]) -> None:
+        for bad, found in damaged.items():
+            aside = self._folder / f"{bad}.damaged"
+            say(f"The checkpoint of step {bad} is damaged ({found}); it is set aside as {aside}, and step {step} is used.")
+            if self._first:
+                if aside.exists():
+                    aside.rmtree()
+                (self._folder / str(bad)).rename(aside)
+
+    def _read(self, abstract: TrainState, step: int) -> tuple[TrainState, Any]:
+        restored = self._orbax.restore(
+            self._folder / str(step),
             args=ocp.args.Composite(
                 params=ocp.args.StandardRestore(abstract.params),
                 opt_state=ocp.args.StandardRestore(abstract.opt_state),
@@ -95,8 +210,17 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for what is being saved and lets go of the folder."""
-        self.wait()
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._background.shutdown()
+            self._orbax.close()
+
+
+def _owner(name: str, count: int) -> int:
+    """Returns the process that sums up a file: the one that writes it, process 0 for what all of them write."""
+    match = _OWNER.search(name)
+    return int(match[1]) if match and int(match[1]) < count else 0
 
 
 class explain_full_disk:  # noqa: N801 - reads as a statement

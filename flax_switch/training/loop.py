@@ -67,16 +67,18 @@ def train(
     make_evaluator: Callable[[], Evaluation],
     first_state: Callable[[Run], TrainState],
     make_stepper: Callable[[Run], Stepper] = build_stepper,
+    verify: bool = True,
 ) -> RunResult:
-    """Trains from the last checkpoint in `workdir`, or from `first_state(run)`, to the end or a signal."""
+    """Trains from the last whole checkpoint in `workdir`, or from `first_state(run)`, to the end or a signal."""
     with one_run_at_a_time(workdir):
         config = run.config
         checkpoints = Checkpoints(workdir, config.train.keep_last, config.train.keep_every)
+        checkpoints.remove_strays()
         batches = prepared.train_iterator(batch_rows(run.mesh, config.data.batch_size))
         if checkpoints.latest_step() is None:
             state, start = first_state(run), 0
         else:
-            state, data_state = checkpoints.restore(run.abstract_state)
+            state, data_state = checkpoints.restore(run.abstract_state, verify=verify, say=console.print)
             batches.set_state(data_state)
             start = int(state.step)
             console.print(f"Continuing {workdir} from step {start}.")

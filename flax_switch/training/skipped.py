@@ -5,6 +5,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from flax_switch.config import ConfigError
+
+
+class NotFiniteError(ConfigError, FloatingPointError):
+    """Training came to numbers that are none, and another setting is needed."""
+
 
 class Skipped:
     """Counts skipped updates. What the device says of a step is read when metrics are logged, and no step waits for it."""
@@ -30,11 +36,11 @@ class Skipped:
         return {"skipped_steps": self._total} if self._total else {}
 
     def check(self, step: int, saved: int | None) -> None:
-        """Raises `FloatingPointError` after too many in a row. saved: the step of the last checkpoint."""
+        """Raises `NotFiniteError` after too many in a row. saved: the step of the last checkpoint."""
         if self._in_a_row < self._most:
             return
         kept = "No checkpoint is there yet" if saved is None else f"The checkpoint of step {saved} is kept; its numbers are finite"
-        raise FloatingPointError(
+        raise NotFiniteError(
             f"Up to step {step} {self._in_a_row} updates in a row had a loss or gradients that are no numbers, and were skipped. "
             f"{kept}. Run the same command with a lower optimizer.learning_rate, which a run may change when it goes on; or start "
             "another with more optimizer.warmup_steps, with optimizer.clip_global_norm, or in bfloat16 with "

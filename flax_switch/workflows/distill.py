@@ -31,15 +31,15 @@ from flax_switch.training.step import Batch, Loss, compile_eval_step, forward, t
 from flax_switch.training.stepper import Stepper
 
 
-def distill(config: DistillConfig, workdir: epath.PathLike) -> RunResult:
+def distill(config: DistillConfig, workdir: epath.PathLike, *, verify: bool = True) -> RunResult:
     """Trains a student of the teacher in `config.teacher`, in `workdir`; the same call continues a run that was stopped.
 
     The teacher is any checkpoint `load_pretrained` opens. Its parameters are laid out over the run's mesh, are never updated, and
     are not part of the run's checkpoints. Raises `ConfigError` for settings, data or a teacher that cannot be used, before anything
-    is compiled.
+    is compiled. `verify`: compare checkpoints, the teacher's too, with their checksums before they are used.
     """
     check(bool(config.teacher), "Distillation needs a teacher: a checkpoint that load_pretrained opens.")
-    checkpoint = open_checkpoint(config.teacher)
+    checkpoint = open_checkpoint(config.teacher, verify=verify)
     check_teacher(config, checkpoint.config, checkpoint.architecture)
     copied = copied_weights(checkpoint, config.model) if config.distillation.copy_weights else {}
     check(
@@ -68,6 +68,7 @@ def distill(config: DistillConfig, workdir: epath.PathLike) -> RunResult:
         lambda: Evaluator.of(run, prepared, compile_eval_step(run)),
         first_state,
         lambda run: distillation_stepper(run, teacher),
+        verify=verify,
     )
 
 

@@ -27,7 +27,13 @@ TASKS_FILE = "tasks.json"
 
 
 def finetune(
-    recipe: FinetuneRecipe, workdir: epath.PathLike, *, init: str, vocabulary: str | None = None, mesh: Mesh | None = None
+    recipe: FinetuneRecipe,
+    workdir: epath.PathLike,
+    *,
+    init: str,
+    vocabulary: str | None = None,
+    mesh: Mesh | None = None,
+    verify: bool = True,
 ) -> RunResult:
     """Fine-tunes the checkpoint `init` as the recipe says, in `workdir`; the same call continues a run that was stopped or killed.
 
@@ -35,11 +41,12 @@ def finetune(
       init: anything `load_pretrained` opens, or "random:" before it (or before a preset's name) for random parameters.
       vocabulary: a SentencePiece model or a folder with a vocabulary, in place of the checkpoint's.
       mesh: by default one over all devices, as `recipe.mesh` says.
+      verify: compare checkpoints with their checksums before they are used.
 
     Raises:
       ConfigError: for settings, files or metrics that cannot be used, before anything is compiled.
     """
-    start = open_start(init, recipe.model, vocabulary)
+    start = open_start(init, recipe.model, vocabulary, verify)
     config = recipe.resolve(start.config, init)
     mesh = _checked(config, mesh)
     check_vocabulary(config, start.vocabulary)
@@ -52,14 +59,18 @@ def finetune(
     if config.optimizer.trainable != ".*":
         trained = trainable_part(run.abstract_state.params, config.optimizer.trainable)
         console.print(f"Training {_count(trained):,} of {_count(run.abstract_state.params):,} parameters.")
-    return train(run, prepared, workdir, lambda: TaskEvaluator(run, prepared, compile_eval_step(run), workdir), start.state)
+
+    def evaluator() -> TaskEvaluator:
+        return TaskEvaluator(run, prepared, compile_eval_step(run), workdir)
+
+    return train(run, prepared, workdir, evaluator, start.state, verify=verify)
 
 
 def evaluate_checkpoint(
-    recipe: FinetuneRecipe, checkpoint: str, *, vocabulary: str | None = None, mesh: Mesh | None = None
+    recipe: FinetuneRecipe, checkpoint: str, *, vocabulary: str | None = None, mesh: Mesh | None = None, verify: bool = True
 ) -> tuple[Run, dict[str, Any], list[Prediction]]:
     """Returns (the run, metrics by name, predictions) of a checkpoint on the validation examples of the recipe's tasks."""
-    start = open_start(checkpoint, recipe.model, vocabulary)
+    start = open_start(checkpoint, recipe.model, vocabulary, verify)
     config = recipe.resolve(start.config, checkpoint)
     mesh = _checked(config, mesh)
     check_vocabulary(config, start.vocabulary)

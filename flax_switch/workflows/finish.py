@@ -14,6 +14,7 @@ from etils import epath
 from flax_switch.data import Prepared, Vocabulary
 from flax_switch.data.tasks import spread
 from flax_switch.generation import generate
+from flax_switch.host.files import write_text
 from flax_switch.host.json_text import json_object
 from flax_switch.training.evaluate import describe
 from flax_switch.training.findings import findings
@@ -32,7 +33,7 @@ def finish(result: RunResult, workdir: epath.PathLike) -> None:
     workdir = epath.Path(workdir)
     # Generating is a program of all processes where the parameters are spread over them; here is only one.
     samples = fill_spans(result, result.run.config.train.sample_spans) if jax.process_count() == 1 else []
-    (workdir / SAMPLES_FILE).write_text(json.dumps(samples, indent=2) + "\n")
+    write_text(workdir / SAMPLES_FILE, json.dumps(samples, indent=2) + "\n")
     if samples:
         console.print("\nHeld-out text with masked spans filled in, [model's -> text's]:")
     for sample in samples:
@@ -154,7 +155,7 @@ def finish_finetuning(result: RunResult, workdir: epath.PathLike) -> None:
     if history:
         step, _ = best_of([(step, line[config.best]) for step, line in history.items()], config.best)
         samples = _predictions(workdir / PREDICTIONS / f"step_{step}.jsonl", config.train.sample_spans)
-        (workdir / SAMPLES_FILE).write_text(json.dumps(samples, indent=2) + "\n")
+        write_text(workdir / SAMPLES_FILE, json.dumps(samples, indent=2) + "\n")
         for inputs, answer in (sample["pieces"] for sample in samples):
             shown = inputs if len(inputs) <= 300 else f"{inputs[:300]} ..."
             console.print(f"\n  {shown}\n  -> {answer['model']}\n  should be: {answer['text']}")

@@ -12,6 +12,7 @@ from etils import epath
 from flax_switch.config import ConfigError
 from flax_switch.config.finetuning import LOSS, FinetuneConfig
 from flax_switch.config.kinds import RunConfig
+from flax_switch.host.files import write_bytes, write_text
 from flax_switch.host.json_text import parse_json
 from flax_switch.training.checkpoint import read_config
 from flax_switch.training.evaluate import perplexity
@@ -45,12 +46,10 @@ def write_report(workdir: epath.PathLike, output: epath.PathLike | None = None) 
     samples_path = workdir / SAMPLES_FILE
     samples = parse_json(samples_path.read_bytes(), str(samples_path)) if samples_path.exists() else []
     plots = draw_plots(config, train, evals)
-    folder = workdir / "plots"
-    folder.mkdir(parents=True, exist_ok=True)
     for name, png in plots.items():
-        (folder / f"{name}.png").write_bytes(png)
+        write_bytes(workdir / "plots" / f"{name}.png", png)
     path = workdir / "report.html" if output is None else epath.Path(output)
-    path.write_text(_page(workdir, config, train, evals, plots, samples))
+    write_text(path, _page(workdir, config, train, evals, plots, samples))
     return path
 
 

@@ -26,12 +26,13 @@ class Start:
     vocabulary: Vocabulary
     source: str | None
     changes: Mapping[str, Any]
+    verify: bool = True
 
     def params(self, run: Run) -> Any:
         """Returns the checkpoint's parameters in the run's shardings and dtypes; each process reads what its devices hold."""
         shardings, dtype = state_shardings(run).params, run.config.model.param_dtype
         assert self.source is not None  # random parameters are made, not read
-        loaded = load_pretrained(self.source, shardings=shardings, dtype=dtype, **self.changes).params
+        loaded = load_pretrained(self.source, shardings=shardings, dtype=dtype, verify=self.verify, **self.changes).params
         abstract = run.abstract_state.params
         return jax.tree.map(lambda p, a: p if p.dtype == a.dtype else p.astype(a.dtype), loaded, abstract)
 
@@ -40,13 +41,14 @@ class Start:
         return init_state(run) if self.source is None else init_state(run, self.params(run))
 
 
-def open_start(init: str, changes: Mapping[str, Any], vocabulary: str | None = None) -> Start:
+def open_start(init: str, changes: Mapping[str, Any], vocabulary: str | None = None, verify: bool = True) -> Start:
     """Opens what `--init` names.
 
     Args:
       init: anything `load_pretrained` opens, or "random:" and such a thing or a preset's name: random parameters of that shape.
       changes: fields of the config to change.
       vocabulary: a SentencePiece model or a folder with a vocabulary, in place of the checkpoint's own.
+      verify: as for `open_checkpoint`.
 
     Raises:
       ConfigError: where there is no such checkpoint, it lacks a decoder or head, or no vocabulary is known.
@@ -58,7 +60,7 @@ def open_start(init: str, changes: Mapping[str, Any], vocabulary: str | None = N
         config = PRESETS[source].replace(**changes)
     else:
         try:
-            opened = open_checkpoint(source, changes=changes)
+            opened = open_checkpoint(source, changes=changes, verify=verify)
         except ConfigError as error:
             hint = f" (or a preset: {', '.join(PRESETS)})" if random else ""
             raise ConfigError(f"--init {init}: {error}{hint}") from error
@@ -74,7 +76,7 @@ def open_start(init: str, changes: Mapping[str, Any], vocabulary: str | None = N
         raise ConfigError(
             f"--init {init} comes without a vocabulary; name one with --vocabulary: a spiece.model, or a folder that has one."
         )
-    return Start(config, found, None if random else source, dict(changes))
+    return Start(config, found, None if random else source, dict(changes), verify)
 
 
 def read_vocabulary(path: str) -> Vocabulary:

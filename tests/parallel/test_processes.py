@@ -19,6 +19,7 @@ from process_worker import pieces
 
 from flax_switch.cli import main
 from flax_switch.config import ConfigError, DataConfig, ExperimentConfig, MeshConfig, OptimizerConfig, SwitchConfig, TrainConfig
+from flax_switch.host.manifest import MANIFEST, damage
 from flax_switch.parallel.mesh import create_mesh
 from flax_switch.parallel.processes import LOST_ANOTHER, Connection
 from flax_switch.training.checkpoint import Checkpoints
@@ -99,16 +100,16 @@ def free_port():
         return bound.getsockname()[1]
 
 
-def work(config, workdir, folder, count, what, devices=2):
-    """`process_worker` in `count` processes; returns the state that they hold together, and the data's position."""
+def work(config, workdir, folder, count, what, devices=2, worker="process_worker.py", more=None):
+    """`process_worker`, or another, in `count` processes; returns the state that they hold together, and the data's position."""
     address = f"127.0.0.1:{free_port()}"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
-    script = str(Path(__file__).with_name("process_worker.py"))
+    script = str(Path(__file__).with_name(worker))
     commands = [
         [sys.executable, script, str(folder / "config.json"), str(workdir), str(folder / f"{i}.pickle"), what] for i in range(count)
     ]
-    one = {**environment(devices), "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count)}
+    one = {**environment(devices), **(more or {}), "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count)}
     with Processes(commands, folder / "logs", [{**one, "JAX_PROCESS_ID": str(i)} for i in range(count)]) as processes:
         processes.succeed()
     dumps = [pickle.loads((folder / f"{i}.pickle").read_bytes()) for i in range(count)]
@@ -181,6 +182,47 @@ def test_a_checkpoint_of_two_processes_restores_in_one_on_another_mesh_to_the_bi
     assert_same_to_the_bit(joined(pieces(restored)), state)
     spread = restored.params["encoder"]["layers_0"]["mlp"]["expert"]["wi"]["kernel"].sharding.spec
     assert tuple(spread) == ("expert", None, "model")
+
+
+def test_every_process_has_summed_up_its_own_files(by_two):
+    step = by_two[0] / "checkpoints" / "4"
+    listed = json.loads((step / MANIFEST).read_text())["files"]
+    there = {path.relative_to(step).as_posix() for path in step.rglob("*") if path.is_file()} - {MANIFEST}
+    assert listed.keys() == there
+    assert {part for name in there for part in name.split("/") if part.startswith("ocdbt.")} == {
+        "ocdbt.process_0",
+        "ocdbt.process_1",
+    }
+    assert damage(step) is None
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_named_by_two_processes_that_go_on_from_the_one_before(config, by_two, tmp_path):
+    often = config.replace(train=config.train.replace(checkpoint_every=1, steps=3))
+    whole, _ = work(often, tmp_path / "run", tmp_path / "first", 2, "pretrain")
+    files = [
+        path for path in (tmp_path / "run" / "checkpoints" / "3").rglob("*") if "ocdbt.process_1" in str(path) and path.is_file()
+    ]
+    content = bytearray(files[0].read_bytes())
+    content[len(content) // 2] ^= 4
+    files[0].write_bytes(content)
+    state, _ = work(often, tmp_path / "run", tmp_path / "again", 2, "pretrain")
+    said = (tmp_path / "again" / "logs" / "0.log").read_text()
+    assert "The checkpoint of step 3 is damaged" in said and "from step 2." in said
+    assert_same_to_the_bit(state, whole)
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["1", "2", "3", "3.damaged"]
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_no_number_in_one_process_skips_the_update_of_both(config, tmp_path):
+    often = config.replace(train=config.train.replace(checkpoint_every=1))
+    poisoned = {"POISONED_STEPS": "2"}
+    state, _ = work(often, tmp_path / "run", tmp_path / "work", 2, "pretrain", worker="poisoned_worker.py", more=poisoned)
+    assert [line.get("skipped_steps", 0) for line in metrics(tmp_path / "run") if line["kind"] == "train"] == [0, 1, 1, 1]
+    assert all(np.isfinite(array).all() for array in state.values())
+    checkpoints = Checkpoints(tmp_path / "run")
+    assert checkpoints.steps() == [2, 3, 4]
+    checkpoints.close()
 
 
 @pytest.mark.slow

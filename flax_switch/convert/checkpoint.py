@@ -240,9 +240,13 @@ def export_config(checkpoint: Checkpoint) -> tuple[dict[str, Any], str]:
 
 
 def companion_files(folder: Path) -> dict[str, bytes]:
-    """Returns the `COMPANIONS` of a checkpoint, of a run its own; a link out of the folder raises `CheckpointError`."""
+    """Returns the `COMPANIONS` of a checkpoint, of a run its own.
+
+    Raises `CheckpointError` for a link out of the folder, and `ConfigError` for a vocabulary that is broken.
+    """
     place = training_run.vocabulary_folder(folder)
     check_folder(place)
+    tokenizer.load_vocabulary(folder)
     root = folder if place == folder else place.parent
     return {name: read_companion(place / name, root) for name in COMPANIONS if (place / name).is_file()}
 

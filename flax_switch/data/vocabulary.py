@@ -31,6 +31,10 @@ _TRAINING_CHARACTERS = 20_000_000  # more text does not change a vocabulary, onl
 _TRAINING_LINE = 4000  # characters; SentencePiece leaves longer lines out
 
 
+class OtherTokenizerError(ConfigError):
+    """A tokenizer that is whole, but that cannot be used here: it is of another kind than T5's, or needs a package."""
+
+
 @dataclasses.dataclass(frozen=True)
 class AddedToken:
     """A token that a user added to a tokenizer: wherever its text stands, it is this id, whatever stands around it.
@@ -61,7 +65,7 @@ class Vocabulary:
         try:
             self._pieces.LoadFromSerializedProto(model)
         except RuntimeError as error:
-            raise ConfigError(f"This is no SentencePiece model: {error}") from error
+            raise ConfigError("This is no SentencePiece model, or a damaged one.") from error
         self.num_pieces = self._pieces.GetPieceSize()
         self._check_ids()
         self.added = tuple(sorted(added, key=lambda token: token.id))

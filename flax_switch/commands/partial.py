@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 from flax_switch.config import ConfigError, check
-from flax_switch.host.files import write_text
+from flax_switch.host.files import check_writable, write_text
 from flax_switch.host.json_text import json_object
 
 
@@ -26,8 +26,8 @@ class Partial:
         self._output, self._path = output, output.with_name(f"{output.name}.partial")
         self._run = hashlib.blake2b(json.dumps(run, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
         self.done: dict[int, dict[str, Any]] = {}
-        check(not output.is_dir(), f"Cannot write {output}: it is a folder.")
-        check(output.absolute().parent.is_dir(), f"Cannot write {output}: there is no folder {output.parent}.")
+        check_writable(output)
+        check_writable(self._path)
         if self._path.exists():
             self._read(resume)
 

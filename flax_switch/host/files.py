@@ -9,7 +9,7 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,31 @@ def new_folder(path: Path) -> Iterator[Path]:
                     raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_writable(path: epath.PathLike, *, reads: Iterable[epath.PathLike] = (), make_folders: bool = False) -> None:
+    """Raises `ConfigError`, before any work, for a file that could not be written at its end.
+
+    reads: what the work reads, of which the file must be none. make_folders: folders above it are made where they are missing.
+    """
+    if in_store(path):
+        return
+    path = Path(path).expanduser()
+    folder = path.absolute().parent
+    while make_folders and not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    with _explained(path):
+        same = path.exists() and any(os.path.exists(read) and os.path.samefile(path, read) for read in reads)
+        for problem, why in (
+            (path.is_dir(), "it is a folder"),
+            (path.exists() and not path.is_file(), "it is no regular file"),
+            (same, "it is the input; name another file"),
+            (not folder.exists(), f"there is no folder {folder}"),
+            (not folder.is_dir(), f"{folder} is no folder"),
+            (not os.access(folder, os.W_OK), f"nothing may be written in {folder}"),
+        ):
+            if problem:
+                raise ConfigError(f"Cannot write {path}: {why}.")
 
 
 def write_text(path: epath.PathLike, text: str) -> None:

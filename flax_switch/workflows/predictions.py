@@ -12,6 +12,7 @@ from etils import epath
 from flax_switch.config.finetuning import LOSS, FinetuneConfig
 from flax_switch.data.tasks import PreparedTask, PreparedTasks, spread
 from flax_switch.generation.text import generate_batches
+from flax_switch.host.files import write_text
 from flax_switch.parallel.mesh import batch_rows
 from flax_switch.pretrained import save_pretrained
 from flax_switch.training.evaluate import mean_metrics
@@ -155,5 +156,4 @@ def predict(run: Run, prepared: PreparedTasks, task: PreparedTask, params: Any) 
 def write_predictions(path: epath.Path, predictions: Sequence[Prediction]) -> None:
     """Writes JSON lines {"task", "inputs", "prediction", "references"}."""
     if predictions:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(dataclasses.asdict(p), ensure_ascii=False) + "\n" for p in predictions))
+        write_text(path, "".join(json.dumps(dataclasses.asdict(p), ensure_ascii=False) + "\n" for p in predictions))

@@ -9,10 +9,23 @@ from typing import Any
 
 NUMBERS = (0, -1, 1, 2**31, 2**63, -(2**63), 10**30, 10**400, 0.5, -0.0, 1e308, float("nan"), float("inf"), 3.0)
 VALUES = (
-    None, True, False, "", "x", "<extra_id_0>", "\ud800", "\x00", "ä" * 300, "../../../etc/passwd", "-1", "nan", [], {}, [[]], [None],
-    ["a", 1], {"a": 1}, {"": None}, [1, 2, 3], [0.5, "x"], ["x"] * 1000, {"content": 3}, [{}],
+    None, True, False, "", "x", "<extra_id_0>", "\ud800", "\x00", "ä" * 300, "../../../etc/passwd", "-1", "nan", [], {}, [[]],
+    [None], ["a", 1], {"a": 1}, {"": None}, [1, 2, 3], [0.5, "x"], ["x"] * 1000, {"content": 3}, [{}],
 )  # fmt: skip
-_INSERTS = (b"\x00", b"\xff", b"\xef\xbb\xbf", b"\r\n", b"\r", b'"', b"{", b"[", b"\xed\xa0\x80", b"\\ud800", b"1" * 5000, b"\xe2\x80\xa8")
+_INSERTS = (
+    b"\x00",
+    b"\xff",
+    b"\xef\xbb\xbf",
+    b"\r\n",
+    b"\r",
+    b'"',
+    b"{",
+    b"[",
+    b"\xed\xa0\x80",
+    b"\\ud800",
+    b"1" * 5000,
+    b"\xe2\x80\xa8",
+)
 _FULL = 1 << 26  # a length field may ask for more than there is, a file need not have more than this
 
 
@@ -57,8 +70,12 @@ def damaged_bytes(content: bytes, rng: random.Random) -> bytes:
         return content[:at] + b"\xff" * rng.choice((1, 4, 8)) + content[at + rng.choice((1, 4, 8)) :]
     if kind == 10:
         text = content.decode("utf-8", "replace")
-        return rng.choice((text.encode("utf-16"), text.encode("utf-8-sig"), text.encode("latin-1", "replace"), text.encode("utf-32")))
-    return rng.choice((b"", b"\x00" * 100, content.replace(b"\n", b"\r\n"), content + rng.randbytes(50), b"null", b"<html>404</html>"))
+        return rng.choice(
+            (text.encode("utf-16"), text.encode("utf-8-sig"), text.encode("latin-1", "replace"), text.encode("utf-32"))
+        )
+    return rng.choice(
+        (b"", b"\x00" * 100, content.replace(b"\n", b"\r\n"), content + rng.randbytes(50), b"null", b"<html>404</html>")
+    )
 
 
 # --- the JSON
@@ -68,9 +85,9 @@ def _json(path: Path, rng: random.Random) -> None:
         lines = text.splitlines() if path.suffix == ".jsonl" else [text]
         row = rng.randrange(len(lines))
         lines[row] = damaged_json(json.loads(lines[row]), rng)
+        path.write_bytes("\n".join(lines).encode("utf-8", "surrogatepass"))
     except (ValueError, IndexError):  # it is damaged already
-        return _bytes(path, rng)
-    path.write_bytes("\n".join(lines).encode("utf-8", "surrogatepass"))
+        _bytes(path, rng)
 
 
 def damaged_json(value: Any, rng: random.Random) -> str:

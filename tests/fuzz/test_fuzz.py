@@ -143,7 +143,14 @@ def test_undamaged_inputs_are_read(good):
     assert not refused, refused
 
 
-DRAWN = ("overrides", "recipe", "gin", "controls", "fields", "sizes-and-topologies")  # what is wrong with them is drawn when reading
+DRAWN = (
+    "overrides",
+    "recipe",
+    "gin",
+    "controls",
+    "fields",
+    "sizes-and-topologies",
+)  # what is wrong with them is drawn when reading
 
 
 @pytest.mark.slow

@@ -87,7 +87,9 @@ def _corpus(name: str) -> Reader:
 def _task(name: str) -> Reader:
     def read(folder: Path, rng: random.Random) -> None:
         source = str(folder / name) if name else str(folder)
-        inputs, targets = rng.choice((("inputs", "targets"), ("inputs", "label"), ("Q: {inputs}", "targets"), ("a.b", "targets"), (0, 1)))
+        inputs, targets = rng.choice(
+            (("inputs", "targets"), ("inputs", "label"), ("Q: {inputs}", "targets"), ("a.b", "targets"), (0, 1))
+        )
         config = FinetuneDataConfig(
             train=source, inputs=inputs, targets=targets, skip_empty=rng.random() < 0.5, inputs_length=16, targets_length=8
         )

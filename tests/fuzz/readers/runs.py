@@ -2,7 +2,6 @@
 
 import json
 import random
-import types
 from pathlib import Path
 
 import jax
@@ -26,18 +25,23 @@ CONFIG = ExperimentConfig(model=SMALL)
 def _workdir(folder: Path) -> None:
     claim_workdir(folder, CONFIG)
     vocabulary().save(folder / "vocabulary")
-    names = [f"{stack}/layers_1" for stack in ("encoder", "decoder")]
-    routers = {f"routers/{name}": 0.5 for name in ("load_balancing_loss", "router_z_loss", "dropped_fraction")}
+    names = ("fraction_tokens_left_behind", "router_confidence", "router_entropy")
+    routers = {f"routers/{name}": [0.5, 0.5] for name in names} | {"routers/tokens_per_expert": [[8.0, 2.0], [5.0, 5.0]]}
+    measured = ("cross_entropy", "text_cross_entropy", "unigram_entropy", "nats_below_unigram", "accuracy", "tokens_per_second")
+    probed = (
+        "encoder_gain/x",
+        "masked_nats_below_unigram",
+        "masked_accuracy",
+        "masked_accuracy_of_most_frequent",
+        "masked_spans_exact",
+    )
     lines = [
-        {
-            "step": step, "kind": kind, "loss": 1.0, "cross_entropy": 2.0, "text_cross_entropy": 2.0, "unigram_entropy": 3.0,
-            "tokens_per_second": 9.0, "step_milliseconds": 3.0, "learning_rate": 0.1, "gradient_norm": 1.0, **routers,
-            **{f"routers/expert_fraction/{name}": [0.5, 0.5] for name in names},
-        }
-        for step in (1, 2) for kind in ("train", "eval")
-    ]  # fmt: skip
+        {"step": step, "kind": kind, **dict.fromkeys((*measured, *probed, "data_wait_fraction"), 0.5), **routers}
+        for step in (1, 2)
+        for kind in ("train", "eval")
+    ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (folder / "samples.json").write_text(json.dumps([{"input": "a", "output": "b", "target": "c"}]))
+    (folder / "samples.json").write_text(json.dumps([{"pieces": ["a", {"model": "b", "text": "c"}]}]))
 
 
 def _run(folder: Path) -> None:
@@ -94,4 +98,3 @@ READERS = {
     "report": Reader(_workdir, _report, ("metrics.jsonl", "samples.json", "config.json")),
     "partial-output": Reader(_partial, _resume),
 }
-SETTINGS = types.MappingProxyType({"config": CONFIG})

@@ -18,7 +18,8 @@ from tests.fuzz.readers.models import SMALL
 SHIPPED = ("tiny", "finetune_summarization", "distill_tiny", "switch_base_128")
 WORDS = (
     "", "0", "-1", "1", "nan", "inf", "1e400", "9" * 30, "9" * 5000, "0x" + "f" * 9000, "[" * 500, "(1,", "None", "true", "'a'",
-    '"', "{}", "{1: 2}", "[1, 'a']", "((1,),)", "\x00", "\udc80", "é", "a=b", "=", "..", "/", "-", "--", "x" * 300, "1_000", "b'x'", "1j",
+    '"', "{}", "{1: 2}", "[1, 'a']", "((1,),)", "\x00", "\udc80", "é", "a=b", "=", "..", "/", "-", "--", "x" * 300, "1_000", "b'x'",
+    "1j",
 )  # fmt: skip
 
 
@@ -41,7 +42,10 @@ def words(rng: random.Random) -> str:
 
 
 def _overrides(place: Path, rng: random.Random) -> None:
-    names = [rng.choice((*FIELDS, "model", "model.", ".x", "data.x.y", "kind", "x.y", "", words(rng))) for _ in range(rng.choice((1, 1, 2)))]
+    names = [
+        rng.choice((*FIELDS, "model", "model.", ".x", "data.x.y", "kind", "x.y", "", words(rng)))
+        for _ in range(rng.choice((1, 1, 2)))
+    ]
     load_recipe(rng.choice(SHIPPED), [name + rng.choice(("=", "=", "=", "", "==")) + words(rng) for name in names])
 
 
@@ -50,7 +54,9 @@ def _recipe(folder: Path) -> None:
 
 
 def _gin(folder: Path) -> None:
-    (folder / "recipe.gin").write_text("recipe.base = 'tiny'\ntrain.steps = 500\nmodel.num_experts = 4\n# words\ndata.seed = %x\nx = 3\n")
+    (folder / "recipe.gin").write_text(
+        "recipe.base = 'tiny'\ntrain.steps = 500\nmodel.num_experts = 4\n# words\ndata.seed = %x\nx = 3\n"
+    )
 
 
 def _read_gin(folder: Path, rng: random.Random) -> None:

@@ -10,7 +10,7 @@ from typing import IO, Any, Self
 
 from flax_switch.config import ConfigError, check
 from flax_switch.host.files import check_writable, write_text
-from flax_switch.host.json_text import json_object
+from flax_switch.host.json_text import field, json_object
 
 
 class Partial:
@@ -37,9 +37,9 @@ class Partial:
         for line in lines:
             try:
                 result = json_object(line, str(self._path))
+                self.done[field(result, "line", int, str(self._path))] = result
             except ConfigError:
                 break  # a line that the kill cut short
-            self.done[result["line"]] = result
         kept = f"{self._path} holds {len(self.done)} finished lines of a run that was cut off"
         check(resume, f"{kept}; continue it with --resume, or delete that file.")
         check(

@@ -33,6 +33,12 @@ def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     raise ConfigError(f"{name} must be one of {', '.join(map(repr, allowed))}; it is {value!r}.{hint}")
 
 
+def one_line(error: BaseException) -> str:
+    """What another library's error says, as part of a sentence: on one line, and not longer than is of use."""
+    text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]}..."
+
+
 def may_change(default: Any) -> Any:
     """Declares a field, or a section given by its class, in which a resumed run may differ from the one it continues."""
     value: Any = {"default_factory" if isinstance(default, type) else "default": default}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flax_switch.config import ConfigError, check
+from flax_switch.convert.doors import readable
 from flax_switch.convert.training_run import vocabulary_folder
 from flax_switch.host.json_text import field, read_json, valid_text
 
@@ -34,7 +35,8 @@ def load_vocabulary(folder: Path) -> Vocabulary | None:
 
     folder = vocabulary_folder(folder)
     try:
-        return _vocabulary_in(folder)
+        with readable(folder):
+            return _vocabulary_in(folder)
     except OtherTokenizerError as error:
         log.warning("The tokenizer in %s is not used: %s", folder, error)
     except ConfigError as error:

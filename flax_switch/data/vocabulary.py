@@ -26,7 +26,7 @@ from flax_switch.host.json_text import field, read_json, valid_text
 
 MODEL_FILE = "spiece.model"
 SETTINGS_FILE = "vocabulary.json"
-_SPECIAL = re.compile(r"<extra_id_(0|[1-9]\d*)>|</s>|<pad>|<unk>")
+_SPECIAL = re.compile(r"<extra_id_(0|[1-9]\d{0,5})>|</s>|<pad>|<unk>")
 _TRAINING_CHARACTERS = 20_000_000  # more text does not change a vocabulary, only the time it takes
 _TRAINING_LINE = 4000  # characters; SentencePiece leaves longer lines out
 

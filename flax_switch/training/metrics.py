@@ -89,7 +89,7 @@ def read_metrics(workdir: epath.PathLike) -> Iterable[dict[str, Any]]:
     if not path.exists():
         return []
     lines = []
-    for text in path.read_text().splitlines():
+    for text in path.read_bytes().splitlines():
         with contextlib.suppress(ConfigError):
             lines.append(json_object(text, METRICS_FILE))
     return lines

@@ -17,6 +17,7 @@ class Reader:
     make: Callable[[Path], Any]
     read: Callable[[Path, random.Random], Any]
     damaged: tuple[str, ...] = ("*",)  # patterns of the files that are damaged; none: `read` draws what is wrong by itself
+    warm: bool = False  # whether to read once before, as what is imported late takes seconds that are no case's
 
 
 def run_case(reader: Reader, name: str, number: int, good: Path, place: Path) -> Any:

@@ -11,9 +11,12 @@ import queue
 import random
 import subprocess
 import sys
+import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -24,11 +27,12 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="pipes, devices 
 ROOT = Path(__file__).parents[2]
 STARTUP = 120.0  # seconds that a worker may take to import everything
 AT_ONCE = 200  # cases of a worker
+MEMORY = 4 << 30  # bytes that a worker may hold
 
 
 @dataclasses.dataclass(frozen=True)
 class Ended:
-    """How a case ended: "fine", "refused", "raw" (an error that is no sentence), "hang" or "died"."""
+    """How a case ended: "fine", "refused", "raw" (an error that is no sentence), "hang", "memory" or "died"."""
 
     case: str
     outcome: str
@@ -61,46 +65,72 @@ def run_cases(cases: list[str], good: Path) -> Iterator[Ended]:
         done = 0
         for ended in _run_batch(batch, good):
             done += 1
+            if ended.outcome not in ("fine", "refused"):
+                print(f"--- {ended.case}: {ended.outcome} after {ended.seconds:.1f} s\n{ended.text}", flush=True)
             yield ended
         cases = cases[done:]
 
 
 def _run_batch(batch: list[str], good: Path) -> Iterator[Ended]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1", "HF_HUB_OFFLINE": "1"}
-    worker = subprocess.Popen(
-        [sys.executable, "-m", "tests.fuzz.worker", str(good)], cwd=ROOT, env=environment, text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, errors="replace",
-    )  # fmt: skip
-    lines: queue.Queue[str | None] = queue.Queue()
-    errors: list[str] = []
-    threading.Thread(target=lambda: [*map(lines.put, worker.stdout), lines.put(None)], daemon=True).start()
-    threading.Thread(target=lambda: errors.extend(worker.stderr), daemon=True).start()
-    worker.stdin.write("\n".join(batch) + "\n")
-    worker.stdin.close()
-    case, ready = "", False
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    with tempfile.TemporaryFile("w+", errors="replace") as errors:
+        worker = subprocess.Popen(
+            [sys.executable, "-X", "faulthandler", "-m", "tests.fuzz.worker", str(good)], cwd=ROOT, env=environment, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
+        )  # fmt: skip
+        lines: queue.Queue[str | None] = queue.Queue()
+        reading = threading.Thread(target=lambda: [*map(lines.put, worker.stdout), lines.put(None)], daemon=True)
+        reading.start()
+        worker.stdin.write("\n".join(batch) + "\n")
+        worker.stdin.close()
+        try:
+            yield from _watched(worker, lines, errors)
+        finally:
+            worker.kill()
+            worker.wait()
+            reading.join()
+            worker.stdout.close()
+
+
+def _watched(worker: subprocess.Popen, lines: queue.Queue, errors: IO[str]) -> Iterator[Ended]:
+    """Yields how cases ended, as the worker says or as is seen from without."""
+    case, ready, deadline = "", False, time.monotonic() + STARTUP
+
+    def without(outcome: str) -> Ended:
+        errors.seek(0)
+        last = "".join(errors.readlines()[-60:])
+        assert ready, f"the worker does not start:\n{last}"
+        return Ended(case, outcome, SECONDS, last)
+
+    while True:
+        try:
+            line = lines.get(timeout=0.2)
+        except queue.Empty:
+            if memory_of(worker.pid) > MEMORY:
+                yield without("memory")
+                return
+            if time.monotonic() > deadline:
+                yield without("hang")
+                return
+            continue
+        if line is None:
+            if case or not ready:
+                yield without(f"died ({worker.wait()})")
+            return
+        told, ready, deadline = json.loads(line), True, time.monotonic() + SECONDS + 2
+        if told["state"] == "begins":
+            case = told["case"]
+        elif told["state"] == "ends":
+            yield Ended(case, "hang" if told["seconds"] > SECONDS else told["outcome"], told["seconds"], told["text"])
+            case = ""
+
+
+def memory_of(process: int) -> int:
+    """Returns the bytes that a process holds in memory; 0 where the system does not say."""
     try:
-        while True:
-            try:
-                line = lines.get(timeout=SECONDS + 2 if ready else STARTUP)
-            except queue.Empty:
-                yield Ended(case, "hang", SECONDS, "".join(errors[-60:]))
-                return
-            if line is None:
-                if case:
-                    yield Ended(case, "died", 0.0, f"status {worker.wait()}\n" + "".join(errors[-60:]))
-                assert ready, "the worker does not start:\n" + "".join(errors[-60:])
-                return
-            told = json.loads(line)
-            ready = True
-            if told["state"] == "begins":
-                case = told["case"]
-            elif told["state"] == "ends":
-                outcome = "hang" if told["seconds"] > SECONDS else told["outcome"]
-                yield Ended(case, outcome, told["seconds"], told["text"])
-                case = ""
-    finally:
-        worker.kill()
-        worker.wait()
+        return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
 
 
 def check_cases(cases: list[str], good: Path) -> list[Ended]:
@@ -109,8 +139,6 @@ def check_cases(cases: list[str], good: Path) -> list[Ended]:
     again = {one.case: one for one in run_cases([one.case for one in ended if one.outcome == "hang"], good)}
     ended = [again.get(one.case, one) for one in ended]
     bad = [one for one in ended if one.outcome not in ("fine", "refused")]
-    for one in bad:
-        print(f"--- {one.case}: {one.outcome} after {one.seconds:.1f} s\n{one.text}")
     counts = {outcome: sum(one.outcome == outcome for one in ended) for outcome in sorted({one.outcome for one in ended})}
     print(f"{len(ended)} cases: {counts}; the slowest: {max(ended, key=lambda one: one.seconds, default=None)}")
     assert len(ended) == len(cases)

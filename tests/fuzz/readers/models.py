@@ -136,9 +136,9 @@ READERS = {
     "tokenizer-json-foreign": Reader(
         lambda folder: _tokenizer_json(folder, normalizer={"type": "Lowercase"}), read_model, ("tokenizer.json",)
     ),
-    "torch-bin": Reader(_torch_bin, read_model, ("*.bin",)),
+    "torch-bin": Reader(_torch_bin, read_model, ("*.bin",), warm=True),
     "torch-bin-old": Reader(
-        lambda folder: _torch_bin(folder, _use_new_zipfile_serialization=False), read_model, ("*.bin",)
+        lambda folder: _torch_bin(folder, _use_new_zipfile_serialization=False), read_model, ("*.bin",), warm=True
     ),
     "flax-msgpack": Reader(_flax_msgpack, read_model, ("*.msgpack",)),
     "t5x": Reader(lambda folder: t5x_files.write(folder, flat()), read_model),

@@ -95,6 +95,6 @@ READERS = {
     "run-metadata": Reader(_run, _load, ("config.json", "_METADATA", "_CHECKPOINT_METADATA", "manifest*", "*.zarray")),
     "workdir": Reader(_workdir, _claim, ("config.json",)),
     "workdir-of-finetuning": Reader(_finetuned, _evaluate_own_recipe, ("config.json",)),
-    "report": Reader(_workdir, _report, ("metrics.jsonl", "samples.json", "config.json")),
+    "report": Reader(_workdir, _report, ("metrics.jsonl", "samples.json", "config.json"), warm=True),
     "partial-output": Reader(_partial, _resume),
 }

@@ -67,8 +67,8 @@ def load_gin(paths: Sequence[str | Path], bindings: Iterable[str] = ()) -> Recip
         except Exception as error:  # gin raises whatever an import or a reference in the file raises
             raise ConfigError(
                 f"The gin configuration cannot be read: {one_line(error)}. Here a gin file names a recipe (recipe.base = "
-                "'tiny') and binds fields of its sections (train.steps = 500); T5X's own files, which import and include its modules, "
-                "are no recipes."
+                "'tiny') and binds fields of its sections (train.steps = 500); T5X's own files, which import and include its "
+                "modules, are no recipes."
             ) from error
         finally:
             gin.clear_config()

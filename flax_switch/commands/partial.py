@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 from flax_switch.config import ConfigError, check
-from flax_switch.host.files import check_writable, write_text
+from flax_switch.host.files import check_writable, read_bytes, write_text
 from flax_switch.host.json_text import field, json_object
 
 
@@ -33,7 +33,7 @@ class Partial:
 
     def _read(self, resume: bool) -> None:
         # Texts may hold what `splitlines` takes for an end of line; in JSON no newline stands within one.
-        first, *lines = self._path.read_text(encoding="utf-8", errors="replace").split("\n")
+        first, *lines = read_bytes(self._path, 1 << 36).decode(errors="replace").split("\n")
         for line in lines:
             try:
                 result = json_object(line, str(self._path))

@@ -37,7 +37,7 @@ class DataConfig(BatchConfig):
     heldout_fraction: Share = 0.02  # of documents, chosen by a hash of their text
     vocabulary: str | None = None  # a SentencePiece .model; None: train one of vocabulary_size pieces on the corpus
     vocabulary_size: Count = 32000  # pieces, before sentinels
-    num_sentinels: Natural = 100
+    num_sentinels: Annotated[int, Range(0, largest=100_000)] = 100
     span_corruption_rate: NotNegative = 1.0  # rates of the objectives in the mixture; they need not sum to 1
     prefix_lm_rate: NotNegative = 0.0
     infilling_rate: NotNegative = 0.0  # inputs of span corruption, but the whole text as targets (BART's text infilling)

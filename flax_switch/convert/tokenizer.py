@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from flax_switch.config import ConfigError, check
 from flax_switch.convert.doors import readable
 from flax_switch.convert.training_run import vocabulary_folder
+from flax_switch.host.files import read_bytes
 from flax_switch.host.json_text import field, read_json, valid_text
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def _vocabulary_in(folder: Path) -> Vocabulary | None:
     values = read_json(tokenizer) if tokenizer.is_file() else None
     if values is not None and (strange := strange_parts(values)):
         log.info("The tokenizer in %s is run by the package tokenizers: it has %s.", folder, ", ".join(strange))
-        return ForeignVocabulary(tokenizer.read_bytes())
+        return ForeignVocabulary(read_bytes(tokenizer))
     if spiece.is_file():
         added = () if values is None else users_tokens(values)
         return Vocabulary.from_sentencepiece(spiece, count_sentinels(folder), added)

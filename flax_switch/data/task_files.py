@@ -90,7 +90,10 @@ def _saved_dataset(folder: Path, split: str, setting: str) -> Records:
     row = 0
     for file in field(read_json(folder / "state.json"), "_data_files", list, str(folder / "state.json")):
         name = field(file if isinstance(file, dict) else {}, "filename", str, str(folder / "state.json"))
-        check(Path(name).name == name, f"{folder / 'state.json'} names the file {name!r}: it must lie in the data set's folder.")
+        check(
+            Path(name).name == name and (folder / name).is_file(),
+            f"{folder / 'state.json'} names the file {name!r}, and there is no such file in the data set's folder.",
+        )
         with packed.explained(f"the data set {folder}"), open(folder / name, "rb") as stream:
             for batch in ipc.open_stream(stream):
                 for record in batch.to_pylist():

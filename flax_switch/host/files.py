@@ -7,6 +7,7 @@ import errno
 import os
 import secrets
 import shutil
+import stat
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -74,6 +75,24 @@ def new_folder(path: Path) -> Iterator[Path]:
                     raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def read_bytes(path: epath.PathLike, largest: int = 1 << 29, what: str = "what it should be") -> bytes:
+    """Returns the contents of a file that is read as a whole.
+
+    Raises `ConfigError` for one that cannot be read, is no regular file (but a pipe, or a link to a device), or is too large.
+    """
+    path = epath.Path(path)
+    try:
+        if not in_store(path):
+            status = os.stat(path)
+            if not stat.S_ISREG(status.st_mode):
+                raise ConfigError(f"{path} is no regular file.")
+            if status.st_size > largest:
+                raise ConfigError(f"{path} has {status.st_size:,} bytes, too many for {what}.")
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"Cannot read {path}: {error.strerror or error}.") from error
 
 
 def check_writable(path: epath.PathLike, *, reads: Iterable[epath.PathLike] = (), make_folders: bool = False) -> None:

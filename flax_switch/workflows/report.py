@@ -12,7 +12,7 @@ from etils import epath
 from flax_switch.config import ConfigError
 from flax_switch.config.finetuning import LOSS, FinetuneConfig
 from flax_switch.config.kinds import RunConfig
-from flax_switch.host.files import check_writable, write_bytes, write_text
+from flax_switch.host.files import check_writable, read_bytes, write_bytes, write_text
 from flax_switch.host.json_text import parse_json
 from flax_switch.training.checkpoint import read_config
 from flax_switch.training.evaluate import perplexity
@@ -49,7 +49,7 @@ def write_report(workdir: epath.PathLike, output: epath.PathLike | None = None) 
     if not train:
         raise ConfigError(f"{workdir} has no metrics yet; the first come after train.log_every={config.train.log_every} steps.")
     samples_path = workdir / SAMPLES_FILE
-    samples = parse_json(samples_path.read_bytes(), str(samples_path)) if samples_path.exists() else []
+    samples = parse_json(read_bytes(samples_path), str(samples_path)) if samples_path.exists() else []
     try:
         plots = draw_plots(config, train, evals)
         page = _page(workdir, config, train, evals, plots, samples)

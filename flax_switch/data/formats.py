@@ -115,6 +115,7 @@ def _parquet(path: Path) -> Records:
     with _seekable(path) as source, explained(f"{path} as parquet"), parquet.ParquetFile(source) as file:
         row = 0
         for batch in file.iter_batches(batch_size=1024):
+            batch.validate(full=True)
             for record in batch.to_pylist():
                 row += 1
                 yield record, f"{path}, row {row}"

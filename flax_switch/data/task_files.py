@@ -84,7 +84,7 @@ def _saved_dataset(folder: Path, split: str, setting: str) -> Records:
         splits = field(read_json(folder / "dataset_dict.json"), "splits", list, str(folder))
         check(
             split in splits,
-            f"{setting}: {folder} has the splits {', '.join(splits) or 'none'}, and no {split!r}; name the folder of one of them.",
+            f"{setting}: {folder} has the splits {', '.join(map(str, splits)) or 'none'}, and no {split!r}; name the folder of one of them.",
         )
         folder = folder / split
     row = 0
@@ -96,6 +96,7 @@ def _saved_dataset(folder: Path, split: str, setting: str) -> Records:
         )
         with packed.explained(f"the data set {folder}"), open(folder / name, "rb") as stream:
             for batch in ipc.open_stream(stream):
+                batch.validate(full=True)  # lengths and offsets of a damaged file lead out of it
                 for record in batch.to_pylist():
                     row += 1
                     yield record, f"{folder}, row {row}"

@@ -6,9 +6,11 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib
+import os
+import select
 import sys
 from collections.abc import Sequence
-from types import ModuleType
+from typing import Any
 
 import flax_switch
 from flax_switch.commands.options import hyphened, refuse
@@ -52,7 +54,7 @@ def parse_known(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return build_parser(argv[0] if argv and argv[0] in COMMANDS else None).parse_known_args(list(map(hyphened, argv)))
 
 
-def take_rest(args: argparse.Namespace, rest: list[str]) -> ModuleType:
+def take_rest(args: argparse.Namespace, rest: list[str]) -> Any:
     """Gives a command the overrides that it takes, and returns its module. Raises `ConfigError` for what it does not take."""
     module = importlib.import_module(f"flax_switch.commands.{args.command}")
     if hasattr(module, "take_overrides"):
@@ -67,24 +69,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None and sys.argv[1:2] and sys.argv[1] in TRAINING:
         keep_freed_memory()
     argv = list(sys.argv[1:] if argv is None else argv)
-    args, rest = parse_known(argv)
+    command = ""
     try:
-        module = take_rest(args, rest)
-        return module.run(args)
-    except ConfigError as error:
-        print(f"flax-switch {args.command}: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        print(
-            f"flax-switch {args.command}: no space left on the disk. What was complete is kept; free some and run it again.",
-            file=sys.stderr,
-        )
-        return 2
+        try:
+            args, rest = parse_known(argv)
+            command = f" {args.command}"
+            return take_rest(args, rest).run(args)
+        finally:
+            sys.stdout.flush()  # here, where it may fail: what --help prints, too
     except KeyboardInterrupt:
-        print(f"flax-switch {args.command}: interrupted.", file=sys.stderr)
+        print(f"flax-switch{command}: interrupted.", file=sys.stderr)
         return 130
+    except (ConfigError, OSError, MemoryError) as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return 141  # as shells have it of a program that SIGPIPE ended
+        print(f"flax-switch{command}: {_explained(error)}", file=sys.stderr)
+        return 2
+
+
+def _explained(error: ConfigError | OSError | MemoryError) -> str:
+    if isinstance(error, OSError):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return "no space left on the disk. What was complete is kept; free some and run it again."
+        where = "" if error.filename is None else f"{error.filename}: "
+        return f"{where}{error.strerror or error}."
+    return str(error) if isinstance(error, ConfigError) else f"this machine's memory is not enough ({error or 'of the host'})."
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output is a pipe whose reader is gone, as in `| head`; then what is left to print goes nowhere."""
+    if not hasattr(select, "poll"):  # on Windows
+        return False
+    pipe = select.poll()
+    pipe.register(1, select.POLLOUT)
+    gone = any(event & select.POLLERR for _, event in pipe.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return gone
 
 
 if __name__ == "__main__":

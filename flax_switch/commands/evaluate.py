@@ -30,16 +30,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 @explain_missing_extras
 def run(args: argparse.Namespace) -> int:
     """Prints the scores, and writes them and the predictions."""
-    recipe = _recipe(args)
     from etils import epath
 
-    from flax_switch.host.files import write_text
+    from flax_switch.host.files import check_writable, write_text
+
+    output = Path(args.output)
+    for name in ("metrics.json", "predictions.jsonl"):
+        check_writable(output / name, make_folders=True)
+    recipe = _recipe(args)
     from flax_switch.workflows.finetune import evaluate_checkpoint
     from flax_switch.workflows.predictions import describe, finetuning_config, write_predictions
 
     options = dict(vocabulary=args.vocabulary, verify=not args.no_verify)
     run, evaluation, predictions = evaluate_checkpoint(recipe, args.checkpoint, **options)
-    output = Path(args.output)
     write_text(output / "metrics.json", json.dumps(evaluation, indent=2) + "\n")
     write_predictions(epath.Path(output) / "predictions.jsonl", predictions)
     print(describe(finetuning_config(run), evaluation))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -95,12 +94,11 @@ def _lines(args: argparse.Namespace) -> list[Line]:
 def _to_file(args: argparse.Namespace, opened: Any, lines: list[Line], options: dict[str, Any]) -> list[dict[str, Any]]:
     """The results of all lines, those of an earlier run included; they are in the output file then."""
     from flax_switch.commands.partial import Partial
-    from flax_switch.host.files import absolute
+    from flax_switch.host.files import absolute, check_writable
     from flax_switch.pretrained import from_checkpoint
 
     output = Path(args.output)
-    same = args.input != "-" and output.exists() and os.path.samefile(args.input, output)
-    check(not same, f"--output {args.output} is the input; name another file.")
+    check_writable(output, reads=[] if args.input == "-" else [args.input])
     run = {**options, "batch_size": None, "checkpoint": str(absolute(opened.path)), "dtype": args.dtype}
     run["lines"] = [dataclasses.astuple(line) for line in lines]
     with Partial(output, run, resume=args.resume) as partial:

@@ -40,9 +40,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _show_routing(args: argparse.Namespace) -> int:
-    from flax_switch.inspection.routing import explore, plot, render
+    from flax_switch.inspection.routing import check_plot, explore, plot, render
     from flax_switch.pretrained import load_pretrained
 
+    if args.plot:
+        check_plot(args.plot)
     changes = changes_of(args)
     pretrained = load_pretrained(
         args.source, allow_missing=args.allow_missing, revision=args.revision, verify=not args.no_verify, **changes

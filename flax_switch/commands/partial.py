@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 from flax_switch.config import ConfigError, check
-from flax_switch.host.files import write_text
-from flax_switch.host.json_text import json_object
+from flax_switch.host.files import check_writable, read_bytes, write_text
+from flax_switch.host.json_text import field, json_object
 
 
 class Partial:
@@ -26,20 +26,20 @@ class Partial:
         self._output, self._path = output, output.with_name(f"{output.name}.partial")
         self._run = hashlib.blake2b(json.dumps(run, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
         self.done: dict[int, dict[str, Any]] = {}
-        check(not output.is_dir(), f"Cannot write {output}: it is a folder.")
-        check(output.absolute().parent.is_dir(), f"Cannot write {output}: there is no folder {output.parent}.")
+        check_writable(output)
+        check_writable(self._path)
         if self._path.exists():
             self._read(resume)
 
     def _read(self, resume: bool) -> None:
         # Texts may hold what `splitlines` takes for an end of line; in JSON no newline stands within one.
-        first, *lines = self._path.read_text(encoding="utf-8", errors="replace").split("\n")
+        first, *lines = read_bytes(self._path, 1 << 36).decode(errors="replace").split("\n")
         for line in lines:
             try:
                 result = json_object(line, str(self._path))
+                self.done[field(result, "line", int, str(self._path))] = result
             except ConfigError:
                 break  # a line that the kill cut short
-            self.done[result["line"]] = result
         kept = f"{self._path} holds {len(self.done)} finished lines of a run that was cut off"
         check(resume, f"{kept}; continue it with --resume, or delete that file.")
         check(

@@ -9,6 +9,7 @@ from pathlib import Path
 from flax_switch.commands.options import add_recipe_arguments, load_config, take_overrides
 from flax_switch.config import MeshConfig
 from flax_switch.config.values import parse_assignment
+from flax_switch.host.files import check_writable, write_text
 
 __all__ = ["add_arguments", "run", "take_overrides"]
 
@@ -26,6 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the plan; exit status 0, or 1 where it does not fit."""
+    if args.json:
+        check_writable(args.json)
     import jax
 
     if jax.config.jax_platforms is None:  # pyright: ignore[reportAttributeAccessIssue]
@@ -38,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     found = plan(config, args.topology, mesh, compile=not args.no_compile, decode=args.decode, effort=args.effort)
     print(render(found, Path(args.config or args.gin_file[0]).stem))
     if args.json:
-        args.json.write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")
+        write_text(args.json, json.dumps(found.to_dict(), indent=1) + "\n")
     return 1 if found.fits is False else 0
 
 

@@ -8,8 +8,10 @@ import functools
 import numbers
 import types
 import typing
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
+
+from flax_switch.config.ranges import Range, refusal, shown
 
 
 class ConfigError(ValueError):
@@ -31,6 +33,12 @@ def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     raise ConfigError(f"{name} must be one of {', '.join(map(repr, allowed))}; it is {value!r}.{hint}")
 
 
+def one_line(error: BaseException) -> str:
+    """What another library's error says, as part of a sentence: on one line, and not longer than is of use."""
+    text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]}..."
+
+
 def may_change(default: Any) -> Any:
     """Declares a field, or a section given by its class, in which a resumed run may differ from the one it continues."""
     value: Any = {"default_factory" if isinstance(default, type) else "default": default}
@@ -39,9 +47,10 @@ def may_change(default: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class _Section:
-    """What all config dataclasses share: type checks, replace, to and from plain dicts, errors that name the nearest key."""
+    """What all config dataclasses share: checked types and ranges, replace, to and from plain dicts, errors that name a key."""
 
     kind: ClassVar[str | None] = None  # what a whole run's config says it is for, in files (`flax_switch.config.kinds`)
+    section: ClassVar[str | None] = None  # what errors put before a field's name
 
     if not TYPE_CHECKING:  # type checkers know the fields from each class
 
@@ -51,12 +60,19 @@ class _Section:
             return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        for name, hint in _type_hints(type(self)).items():
-            value = getattr(self, name)
-            check(
-                _fits(value, hint),
-                f"{type(self).__name__}.{name} must be {_describe(hint)}; it is {value!r} ({type(value).__name__}).",
-            )
+        for name in _type_hints(type(self)):
+            self.check_field(name, getattr(self, name))
+
+    @classmethod
+    def check_field(cls, name: str, value: Any) -> None:
+        """Raises `ConfigError` unless the value has the field's type, and every number in it lies in the field's range."""
+        hint = _type_hints(cls)[name]
+        called = name if cls.section is None else f"{cls.section}.{name}"
+        if not _fits(value, hint):
+            raise ConfigError(f"{called} must be {_describe(hint)}; it is {shown(value)} ({type(value).__name__}).")
+        for number, allowed in _numbers(value, hint):
+            problem = refusal(called, number, allowed)
+            check(not problem, problem)
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed; validated again."""
@@ -94,14 +110,21 @@ class _Section:
 
 @functools.cache
 def _type_hints(cls: type) -> dict[str, Any]:
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    """The types of a union, or the one type."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
 def _fits(value: Any, hint: Any) -> bool:
     """Whether a value has the annotated type; an int is a fine float, and a bool is no number."""
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return any(_fits(value, option) for option in typing.get_args(hint))
+    if len(_options(hint)) > 1:
+        return any(_fits(value, option) for option in _options(hint))
+    if typing.get_origin(hint) is Annotated:
+        return _fits(value, typing.get_args(hint)[0])
     if typing.get_origin(hint) is tuple:
         item = typing.get_args(hint)[0]
         return isinstance(value, tuple) and all(_fits(v, item) for v in value)
@@ -110,8 +133,23 @@ def _fits(value: Any, hint: Any) -> bool:
     return value is None if hint is type(None) else isinstance(value, hint)
 
 
+def _numbers(value: Any, hint: Any) -> Iterator[tuple[Any, Range]]:
+    """The numbers in a value that fits the annotation, each with its range."""
+    hint = next(option for option in _options(hint) if _fits(value, option))
+    if typing.get_origin(hint) is Annotated:
+        yield value, typing.get_args(hint)[1]
+    elif typing.get_origin(hint) is tuple:
+        for item in value:
+            yield from _numbers(item, typing.get_args(hint)[0])
+
+
 def _describe(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("NoneType", "None")
+    if len(_options(hint)) > 1:
+        return " or ".join(map(_describe, _options(hint)))
+    if typing.get_origin(hint) in (Annotated, tuple):
+        inner = _describe(typing.get_args(hint)[0])
+        return inner if typing.get_origin(hint) is Annotated else f"a list of {inner}"
+    return "None" if hint is type(None) else hint.__name__
 
 
 def _tuples(value: Any) -> Any:

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from flax_switch.config import ExperimentConfig, check
+from flax_switch.config import ExperimentConfig
 from flax_switch.config.base import _Section
+from flax_switch.config.ranges import Range
 
 
 @dataclasses.dataclass(frozen=True)
 class DistillationConfig(_Section):
     """What the student takes from its teacher; the defaults are the paper's best."""
 
-    teacher_weight: float = 0.25  # of the teacher's probabilities in the targets; the rest is the true token's
-    copy_weights: bool = True  # the student starts from the teacher's weights, expert layers apart
+    section: ClassVar[str] = "distillation"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(
-            0.0 <= self.teacher_weight <= 1.0,
-            f"distillation.teacher_weight must lie in [0, 1]; it is {self.teacher_weight}.",
-        )
+    # of the teacher's probabilities in the targets; the rest is the true token's
+    teacher_weight: Annotated[float, Range(0, 1)] = 0.25
+    copy_weights: bool = True  # the student starts from the teacher's weights, expert layers apart
 
 
 @dataclasses.dataclass(frozen=True)

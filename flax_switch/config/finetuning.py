@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from flax_switch.config import MeshConfig, OptimizerConfig, SwitchConfig, TrainConfig, check, one_of, reject_unknown_keys
-from flax_switch.config.base import _Section, may_change
+from flax_switch.config.base import _Section, _tuples, may_change
+from flax_switch.config.ranges import Count, Every, Natural, Positive, Range, Rate
 from flax_switch.config.run import BatchConfig, check_microbatches
 
 # Metric -> the scores it gives, all of them the higher the better.
@@ -37,33 +38,37 @@ class TaskConfig(_Section):
     "en" and "de" means corpus/train.en and corpus/train.de.
     """
 
+    section: ClassVar[str] = "data.tasks"
+
     name: str = "task"
     train: str | tuple[str, ...] | None = None
     validation: str | tuple[str, ...] | None = None  # None: data.validation_fraction of train
-    inputs: str | int = "inputs"  # a field (translation.en reaches inside), a column's number, or "question: {question} ..."
-    targets: str | int = "targets"  # likewise; a list of texts is several references, the first of which is learnt
+    inputs: str | Natural = "inputs"  # a field (translation.en reaches inside), a column's number, or "question: {question} ..."
+    targets: str | Natural = "targets"  # likewise; a list of texts is several references, the first of which is learnt
     prefix: str = ""  # before every input, such as "summarize: "
     labels: tuple[str, ...] = ()  # the texts that whole-number targets 0, 1, ... stand for
     metrics: tuple[str, ...] | None = None  # None: evaluation.metrics
-    rate: float | None = None  # in a mixture; None: by the number of examples
+    rate: Positive | None = None  # in a mixture; None: by the number of examples
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for metric in self.metrics or ():
             one_of(f"the metrics of {self.name!r}", metric, tuple(METRICS))
-        check(self.rate is None or self.rate > 0, f"The rate of task {self.name!r} must be positive; it is {self.rate}.")
 
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneDataConfig(TaskConfig, BatchConfig):
     """The data of a fine-tuning run: one task, given by the fields of `TaskConfig`, or several in `tasks`; and their batches."""
 
+    section: ClassVar[str] = "data"
+
     tasks: tuple[TaskConfig, ...] = ()
-    mixing_limit: int | None = None  # K: a task counts as at most so many examples (T5's examples-proportional mixing)
-    mixing_temperature: float = 1.0  # T: rates are min(examples, K) ** (1/T)
-    validation_fraction: float = 0.05  # of examples, by a hash of their inputs, where a task names no validation file
+    # K: a task counts as at most so many examples (T5's examples-proportional mixing)
+    mixing_limit: Annotated[int, Range(least=1, off="None sets no limit.")] | None = None
+    mixing_temperature: Annotated[float, Range(least=0.1)] = 1.0  # T: rates are min(examples, K) ** (1/T)
+    validation_fraction: Rate = 0.05  # of examples, by a hash of their inputs, where a task names no validation file
     skip_empty: bool = False  # leave out examples without inputs or targets, instead of refusing the file
-    batch_tokens: int | None = None  # source tokens per step: decides batch_size where it is set
+    batch_tokens: Count | None = None  # source tokens per step: decides batch_size where it is set
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,13 +78,6 @@ class FinetuneDataConfig(TaskConfig, BatchConfig):
                 f"data.batch_tokens ({self.batch_tokens}) must hold at least one row of data.inputs_length ({self.inputs_length}).",
             )
             object.__setattr__(self, "batch_size", self.batch_tokens // self.inputs_length)
-        check(
-            0.0 <= self.validation_fraction < 1.0, f"data.validation_fraction must lie in [0, 1); it is {self.validation_fraction}."
-        )
-        check(self.mixing_temperature > 0, f"data.mixing_temperature must be positive; it is {self.mixing_temperature}.")
-        check(
-            self.mixing_limit is None or self.mixing_limit >= 1, f"data.mixing_limit must be at least 1; it is {self.mixing_limit}."
-        )
         names = [task.name for task in self.tasks]
         check(len(set(names)) == len(names), f"The tasks of a mixture need different names; these are {', '.join(names)}.")
         check(
@@ -107,24 +105,25 @@ class FinetuneDataConfig(TaskConfig, BatchConfig):
 class EvaluationConfig(_Section):
     """Evaluation on the validation examples: generation with beams, metrics, the best checkpoint, early stopping."""
 
+    section: ClassVar[str] = "evaluation"
+
     metrics: tuple[str, ...] = ()  # of METRICS
     tokenizer: str = "auto"  # of ROUGE and BLEU, of SCORE_TOKENIZERS; "latin" is theirs, for the Latin alphabet
     best: str | None = None  # the score by which the best checkpoint is kept; None: the first metric's, else cross_entropy
-    patience: int | None = may_change(None)  # evaluations in a row without a new best after which training ends
-    max_examples: int | None = None  # of each task, spread evenly over its validation examples
-    batch_size: int = may_change(32)
-    num_beams: int = 4
-    brevity_penalty: float | None = 0.6  # T5X's alpha
-    max_new_tokens: int | None = None  # None: data.targets_length
+    # evaluations in a row without a new best after which training ends
+    patience: Annotated[int, Range(least=1, off="None never stops early.")] | None = may_change(None)
+    # of each task, spread evenly over its validation examples
+    max_examples: Annotated[int, Range(least=1, off="None takes all.")] | None = None
+    batch_size: Count = may_change(32)
+    num_beams: Annotated[int, Range(1, largest=1024)] = 4
+    brevity_penalty: Annotated[float, Range(0, 10, off="None turns it off.")] | None = 0.6  # T5X's alpha
+    max_new_tokens: Count | None = None  # None: data.targets_length
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for metric in self.metrics:
             one_of("evaluation.metrics", metric, tuple(METRICS))
         one_of("evaluation.tokenizer", self.tokenizer, SCORE_TOKENIZERS)
-        for name in ("patience", "max_examples", "batch_size", "num_beams", "max_new_tokens"):
-            value = getattr(self, name)
-            check(value is None or value >= 1, f"evaluation.{name} must be at least 1; it is {value}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,18 +131,18 @@ class FinetuneOptimizerConfig(OptimizerConfig):
     """The optimiser; the defaults are T5X's for fine-tuning: Adafactor at a constant 1e-3."""
 
     schedule: str = "constant"
-    learning_rate: float = may_change(1e-3)
-    warmup_steps: int = 0
+    learning_rate: Positive = may_change(1e-3)
+    warmup_steps: Natural = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneTrainConfig(TrainConfig):
     """The training loop; an evaluation generates, so it costs more than pre-training's."""
 
-    steps: int = may_change(10_000)
-    eval_every: int = may_change(500)
-    checkpoint_every: int = may_change(500)
-    keep_last: int = may_change(1)
+    steps: Count = may_change(10_000)
+    eval_every: Every = may_change(500)
+    checkpoint_every: Every = may_change(500)
+    keep_last: Count = may_change(1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,6 +195,8 @@ class FinetuneRecipe(_Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         reject_unknown_keys(SwitchConfig, self.model)
+        for name, value in self.model.items():
+            SwitchConfig.check_field(name, _tuples(value))
         self.resolve(SwitchConfig())
 
     def resolve(self, model: SwitchConfig, init: str = "") -> FinetuneConfig:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 from flax_switch.config.base import _Section, check, may_change, one_of
+from flax_switch.config.ranges import Count, Epsilon, Layers, Natural, NotNegative, Positive, Range, Rate, Seed
 
 ACTIVATIONS = ("relu", "gelu", "gelu_new", "silu", "swish", "linear", "tanh")
 LAYOUTS = ("bottom", "middle", "mixed", "top", "huggingface")
@@ -90,70 +91,70 @@ class SwitchConfig(_Section):
     """
 
     # --- sizes
-    vocab_size: int = 32128  # V, sentinels and padding to a multiple of 128 included
-    d_model: int = 768  # D
-    num_heads: int = 12  # H
-    d_kv: int = 64  # K, per head; H * K need not equal D
-    d_ff: int = 3072  # F of the dense MLPs
-    num_encoder_layers: int = 12
-    num_decoder_layers: int = 12
-    num_sparse_encoder_layers: int = 6
-    num_sparse_decoder_layers: int = 6
+    vocab_size: Count = 32128  # V, sentinels and padding to a multiple of 128 included
+    d_model: Count = 768  # D
+    num_heads: Count = 12  # H
+    d_kv: Count = 64  # K, per head; H * K need not equal D
+    d_ff: Count = 3072  # F of the dense MLPs
+    num_encoder_layers: Layers = 12
+    num_decoder_layers: Layers = 12
+    num_sparse_encoder_layers: Layers = 6
+    num_sparse_decoder_layers: Layers = 6
     sparse_layout: str = "mixed"  # one of LAYOUTS
-    encoder_sparse_layers: tuple[int, ...] | None = None  # explicit indices; override the layout and the number
-    decoder_sparse_layers: tuple[int, ...] | None = None
+    encoder_sparse_layers: tuple[Natural, ...] | None = None  # explicit indices; override the layout and the number
+    decoder_sparse_layers: tuple[Natural, ...] | None = None
     mlp_activations: tuple[str, ...] = ("relu",)  # two names make a gated MLP: ("gelu_new", "linear") is T5 1.1's
     extra_mlp: bool = False  # ST-MoE: a dense MLP with its own norm and residual after each sparse block
 
     # --- experts and routing
-    num_experts: int = 8  # E
-    num_selected_experts: int = 1  # N, for tokens-choose
-    expert_d_ff: int | None = None  # F of the experts; None: d_ff
+    num_experts: Annotated[int, Range(1, largest=2**20)] = 8  # E
+    num_selected_experts: Count = 1  # N, for tokens-choose
+    expert_d_ff: Count | None = None  # F of the experts; None: d_ff
     shared_expert: bool = False  # a dense MLP of the experts' width beside the routed ones, added to their output
     # One of ROUTERS. "experts_choose": in the encoder only, decoders always let tokens choose. "hash": by token id, nothing learned
     router_type: str = "tokens_choose"
-    hash_seed: int = 0  # which ids go to which expert, where router_type is "hash"
+    hash_seed: Seed = 0  # which ids go to which expert, where router_type is "hash"
     batch_prioritized_routing: bool = False  # the encoder only: it breaks causality in a decoder (2106.05974)
     normalize_router_weights: bool = False  # renormalise the N combine weights to sum to 1
     capacity_mode: str = "factor"  # "factor", "fixed" (expert_capacity per group) or "dropless"
-    capacity_factor: float = 1.25  # in training: C = max(round(factor * S / E), min_expert_capacity)
-    eval_capacity_factor: float = 2.0
-    min_expert_capacity: int = 4
-    expert_capacity: int = 64  # C where capacity_mode is "fixed"
+    capacity_factor: Positive = 1.25  # in training: C = max(round(factor * S / E), min_expert_capacity)
+    eval_capacity_factor: Positive = 2.0
+    min_expert_capacity: Count = 4
+    expert_capacity: Count = 64  # C where capacity_mode is "fixed"
     routing_group: str = "sequence"  # "sequence", "tokens" (group_size of them), or "flaxformer" (compatibility)
-    group_size: int = 4096  # S where routing_group is "tokens"; the largest S where it is "flaxformer"
+    group_size: Count = 4096  # S where routing_group is "tokens"; the largest S where it is "flaxformer"
     ignore_padding_tokens: bool = False  # False: padding takes slots and counts in losses, as it does upstream
     padding_semantics: str = "masked"  # how ignored padding behaves: flaxformer's "masked" or "scatter" router
     router_bias: bool = False
-    router_init_std: float = 0.02  # of the router's kernel; at D**-0.5 tokens begin with preferences, at 0.02 with hardly any
-    router_jitter_noise: float = 0.0  # training only: router inputs times U(1-eps, 1+eps)
+    router_init_std: NotNegative = 0.02  # of the router's kernel; at D**-0.5 tokens begin with preferences, at 0.02 with hardly any
+    router_jitter_noise: Rate = 0.0  # training only: router inputs times U(1-eps, 1+eps)
     router_dtype: str = "float32"
     cast_router_probs: bool = False  # Hugging Face: probabilities in the activations' dtype before argmax
     moe_executor: str = may_change("auto")  # "auto" or one of EXECUTORS
     # Dropless with experts on several devices: rows a device can receive, relative to its even share of them. What does not fit
     # is dropped and counted (the metric choices_overflowed).
-    expert_parallel_buffer_factor: float = may_change(2.0)
+    expert_parallel_buffer_factor: Positive = may_change(2.0)
 
     # --- losses
-    load_balancing_loss_coef: float = 0.01
-    router_z_loss_coef: float = 0.0
+    load_balancing_loss_coef: NotNegative = 0.01
+    router_z_loss_coef: NotNegative = 0.0
     router_loss_reduction: str = "layers"  # mean over sparse layers; or "huggingface": concatenated on length, by stack
-    z_loss_coef: float = 1e-4  # on the logits' normaliser
-    label_smoothing: float = 0.0
-    loss_normalizer: str | float = "real_target_tokens"  # or "total_target_tokens", "average_per_sequence", or a constant
+    z_loss_coef: NotNegative = 1e-4  # on the logits' normaliser
+    label_smoothing: Rate = 0.0
+    loss_normalizer: str | Positive = "real_target_tokens"  # or "total_target_tokens", "average_per_sequence", or a constant
 
     # --- layers and numerics
     tie_word_embeddings: bool = True
     separate_embeddings: bool = False  # encoder and decoder embed with tables of their own, as Hugging Face's untied models do
-    relative_attention_num_buckets: int = 32
-    relative_attention_max_distance: int = 128
+    relative_attention_num_buckets: Annotated[int, Range(4, largest=2**20)] = 32
+    relative_attention_max_distance: Count = 128
     relative_attention_per_layer: bool = False  # a table in every layer, as T5X's scanned checkpoints have
-    layer_norm_epsilon: float = 1e-6
-    dropout_rate: float = 0.1
-    expert_dropout_rate: float | None = None  # None: dropout_rate
+    layer_norm_epsilon: Epsilon = 1e-6
+    dropout_rate: Rate = 0.1
+    expert_dropout_rate: Rate | None = None  # None: dropout_rate
     zero_padding_activations: bool = True  # flaxformer multiplies the padding mask in before each sublayer; HF does not
-    init_scale: float = 0.1  # of variance-scaling initialisers (Switch, table 3)
-    copying_heads: int = 0  # heads of every cross-attention that begin by attending to the token's like in the inputs
+    init_scale: Positive = 0.1  # of variance-scaling initialisers (Switch, table 3)
+    copying_heads: Natural = 0  # heads of every cross-attention that begin by attending to the token's like in the inputs
     dtype: str = "float32"  # of activations and matrix products; routers, norms, softmax and losses stay float32
     param_dtype: str = "float32"
     expert_dtype: str | None = None  # of activations inside the experts; None: dtype
@@ -161,17 +162,14 @@ class SwitchConfig(_Section):
     remat_policy: str = may_change("none")  # "none", "minimal" (save matrix products) or "full"
 
     # --- special tokens
-    pad_token_id: int = 0
-    eos_token_id: int = 1
-    extra_eos_token_ids: tuple[int, ...] = ()  # further ids that end a sequence in generation; texts are closed with eos_token_id
-    decoder_start_token_id: int = 0
+    pad_token_id: Natural = 0
+    eos_token_id: Natural = 1
+    # further ids that end a sequence in generation; texts are closed with eos_token_id
+    extra_eos_token_ids: tuple[Natural, ...] = ()
+    decoder_start_token_id: Natural = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("vocab_size", "d_model", "num_heads", "d_kv", "d_ff", "min_expert_capacity", "group_size"):
-            check(getattr(self, name) >= 1, f"{name} must be at least 1; it is {getattr(self, name)}.")
-        for name in ("num_encoder_layers", "num_decoder_layers", "num_sparse_encoder_layers", "num_sparse_decoder_layers"):
-            check(getattr(self, name) >= 0, f"{name} must not be negative; it is {getattr(self, name)}.")
         one_of("sparse_layout", self.sparse_layout, LAYOUTS)
         one_of("router_type", self.router_type, ROUTERS)
         one_of("capacity_mode", self.capacity_mode, ("factor", "fixed", "dropless"))
@@ -200,16 +198,10 @@ class SwitchConfig(_Section):
             self._check_stack(stack)
         if self.is_sparse:
             self._check_routing()
+        check(self.copying_heads <= self.num_heads, f"copying_heads must be at most {self.num_heads}; it is {self.copying_heads}.")
         check(
-            0 <= self.copying_heads <= self.num_heads, f"copying_heads must be 0 to {self.num_heads}; it is {self.copying_heads}."
-        )
-        check(self.router_init_std >= 0, f"router_init_std must not be negative; it is {self.router_init_std}.")
-        for name in ("dropout_rate", "expert_dropout_rate", "label_smoothing", "router_jitter_noise"):
-            rate = getattr(self, name)
-            check(rate is None or 0.0 <= rate < 1.0, f"{name} must lie in [0, 1); it is {rate}.")
-        check(
-            self.relative_attention_num_buckets >= 4 and self.relative_attention_num_buckets % 2 == 0,
-            f"relative_attention_num_buckets must be even and at least 4; it is {self.relative_attention_num_buckets}.",
+            self.relative_attention_num_buckets % 2 == 0,
+            f"relative_attention_num_buckets must be even; it is {self.relative_attention_num_buckets}.",
         )
         check(
             self.relative_attention_max_distance > self.relative_attention_num_buckets // 2,
@@ -218,12 +210,12 @@ class SwitchConfig(_Section):
         )
         for name in ("pad_token_id", "eos_token_id", "decoder_start_token_id"):
             check(
-                0 <= getattr(self, name) < self.vocab_size,
+                getattr(self, name) < self.vocab_size,
                 f"{name}={getattr(self, name)} is outside the vocabulary of {self.vocab_size}.",
             )
         for token in self.extra_eos_token_ids:
             check(
-                0 <= token < self.vocab_size,
+                token < self.vocab_size,
                 f"extra_eos_token_ids holds {token}, which is outside the vocabulary of {self.vocab_size}.",
             )
 
@@ -239,15 +231,10 @@ class SwitchConfig(_Section):
         )
 
     def _check_routing(self) -> None:
-        check(self.num_experts >= 1, f"num_experts must be at least 1; it is {self.num_experts}.")
         check(
-            1 <= self.num_selected_experts <= self.num_experts,
+            self.num_selected_experts <= self.num_experts,
             f"num_selected_experts must lie between 1 and num_experts ({self.num_experts}); it is {self.num_selected_experts}.",
         )
-        for name in ("capacity_factor", "eval_capacity_factor", "expert_parallel_buffer_factor"):
-            check(getattr(self, name) > 0, f"{name} must be positive; it is {getattr(self, name)}.")
-        check(self.expert_capacity >= 1, f"expert_capacity must be at least 1; it is {self.expert_capacity}.")
-        check(self.expert_d_ff is None or self.expert_d_ff >= 1, f"expert_d_ff must be at least 1; it is {self.expert_d_ff}.")
         if self.router_type == "experts_choose":
             check(
                 self.capacity_mode != "dropless",

@@ -19,7 +19,7 @@ from typing import Any
 
 import ml_collections
 
-from flax_switch.config import ConfigError, shipped
+from flax_switch.config import ConfigError, one_line, shipped
 from flax_switch.config.kinds import RECIPES, Recipe, kind_of
 from flax_switch.config.values import parse_assignment
 
@@ -65,10 +65,10 @@ def load_gin(paths: Sequence[str | Path], bindings: Iterable[str] = ()) -> Recip
             gin.parse_config_files_and_bindings([str(p) for p in paths], list(bindings))
             bound = {name: section() for name, section in sections.items()}
         except Exception as error:  # gin raises whatever an import or a reference in the file raises
-            what = str(error).strip() or type(error).__name__
             raise ConfigError(
-                f"The gin configuration cannot be read: {what}. Here a gin file names a recipe (recipe.base = 'tiny') and binds "
-                "fields of its sections (train.steps = 500); T5X's own files, which import and include its modules, are no recipes."
+                f"The gin configuration cannot be read: {one_line(error)}. Here a gin file names a recipe (recipe.base = "
+                "'tiny') and binds fields of its sections (train.steps = 500); T5X's own files, which import and include its "
+                "modules, are no recipes."
             ) from error
         finally:
             gin.clear_config()
@@ -122,7 +122,7 @@ def _config_dict(given: str | Path) -> ml_collections.ConfigDict:
     except Exception as error:  # a recipe is code, and raises what it likes
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         where = f", line {lines[-1]}" if lines else ""
-        raise ConfigError(f"The recipe {path}{where} raises {type(error).__name__}: {error}.") from error
+        raise ConfigError(f"The recipe {path}{where} raises {type(error).__name__}: {one_line(error)}.") from error
     if not isinstance(values, ml_collections.ConfigDict):
         raise ConfigError(f"{path} is no recipe: its get_config() returns {type(values).__name__}, not to_config_dict(...).")
     return values

@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from flax_switch.config.base import _Section, check, may_change, one_of
 from flax_switch.config.model import SwitchConfig
+from flax_switch.config.ranges import Count, Epsilon, Every, Natural, NotNegative, Positive, Range, Rate, Seed, Share
 
 
 @dataclasses.dataclass(frozen=True)
 class BatchConfig(_Section):
     """The batches of any kind of run: the fields that its `data` has beside those that say what is read."""
 
-    inputs_length: int = 512  # tokens, sentinels and EOS included
-    targets_length: int = 128
-    batch_size: int = 128  # rows per step over all processes
+    section: ClassVar[str] = "data"
+
+    inputs_length: Count = 512  # tokens, sentinels and EOS included
+    targets_length: Count = 128
+    batch_size: Count = 128  # rows per step over all processes
     packing: bool = False  # put several short examples in a row, with segment ids
     shuffle: bool = True
-    seed: int = 0
-    num_workers: int = may_change(0)  # processes that prepare batches; the order never depends on it
-    prefetch: int = may_change(8)  # batches held ready
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("inputs_length", "targets_length", "batch_size", "prefetch"):
-            check(getattr(self, name) >= 1, f"data.{name} must be at least 1; it is {getattr(self, name)}.")
-        check(self.num_workers >= 0, f"data.num_workers must not be negative; it is {self.num_workers}.")
+    seed: Seed = 0
+    # processes that prepare batches; the order never depends on it
+    num_workers: Annotated[int, Range(0, largest=1024, off="0 prepares them in this process.")] = may_change(0)
+    prefetch: Count = may_change(8)  # batches held ready
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,72 +34,66 @@ class DataConfig(BatchConfig):
     source: str | tuple[str, ...] = "default"  # "default": the embedded corpus; else files, folders or globs
     text_field: str = "text"  # the field or column of JSON, tables, parquet and ArrayRecord
     document_separator: str = "line"  # of .txt: "line" (one document a line) or "blank_line"
-    heldout_fraction: float = 0.02  # of documents, chosen by a hash of their text
+    heldout_fraction: Share = 0.02  # of documents, chosen by a hash of their text
     vocabulary: str | None = None  # a SentencePiece .model; None: train one of vocabulary_size pieces on the corpus
-    vocabulary_size: int = 32000  # pieces, before sentinels
-    num_sentinels: int = 100
-    span_corruption_rate: float = 1.0  # rates of the objectives in the mixture; they need not sum to 1
-    prefix_lm_rate: float = 0.0
-    infilling_rate: float = 0.0  # inputs of span corruption, but the whole text as targets (BART's text infilling)
-    noise_density: float = 0.15
-    mean_noise_span_length: float = 3.0
-    targets_length: int = 114
+    vocabulary_size: Count = 32000  # pieces, before sentinels
+    num_sentinels: Annotated[int, Range(0, largest=100_000)] = 100
+    span_corruption_rate: NotNegative = 1.0  # rates of the objectives in the mixture; they need not sum to 1
+    prefix_lm_rate: NotNegative = 0.0
+    infilling_rate: NotNegative = 0.0  # inputs of span corruption, but the whole text as targets (BART's text infilling)
+    noise_density: Share = 0.15
+    mean_noise_span_length: Annotated[float, Range(least=1)] = 3.0
+    targets_length: Count = 114
     cache_dir: str | None = may_change(None)  # of tokenised text; None: a folder in the user's cache directory
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self.vocabulary_size >= 1, f"data.vocabulary_size must be at least 1; it is {self.vocabulary_size}.")
-        check(self.num_sentinels >= 0, f"data.num_sentinels must not be negative; it is {self.num_sentinels}.")
         one_of("data.document_separator", self.document_separator, ("line", "blank_line"))
-        check(0.0 < self.noise_density < 1.0, f"data.noise_density must lie in (0, 1); it is {self.noise_density}.")
-        check(
-            self.mean_noise_span_length >= 1.0,
-            f"data.mean_noise_span_length must be at least 1; it is {self.mean_noise_span_length}.",
-        )
         rates = {f"data.{f.name}": getattr(self, f.name) for f in dataclasses.fields(self) if f.name.endswith("_rate")}
         check(
-            min(rates.values()) >= 0 and sum(rates.values()) > 0,
-            f"{', '.join(rates)} must not be negative, and one of them must be positive; they are "
-            f"{', '.join(map(str, rates.values()))}.",
+            sum(rates.values()) > 0,
+            f"One of {', '.join(rates)} must be positive; they are {', '.join(map(str, rates.values()))}.",
         )
-        check(0.0 < self.heldout_fraction < 1.0, f"data.heldout_fraction must lie in (0, 1); it is {self.heldout_fraction}.")
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig(_Section):
     """The optimiser and its schedule. The defaults are T5X's for pre-training."""
 
+    section: ClassVar[str] = "optimizer"
+
     name: str = "adafactor"  # or "adamw", "adamw_rms" (rates relative to a parameter's RMS), "muon" (the same, matrices by Muon)
     schedule: str = "rsqrt"  # learning_rate * rsqrt(max(step, warmup_steps)); or "constant", "linear", "cosine"
-    learning_rate: float = may_change(1.0)  # the factor in rsqrt; else the peak. Lower it where losses are no numbers
-    warmup_steps: int = 10_000  # rsqrt: constant until then; others: linear from 0
-    final_learning_rate: float = 0.0  # of linear and cosine, at the last step
-    decay_rate: float = 0.8  # Adafactor's second moments: 1 - step**-decay_rate
+    learning_rate: Positive = may_change(1.0)  # the factor in rsqrt; else the peak. Lower it where losses are no numbers
+    warmup_steps: Natural = 10_000  # rsqrt: constant until then; others: linear from 0
+    final_learning_rate: NotNegative = 0.0  # of linear and cosine, at the last step
+    decay_rate: Positive = 0.8  # Adafactor's second moments: 1 - step**-decay_rate
     multiply_by_parameter_scale: bool = True  # Adafactor's; adamw_rms and muon always do, adamw never does
-    min_dim_size_to_factor: int = 128
-    clipping_threshold: float | None = 1.0  # Adafactor's, on the update's RMS, per expert
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    clip_global_norm: float | None = None
+    min_dim_size_to_factor: Count = 128
+    # Adafactor's, on the update's RMS, per expert
+    clipping_threshold: Annotated[float, Range(above=0, off="None clips no update.")] | None = 1.0
+    b1: Rate = 0.9
+    b2: Rate = 0.999
+    eps: Epsilon = 1e-8
+    weight_decay: NotNegative = 0.0
+    clip_global_norm: Annotated[float, Range(above=0, off="None clips no gradient.")] | None = None
     trainable: str = ".*"  # a regular expression over parameter paths, or a name in training/freezing; others stay as they are
 
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of("optimizer.name", self.name, ("adafactor", "adamw", "adamw_rms", "muon"))
         one_of("optimizer.schedule", self.schedule, ("rsqrt", "constant", "linear", "cosine"))
-        check(self.learning_rate > 0, f"optimizer.learning_rate must be positive; it is {self.learning_rate}.")
-        check(self.warmup_steps >= 0, f"optimizer.warmup_steps must not be negative; it is {self.warmup_steps}.")
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig(_Section):
     """How devices are laid out: axes ('data', 'expert', 'model'); one of them may be -1, which takes what is left."""
 
-    data: int = -1
-    expert: int = 1
-    model: int = 1
+    section: ClassVar[str] = "mesh"
+
+    data: Annotated[int, Range(least=1, also=(-1,))] = -1
+    expert: Annotated[int, Range(least=1, also=(-1,))] = 1
+    model: Annotated[int, Range(least=1, also=(-1,))] = 1
     fsdp: bool = False  # parameters and optimiser state also sharded over data
     mode: str = "jit"  # or "pmap": the same train step under jax.pmap, for data and expert parallelism
 
@@ -115,7 +107,7 @@ class MeshConfig(_Section):
         )
         axes = (self.data, self.expert, self.model)
         check(
-            all(a == -1 or a >= 1 for a in axes) and axes.count(-1) <= 1,
+            axes.count(-1) <= 1,
             f"mesh axes must be positive, at most one of them -1; they are data={self.data}, expert={self.expert}, "
             f"model={self.model}.",
         )
@@ -125,23 +117,20 @@ class MeshConfig(_Section):
 class TrainConfig(_Section):
     """The training loop."""
 
-    steps: int = may_change(524_288)
-    seed: int = 0
-    microbatches: int = 1  # a batch is split into this many; the update equals the unsplit batch's
-    log_every: int = may_change(100)
-    eval_every: int = may_change(1000)
-    eval_batches: int = may_change(20)
-    checkpoint_every: int = may_change(1000)
-    keep_last: int = may_change(3)
-    keep_every: int | None = may_change(None)  # keep checkpoints whose step is a multiple of it for good
-    max_nonfinite_steps: int = may_change(10)  # so many updates in a row that are no numbers, and so skipped, end the run
-    sample_spans: int = may_change(4)  # held-out examples shown at the end: with masked spans filled in, or beside predictions
+    section: ClassVar[str] = "train"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        counts = ("steps", "microbatches", "log_every", "eval_every", "eval_batches", "checkpoint_every", "keep_last")
-        for name in (*counts, "max_nonfinite_steps"):
-            check(getattr(self, name) >= 1, f"train.{name} must be at least 1; it is {getattr(self, name)}.")
+    steps: Count = may_change(524_288)
+    seed: Seed = 0
+    microbatches: Count = 1  # a batch is split into this many; the update equals the unsplit batch's
+    log_every: Every = may_change(100)
+    eval_every: Every = may_change(1000)
+    eval_batches: Count = may_change(20)
+    checkpoint_every: Every = may_change(1000)
+    keep_last: Count = may_change(3)
+    # keep checkpoints whose step is a multiple of it for good
+    keep_every: Annotated[int, Range(least=1, off="None keeps none for good.")] | None = may_change(None)
+    max_nonfinite_steps: Count = may_change(10)  # so many updates in a row that are no numbers, and so skipped, end the run
+    sample_spans: Natural = may_change(4)  # held-out examples shown at the end: with masked spans filled in, or beside predictions
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,9 @@ def parse_value(text: str) -> Any:
     if text.lower() in named:
         return named[text.lower()]
     try:
-        return _tuples(ast.literal_eval(text))
+        value = _tuples(ast.literal_eval(text))
+        repr(value)  # raises for an integer of thousands of digits, which no message could show
+        return value
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # all that literal_eval raises
         return text
 

@@ -16,7 +16,7 @@ from flax_switch.config import SwitchConfig, check, one_of
 from flax_switch.config import huggingface as config_huggingface
 from flax_switch.convert import hub, huggingface, native, t5x, tokenizer, training_run
 from flax_switch.convert.canonical import canonical_shapes, is_router
-from flax_switch.convert.doors import check_folder, read_companion
+from flax_switch.convert.doors import check_folder, read_companion, readable
 from flax_switch.convert.folder import (
     COMPANIONS,
     DEFAULT_SHARD_SIZE,
@@ -98,6 +98,11 @@ def open_checkpoint(
       ConfigError: if the config cannot be read or the changes do not fit it.
     """
     folder = hub.local_folder(source, revision)
+    with readable(folder):
+        return _opened(folder, changes or {}, allow_missing)
+
+
+def _opened(folder: Path, changes: Mapping[str, Any], allow_missing: Sequence[str]) -> Checkpoint:
     format = detect_format(folder)
     raw = None
     if format == "huggingface":
@@ -111,12 +116,12 @@ def open_checkpoint(
         config, architecture, tensors = training_run.read_run(folder, allow_missing=allow_missing)
     else:
         config, architecture, tensors = t5x.read_t5x(folder, changes=changes, allow_missing=allow_missing)
-    config = widened(config, changes or {}, folder).replace(**(changes or {}))
+    config = widened(config, changes, folder).replace(**changes)
     shapes = canonical_shapes(config, architecture)
     for path, tensor in tensors.items():
         check(
             shapes.get(path) == tensor.shape,
-            f"the changes {dict(changes or {})} do not fit the checkpoint: {path} is {list(tensor.shape)} there. Change settings "
+            f"the changes {dict(changes)} do not fit the checkpoint: {path} is {list(tensor.shape)} there. Change settings "
             "of behaviour, not sizes.",
         )
     return Checkpoint(format, folder, config, architecture, tensors, raw)
@@ -246,9 +251,13 @@ def export_config(checkpoint: Checkpoint) -> tuple[dict[str, Any], str]:
 
 
 def companion_files(folder: Path) -> dict[str, bytes]:
-    """Returns the `COMPANIONS` of a checkpoint, of a run its own; a link out of the folder raises `CheckpointError`."""
+    """Returns the `COMPANIONS` of a checkpoint, of a run its own.
+
+    Raises `CheckpointError` for a link out of the folder, and `ConfigError` for a vocabulary that is broken.
+    """
     place = training_run.vocabulary_folder(folder)
     check_folder(place)
+    tokenizer.load_vocabulary(folder)
     root = folder if place == folder else place.parent
     return {name: read_companion(place / name, root) for name in COMPANIONS if (place / name).is_file()}
 

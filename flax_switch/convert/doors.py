@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,15 @@ _KINDS = (
     (stat.S_ISBLK, "a device"),
 )
 _COUNTS = ("num_layers", "num_encoder_layers", "num_decoder_layers", "num_experts")
+
+
+@contextlib.contextmanager
+def readable(folder: Path) -> Iterator[None]:
+    """Turns what the operating system says about a file of the folder, if it cannot be read, into `CheckpointError`."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"Cannot read {error.filename or folder}: {error.strerror or error}.") from error
 
 
 def check_folder(folder: Path, *, below: bool = False) -> None:
@@ -54,6 +64,11 @@ def read_companion(path: Path, folder: Path) -> bytes:
     Raises:
       CheckpointError: for such a link, or a file too large for what it is.
     """
+    with readable(folder):
+        return _own_bytes(path, folder)
+
+
+def _own_bytes(path: Path, folder: Path) -> bytes:
     if not in_store(path):
         real, root = path.resolve(), folder.resolve()
         blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root

@@ -20,6 +20,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from flax_switch.config import ConfigError, check
+from flax_switch.config.ranges import shown
 from flax_switch.convert import t5x, training_run
 from flax_switch.convert.doors import check_folder
 from flax_switch.convert.safetensors_file import write_safetensors
@@ -44,16 +45,16 @@ COMPANIONS = (
 )
 _PLAN = "conversion.json"
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-_PART = re.compile(r"(.+)\[(\d+):(\d+)\]")
+_PART = re.compile(r"(.+)\[(\d{1,15}):(\d{1,15})\]")
 
 Shard = dict[str, LazyTensor]
 
 
 def parse_size(size: str | int) -> int:
     """Returns bytes of a size such as "5GB", "300MiB" or 1000000."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,9})?)\s*([A-Za-z]*)\s*", str(size))
     if match is None or match[2].upper() not in _UNITS or float(match[1]) <= 0:
-        raise ConfigError(f"a size is a positive number and a unit, as in 5GB or 300MiB; it is {size!r}.")
+        raise ConfigError(f"a size is a positive number and a unit, as in 5GB or 300MiB; it is {shown(size)}.")
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 

@@ -16,8 +16,8 @@ from flax_switch.convert.canonical import flatten, unflatten
 
 SCAN_AXIS = 1
 
-_LAYER = re.compile(r"(encoder|decoder)/layers_(\d+)/(.+)")
-_BLOCK = re.compile(r"(encoder|decoder)/\1/subblock_(\d+)/(.+)")
+_LAYER = re.compile(r"(encoder|decoder)/layers_(\d{1,4})/(.+)")
+_BLOCK = re.compile(r"(encoder|decoder)/\1/subblock_(\d{1,4})/(.+)")
 
 
 def stack_layers(params: Mapping[str, Any], config: SwitchConfig) -> dict[str, Any]:

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flax_switch.config import ConfigError, check
+from flax_switch.convert.doors import readable
 from flax_switch.convert.training_run import vocabulary_folder
+from flax_switch.host.files import read_bytes
 from flax_switch.host.json_text import field, read_json, valid_text
 
 if TYPE_CHECKING:
@@ -26,27 +28,40 @@ log = logging.getLogger(__name__)
 
 
 def load_vocabulary(folder: Path) -> Vocabulary | None:
-    """Returns the vocabulary of a model's folder, or None where it has none (or one that is no T5 tokenizer, which is logged)."""
+    """Returns the vocabulary of a model's folder, or None where it has none (or one that is no T5 tokenizer, which is logged).
+
+    Raises `ConfigError` for files that are broken.
+    """
+    from flax_switch.data.vocabulary import OtherTokenizerError
+
+    folder = vocabulary_folder(folder)
+    try:
+        with readable(folder):
+            return _vocabulary_in(folder)
+    except OtherTokenizerError as error:
+        log.warning("The tokenizer in %s is not used: %s", folder, error)
+    except ConfigError as error:
+        raise ConfigError(
+            f"The vocabulary in {folder} cannot be used: {error} Put the model's own there, or remove it to go without."
+        ) from error
+    return None
+
+
+def _vocabulary_in(folder: Path) -> Vocabulary | None:
     from flax_switch.data.foreign_vocabulary import ForeignVocabulary
     from flax_switch.data.vocabulary import Vocabulary
 
-    folder = vocabulary_folder(folder)
     spiece, tokenizer = folder / "spiece.model", folder / "tokenizer.json"
-    try:
-        if (folder / "vocabulary.json").is_file():
-            return Vocabulary.load(folder)
-        values = read_json(tokenizer) if tokenizer.is_file() else None
-        if values is not None and (strange := strange_parts(values)):
-            log.info("The tokenizer in %s is run by the package tokenizers: it has %s.", folder, ", ".join(strange))
-            return ForeignVocabulary(tokenizer.read_bytes())
-        if spiece.is_file():
-            added = () if values is None else users_tokens(values)
-            return Vocabulary.from_sentencepiece(spiece, count_sentinels(folder), added)
-        if values is not None:
-            return Vocabulary(*sentencepiece_model(values), users_tokens(values))
-    except ConfigError as error:
-        log.warning("The tokenizer in %s is not used: %s", folder, error)
-    return None
+    if (folder / "vocabulary.json").is_file():
+        return Vocabulary.load(folder)
+    values = read_json(tokenizer) if tokenizer.is_file() else None
+    if values is not None and (strange := strange_parts(values)):
+        log.info("The tokenizer in %s is run by the package tokenizers: it has %s.", folder, ", ".join(strange))
+        return ForeignVocabulary(read_bytes(tokenizer))
+    if spiece.is_file():
+        added = () if values is None else users_tokens(values)
+        return Vocabulary.from_sentencepiece(spiece, count_sentinels(folder), added)
+    return None if values is None else Vocabulary(*sentencepiece_model(values), users_tokens(values))
 
 
 def users_tokens(tokenizer: Mapping[str, Any]) -> list[AddedToken]:
@@ -167,11 +182,13 @@ def sentencepiece_model(tokenizer: Mapping[str, Any]) -> tuple[bytes, int]:
     """
     from sentencepiece import sentencepiece_model_pb2
 
+    from flax_switch.data.vocabulary import OtherTokenizerError
+
     proto: Any = sentencepiece_model_pb2  # protocol buffers make its classes when it is imported
     model = field(tokenizer, "model", dict, "tokenizer.json", {})
     vocab = model.get("vocab")
     if model.get("type", "Unigram") != "Unigram" or not isinstance(vocab, list) or len(vocab) < 3:
-        raise ConfigError("tokenizer.json holds no unigram model, which T5's tokenizer is")
+        raise OtherTokenizerError("tokenizer.json holds no unigram model, which T5's tokenizer is")
     try:
         pieces = [(valid_text(str(piece)), float(score)) for piece, score in vocab]
     except (TypeError, ValueError) as error:

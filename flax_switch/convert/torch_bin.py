@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 
 import numpy as np
 
+from flax_switch.config import one_line
 from flax_switch.convert.safetensors_file import read_block
 from flax_switch.convert.tensors import DTYPES, CheckpointError, Index, LazyTensor, from_array
 from flax_switch.host.files import in_store
@@ -34,14 +34,20 @@ def read_torch_bin(path: Path) -> dict[str, LazyTensor]:
     try:
         with FakeTensorMode():  # reads shapes and places, no contents
             state = torch.load(path, weights_only=True, map_location="cpu")
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path} is no readable state dict of tensors: {reason}") from error
+        if isinstance(state, dict) and any(_is_unplaced(tensor) for tensor in state.values()):
+            state = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:  # what torch and pickle raise for a damaged file is of many kinds
+        raise CheckpointError(f"{path} is no readable state dict of tensors: {one_line(error)}.") from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise CheckpointError(f"{path} holds something else than tensors by name")
-    if any(_file_offset(tensor) is None or not tensor.is_contiguous() for tensor in state.values()):
-        return {name: from_array(_to_numpy(t)) for name, t in torch.load(path, weights_only=True, map_location="cpu").items()}
+    if any(_is_unplaced(tensor) for tensor in state.values()):
+        return {name: from_array(_to_numpy(tensor)) for name, tensor in state.items()}
     return {name: _lazy(path, name, tensor, _file_offset(tensor) or 0) for name, tensor in state.items()}
+
+
+def _is_unplaced(tensor) -> bool:
+    """Whether torch does not say where in the file a tensor's bytes lie, one after another."""
+    return not hasattr(tensor, "untyped_storage") or _file_offset(tensor) is None or not tensor.is_contiguous()
 
 
 def _file_offset(tensor) -> int | None:

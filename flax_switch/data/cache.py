@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 from rich import get_console, progress
 
-from flax_switch.config import ConfigError, check
+from flax_switch.config import ConfigError, check, one_of
 from flax_switch.data.vocabulary import Vocabulary
 from flax_switch.host import files
-from flax_switch.host.json_text import read_json
+from flax_switch.host.json_text import field, read_json
 
 SPLITS = ("train", "heldout")
 _VERSION = 1  # of the format; part of the fingerprint
@@ -34,14 +34,17 @@ class TokenStore:
         self.folder, self.split = Path(folder), split
         try:
             meta = read_json(self.folder / "meta.json")
-            counts = meta["splits"][split]
-            self.fingerprint: str = meta["fingerprint"]
-            dtype = np.dtype(str(meta["dtype"]))
-            check(dtype in (np.uint16, np.uint32), f"its tokens are {meta['dtype']!r}")
-            self.tokens = _mapped(self.folder / f"{split}.tokens", dtype, counts["tokens"])
-            self.offsets = _mapped(self.folder / f"{split}.offsets", np.dtype(np.int64), counts["documents"] + 1)
-            _check_contents(self.folder, meta.get("crc32", {}))
-        except (OSError, KeyError, TypeError, ValueError) as error:
+            counts = field(field(meta, "splits", dict, "meta.json"), split, dict, "meta.json")
+            self.fingerprint: str = field(meta, "fingerprint", str, "meta.json")
+            dtype = field(meta, "dtype", str, "meta.json")
+            one_of("dtype", dtype, ("uint16", "uint32"))
+            for path in self.folder.iterdir():
+                check(path.is_file(), f"{path.name} is no regular file")
+            tokens, documents = (field(counts, name, int, "meta.json") for name in ("tokens", "documents"))
+            self.tokens = _mapped(self.folder / f"{split}.tokens", np.dtype(dtype), tokens)
+            self.offsets = _mapped(self.folder / f"{split}.offsets", np.dtype(np.int64), documents + 1)
+            _check_contents(self.folder, field(meta, "crc32", dict, "meta.json", {}))
+        except (OSError, ValueError) as error:
             raise ConfigError(
                 f"The token cache {self.folder} is damaged ({error}); delete that folder and it is made anew."
             ) from error
@@ -71,6 +74,8 @@ def _mapped(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
 def _check_contents(folder: Path, checksums: dict[str, int]) -> None:
     """Raises `ValueError` for a file whose bytes are not those that were written; caches of 0.1.0 have no checksums."""
     for name, expected in checksums.items():
+        if Path(name).name != name:
+            raise ValueError(f"meta.json names {name!r}")
         if files.checksum(folder / name) != expected:
             raise ValueError(f"the contents of {name} have changed")
 

@@ -6,8 +6,8 @@ import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from flax_switch.config import ConfigError, check
-from flax_switch.data.vocabulary import Vocabulary
+from flax_switch.config import ConfigError
+from flax_switch.data.vocabulary import OtherTokenizerError, Vocabulary
 from flax_switch.host.json_text import valid_text
 
 
@@ -21,7 +21,7 @@ class ForeignVocabulary(Vocabulary):
         try:
             from tokenizers import Tokenizer
         except ImportError as error:
-            raise ConfigError("it needs the package tokenizers: pip install 'flax_switch[tokenizers]'") from error
+            raise OtherTokenizerError("it needs the package tokenizers: pip install 'flax_switch[tokenizers]'") from error
         try:
             self._tokenizer: Any = Tokenizer.from_str(model.decode("utf-8"))
         except Exception as error:  # the library raises plain exceptions
@@ -34,7 +34,8 @@ class ForeignVocabulary(Vocabulary):
         self.num_pieces = size - self.num_sentinels
         for name, expected in (("<pad>", self.pad_id), ("</s>", self.eos_id), ("<unk>", self.unk_id)):
             found = self._tokenizer.token_to_id(name)
-            check(found == expected, f"{name} has the id {found}, but T5's ids are needed: <pad> 0, </s> 1, <unk> 2.")
+            if found != expected:
+                raise OtherTokenizerError(f"{name} has the id {found}, but T5's ids are needed: <pad> 0, </s> 1, <unk> 2.")
 
     def encode(self, text: str) -> list[int]:
         """Returns the token ids of a text, without EOS."""

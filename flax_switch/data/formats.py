@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from flax_switch.config import ConfigError, check
-from flax_switch.data.packed import COMPRESSIONS, ending_of, lines, opened
+from flax_switch.data.packed import COMPRESSIONS, ending_of, explained, lines, opened
 from flax_switch.host.files import in_store
 from flax_switch.host.json_text import json_object, parse_json
 
@@ -109,19 +109,16 @@ def table_rows(path: Path, *, header: bool = True) -> Records:
 # --- columns and records that others' packages read
 def _parquet(path: Path) -> Records:
     try:
-        from pyarrow import ArrowException, parquet
+        from pyarrow import parquet
     except ImportError as error:
         raise ConfigError(f"Reading {path} needs pyarrow: pip install 'flax_switch[parquet]'.") from error
-    with _seekable(path) as source:
-        try:
-            with parquet.ParquetFile(source) as file:
-                row = 0
-                for batch in file.iter_batches(batch_size=1024):
-                    for record in batch.to_pylist():
-                        row += 1
-                        yield record, f"{path}, row {row}"
-        except (ArrowException, OSError) as error:
-            raise ConfigError(f"Cannot read {path} as parquet: {error}.") from error
+    with _seekable(path) as source, explained(f"{path} as parquet"), parquet.ParquetFile(source) as file:
+        row = 0
+        for batch in file.iter_batches(batch_size=1024):
+            batch.validate(full=True)
+            for record in batch.to_pylist():
+                row += 1
+                yield record, f"{path}, row {row}"
 
 
 @contextlib.contextmanager
@@ -143,13 +140,10 @@ def _array_records(path: Path) -> Records:
     except ImportError as error:
         raise ConfigError(f"Reading {path} needs array-record: pip install 'flax_switch[arrayrecord]'.") from error
     check(not in_store(path), f"{path}: ArrayRecord files are read from disks; copy it to one, or use .parquet or .jsonl.gz.")
-    reader = ArrayRecordReader(str(path))
-    try:
+    with explained(f"{path} as ArrayRecord"), contextlib.closing(ArrayRecordReader(str(path))) as reader:
         for number in range(reader.num_records()):
             where = f"{path}, record {number + 1}"
             yield json_object(reader.read([number])[0], f"{where}: records must be JSON objects"), where
-    finally:
-        reader.close()
 
 
 FORMATS: dict[str, Format] = {

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from flax_switch.config import ConfigError
+from flax_switch.config import ConfigError, one_line
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "Zstandard"}  # ending -> its name, for messages
 
@@ -18,6 +18,17 @@ def ending_of(path: Path) -> str:
     """Returns the ending that says how a file is compressed, or "" for one that is not."""
     suffix = path.suffix.lower()
     return suffix if suffix in COMPRESSIONS else ""
+
+
+@contextlib.contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Turns whatever another library raises over a damaged file into one sentence: `ConfigError`."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:  # they raise plain exceptions of several kinds
+        raise ConfigError(f"Cannot read {what}: {one_line(error)}.") from error
 
 
 @contextlib.contextmanager
@@ -32,7 +43,7 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
         with path.open("rb") as file, unpack(file) as unpacked:
             yield unpacked
     except damage as error:
-        raise ConfigError(f"{path} is damaged or is no {COMPRESSIONS[ending]} file: {error}.") from error
+        raise ConfigError(f"{path} is damaged or is no {COMPRESSIONS[ending]} file: {one_line(error)}.") from error
     except OSError as error:
         raise ConfigError(f"Cannot read {path}: {error.strerror or error}.") from error
 

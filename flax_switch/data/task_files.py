@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import glob
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 from flax_switch.config import ConfigError, check
@@ -79,30 +77,26 @@ def is_saved_dataset(folder: Path) -> bool:
 def _saved_dataset(folder: Path, split: str, setting: str) -> Records:
     """Yields rows of the Arrow files that the folder's own list names, in order."""
     try:
-        from pyarrow import ArrowException, ipc
+        from pyarrow import ipc
     except ImportError as error:
         raise ConfigError(f"Reading the data set {folder} needs pyarrow: pip install 'flax_switch[datasets]'.") from error
     if (folder / "dataset_dict.json").is_file():
         splits = field(read_json(folder / "dataset_dict.json"), "splits", list, str(folder))
         check(
             split in splits,
-            f"{setting}: {folder} has the splits {', '.join(splits) or 'none'}, and no {split!r}; name the folder of one of them.",
+            f"{setting}: {folder} has the splits {', '.join(map(str, splits)) or 'none'}, and no {split!r}; name the folder of one of them.",
         )
         folder = folder / split
     row = 0
     for file in field(read_json(folder / "state.json"), "_data_files", list, str(folder / "state.json")):
         name = field(file if isinstance(file, dict) else {}, "filename", str, str(folder / "state.json"))
-        check(Path(name).name == name, f"{folder / 'state.json'} names the file {name!r}: it must lie in the data set's folder.")
-        with _reported(folder, (ArrowException, OSError)), open(folder / name, "rb") as stream:
+        check(
+            Path(name).name == name and (folder / name).is_file(),
+            f"{folder / 'state.json'} names the file {name!r}, and there is no such file in the data set's folder.",
+        )
+        with packed.explained(f"the data set {folder}"), open(folder / name, "rb") as stream:
             for batch in ipc.open_stream(stream):
+                batch.validate(full=True)  # lengths and offsets of a damaged file lead out of it
                 for record in batch.to_pylist():
                     row += 1
                     yield record, f"{folder}, row {row}"
-
-
-@contextlib.contextmanager
-def _reported(path: Path, errors: tuple[type[Exception], ...]) -> Iterator[None]:
-    try:
-        yield
-    except errors as error:
-        raise ConfigError(f"Cannot read the data set {path}: {error}.") from error

@@ -205,7 +205,7 @@ def _value(record: Record, field: str | int, where: str, setting: str) -> Any:
 def _text(value: Any, field: str | int, labels: tuple[str, ...], where: str) -> str:
     if labels:
         check(
-            str(value).isdecimal() and int(value) < len(labels),
+            str(value).isdecimal() and len(str(value)) < 10 and int(value) < len(labels),
             f"{where}: field {field!r} must be a number below {len(labels)}, as data.labels names so many; it is {value!r}.",
         )
         return labels[int(value)]

@@ -26,9 +26,14 @@ from flax_switch.host.json_text import field, read_json, valid_text
 
 MODEL_FILE = "spiece.model"
 SETTINGS_FILE = "vocabulary.json"
-_SPECIAL = re.compile(r"<extra_id_(0|[1-9]\d*)>|</s>|<pad>|<unk>")
+_SPECIAL = re.compile(r"<extra_id_(0|[1-9]\d{0,5})>|</s>|<pad>|<unk>")
+MOST_SENTINELS = 100_000  # T5 has 100
 _TRAINING_CHARACTERS = 20_000_000  # more text does not change a vocabulary, only the time it takes
 _TRAINING_LINE = 4000  # characters; SentencePiece leaves longer lines out
+
+
+class OtherTokenizerError(ConfigError):
+    """A tokenizer that is whole, but that cannot be used here: it is of another kind than T5's, or needs a package."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,14 +59,14 @@ class Vocabulary:
 
     def __init__(self, model: bytes, num_sentinels: int = 100, added: Sequence[AddedToken] = ()):
         """Takes a serialised SentencePiece model; see `from_sentencepiece`."""
-        check(num_sentinels >= 0, f"num_sentinels must not be negative; it is {num_sentinels}.")
+        check(0 <= num_sentinels <= MOST_SENTINELS, f"num_sentinels must lie in [0, {MOST_SENTINELS}]; it is {num_sentinels}.")
         self.model = model
         self.num_sentinels = num_sentinels
         self._pieces = sentencepiece.SentencePieceProcessor()
         try:
             self._pieces.LoadFromSerializedProto(model)
         except RuntimeError as error:
-            raise ConfigError(f"This is no SentencePiece model: {error}") from error
+            raise ConfigError("This is no SentencePiece model, or a damaged one.") from error
         self.num_pieces = self._pieces.GetPieceSize()
         self._check_ids()
         self.added = tuple(sorted(added, key=lambda token: token.id))
@@ -97,10 +102,7 @@ class Vocabulary:
         Raises `ConfigError` where the file cannot be read, is no such model, or its ids are not T5's.
         """
         if not isinstance(model, bytes):
-            try:
-                model = epath.Path(model).expanduser().read_bytes()
-            except OSError as error:
-                raise ConfigError(f"Cannot read the SentencePiece model {model}: {error.strerror or error}.") from error
+            model = files.read_bytes(epath.Path(model).expanduser())
         return cls(model, num_sentinels, added)
 
     @classmethod
@@ -286,7 +288,7 @@ class Vocabulary:
         if "file" in settings:
             from flax_switch.data.foreign_vocabulary import ForeignVocabulary
 
-            vocabulary = ForeignVocabulary((epath.Path(folder) / ForeignVocabulary.file_name).read_bytes())
+            vocabulary = ForeignVocabulary(files.read_bytes(epath.Path(folder) / ForeignVocabulary.file_name))
         else:
             vocabulary = cls.from_sentencepiece(epath.Path(folder) / MODEL_FILE, sentinels, added)
         check(

@@ -1,13 +1,14 @@
 """The controls of generation: names, meanings and defaults of Hugging Face's `generate`. What cannot be is refused by name."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import numpy as np
 
-from flax_switch.config import SwitchConfig, check, one_of, reject_unknown_keys
+from flax_switch.config import SwitchConfig, check, one_of
+from flax_switch.config.base import _Section
+from flax_switch.config.ranges import Natural, Range
 
 ROUTINGS = ("auto", "dropless", "as_trained")
 
@@ -15,43 +16,48 @@ ROUTINGS = ("auto", "dropless", "as_trained")
 SAMPLING_ONLY = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": None, "typical_p": 1.0}
 BEAMS_ONLY = {"length_penalty": 1.0, "brevity_penalty": None, "early_stopping": False}
 
+_Length = Annotated[int, Range(1, largest=2**20)]
+_Rows = Annotated[int, Range(1, largest=1024)]
+
 
 @dataclasses.dataclass(frozen=True)
-class GenerationConfig:
+class GenerationConfig(_Section):
     """How tokens are chosen. Lengths are in tokens; every id is an id of the model's vocabulary.
 
     Raises `ConfigError` naming the control that is impossible, or that contradicts another one.
     """
 
     # --- length
-    max_new_tokens: int = 20  # after the decoder's prefix
-    min_new_tokens: int = 0  # EOS is impossible before
+    max_new_tokens: _Length = 20  # after the decoder's prefix
+    min_new_tokens: Natural = 0  # EOS is impossible before
     # --- beams
-    num_beams: int = 1  # 1: greedy search, or sampling
-    num_return_sequences: int = 1  # of every source: its best beams, or independent samples
-    length_penalty: float = 1.0  # a beam's score is its summed log-probabilities / length**length_penalty
-    brevity_penalty: float | None = None  # T5X's alpha, in place of length_penalty: / ((5 + length) / 6)**alpha
+    num_beams: _Rows = 1  # 1: greedy search, or sampling
+    num_return_sequences: _Rows = 1  # of every source: its best beams, or independent samples
+    # a beam's score is its summed log-probabilities / length**length_penalty
+    length_penalty: Annotated[float, Range(-10, 10)] = 1.0
+    # T5X's alpha, in place of length_penalty: / ((5 + length) / 6)**alpha
+    brevity_penalty: Annotated[float, Range(0, 10, off="None turns it off.")] | None = None
     early_stopping: bool | str = False  # True: at num_beams finished ones; False: by a heuristic; "never": only when it is certain
     # --- sampling
     do_sample: bool = False
-    temperature: float = 1.0
-    top_k: int = 50  # 0: all
-    top_p: float = 1.0
-    min_p: float | None = None  # relative to the most probable token
-    typical_p: float = 1.0
+    temperature: Annotated[float, Range(1e-10, off="do_sample=False takes the most probable token.")] = 1.0
+    top_k: Annotated[int, Range(0, off="0 turns it off.")] = 50  # 0: all
+    top_p: Annotated[float, Range(above=0, most=1, off="1 turns it off.")] = 1.0
+    min_p: Annotated[float, Range(0, 1, off="None turns it off.")] | None = None  # relative to the most probable token
+    typical_p: Annotated[float, Range(above=0, most=1, off="1 turns it off.")] = 1.0
     # --- what may be said
-    repetition_penalty: float = 1.0
-    no_repeat_ngram_size: int = 0
-    encoder_no_repeat_ngram_size: int = 0  # n-grams of the source that may not be repeated
-    bad_words_ids: tuple[tuple[int, ...], ...] | None = None
-    suppress_tokens: tuple[int, ...] | None = None
-    begin_suppress_tokens: tuple[int, ...] | None = None
-    forced_bos_token_id: int | None = None  # the token after the start token, if the prefix is that token alone
-    forced_eos_token_id: int | tuple[int, ...] | None = None  # the last of max_new_tokens
+    repetition_penalty: Annotated[float, Range(1e-6, 1e6, off="1 turns it off.")] = 1.0
+    no_repeat_ngram_size: Natural = 0
+    encoder_no_repeat_ngram_size: Natural = 0  # n-grams of the source that may not be repeated
+    bad_words_ids: tuple[tuple[Natural, ...], ...] | None = None
+    suppress_tokens: tuple[Natural, ...] | None = None
+    begin_suppress_tokens: tuple[Natural, ...] | None = None
+    forced_bos_token_id: Natural | None = None  # the token after the start token, if the prefix is that token alone
+    forced_eos_token_id: Natural | tuple[Natural, ...] | None = None  # the last of max_new_tokens
     # --- special tokens; None: the model config's
-    eos_token_id: int | tuple[int, ...] | None = None  # several end a sequence alike
-    pad_token_id: int | None = None
-    decoder_start_token_id: int | None = None
+    eos_token_id: Natural | tuple[Natural, ...] | None = None  # several end a sequence alike
+    pad_token_id: Natural | None = None
+    decoder_start_token_id: Natural | None = None
     # --- beyond the tokens
     output_scores: bool = False  # return the processed scores of every step, [steps, rows, V]
     routing: str = "auto"  # of sparse layers: "dropless", "as_trained", or as_trained for fixed capacities and else dropless
@@ -59,20 +65,7 @@ class GenerationConfig:
     def __post_init__(self) -> None:
         for name in ("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "forced_eos_token_id", "eos_token_id"):
             object.__setattr__(self, name, tuples(getattr(self, name)))
-        for name, least in _INTEGERS.items():
-            value = getattr(self, name)
-            check(
-                isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= least,
-                f"{name} must be an integer of at least {least}; it is {value!r}.",
-            )
-        for name, (low, high, low_included) in _RANGES.items():
-            value: Any = getattr(self, name)
-            if value is None and name in ("min_p", "brevity_penalty"):
-                continue
-            check(
-                _lies_within(value, low, high, low_included),
-                f"{name} must be a number {_interval(low, high, low_included)}; it is {value!r}.",
-            )
+        super().__post_init__()
         check(
             self.early_stopping in (False, True, "never"),
             f"early_stopping must be False, True or 'never'; it is {self.early_stopping!r}.",
@@ -133,10 +126,7 @@ class GenerationConfig:
         V = config.vocab_size
         for name in _IDS:
             for token in _flat(getattr(filled, name)):
-                check(
-                    isinstance(token, (int, np.integer)) and 0 <= token < V,
-                    f"{name} holds {token!r}, which is no id of the vocabulary of {V}.",
-                )
+                check(token < V, f"{name} holds {token!r}, which is no id of the vocabulary of {V}.")
         ends = as_ids(filled.eos_token_id)
         check(len(ends) > 0, "eos_token_id is empty; to ignore EOS, set min_new_tokens to max_new_tokens.")
         check(len(ends) < V, f"eos_token_id names all {V} tokens of the vocabulary; leave at least one.")
@@ -164,7 +154,6 @@ class GenerationConfig:
 
 def make_controls(values: Mapping[str, Any], config: SwitchConfig) -> GenerationConfig:
     """Returns controls for a model, from keyword arguments; an unknown name is an error that suggests the nearest one."""
-    reject_unknown_keys(GenerationConfig, values)
     return GenerationConfig(**values).for_model(config)
 
 
@@ -193,37 +182,12 @@ def as_ids(value: int | tuple[int, ...] | None) -> tuple[int, ...]:
     return tuple(dict.fromkeys(value)) if isinstance(value, (tuple, list)) else (value,)
 
 
-_INTEGERS = {
-    "max_new_tokens": 1, "min_new_tokens": 0, "num_beams": 1, "num_return_sequences": 1, "top_k": 0, "no_repeat_ngram_size": 0,
-    "encoder_no_repeat_ngram_size": 0,
-}  # fmt: skip
-_INF = float("inf")
-_RANGES = {  # name -> lowest, highest, whether the lowest is allowed; the highest is
-    "length_penalty": (-_INF, _INF, False),
-    "brevity_penalty": (0.0, _INF, True),
-    "temperature": (0.0, _INF, False),
-    "top_p": (0.0, 1.0, False),
-    "min_p": (0.0, 1.0, True),
-    "typical_p": (0.0, 1.0, False),
-    "repetition_penalty": (0.0, _INF, False),
-}
 _IDS = (
     "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id", "eos_token_id",
     "pad_token_id", "decoder_start_token_id",
 )  # fmt: skip
 _NEUTRAL = {"temperature": 1.0, "top_p": 1.0, "min_p": None, "typical_p": 1.0, "repetition_penalty": 1.0, "min_new_tokens": 0}
 _ON_VALUES = {"temperature": 0.5, "top_p": 0.5, "min_p": 0.5, "typical_p": 0.5, "repetition_penalty": 2.0, "min_new_tokens": 1}
-
-
-def _lies_within(value: Any, low: float, high: float, low_included: bool) -> bool:
-    number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and math.isfinite(value)
-    return number and bool(low < value <= high or (low_included and value == low))
-
-
-def _interval(low: float, high: float, low_included: bool) -> str:
-    above = "" if low == -_INF else f" of at least {low:g}" if low_included else f" above {low:g}"
-    below = "" if high == _INF else f" up to {high:g}"
-    return (above + (" and" if above and below else "") + below).strip() or "that is finite"
 
 
 def tuples(value: Any) -> Any:

@@ -15,6 +15,7 @@ from flax_switch.generation.controls import GenerationConfig, make_controls, spl
 from flax_switch.generation.program import run_program
 from flax_switch.nn.transformer import SwitchEncoder, SwitchTransformer
 from flax_switch.ops import AnyArray
+from flax_switch.ops.ids import check_ids as ids_in_vocabulary
 from flax_switch.ops.kernels.few_rows import unstacked_experts
 from flax_switch.parallel.mesh import batch_sharding, batch_ways, replicated
 from flax_switch.parallel.placement import ONE_DEVICE, LaidOutByCompiler
@@ -101,8 +102,7 @@ def check_ids(name: str, ids: Any, config: SwitchConfig) -> Int[np.ndarray, "B S
         "An empty text still has an EOS token.",
     )
     check(np.issubdtype(ids.dtype, np.integer), f"{name} must hold integers; its dtype is {ids.dtype}.")
-    bad = ids[(ids < 0) | (ids >= config.vocab_size)]
-    check(bad.size == 0, f"{name} holds {bad[0] if bad.size else 0}, which is no id of the vocabulary of {config.vocab_size}.")
+    ids_in_vocabulary(name, ids, config.vocab_size)
     return ids.astype(np.int32)
 
 

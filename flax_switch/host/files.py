@@ -9,10 +9,11 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import sys
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,49 @@ def new_folder(path: Path) -> Iterator[Path]:
                     raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def read_bytes(path: epath.PathLike, largest: int = 1 << 29, what: str = "what it should be") -> bytes:
+    """Returns the contents of a file that is read as a whole.
+
+    Raises `ConfigError` for one that cannot be read, is no regular file (but a pipe, or a link to a device), or is too large.
+    """
+    path = epath.Path(path)
+    try:
+        if not in_store(path):
+            status = os.stat(path)
+            if not stat.S_ISREG(status.st_mode):
+                raise ConfigError(f"{path} is no regular file.")
+            if status.st_size > largest:
+                raise ConfigError(f"{path} has {status.st_size:,} bytes, too many for {what}.")
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"Cannot read {path}: {error.strerror or error}.") from error
+
+
+def check_writable(path: epath.PathLike, *, reads: Iterable[epath.PathLike] = (), make_folders: bool = False) -> None:
+    """Raises `ConfigError`, before any work, for a file that could not be written at its end.
+
+    reads: what the work reads, of which the file must be none. make_folders: folders above it are made where they are missing.
+    """
+    if in_store(path):
+        return
+    path = Path(path).expanduser()
+    folder = path.absolute().parent
+    while make_folders and not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    with _explained(path):
+        same = path.exists() and any(os.path.exists(read) and os.path.samefile(path, read) for read in reads)
+        for problem, why in (
+            (path.is_dir(), "it is a folder"),
+            (path.exists() and not path.is_file(), "it is no regular file"),
+            (same, "it is the input; name another file"),
+            (not folder.exists(), f"there is no folder {folder}"),
+            (not folder.is_dir(), f"{folder} is no folder"),
+            (not os.access(folder, os.W_OK), f"nothing may be written in {folder}"),
+        ):
+            if problem:
+                raise ConfigError(f"Cannot write {path}: {why}.")
 
 
 def write_text(path: epath.PathLike, text: str) -> None:

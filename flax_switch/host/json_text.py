@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
-import stat
 from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
 
 from flax_switch.config import ConfigError, check
+from flax_switch.host.files import read_bytes
 
 LARGEST_FILE = 1 << 28  # bytes of a settings file or an index; the largest real ones, of a million tensors, have half of it
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -23,16 +23,7 @@ def read_json(path: epath.PathLike) -> dict[str, Any]:
 
     Raises `ConfigError` for a file that cannot be read, is no regular file, is too large, or holds anything else.
     """
-    path = epath.Path(path)
-    try:
-        if "://" not in str(path):
-            status = os.stat(path)
-            check(stat.S_ISREG(status.st_mode), f"{path} is no regular file.")
-            check(status.st_size <= LARGEST_FILE, f"{path} has {status.st_size:,} bytes: that is no file of settings.")
-        content = path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"Cannot read {path}: {error.strerror or error}.") from error
-    return json_object(content, str(path))
+    return json_object(read_bytes(path, LARGEST_FILE, "a file of settings"), os.fspath(path))
 
 
 def json_object(content: str | bytes, where: str, hint: str = "", what: str = "this") -> dict[str, Any]:

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from flax_switch.config import SwitchConfig
 from flax_switch.ops.dropout import dropout
+from flax_switch.ops.ids import check_ids
 from flax_switch.ops.kernels.projection import project, project_transposed
 
 Initializer = Callable[..., Any]
@@ -82,6 +83,7 @@ class Embedding(nn.Module):
         self.embedding = self.param("embedding", init, shape, jnp.dtype(self.config.param_dtype))
 
     def __call__(self, ids: Int[Array, "*B"]) -> Float[Array, "*B D"]:
+        check_ids("The token ids", ids, self.config.vocab_size)
         return self.embedding[ids].astype(self.config.dtype)
 
     def attend(self, x: Float[Array, "B L D"]) -> Float[Array, "B L V"]:

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from flax_switch.config import SwitchConfig
 from flax_switch.ops import AnyArray
+from flax_switch.ops.ids import check_ids
 from flax_switch.ops.moe.routing import RouterOutput
 
 IGNORED_LABEL = -100  # labels that do not count, as in Hugging Face
@@ -111,11 +112,12 @@ def seq2seq_loss(
 
     Args:
       output: what `SwitchTransformer` returned.
-      labels: target ids; -100 marks positions that do not count.
+      labels: target ids; -100 marks positions that do not count. Others outside the vocabulary raise, where they have values.
       config: gives z_loss_coef, label_smoothing, loss_normalizer and the routers' coefficients.
       segment_ids: of packed targets; only loss_normalizer="average_per_sequence" needs them.
       divisor: what the weighted sum is divided by, where this is a part of a larger batch; by default this batch's own.
     """
+    check_ids("labels", labels, output.logits.shape[-1], besides=IGNORED_LABEL)
     labels = jnp.asarray(labels)
     segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
     weights = (labels != IGNORED_LABEL).astype(jnp.float32)

@@ -85,7 +85,7 @@ def parse_topology(name: str) -> Topology:
     if chip is None:
         raise ConfigError(f"There is no topology {name!r}: {chip_name!r} is no chip known here. Write one like {known}.")
     form = f"{chip.name} topologies are written like {_example(chip)}"
-    check(bool(colon) and re.fullmatch(r"\d+(x\d+)*", shape) is not None, f"{form}; this is {name!r}.")
+    check(bool(colon) and re.fullmatch(r"\d{1,7}(x\d{1,7})*", shape) is not None, f"{form}; this is {name!r}.")
     sizes = [int(size) for size in shape.split("x")]
     check(
         len(sizes) == chip.dimensions and min(sizes) >= 1,

@@ -28,6 +28,8 @@ from flax_switch.nn.init import init_params, logical_axes
 from flax_switch.nn.outputs import EncoderOutput
 from flax_switch.nn.transformer import SwitchEncoder, SwitchTransformer
 from flax_switch.ops import AnyArray
+from flax_switch.ops.ids import check_ids
+from flax_switch.ops.losses import IGNORED_LABEL
 from flax_switch.parallel.mesh import tree_shardings
 from flax_switch.pretrained import outputs
 
@@ -82,7 +84,12 @@ class Pretrained:
           labels: target ids, -100 where they do not count. The decoder's inputs are made from them unless given.
           output_router_logits: return the routers' logits and losses, and add the latter to the loss.
           deterministic: False for training; `rngs` then holds the streams "dropout" and "jitter".
+
+        Raises:
+          ConfigError: for ids and labels outside the vocabulary, where they have values (not under jit).
         """
+        self._check_ids(input_ids=input_ids, decoder_input_ids=decoder_input_ids)
+        check_ids("labels", labels, self.config.vocab_size, besides=IGNORED_LABEL)
         options = dict(
             deterministic=deterministic,
             output_router_logits=output_router_logits,
@@ -110,6 +117,10 @@ class Pretrained:
             return outputs.model_output(output)
         return outputs.lm_output(output, None if labels is None else jnp.asarray(labels), self.config, output_router_logits)
 
+    def _check_ids(self, **named: AnyArray | None) -> None:
+        for name, ids in named.items():
+            check_ids(name, ids, self.config.vocab_size)
+
     def encode(
         self, input_ids: Int[AnyArray, "B S"] | None = None, attention_mask: Int[AnyArray, "B S"] | None = None, **options: Any
     ) -> outputs.EncoderModelOutput:
@@ -117,6 +128,7 @@ class Pretrained:
         defaults = dict(
             deterministic=True, output_router_logits=False, output_hidden_states=False, output_attentions=False,
         )  # fmt: skip
+        self._check_ids(input_ids=input_ids)
         embeds, rngs = options.pop("inputs_embeds", None), options.pop("rngs", None)
         encoded = _encode(self.model, self.params, input_ids, attention_mask, embeds, rngs, **{**defaults, **options})
         return outputs.encoder_output(encoded)
@@ -222,7 +234,7 @@ def from_checkpoint(
 
     Arguments are those of `load_pretrained`.
     """
-    config = opened.config
+    config, vocabulary, defaults = opened.config, tokenizer.load_vocabulary(opened.path), read_defaults(opened.path)
     if dtype is not None:
         one_of("dtype", dtype, tuple(DTYPES))
         config = config.replace(param_dtype=dtype)
@@ -237,8 +249,7 @@ def from_checkpoint(
         tensors = stack_layers(tensors, config)
     place = _placement(shardings, mesh, model, tensors)
     params = unflatten({name: _to_device(tensor, place(name)) for name, tensor in tensors.items()})
-    defaults = read_defaults(opened.path)
-    return Pretrained(config, model, params, tokenizer.load_vocabulary(opened.path), opened.architecture, defaults)
+    return Pretrained(config, model, params, vocabulary, opened.architecture, defaults)
 
 
 def save_pretrained(

@@ -16,7 +16,7 @@ from flax_switch.data import Vocabulary
 from flax_switch.host.files import in_store
 from flax_switch.host.locks import locked
 from flax_switch.parallel.mesh import batch_rows
-from flax_switch.training.checkpoint import Checkpoints
+from flax_switch.training.checkpoint import CHECKPOINTS, CONFIG_FILE, Checkpoints
 from flax_switch.training.metrics import MetricsWriter, plain
 from flax_switch.training.progress import StopSignals, Stopwatch, TrainProgress, console
 from flax_switch.training.skipped import Skipped
@@ -99,6 +99,21 @@ def one_run_at_a_time(workdir: epath.PathLike) -> Iterator[None]:
         return
     with locked(workdir, what="training run"):
         yield
+
+
+@contextlib.contextmanager
+def given_back_if_refused(workdir: epath.PathLike) -> Iterator[None]:
+    """Leaves a new workdir unclaimed where what follows the claim is refused, so that other settings can have it."""
+    workdir = epath.Path(workdir)
+    new = not (workdir / CONFIG_FILE).exists()
+    try:
+        yield
+    except ConfigError:
+        if new and jax.process_index() == 0 and not (workdir / CHECKPOINTS).exists():
+            (workdir / CONFIG_FILE).unlink(missing_ok=True)
+            if (workdir / "vocabulary").exists():
+                (workdir / "vocabulary").rmtree()
+        raise
 
 
 def check_vocabulary(config: ExperimentConfig | FinetuneConfig, vocabulary: Vocabulary) -> None:

@@ -12,11 +12,12 @@ import numpy as np
 from etils import epath
 
 from flax_switch.config import ConfigError
-from flax_switch.host.files import in_store, write_text
+from flax_switch.host.files import in_store, read_bytes, write_text
 from flax_switch.host.json_text import json_object
 from flax_switch.training.board import Board
 
 METRICS_FILE = "metrics.jsonl"
+_LARGEST = 1 << 32  # bytes of it
 
 
 def plain(metrics: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -89,7 +90,7 @@ def read_metrics(workdir: epath.PathLike) -> Iterable[dict[str, Any]]:
     if not path.exists():
         return []
     lines = []
-    for text in path.read_text().splitlines():
+    for text in read_bytes(path, _LARGEST).splitlines():
         with contextlib.suppress(ConfigError):
             lines.append(json_object(text, METRICS_FILE))
     return lines

@@ -25,7 +25,7 @@ from flax_switch.parallel.mesh import batch_sharding, check_batch_size, create_m
 from flax_switch.pretrained import Pretrained, from_checkpoint
 from flax_switch.training.checkpoint import claim_workdir
 from flax_switch.training.evaluate import Evaluator
-from flax_switch.training.loop import RunResult, check_vocabulary, train
+from flax_switch.training.loop import RunResult, check_vocabulary, given_back_if_refused, train
 from flax_switch.training.state import Run, TrainState, build_run, init_state, state_shardings
 from flax_switch.training.step import Batch, Loss, compile_eval_step, forward, train_step, true_loss
 from flax_switch.training.stepper import Stepper
@@ -48,11 +48,12 @@ def distill(config: DistillConfig, workdir: epath.PathLike, *, verify: bool = Tr
     )
     mesh = create_mesh(config.mesh)
     check_batch_size(config.data.batch_size, mesh)
-    workdir = claim_workdir(workdir, config)
-    teacher = from_checkpoint(checkpoint, mesh=mesh)
-    prepared = data.prepare(config.data, workdir=workdir, vocabulary=shared_vocabulary(config, teacher.vocabulary))
-    check_vocabulary(config, prepared.vocabulary)
     run = build_run(config, mesh)
+    teacher = from_checkpoint(checkpoint, mesh=mesh)
+    with given_back_if_refused(workdir):
+        workdir = claim_workdir(workdir, config)
+        prepared = data.prepare(config.data, workdir=workdir, vocabulary=shared_vocabulary(config, teacher.vocabulary))
+        check_vocabulary(config, prepared.vocabulary)
 
     def first_state(run: Run) -> TrainState:
         if not copied:

@@ -9,7 +9,7 @@ from flax_switch.parallel import processes
 from flax_switch.parallel.mesh import check_batch_size, create_mesh
 from flax_switch.training.checkpoint import claim_workdir, flat_fields
 from flax_switch.training.evaluate import Evaluator
-from flax_switch.training.loop import RunResult, check_vocabulary, train
+from flax_switch.training.loop import RunResult, check_vocabulary, given_back_if_refused, train
 from flax_switch.training.progress import console
 from flax_switch.training.state import build_run, init_state
 from flax_switch.training.step import compile_eval_step
@@ -25,11 +25,12 @@ def pretrain(config: ExperimentConfig, workdir: epath.PathLike, *, verify: bool 
     """
     console.quiet = jax.process_index() != 0
     processes.require_same({"workdir": str(workdir), "jax": jax.__version__, **flat_fields(config)})
-    workdir = processes.first_process_first(lambda: claim_workdir(workdir, config))
     mesh = create_mesh(config.mesh)
     check_batch_size(config.data.batch_size, mesh)
-    prepared = processes.first_process_first(lambda: data.prepare(config.data, workdir=workdir, quiet=console.quiet))
-    processes.require_same({"corpus and vocabulary (by hash)": prepared.fingerprint})
-    check_vocabulary(config, prepared.vocabulary)
     run = build_run(config, mesh)
+    with given_back_if_refused(workdir):
+        workdir = processes.first_process_first(lambda: claim_workdir(workdir, config))
+        prepared = processes.first_process_first(lambda: data.prepare(config.data, workdir=workdir, quiet=console.quiet))
+        processes.require_same({"corpus and vocabulary (by hash)": prepared.fingerprint})
+        check_vocabulary(config, prepared.vocabulary)
     return train(run, prepared, workdir, lambda: Evaluator.of(run, prepared, compile_eval_step(run)), init_state, verify=verify)

@@ -12,12 +12,12 @@ from etils import epath
 from flax_switch.config import ConfigError
 from flax_switch.config.finetuning import LOSS, FinetuneConfig
 from flax_switch.config.kinds import RunConfig
-from flax_switch.host.files import write_bytes, write_text
+from flax_switch.host.files import check_writable, read_bytes, write_bytes, write_text
 from flax_switch.host.json_text import parse_json
 from flax_switch.training.checkpoint import read_config
 from flax_switch.training.evaluate import perplexity
 from flax_switch.training.findings import findings, sparse_layer_names
-from flax_switch.training.metrics import read_metrics
+from flax_switch.training.metrics import METRICS_FILE, read_metrics
 
 SAMPLES_FILE = "samples.json"
 
@@ -33,23 +33,32 @@ pre { background: #f6f6f6; padding: .8rem; overflow: auto; }
 
 
 def write_report(workdir: epath.PathLike, output: epath.PathLike | None = None) -> epath.Path:
-    """Writes the report of a run, finished or not, and returns its path. Needs the extra `plots`."""
+    """Writes the report of a run, finished or not, and returns its path. Needs the extra `plots`.
+
+    Raises `ConfigError` where it cannot be written, the run has no metrics yet, or they are damaged.
+    """
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("The report's plots need matplotlib: pip install 'flax_switch[plots]'.")
     workdir = epath.Path(workdir)
+    path = workdir / "report.html" if output is None else epath.Path(output)
     config = read_config(workdir)
+    check_writable(path)
     lines = read_metrics(workdir)
-    train = [line for line in lines if line["kind"] == "train"]
-    evals = [line for line in lines if line["kind"] == "eval" and LOSS in line]  # fine-tuning may have nothing to evaluate on
+    train = [line for line in lines if line.get("kind") == "train"]
+    evals = [line for line in lines if line.get("kind") == "eval" and LOSS in line]  # fine-tuning may have nothing to evaluate on
     if not train:
         raise ConfigError(f"{workdir} has no metrics yet; the first come after train.log_every={config.train.log_every} steps.")
     samples_path = workdir / SAMPLES_FILE
-    samples = parse_json(samples_path.read_bytes(), str(samples_path)) if samples_path.exists() else []
-    plots = draw_plots(config, train, evals)
+    samples = parse_json(read_bytes(samples_path), str(samples_path)) if samples_path.exists() else []
+    try:
+        plots = draw_plots(config, train, evals)
+        page = _page(workdir, config, train, evals, plots, samples)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:  # what a line lacks, or has of another kind
+        what = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"{workdir}: {METRICS_FILE} or {SAMPLES_FILE} is damaged ({what}); mend or remove it.") from error
     for name, png in plots.items():
         write_bytes(workdir / "plots" / f"{name}.png", png)
-    path = workdir / "report.html" if output is None else epath.Path(output)
-    write_text(path, _page(workdir, config, train, evals, plots, samples))
+    write_text(path, page)
     return path
 
 

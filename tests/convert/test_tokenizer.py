@@ -9,8 +9,14 @@ import sentencepiece
 import transformers
 from hypothesis import given, settings
 
-from flax_switch.convert import tokenizer
+from flax_switch.cli import main
+from flax_switch.config import ConfigError
+from flax_switch.config.finetuning import FinetuneDataConfig, FinetuneRecipe
+from flax_switch.convert import convert, tokenizer
 from flax_switch.data.vocabulary import Vocabulary
+from flax_switch.pretrained import load_pretrained
+from flax_switch.workflows.finetune import finetune
+from tests.convert import oracle
 
 SENTINELS = 12
 
@@ -181,3 +187,27 @@ def test_byte_pieces_are_decoded_as_sentencepiece_does():
         ids = ours.encode(text)
         assert ours.decode(ids) == oracle.decode(ids) == text
         assert ours.decode(ids[:-1]) == oracle.decode(ids[:-1])  # half a character, too
+
+
+def broken_models(good: bytes) -> dict[str, bytes]:
+    return {"empty": b"", "cut": good[: len(good) // 2], "zeros": bytes(len(good)), "a page": b"<html>404</html>"}
+
+
+@pytest.mark.parametrize("kind", ["empty", "cut", "zeros", "a page"])
+def test_a_broken_spiece_model_is_an_error_wherever_a_vocabulary_is_needed_or_carried_along(vocabulary, tmp_path, kind, capsys):
+    source = oracle.save(oracle.huggingface_model(oracle.huggingface_config()), tmp_path / "model")
+    (source / "spiece.model").write_bytes(broken_models(vocabulary.model)[kind])
+    out = tmp_path / "out"
+    recipe = FinetuneRecipe(data=FinetuneDataConfig(train="examples.tsv"))
+    for use in (
+        lambda: tokenizer.load_vocabulary(source),
+        lambda: load_pretrained(source),
+        lambda: convert(source, out, to="flax_switch"),
+        lambda: convert(source, out, to="huggingface"),
+        lambda: finetune(recipe, out, init=str(source)),
+    ):
+        with pytest.raises(ConfigError, match="The vocabulary in .* cannot be used: .*damaged one"):
+            use()
+    assert main(["generate", "--checkpoint", str(source), "--input", __file__]) == 2
+    assert "cannot be used: This is no SentencePiece model" in capsys.readouterr().err
+    assert not out.exists()

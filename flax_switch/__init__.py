@@ -12,10 +12,13 @@ if TYPE_CHECKING:
     from flax_switch.config.presets import PRESETS
     from flax_switch.convert import CheckpointError
     from flax_switch.generation.generate import GenerationOutput, generate
+    from flax_switch.nn.init import init_params
     from flax_switch.nn.outputs import ModelOutput
     from flax_switch.nn.transformer import SwitchEncoder, SwitchTransformer
     from flax_switch.ops.losses import LossOutput, seq2seq_loss
     from flax_switch.pretrained import Pretrained, load_pretrained, save_pretrained
+    from flax_switch.training.custom import optimizer, train_step
+    from flax_switch.training.state import TrainState
 
 __version__ = "0.1.0"  # setup.cfg reads it here, without importing the package
 
@@ -34,6 +37,10 @@ _HOME = {
     "Pretrained": "flax_switch.pretrained",
     "load_pretrained": "flax_switch.pretrained",
     "save_pretrained": "flax_switch.pretrained",
+    "init_params": "flax_switch.nn.init",
+    "optimizer": "flax_switch.training.custom",
+    "train_step": "flax_switch.training.custom",
+    "TrainState": "flax_switch.training.state",
 }  # public name -> the module that defines it
 
 __all__ = [
@@ -47,11 +54,15 @@ __all__ = [
     "SwitchConfig",
     "SwitchEncoder",
     "SwitchTransformer",
+    "TrainState",
     "__version__",
     "generate",
+    "init_params",
     "load_pretrained",
+    "optimizer",
     "save_pretrained",
     "seq2seq_loss",
+    "train_step",
 ]
 
 if not TYPE_CHECKING:  # to a type checker, a module with __getattr__ has every name

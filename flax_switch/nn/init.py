@@ -1,15 +1,23 @@
 """Makes the parameters of a model, and tells the names of their axes."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from flax_switch.config import SwitchConfig
 from flax_switch.nn.transformer import SwitchEncoder, SwitchTransformer
 
 
-def init_params(model: SwitchEncoder, rng: Array) -> dict:
-    """Makes parameters as plain nested dicts of arrays; traceable, so that jit can lay them straight into their shardings."""
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def init_params(model: SwitchEncoder | SwitchConfig, rng: Array) -> dict:
+    """Makes parameters as plain nested dicts of arrays, of a model or of the `SwitchTransformer` of a config.
+
+    Compiled; inside another jit it can lay them straight into their shardings.
+    """
+    model = SwitchTransformer(model) if isinstance(model, SwitchConfig) else model
     return model.init({"params": rng}, *example_inputs(model))["params"]
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from flax_switch.config import ConfigError, SwitchConfig
     from flax_switch.config.presets import PRESETS
+    from flax_switch.config.recipes import load_recipe
     from flax_switch.convert import CheckpointError
     from flax_switch.generation.generate import GenerationOutput, generate
     from flax_switch.nn.init import init_params
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from flax_switch.pretrained import Pretrained, load_pretrained, save_pretrained
     from flax_switch.training.custom import optimizer, train_step
     from flax_switch.training.state import TrainState
+    from flax_switch.workflows.finetune import finetune
+    from flax_switch.workflows.pretrain import pretrain
 
 __version__ = "0.1.0"  # setup.cfg reads it here, without importing the package
 
@@ -41,6 +44,9 @@ _HOME = {
     "optimizer": "flax_switch.training.custom",
     "train_step": "flax_switch.training.custom",
     "TrainState": "flax_switch.training.state",
+    "load_recipe": "flax_switch.config.recipes",
+    "pretrain": "flax_switch.workflows.pretrain",
+    "finetune": "flax_switch.workflows.finetune",
 }  # public name -> the module that defines it
 
 __all__ = [
@@ -56,10 +62,13 @@ __all__ = [
     "SwitchTransformer",
     "TrainState",
     "__version__",
+    "finetune",
     "generate",
     "init_params",
     "load_pretrained",
+    "load_recipe",
     "optimizer",
+    "pretrain",
     "save_pretrained",
     "seq2seq_loss",
     "train_step",

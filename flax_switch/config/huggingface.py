@@ -91,10 +91,10 @@ def from_huggingface(values: Any) -> SwitchConfig:
     """The config that a transformers `config.json` describes, with Hugging Face's semantics.
 
     Args:
-      values: the parsed file, or transformers' config object. `model_type` must be `switch_transformers` or `t5`; unknown keys are ignored, as transformers does,
-        and absent ones take transformers' defaults, but not both where the model's shape is concerned. Stale keys of released
-        files (`encoder_sparse_step`, `is_full_sparse`, `router_type`, `num_selected_experts`, `router_ignore_padding_tokens`)
-        have no effect there and none here.
+      values: the parsed file, or transformers' config object. `model_type` must be `switch_transformers` or `t5`; unknown keys are
+        ignored, as transformers does, and absent ones take transformers' defaults, but not both where the model's shape is
+        concerned. Stale keys of released files (`encoder_sparse_step`, `is_full_sparse`, `router_type`, `num_selected_experts`,
+        `router_ignore_padding_tokens`) have no effect there and none here.
 
     Raises:
       ConfigError: for another `model_type`, an activation we lack, `eos_token_id`s that are none, or a size that is absent beside a

@@ -37,7 +37,9 @@ def encode_texts(
     eos_id: what closes every text; None for nothing.
     """
     one = isinstance(texts, str)
-    odd = next((type(text).__name__ for text in texts if not isinstance(text, str)), None) if isinstance(texts, (list, tuple)) else ""
+    odd = (
+        next((type(text).__name__ for text in texts if not isinstance(text, str)), None) if isinstance(texts, (list, tuple)) else ""
+    )
     check(
         one or odd is None,
         f"A vocabulary takes a text or a list of texts; this is a {type(texts).__name__}{odd and f' with a {odd} in it'}.",
@@ -58,20 +60,20 @@ def encode_texts(
 
 
 def as_arrays(encoding: Encoding, return_tensors: str | None) -> Encoding:
-    """Returns an encoding as it is, or with arrays [rows, tokens] for "np"; raises `ConfigError` for rows that are not of one length."""
+    """Returns an encoding as it is, or with arrays [rows, tokens] for "np"; raises `ConfigError` for rows of different lengths."""
     if return_tensors is None:
         return encoding
     check(
         return_tensors == "np",
-        f"return_tensors={return_tensors!r} is not made here; 'np' is, which JAX takes and torch.from_numpy, too. Without it come lists.",
+        f"return_tensors={return_tensors!r} is not made here; 'np' is, which JAX and torch take. Without it come lists.",
     )
     arrays = {}
     for name, value in encoding.items():
         rows = value if not value or isinstance(value[0], list) else [value]
         check(
             len({len(row) for row in rows}) <= 1,
-            f"{name} has rows of different lengths, which no array holds; pass padding=True, and truncation=True with max_length=... "
-            "to cut the long ones.",
+            f"{name} has rows of different lengths, which no array holds; pass padding=True, and truncation=True with "
+            "max_length=... to cut the long ones.",
         )
         arrays[name] = np.asarray(rows, np.int64)
     return Encoding(arrays)

@@ -209,8 +209,8 @@ class Vocabulary:
 
         Args:
           text: one text gives lists of tokens, several give lists of lists.
-          text_target: targets; their ids are the encoding's `labels`, or its `input_ids` where there is no `text`. Padding in labels
-            is the pad token, as in transformers: put -100 there for a loss that shall not count it.
+          text_target: targets; their ids are the encoding's `labels`, or its `input_ids` where there is no `text`. Padding in
+            labels is the pad token, as in transformers: put -100 there for a loss that shall not count it.
           padding: True or "longest" fills rows up to the longest with pad, "max_length" up to max_length.
           truncation: True cuts rows to max_length, EOS included.
           pad_to_multiple_of: rounds the length that rows are filled up to, so that fewer programs compile.

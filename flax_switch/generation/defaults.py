@@ -38,7 +38,7 @@ def read_defaults(folder: epath.PathLike) -> dict[str, Any]:
 
 
 def defaults_of(values: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Returns the controls that the values of a generation_config.json ask for; `source` is what messages name. See `read_defaults`."""
+    """Returns the controls that a generation_config.json's values ask for, as `read_defaults`; messages name `source`."""
     values = {name: value for name, value in values.items() if value is not None and name not in _SILENT}
     for old, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
         length = values.pop(old, None)

@@ -13,6 +13,7 @@ from flax_switch.config import SwitchConfig
 from flax_switch.convert.canonical import KINDS, is_expert, is_router, kind_of
 from flax_switch.convert.checkpoint import open_checkpoint
 
+
 @dataclasses.dataclass(frozen=True)
 class Description:
     """A checkpoint as its headers tell it. Counts are of parameters."""

@@ -11,6 +11,7 @@ from jaxtyping import Array, Int
 from flax_switch.config import ConfigError, SwitchConfig, check
 from flax_switch.host.foreign_arrays import from_torch, is_torch
 from flax_switch.ops import AnyArray
+from flax_switch.ops.ids import check_ids
 from flax_switch.ops.losses import IGNORED_LABEL
 
 
@@ -66,12 +67,8 @@ def as_ids(name: str, value: Any, config: SwitchConfig, *, ignored: bool = False
         f"{list(np.shape(value))}. An empty text still has an EOS token.",
     )
     check(np.issubdtype(ids.dtype, np.integer), f"{name} must hold integers; its dtype is {ids.dtype}.")
-    if isinstance(ids, jax.Array) and (isinstance(ids, jax.core.Tracer) or not ids.is_fully_addressable):
-        return ids.astype(jnp.int32)
-    known = np.asarray(ids)
-    bad = known[((known < 0) | (known >= config.vocab_size)) & ~(ignored & (known == IGNORED_LABEL))]
-    check(bad.size == 0, f"{name} holds {bad[0] if bad.size else 0}, which is no id of the vocabulary of {config.vocab_size}.")
-    return known.astype(np.int32)
+    check_ids(name, ids, config.vocab_size, besides=IGNORED_LABEL if ignored else None)
+    return ids.astype(np.int32)
 
 
 def as_mask(name: str, value: Any, shape: Sequence[int], of: str = "input_ids") -> AnyArray:

@@ -106,8 +106,8 @@ class Pretrained:
         """
         check(
             not use_cache and past_key_values is None and cache is None,
-            "use_cache, past_key_values and cache ask for a decoder's cache, which a call neither takes nor returns: `generate` keeps "
-            "one inside its program. Leave them out, or for steps of your own see `SwitchTransformer.init_cache`.",
+            "use_cache, past_key_values and cache ask for a decoder's cache, which a call neither takes nor returns: `generate` "
+            "keeps one inside its program. Leave them out, or for steps of your own see `SwitchTransformer.init_cache`.",
         )
         options = dict(
             deterministic=deterministic,
@@ -280,8 +280,8 @@ def load_pretrained(
         return _built(config, architecture, tensors, None, defaults, **placed)
     check(
         path not in PRESETS or Path(path).exists(),
-        f"{path!r} is a preset: a shape without weights. fs.init_params(fs.PRESETS[{path!r}], key) makes parameters for it; to load "
-        "trained ones, name a folder, or a model on the hub with its owner, such as 'google/switch-base-8'.",
+        f"{path!r} is a preset: a shape without weights. fs.init_params(fs.PRESETS[{path!r}], key) makes parameters for it; to "
+        "load trained ones, name a folder, or a model on the hub with its owner, such as 'google/switch-base-8'.",
     )
     opened = checkpoints.open_checkpoint(path, changes=changes, allow_missing=allow_missing, revision=revision)
     return from_checkpoint(opened, **placed)

@@ -72,8 +72,8 @@ def complete(batch: Mapping[str, Any], config: SwitchConfig) -> dict[str, Any]:
     decoder_ids = shift_right(labels, config) if decoder_ids is None else as_ids("decoder_input_ids", decoder_ids, config)
     check(
         ids.shape[0] == labels.shape[0] and decoder_ids.shape == labels.shape,
-        f"input_ids {list(ids.shape)}, labels {list(labels.shape)} and decoder_input_ids {list(decoder_ids.shape)} must have the same "
-        "number of rows, and the last two the same length.",
+        f"input_ids {list(ids.shape)}, labels {list(labels.shape)} and decoder_input_ids {list(decoder_ids.shape)} must have the "
+        "same number of rows, and the last two the same length.",
     )
     masks = {"attention_mask": (ids != config.pad_token_id, ids.shape, "input_ids")}
     masks["decoder_attention_mask"] = (labels != IGNORED_LABEL, labels.shape, "labels")
@@ -86,7 +86,8 @@ def complete(batch: Mapping[str, Any], config: SwitchConfig) -> dict[str, Any]:
 def _compiled(
     config: SwitchConfig, optimizer: optax.GradientTransformation, state: TrainState, batch: dict[str, Any]
 ) -> tuple[TrainState, dict[str, Any]]:
-    state, metrics = step.train_step(dataclasses.replace(_run(config), optimizer=optimizer), state, batch)
+    run = dataclasses.replace(_run(config), optimizer=optax.with_extra_args_support(optimizer))
+    state, metrics = step.train_step(run, state, batch)
     del metrics["learning_rate"]  # that of the run's own schedule, which is not used
     return state, metrics
 

@@ -15,12 +15,13 @@ from flax_switch.host.files import write_text
 from flax_switch.parallel.mesh import check_batch_size, create_mesh
 from flax_switch.training.checkpoint import claim_workdir
 from flax_switch.training.freezing import trainable_part
-from flax_switch.training.loop import RunResult, check_vocabulary, train
+from flax_switch.training.loop import check_vocabulary, train
 from flax_switch.training.progress import console
 from flax_switch.training.state import Run, build_run
 from flax_switch.training.step import compile_eval_step
 from flax_switch.workflows import scores
 from flax_switch.workflows.predictions import Prediction, TaskEvaluator, evaluate
+from flax_switch.workflows.result import Result
 from flax_switch.workflows.start import open_start
 
 TASKS_FILE = "tasks.json"
@@ -28,7 +29,7 @@ TASKS_FILE = "tasks.json"
 
 def finetune(
     recipe: FinetuneRecipe, workdir: epath.PathLike, *, init: str, vocabulary: str | None = None, mesh: Mesh | None = None
-) -> RunResult:
+) -> Result:
     """Fine-tunes the checkpoint `init` as the recipe says, in `workdir`; the same call continues a run that was stopped or killed.
 
     Args:
@@ -52,7 +53,8 @@ def finetune(
     if config.optimizer.trainable != ".*":
         trained = trainable_part(run.abstract_state.params, config.optimizer.trainable)
         console.print(f"Training {_count(trained):,} of {_count(run.abstract_state.params):,} parameters.")
-    return train(run, prepared, workdir, lambda: TaskEvaluator(run, prepared, compile_eval_step(run), workdir), start.state)
+    result = train(run, prepared, workdir, lambda: TaskEvaluator(run, prepared, compile_eval_step(run), workdir), start.state)
+    return Result.of(result, workdir)
 
 
 def evaluate_checkpoint(

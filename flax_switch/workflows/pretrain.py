@@ -9,13 +9,14 @@ from flax_switch.parallel import processes
 from flax_switch.parallel.mesh import check_batch_size, create_mesh
 from flax_switch.training.checkpoint import claim_workdir, flat_fields
 from flax_switch.training.evaluate import Evaluator
-from flax_switch.training.loop import RunResult, check_vocabulary, train
+from flax_switch.training.loop import check_vocabulary, train
 from flax_switch.training.progress import console
 from flax_switch.training.state import build_run, init_state
 from flax_switch.training.step import compile_eval_step
+from flax_switch.workflows.result import Result
 
 
-def pretrain(config: ExperimentConfig, workdir: epath.PathLike) -> RunResult:
+def pretrain(config: ExperimentConfig, workdir: epath.PathLike) -> Result:
     """Trains a model as `config` says, in `workdir`; the same call continues a run that was stopped or killed.
 
     After SIGTERM or Ctrl-C the state is saved and the call returns with `finished=False`. After a kill the run continues from the
@@ -31,4 +32,5 @@ def pretrain(config: ExperimentConfig, workdir: epath.PathLike) -> RunResult:
     processes.require_same({"corpus and vocabulary (by hash)": prepared.fingerprint})
     check_vocabulary(config, prepared.vocabulary)
     run = build_run(config, mesh)
-    return train(run, prepared, workdir, lambda: Evaluator.of(run, prepared, compile_eval_step(run)), init_state)
+    result = train(run, prepared, workdir, lambda: Evaluator.of(run, prepared, compile_eval_step(run)), init_state)
+    return Result.of(result, workdir)

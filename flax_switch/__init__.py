@@ -78,7 +78,12 @@ if not TYPE_CHECKING:  # to a type checker, a module with __getattr__ has every 
 
     def __getattr__(name: str) -> Any:
         if name not in _HOME:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+            import difflib
+
+            near = difflib.get_close_matches(name, _HOME, n=1)
+            raise AttributeError(
+                f"module {__name__!r} has no attribute {name!r}" + (f". Did you mean {near[0]!r}?" if near else "")
+            )
         value = getattr(importlib.import_module(_HOME[name]), name)
         globals()[name] = value  # found directly from now on
         return value

@@ -14,17 +14,16 @@ from flax_switch.ops import AnyArray
 from flax_switch.ops.ids import check_ids
 from flax_switch.ops.losses import IGNORED_LABEL
 
-
-class SupportsArray(Protocol):
-    """An array of jax, numpy, torch or another library."""
-
-    def __array__(self, *arguments: Any, **named: Any) -> np.ndarray[Any, Any]: ...
-
-
 if TYPE_CHECKING:
+
+    class SupportsArray(Protocol):
+        """An array of jax, numpy, torch or another library."""
+
+        def __array__(self, *arguments: Any, **named: Any) -> np.ndarray[Any, Any]: ...
+
     TokenIds = SupportsArray | Sequence[int] | Sequence[Sequence[int]]  # rows of tokens, or one row
 else:
-    TokenIds = Any  # checked here, in words of our own
+    SupportsArray = TokenIds = Any  # checked here, in words of our own
 
 
 def as_array(name: str, value: Any) -> AnyArray:

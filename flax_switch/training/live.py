@@ -1,6 +1,7 @@
 """A curve in a notebook that grows while a run goes on; elsewhere there is none."""
 
 import html
+import importlib
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,9 +15,7 @@ def notebook_display() -> Any:
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()  # a kernel has imported it
     if shell is None or not hasattr(shell, "kernel"):
         return None
-    from IPython.display import display  # pyright: ignore[reportMissingImports] - there, where its shell is
-
-    return display
+    return importlib.import_module("IPython.display").display
 
 
 class LiveCurve:

@@ -60,8 +60,8 @@ def shown(value: Any) -> str:
         each = [shown(one) for one in value]
         alike = len(each) > 1 and len(set(each)) == 1
         return f"{len(each)} x {each[0]}" if alike and not isinstance(value[0], str) else f"({', '.join(each)})"
-    if not isinstance(value, (jax.Array, np.ndarray)):
+    if not hasattr(value, "dtype") or not hasattr(value, "shape"):
         return repr(value)
-    if value.ndim == 0 and not isinstance(value, jax.core.Tracer):
+    if value.shape == () and isinstance(value, (jax.Array, np.ndarray, np.generic)) and not isinstance(value, jax.core.Tracer):
         return f"{value.item():.5g}"
     return f"{value.dtype}[{', '.join(map(str, value.shape))}]"

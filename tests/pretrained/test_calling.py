@@ -23,7 +23,7 @@ def model() -> fs.Pretrained:
 @pytest.fixture(scope="module")
 def speaking(model) -> fs.Pretrained:
     text = [f"The quick brown fox {i} jumps over the lazy dog." for i in range(60)]
-    return model.replace(vocabulary=Vocabulary.train(text, 48, num_sentinels=8))
+    return model.replace(vocabulary=Vocabulary.train(text, 44, num_sentinels=8))
 
 
 # --- what may be given
@@ -151,7 +151,11 @@ def test_a_repr_tells_shapes_and_no_numbers_of_arrays(model):
     assert repr(output).startswith("Seq2SeqLMOutput(loss=")
     assert "logits=float32[2, 3, 128]" in repr(output) and "decoder_hidden_states=3 x float32[2, 3, 16]" in repr(output)
     assert len(repr(output)) < 400
-    assert "ShapedArray" not in repr(jax.eval_shape(lambda: model.model.apply({"params": model.params}, IDS[:1], IDS[:1]).logits))
+    assert repr(jax.eval_shape(lambda: model(IDS, labels=LABELS))).startswith(
+        "Seq2SeqLMOutput(loss=float32[], logits=float32[2, 3, 128]"
+    )
+    raw = model.model.apply({"params": model.params}, np.array(IDS), np.array(IDS))
+    assert len(repr(raw)) < 2000 and "logits=float32[2, 3, 128]" in repr(raw)
 
 
 # --- text

@@ -50,7 +50,7 @@ def ran(tmp_path_factory):
             num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, num_experts=2, dropout_rate=0.0, init_scale=1.0,
         ),
         data=DataConfig(
-            source=str(folder / "text.txt"), vocabulary_size=40, num_sentinels=16, inputs_length=24, targets_length=12,
+            source=str(folder / "text.txt"), vocabulary_size=32, num_sentinels=16, inputs_length=24, targets_length=12,
             batch_size=8, heldout_fraction=0.15, cache_dir=str(folder / "cache"),
         ),
         optimizer=OptimizerConfig(name="adamw", schedule="constant", learning_rate=3e-3, warmup_steps=0),

@@ -158,7 +158,7 @@ def test_every_python_block_compiles(block):
     compile(block.text, block.where, "exec")
 
 
-QUICK_PAGES = ("README.md", "docs/custom_training.md", "docs/finetuning.md")
+QUICK_PAGES = ("README.md", "docs/finetuning.md")
 
 
 @pytest.mark.parametrize("page", [pytest.param(p, marks=() if p in QUICK_PAGES else pytest.mark.slow) for p in PAGES])

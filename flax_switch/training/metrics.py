@@ -44,7 +44,7 @@ def scalars(metrics: dict[str, Any]) -> Iterable[tuple[str, float]]:
 class MetricsWriter:
     """Appends to a workdir's metrics. Lines after `resume_step` are dropped first: the run will write them again.
 
-    In a notebook a live curve shows them. Of several processes only the first writes. On a disk every line is there at once; in
+    In a notebook a live curve shows them. Only the first of several processes writes. On a disk every line is there at once; in
     object storage, where nothing can be appended, after `flush` and `close`, and TensorBoard's events are left out.
     """
 

@@ -154,7 +154,7 @@ def test_a_repr_tells_shapes_and_no_numbers_of_arrays(model):
     assert repr(jax.eval_shape(lambda: model(IDS, labels=LABELS))).startswith(
         "Seq2SeqLMOutput(loss=float32[], logits=float32[2, 3, 128]"
     )
-    raw = model.model.apply({"params": model.params}, np.array(IDS), np.array(IDS))
+    raw = jax.eval_shape(lambda: model.model.apply({"params": model.params}, np.array(IDS), np.array(IDS)))
     assert len(repr(raw)) < 2000 and "logits=float32[2, 3, 128]" in repr(raw)
 
 

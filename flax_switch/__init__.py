@@ -10,12 +10,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from flax_switch.config import ConfigError, SwitchConfig
     from flax_switch.config.presets import PRESETS
+    from flax_switch.config.recipes import load_recipe
     from flax_switch.convert import CheckpointError
     from flax_switch.generation.generate import GenerationOutput, generate
+    from flax_switch.nn.init import init_params
     from flax_switch.nn.outputs import ModelOutput
     from flax_switch.nn.transformer import SwitchEncoder, SwitchTransformer
     from flax_switch.ops.losses import LossOutput, seq2seq_loss
     from flax_switch.pretrained import Pretrained, load_pretrained, save_pretrained
+    from flax_switch.training.custom import optimizer, train_step
+    from flax_switch.training.state import TrainState
+    from flax_switch.workflows.finetune import finetune
+    from flax_switch.workflows.pretrain import pretrain
 
 __version__ = "0.1.0"  # setup.cfg reads it here, without importing the package
 
@@ -34,6 +40,13 @@ _HOME = {
     "Pretrained": "flax_switch.pretrained",
     "load_pretrained": "flax_switch.pretrained",
     "save_pretrained": "flax_switch.pretrained",
+    "init_params": "flax_switch.nn.init",
+    "optimizer": "flax_switch.training.custom",
+    "train_step": "flax_switch.training.custom",
+    "TrainState": "flax_switch.training.state",
+    "load_recipe": "flax_switch.config.recipes",
+    "pretrain": "flax_switch.workflows.pretrain",
+    "finetune": "flax_switch.workflows.finetune",
 }  # public name -> the module that defines it
 
 __all__ = [
@@ -47,18 +60,30 @@ __all__ = [
     "SwitchConfig",
     "SwitchEncoder",
     "SwitchTransformer",
+    "TrainState",
     "__version__",
+    "finetune",
     "generate",
+    "init_params",
     "load_pretrained",
+    "load_recipe",
+    "optimizer",
+    "pretrain",
     "save_pretrained",
     "seq2seq_loss",
+    "train_step",
 ]
 
 if not TYPE_CHECKING:  # to a type checker, a module with __getattr__ has every name
 
     def __getattr__(name: str) -> Any:
         if name not in _HOME:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+            import difflib
+
+            near = difflib.get_close_matches(name, _HOME, n=1)
+            raise AttributeError(
+                f"module {__name__!r} has no attribute {name!r}" + (f". Did you mean {near[0]!r}?" if near else "")
+            )
         value = getattr(importlib.import_module(_HOME[name]), name)
         globals()[name] = value  # found directly from now on
         return value

@@ -1,15 +1,16 @@
 """What recipes, README and docs print works: every command runs for two steps on small stand-ins, every Python block too."""
 
+import contextlib
 import os
 import re
 import subprocess
 import sys
 
 import pytest
-from documented.finding import ROOT, commands, commands_of_page, python_blocks
+from documented.finding import ROOT, blocks, commands, commands_of_block, commands_of_page, python_blocks
 from documented.otherwise import LIST, otherwise
 from documented.python_blocks import GIVEN, PAGES, run_page
-from documented.running import World, filled_in, load, small_model
+from documented.running import World, filled_in, load, run_here, small_model
 
 from flax_switch import cli
 from flax_switch.host.compilers import can_compile_for
@@ -157,9 +158,35 @@ def test_every_python_block_compiles(block):
     compile(block.text, block.where, "exec")
 
 
-@pytest.mark.parametrize("page", [pytest.param(p, marks=() if p == "docs/finetuning.md" else pytest.mark.slow) for p in PAGES])
+QUICK_PAGES = ("README.md", "docs/finetuning.md")
+
+
+@pytest.mark.parametrize("page", [pytest.param(p, marks=() if p in QUICK_PAGES else pytest.mark.slow) for p in PAGES])
 def test_the_python_of_a_page_runs_as_printed(page, world, tmp_path):
-    run_page(page, world, tmp_path)
+    names = run_page(page, world, tmp_path)
+    for losses in ("losses", "own_losses") if page == "docs/custom_training.md" else ():
+        assert names[losses][-1] < 0.8 * names[losses][0], losses
+
+
+def test_the_loop_of_ones_own_has_25_lines():
+    loop = next(block for block in python_blocks() if block.where.startswith("docs/custom_training.md"))
+    assert sum(bool(line.strip()) for line in loop.text.splitlines()) <= 25
+
+
+@pytest.mark.slow
+def test_the_readme_runs_from_top_to_bottom_in_one_folder(world, tmp_path):
+    """Commands see what earlier ones left, Python is one program; what cannot run here has its own test."""
+    page = ROOT / "README.md"
+    typed_lines = "\n".join(block.text for block in blocks(page))
+    world.provide(tmp_path, typed_lines)
+    names = {}
+    with contextlib.chdir(tmp_path):
+        for block in blocks(page):
+            if block.language == "python":
+                exec(compile(block.text, block.where, "exec"), names)
+            for command in commands_of_block(block):
+                if not otherwise(command.text):
+                    assert run_here(filled_in(command.text)) == 0, command
 
 
 def test_what_pages_are_given_is_for_pages_with_python():

@@ -15,7 +15,7 @@ ALLOWED = {
     "host": {"config"},
     "parallel": {"config", "host"},
     "ops": {"config", "host", "parallel"},
-    "nn": {"config", "ops", "parallel"},
+    "nn": {"config", "host", "ops", "parallel"},
     "data": {"config", "host"},
     "convert": {"config", "data", "host"},
     "generation": {"config", "convert", "host", "nn", "ops", "parallel"},

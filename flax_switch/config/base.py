@@ -52,6 +52,13 @@ class _Section:
     kind: ClassVar[str | None] = None  # what a whole run's config says it is for, in files (`flax_switch.config.kinds`)
     section: ClassVar[str | None] = None  # what errors put before a field's name
 
+    def __init_subclass__(cls) -> None:
+        cls.__repr__ = cls.__repr__  # in its own dict, so that the dataclass does not write one with every field
+
+    def __repr__(self) -> str:
+        """The call that makes it, with what differs from the defaults."""
+        return f"{type(self).__name__}({_arguments(differences(self, None))})"
+
     if not TYPE_CHECKING:  # type checkers know the fields from each class
 
         def __new__(cls, *values: Any, **named: Any) -> Self:
@@ -106,6 +113,21 @@ class _Section:
             else:
                 built[key] = _tuples(value)
         return cls(**built)
+
+
+def differences(config: _Section, other: _Section | None) -> dict[str, Any]:
+    """The fields of a config whose values another one (None: the defaults) does not have."""
+    differing = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        if value != (default if other is None else getattr(other, field.name)):
+            differing[field.name] = value
+    return differing
+
+
+def _arguments(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in values.items())
 
 
 @functools.cache

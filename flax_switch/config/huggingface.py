@@ -93,19 +93,25 @@ _UNREPRESENTABLE = {
 _ACTIVATION_ALIASES = {"gelu_pytorch_tanh": "gelu_new", "gelu_python": "gelu"}
 
 
-def from_huggingface(values: Mapping[str, Any]) -> SwitchConfig:
+def from_huggingface(values: Any) -> SwitchConfig:
     """The config that a transformers `config.json` describes, with Hugging Face's semantics.
 
     Args:
-      values: the parsed file. `model_type` must be one of those above; unknown keys are ignored, as transformers does,
-        and absent ones take transformers' defaults, but not both where the model's shape is concerned. Stale keys of released
-        files (`encoder_sparse_step`, `is_full_sparse`, `router_type`, `num_selected_experts`, `router_ignore_padding_tokens`)
-        have no effect there and none here.
+      values: the parsed file, or transformers' config object. `model_type` must be one of those above; unknown keys are ignored, as
+        transformers does, and absent ones take transformers' defaults, but not both where the model's shape is concerned. Stale
+        keys of released files (`encoder_sparse_step`, `is_full_sparse`, `router_type`, `num_selected_experts`,
+        `router_ignore_padding_tokens`) have no effect there and none here.
 
     Raises:
       ConfigError: for another `model_type`, an activation we lack, `eos_token_id`s that are none, or a size that is absent beside a
         key that is not known.
     """
+    values = values.to_dict() if hasattr(values, "to_dict") else values
+    check(
+        isinstance(values, Mapping),
+        f"from_huggingface takes a config of transformers, or its config.json as a dict; this is {type(values).__name__}. A model "
+        "or its name is for flax_switch.load_pretrained.",
+    )
     model_type = check_model_type(values)
     table = _TABLES[model_type]
     _check_keys(values, table)

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from flax_switch.config.base import _Section, check, may_change, one_of
+from flax_switch.config.base import _Section, check, differences, may_change, one_of
 from flax_switch.config.ranges import Count, Epsilon, Layers, Natural, NotNegative, Positive, Range, Rate, Seed
 
 ACTIVATIONS = ("relu", "gelu", "gelu_new", "silu", "swish", "linear", "tanh")
@@ -253,6 +253,16 @@ class SwitchConfig(_Section):
                 f"{name} is about a router that learns; with router_type='hash' set it to {value}.",
             )
 
+    def __repr__(self) -> str:
+        """The shortest of the expressions that make it: from the defaults, or from a preset and what differs."""
+        from flax_switch.config.presets import PRESETS  # which are made of these configs
+
+        written = [super().__repr__()]
+        for name, preset in PRESETS.items():
+            changes = ", ".join(f"{field}={value!r}" for field, value in differences(self, preset).items())
+            written.append(f"PRESETS[{name!r}]" + (f".replace({changes})" if changes else ""))
+        return min(written, key=len)
+
     # --- derived
     @property
     def encoder(self) -> StackConfig:
@@ -296,8 +306,8 @@ class SwitchConfig(_Section):
         return len(self.mlp_activations) == 2
 
     @classmethod
-    def from_huggingface(cls, values: Mapping[str, Any]) -> SwitchConfig:
-        """The config that a transformers `config.json` describes, with Hugging Face's semantics."""
+    def from_huggingface(cls, values: Mapping[str, Any] | Any) -> SwitchConfig:
+        """The config that a config of transformers, or its `config.json` as a dict, describes, with Hugging Face's semantics."""
         from flax_switch.config import huggingface
 
         return huggingface.from_huggingface(values)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from flax_switch.config import SwitchConfig
+from flax_switch.config import SwitchConfig, one_of
 
 _SWITCH = SwitchConfig(
     dtype="bfloat16",
@@ -60,7 +60,19 @@ _TINY = SwitchConfig(
     **_sizes(128, 512, 4, 2, 1, d_kv=32),
 )  # fmt: skip
 
-PRESETS: dict[str, SwitchConfig] = {
+
+class _Presets(dict[str, SwitchConfig]):
+    """A dict in which a name that is none is an error with the nearest one."""
+
+    def __missing__(self, name: str) -> SwitchConfig:
+        one_of("A preset's name", name, tuple(self))
+        raise AssertionError  # `one_of` has raised
+
+    def __repr__(self) -> str:
+        return f"presets: {', '.join(self)}"
+
+
+PRESETS: dict[str, SwitchConfig] = _Presets({
     # One machine: what `configs/tiny_language_model.py` trains; `configs/tiny.py` has a layer more in each stack.
     "switch-tiny": _TINY,
     **{f"switch-base-{e}": _SWITCH.replace(num_experts=e) for e in (8, 16, 32, 64, 128, 256)},
@@ -90,4 +102,4 @@ PRESETS: dict[str, SwitchConfig] = {
     # Dense baselines: Switch with one expert per token costs the same FLOPs.
     "t5-base": _SWITCH.replace(num_sparse_encoder_layers=0, num_sparse_decoder_layers=0, expert_dropout_rate=None),
     "t5-tiny": _TINY.replace(num_sparse_encoder_layers=0, num_sparse_decoder_layers=0),
-}  # fmt: skip
+})  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from flax_switch.config import StackConfig, SwitchConfig
 
 ARCHITECTURES = ("full", "headless", "encoder")  # with its head; without; and the encoder alone
@@ -71,6 +73,22 @@ def _mlp(config: SwitchConfig, prefix: str, width: int) -> dict[str, tuple[int, 
     D = config.d_model
     inputs = ("wi_0", "wi_1") if config.is_gated else ("wi",)
     return {**{f"{prefix}/{w}/kernel": (D, width) for w in inputs}, f"{prefix}/wo/kernel": (width, D)}
+
+
+KINDS = (  # what a parameter is of -> the paths; the first that matches
+    ("embeddings and head", r"(.*/)?token_embedder/.*|decoder/logits_dense/.*"),
+    ("attention", r".*attention/.*"),
+    ("relative positions", r".*relpos_bias/.*"),
+    ("norms", r".*norm/.*"),
+    ("routers", r".*/router/.*"),
+    ("experts", r".*/mlp/expert/.*"),
+    ("dense MLPs", r".*"),
+)
+
+
+def kind_of(path: str) -> str:
+    """Returns which of the `KINDS` a parameter is."""
+    return next(kind for kind, pattern in KINDS if re.fullmatch(pattern, path))
 
 
 def is_router(path: str) -> bool:

@@ -116,7 +116,15 @@ def _opened(folder: Path, changes: Mapping[str, Any], allow_missing: Sequence[st
         config, architecture, tensors = training_run.read_run(folder, allow_missing=allow_missing)
     else:
         config, architecture, tensors = t5x.read_t5x(folder, changes=changes, allow_missing=allow_missing)
-    config = widened(config, changes, folder).replace(**changes)
+    config = changed(config, architecture, tensors, changes or {}, folder)
+    return Checkpoint(format, folder, config, architecture, tensors, raw)
+
+
+def changed(
+    config: SwitchConfig, architecture: str, tensors: Mapping[str, LazyTensor], changes: Mapping[str, Any], source: object
+) -> SwitchConfig:
+    """Returns a checkpoint's config with changes; raises `ConfigError` where its tensors then do not fit."""
+    config = widened(config, changes, source).replace(**changes)
     shapes = canonical_shapes(config, architecture)
     for path, tensor in tensors.items():
         check(
@@ -124,10 +132,10 @@ def _opened(folder: Path, changes: Mapping[str, Any], allow_missing: Sequence[st
             f"the changes {dict(changes)} do not fit the checkpoint: {path} is {list(tensor.shape)} there. Change settings "
             "of behaviour, not sizes.",
         )
-    return Checkpoint(format, folder, config, architecture, tensors, raw)
+    return config
 
 
-def widened(config: SwitchConfig, changes: Mapping[str, Any], folder: Path) -> SwitchConfig:
+def widened(config: SwitchConfig, changes: Mapping[str, Any], source: object) -> SwitchConfig:
     """Has a float16 model compute in float32, unless `changes` ask for another dtype; its parameters stay float16.
 
     T5's residual stream exceeds float16's 65,504. transformers clamps it after each sublayer and keeps T5's wo in float32; with
@@ -135,7 +143,7 @@ def widened(config: SwitchConfig, changes: Mapping[str, Any], folder: Path) -> S
     """
     if config.dtype != "float16" or "dtype" in changes:
         return config
-    log.info("%s has float16 parameters; it computes in float32, as T5's activations exceed float16's range", folder)
+    log.info("%s has float16 parameters; it computes in float32, as T5's activations exceed float16's range", source)
     return config.replace(dtype="float32", expert_dtype=None if config.expert_dtype == "float16" else config.expert_dtype)
 
 
@@ -234,8 +242,8 @@ def export_config(checkpoint: Checkpoint) -> tuple[dict[str, Any], str]:
     the log says which; fields of the architecture it does not have raise a ConfigError. A config.json that the model came with
     and that still says the same is written back as it was.
     """
-    config, changed = config_huggingface.with_huggingface_semantics(checkpoint.config)
-    for name, (before, after) in changed.items():
+    config, differing = config_huggingface.with_huggingface_semantics(checkpoint.config)
+    for name, (before, after) in differing.items():
         log.info("Hugging Face runs the model with %s=%r; it was %r", name, after, before)
     values = config.to_huggingface()
     values["architectures"] = [huggingface.class_name(values["model_type"], checkpoint.architecture)]

@@ -111,15 +111,21 @@ def read_huggingface(folder: Path, *, allow_missing: Sequence[str] = ()) -> tupl
     config_huggingface.check_model_type(values)
     tensors = read_tensors(folder, derived=derived_names(values))
     check_counts(values, tensors, folder / "config.json")
+    try:
+        return *assemble(values, tensors, allow_missing=allow_missing), values
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from None
+
+
+def assemble(
+    values: Mapping[str, Any], tensors: Mapping[str, LazyTensor], *, allow_missing: Sequence[str] = ()
+) -> tuple[SwitchConfig, str, dict[str, LazyTensor]]:
+    """Returns the config, architecture and canonical tensors that a config.json and Hugging Face's tensors are."""
     config = SwitchConfig.from_huggingface(values)
     architecture = find_architecture(values, tensors)
     config, tensors = settle_embeddings(config, values, architecture, tensors)
-    expected = canonical_shapes(config, architecture)
     rules = rules_for(values.get("model_type", "switch_transformers"))
-    try:
-        return config, architecture, to_canonical(tensors, rules, expected, allow_missing=allow_missing), values
-    except CheckpointError as error:
-        raise CheckpointError(f"{folder}: {error}") from None
+    return config, architecture, to_canonical(tensors, rules, canonical_shapes(config, architecture), allow_missing=allow_missing)
 
 
 def derived_names(values: Mapping[str, Any]) -> tuple[str, ...]:

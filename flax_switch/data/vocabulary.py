@@ -21,6 +21,7 @@ import sentencepiece
 from etils import epath
 
 from flax_switch.config import ConfigError, check
+from flax_switch.data.encoding import Encoding, as_arrays, encode_texts, rows_of
 from flax_switch.host import files
 from flax_switch.host.json_text import field, read_json, valid_text
 
@@ -194,6 +195,46 @@ class Vocabulary:
                 end = match.end()
         return ids + self._plain_ids(text[end:])
 
+    def __call__(
+        self,
+        text: str | Sequence[str] | None = None,
+        *,
+        text_target: str | Sequence[str] | None = None,
+        padding: bool | str = False,
+        truncation: bool | str = False,
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        add_special_tokens: bool = True,
+        return_tensors: str | None = None,
+    ) -> Encoding:
+        """Returns `input_ids` and `attention_mask` of a text, or of each of several, as transformers' T5 tokenizer does.
+
+        Args:
+          text: one text gives lists of tokens, several give lists of lists.
+          text_target: targets; their ids are the encoding's `labels`, or its `input_ids` where there is no `text`. Padding in
+            labels is the pad token, as in transformers: put -100 there for a loss that shall not count it.
+          padding: True or "longest" fills rows up to the longest with pad, "max_length" up to max_length.
+          truncation: True cuts rows to max_length, EOS included.
+          pad_to_multiple_of: rounds the length that rows are filled up to, so that fewer programs compile.
+          add_special_tokens: close every text with EOS.
+          return_tensors: "np" for arrays [rows, tokens], one row for one text.
+
+        Raises:
+          ConfigError: naming the option that cannot be, or that needs another.
+        """
+        check(text is not None or text_target is not None, "Give a text, or text_target.")
+        options: dict[str, Any] = dict(
+            eos_id=self.eos_id if add_special_tokens else None, pad_id=self.pad_id, padding=padding, truncation=truncation,
+            max_length=max_length, pad_to_multiple_of=pad_to_multiple_of,
+        )  # fmt: skip
+        encoding = Encoding()
+        if text is not None:
+            encoding["input_ids"], encoding["attention_mask"] = encode_texts(self.encode, text, **options)
+        if text_target is not None:
+            ids, mask = encode_texts(self.encode, text_target, **options)
+            encoding |= {"labels": ids} if text is not None else {"input_ids": ids, "attention_mask": mask}
+        return as_arrays(encoding, return_tensors)
+
     def _plain_ids(self, text: str) -> list[int]:
         """Token ids of text between special tokens."""
         if self._normalized is None:
@@ -242,6 +283,10 @@ class Vocabulary:
             else:
                 texts += [self._text_of(i) for i in run]
         return "".join(texts).removeprefix(" ")
+
+    def batch_decode(self, sequences: Iterable[Iterable[int]], skip_special_tokens: bool = True) -> list[str]:
+        """Returns the text of each row of ids, which may be lists or the arrays of any library; see `decode`."""
+        return [self.decode(row, skip_special_tokens=skip_special_tokens) for row in rows_of(sequences)]
 
     def _is_byte(self, i: int) -> bool:
         return 0 <= i < self.num_pieces and self._pieces.IsByte(i)

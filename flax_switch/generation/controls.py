@@ -152,8 +152,23 @@ class GenerationConfig(_Section):
         return self.num_beams if self.num_beams > 1 else self.num_return_sequences
 
 
+# transformers' options that are no controls here: the one value that says what happens anyway, and what to do about others.
+_FIXED = {
+    "use_cache": (True, "generation always keeps a cache, and finds the tokens that it would find without; leave it out"),
+    "return_dict_in_generate": (True, "what comes back is always a GenerationOutput, whose .sequences are the ids; leave it out"),
+    "past_key_values": (None, "the cache lives inside the compiled program; give the tokens so far as decoder_input_ids"),
+    "cache": (None, "the cache lives inside the compiled program; give the tokens so far as decoder_input_ids"),
+    "max_length": (None, "it counts the start token; set max_new_tokens, one less"),
+    "min_length": (None, "it counts the start token; set min_new_tokens, one less"),
+}
+
+
 def make_controls(values: Mapping[str, Any], config: SwitchConfig) -> GenerationConfig:
     """Returns controls for a model, from keyword arguments; an unknown name is an error that suggests the nearest one."""
+    for name, (fixed, instead) in _FIXED.items():
+        value = values.get(name)
+        check(value is None or value is fixed, f"{name}={value!r} is no control: {instead}.")
+    values = {name: value for name, value in values.items() if name not in _FIXED}
     return GenerationConfig(**values).for_model(config)
 
 

@@ -34,9 +34,12 @@ def read_defaults(folder: epath.PathLike) -> dict[str, Any]:
     file that cannot be read, or a value that cannot be.
     """
     path = epath.Path(folder) / FILE
-    if not path.is_file():
-        return {}
-    values = {name: value for name, value in read_json(path).items() if value is not None and name not in _SILENT}
+    return defaults_of(read_json(path), str(path)) if path.is_file() else {}
+
+
+def defaults_of(values: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Returns the controls that a generation_config.json's values ask for, as `read_defaults`; messages name `source`."""
+    values = {name: value for name, value in values.items() if value is not None and name not in _SILENT}
     for old, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
         length = values.pop(old, None)
         if isinstance(length, int) and length > 0:
@@ -44,12 +47,12 @@ def read_defaults(folder: epath.PathLike) -> dict[str, Any]:
     unknown = {name: value for name, value in values.items() if name not in _OURS and _NEUTRAL.get(name) != value}
     if unknown:
         shown = ", ".join(f"{name}={value!r}" for name, value in unknown.items())
-        log.warning("%s asks for what is not followed: %s.", path, shown)
+        log.warning("%s asks for what is not followed: %s.", source, shown)
     found = {name: tuples(value) for name, value in values.items() if name in _OURS}
     try:
         GenerationConfig(**with_defaults(found, {}))
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
+        raise ConfigError(f"{source}: {error}") from error
     return found
 
 

@@ -13,36 +13,40 @@ from flax_switch.config import SwitchConfig, check
 from flax_switch.convert.scan import unstack_layers
 from flax_switch.generation.controls import GenerationConfig, make_controls, split_numbers
 from flax_switch.generation.program import run_program
+from flax_switch.nn.fields import Fields
+from flax_switch.nn.inputs import TokenIds, as_ids, as_mask
 from flax_switch.nn.transformer import SwitchEncoder, SwitchTransformer
-from flax_switch.ops import AnyArray
-from flax_switch.ops.ids import check_ids as ids_in_vocabulary
 from flax_switch.ops.kernels.few_rows import unstacked_experts
 from flax_switch.parallel.mesh import batch_sharding, batch_ways, replicated
 from flax_switch.parallel.placement import ONE_DEVICE, LaidOutByCompiler
 
 
 @flax.struct.dataclass
-class GenerationOutput:
+class GenerationOutput(Fields):
     """What `generate` returns, as numpy arrays. n is num_return_sequences; the n rows of a source are neighbours, best first.
+
+    Fields that are not None can be had by name and by position, too: `output["sequences"]`, `output[0]`.
 
     sequences: ids, from the decoder's prefix on. Finished rows are filled up with pad, beams with EOS, as Hugging Face does.
     scores: of beams, their summed log-probabilities over the length penalty; else None.
     step_scores: with output_scores, the processed scores of each step: logits, or with beams the log-probabilities of the
       running beams (R is B * num_beams then, not all of which need be ancestors of what is returned).
+    texts: the sequences as text, a string for each, where there is a vocabulary (`Pretrained.generate`); sentinels are named.
     """
 
     sequences: Int[np.ndarray, "Bn T"]
     scores: Float[np.ndarray, " Bn"] | None = None
     step_scores: Float[np.ndarray, "steps R V"] | None = None
+    texts: tuple[str, ...] | None = flax.struct.field(pytree_node=False, default=None)
 
 
 def generate(
     model: SwitchEncoder,
     params: Mapping[str, Any],
-    input_ids: Int[AnyArray, "B S"] | Sequence[Sequence[int]],
-    attention_mask: Int[AnyArray, "B S"] | Bool[AnyArray, "B S"] | Sequence[Sequence[int]] | None = None,
+    input_ids: TokenIds,
+    attention_mask: TokenIds | None = None,
     *,
-    decoder_input_ids: Int[AnyArray, "B P"] | Sequence[Sequence[int]] | None = None,
+    decoder_input_ids: TokenIds | None = None,
     seed: int | Sequence[int] = 0,
     **controls: Any,
 ) -> GenerationOutput:
@@ -53,7 +57,7 @@ def generate(
 
     Args:
       params: may lie on a mesh; then rows are split over its data and expert axes and the parameters stay where they are.
-      input_ids: the sources' ids.
+      input_ids: the sources' ids [B, S], or one source's [S]: lists, or an array of any library.
       attention_mask: 1 at tokens, 0 at padding, on any side; None: 0 where there is the pad token.
       decoder_input_ids: a prefix for every row; the start token is put before it unless a row begins with it.
       seed: of sampling; one for all rows, or one for each source, whose samples then do not depend on its place in the batch.
@@ -68,7 +72,7 @@ def generate(
         f"generate needs a model with a decoder and a head; this is a {type(model).__name__} without one.",
     )
     settings = make_controls(controls, config)
-    ids = check_ids("input_ids", input_ids, config)
+    ids = np.asarray(as_ids("input_ids", input_ids, config))
     mask = check_mask(attention_mask, ids, settings)
     B = ids.shape[0]
     prefix = start_tokens(decoder_input_ids, B, settings, config)
@@ -93,27 +97,10 @@ def generate(
     )
 
 
-def check_ids(name: str, ids: Any, config: SwitchConfig) -> Int[np.ndarray, "B S"]:
-    """Returns ids as an int32 array [B, S] with B, S > 0 and every id in the vocabulary; raises `ConfigError` otherwise."""
-    ids = np.asarray(ids)
-    check(
-        ids.ndim == 2 and ids.size > 0,
-        f"{name} must be an array [rows, tokens] with at least one of each; its shape is {list(ids.shape)}. "
-        "An empty text still has an EOS token.",
-    )
-    check(np.issubdtype(ids.dtype, np.integer), f"{name} must hold integers; its dtype is {ids.dtype}.")
-    ids_in_vocabulary(name, ids, config.vocab_size)
-    return ids.astype(np.int32)
-
-
 def check_mask(mask: Any, input_ids: Int[np.ndarray, "B S"], settings: GenerationConfig) -> Bool[np.ndarray, "B S"]:
     """Returns the mask of the sources, by default False at pad tokens; raises where a source has no token at all."""
-    mask = input_ids != settings.pad_token_id if mask is None else np.asarray(mask)
-    check(
-        mask.shape == input_ids.shape,
-        f"attention_mask must have the shape of input_ids, {list(input_ids.shape)}; it is {list(mask.shape)}.",
-    )
-    mask = mask.astype(bool)
+    shape = input_ids.shape
+    mask = input_ids != settings.pad_token_id if mask is None else np.asarray(as_mask("attention_mask", mask, shape))
     empty = np.flatnonzero(~mask.any(1))
     check(empty.size == 0, f"input_ids: row {empty[0] if empty.size else 0} is padding only; a source needs at least one token.")
     return mask
@@ -124,7 +111,7 @@ def start_tokens(prefix: Any, batch: int, settings: GenerationConfig, config: Sw
     start = np.full((batch, 1), settings.decoder_start_token_id, np.int32)
     if prefix is None:
         return start
-    prefix = check_ids("decoder_input_ids", prefix, config)
+    prefix = np.asarray(as_ids("decoder_input_ids", prefix, config))
     check(
         prefix.shape[0] == batch,
         f"decoder_input_ids has {prefix.shape[0]} rows and input_ids {batch}; every source needs a prefix.",

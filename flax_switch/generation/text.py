@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from flax_switch.config import ConfigError, check
+from flax_switch.config import ConfigError, SwitchConfig, check
 from flax_switch.generation.defaults import with_defaults
 from flax_switch.generation.generate import check_seeds, generate
 from flax_switch.host.json_text import json_object, valid_text
@@ -108,7 +108,7 @@ def generate_lines(
         **controls,
     ):
         for row, i in enumerate(batch):
-            outputs = [vocabulary.decode(sequence, skip_special_tokens=False) for sequence in map(_visible(config), rows[row])]
+            outputs = texts_of(rows[row], vocabulary, config)
             results[i] = {"line": lines[i].number, "input": lines[i].text, "outputs": outputs}
             if scores is not None:
                 results[i]["scores"] = [float(score) for score in scores[row]]
@@ -159,7 +159,15 @@ def _pad(batch: Sequence[tuple[int, Sequence[int]]], length: int) -> tuple[np.nd
     return ids, mask
 
 
-def _visible(config: Any) -> Callable[[np.ndarray], list[int]]:
-    """Takes start token, EOS and padding out of a sequence; sentinels stay."""
-    hidden = {config.pad_token_id, config.eos_token_id, config.decoder_start_token_id}
-    return lambda sequence: [int(token) for token in sequence if int(token) not in hidden]
+def texts_of(sequences: Iterable[Sequence[int] | np.ndarray], vocabulary: Any, config: SwitchConfig) -> list[str]:
+    """Returns sequences as text, without start token, EOS and padding; sentinels stay, by name."""
+    hidden = {config.pad_token_id, config.eos_token_id, config.decoder_start_token_id, *config.extra_eos_token_ids}
+    shown = ([int(token) for token in sequence if int(token) not in hidden] for sequence in sequences)
+    return [vocabulary.decode(ids, skip_special_tokens=False) for ids in shown]
+
+
+def encode_sources(texts: Sequence[str], vocabulary: Any, config: SwitchConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Returns ids, closed by EOS, and mask of texts, in rows of a length that many texts share, so that few programs compile."""
+    ids = [[*vocabulary.encode(text), config.eos_token_id] for text in texts]
+    longest = max(map(len, ids))
+    return _pad(list(enumerate(ids)), bucket_of(longest, longest * 2))

@@ -10,18 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from flax_switch.config import SwitchConfig
-from flax_switch.convert.canonical import is_expert, is_router
+from flax_switch.convert.canonical import KINDS, is_expert, is_router, kind_of
 from flax_switch.convert.checkpoint import open_checkpoint
-
-_KINDS = (
-    ("embeddings and head", r"(.*/)?token_embedder/.*|decoder/logits_dense/.*"),
-    ("attention", r".*attention/.*"),
-    ("relative positions", r".*relpos_bias/.*"),
-    ("norms", r".*norm/.*"),
-    ("routers", r".*/router/.*"),
-    ("experts", r".*/mlp/expert/.*"),
-    ("dense MLPs", r".*"),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,10 +55,9 @@ def describe(
     """
     opened = open_checkpoint(source, changes=changes, allow_missing=allow_missing, revision=revision, verify=verify)
     config, sizes = opened.config, {path: math.prod(tensor.shape) for path, tensor in opened.tensors.items()}
-    by_kind, by_dtype = dict.fromkeys((kind for kind, _ in _KINDS), 0), {}
+    by_kind, by_dtype = dict.fromkeys((kind for kind, _ in KINDS), 0), {}
     for path, tensor in opened.tensors.items():
-        kind = next(kind for kind, pattern in _KINDS if re.fullmatch(pattern, path))
-        by_kind[kind] += sizes[path]
+        by_kind[kind_of(path)] += sizes[path]
         by_dtype[tensor.dtype.name] = by_dtype.get(tensor.dtype.name, 0) + sizes[path]
     stacks = config.stacks[:1] if opened.architecture == "encoder" else config.stacks
     total = sum(sizes.values())

@@ -1,5 +1,6 @@
 """Makes the parameters of a model, and tells the names of their axes."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -11,8 +12,13 @@ from flax_switch.config import SwitchConfig
 from flax_switch.nn.transformer import SwitchEncoder, SwitchTransformer
 
 
-def init_params(model: SwitchEncoder, rng: Array) -> dict:
-    """Makes parameters as plain nested dicts of arrays; traceable, so that jit can lay them straight into their shardings."""
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def init_params(model: SwitchEncoder | SwitchConfig, rng: Array) -> dict:
+    """Makes parameters as plain nested dicts of arrays, of a model or of the `SwitchTransformer` of a config.
+
+    Compiled; inside another jit it can lay them straight into their shardings.
+    """
+    model = SwitchTransformer(model) if isinstance(model, SwitchConfig) else model
     params = model.init({"params": rng}, *example_inputs(model))["params"]
     return with_copying_heads(params, model.config) if model.config.copying_heads else params
 

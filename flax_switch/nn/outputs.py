@@ -4,6 +4,7 @@ import flax.struct
 from jaxtyping import Array, Float
 
 from flax_switch.nn.cache import DecoderCache, LayerCache
+from flax_switch.nn.fields import Fields
 from flax_switch.ops.moe.routing import RouterOutput
 
 
@@ -18,7 +19,7 @@ class LayerOutput:
 
 
 @flax.struct.dataclass
-class EncoderOutput:
+class EncoderOutput(Fields):
     """The encoder's output. `router` has one entry per sparse layer, in order.
 
     `hidden_states` (embeddings, then the output of every layer, the last one normalised) and `attentions` are None unless asked
@@ -32,7 +33,7 @@ class EncoderOutput:
 
 
 @flax.struct.dataclass
-class DecoderOutput:
+class DecoderOutput(Fields):
     """The decoder's output; `logits` are float32. `cache` is the updated cache where one was given."""
 
     logits: Float[Array, "B L V"] | None
@@ -45,7 +46,7 @@ class DecoderOutput:
 
 
 @flax.struct.dataclass
-class ModelOutput:
+class ModelOutput(Fields):
     """Output of the encoder-decoder. Axes: B batch, L target length (S source length), D model, V vocabulary.
 
     `encoder_router` and `decoder_router` hold a `RouterOutput` per sparse layer, in order; their `logits` are there with

@@ -13,25 +13,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, Sharding
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
 from flax_switch.config import SwitchConfig, check, one_of
+from flax_switch.config.presets import PRESETS
 from flax_switch.convert import checkpoint as checkpoints
-from flax_switch.convert import tokenizer
+from flax_switch.convert import live, tokenizer
 from flax_switch.convert.canonical import canonical_shapes, flatten, is_router, unflatten
 from flax_switch.convert.folder import DEFAULT_SHARD_SIZE, claimed, local_destination
 from flax_switch.convert.mapping import SAME_NAMES, to_canonical
 from flax_switch.convert.scan import stack_layers, unstack_layers
 from flax_switch.convert.tensors import DTYPES, LazyTensor, cast, from_array
-from flax_switch.generation.defaults import read_defaults, with_defaults
+from flax_switch.generation.defaults import defaults_of, read_defaults, with_defaults
 from flax_switch.nn.init import init_params, logical_axes
+from flax_switch.nn.inputs import SupportsArray, TokenIds, as_array, as_embeddings, as_ids, as_mask, shift_right
 from flax_switch.nn.outputs import EncoderOutput
 from flax_switch.nn.transformer import SwitchEncoder, SwitchTransformer
-from flax_switch.ops import AnyArray
-from flax_switch.ops.ids import check_ids
-from flax_switch.ops.losses import IGNORED_LABEL
 from flax_switch.parallel.mesh import tree_shardings
-from flax_switch.pretrained import outputs
+from flax_switch.pretrained import outputs, table
 
 if TYPE_CHECKING:
     from flax_switch.data.vocabulary import Vocabulary
@@ -60,87 +59,144 @@ class Pretrained:
         """Returns a copy with some fields changed: the parameters after an update, for instance."""
         return dataclasses.replace(self, **changes)
 
+    def __repr__(self) -> str:
+        return table.as_text(self)
+
+    def _repr_html_(self) -> str:
+        return table.as_html(self)
+
     def __call__(
         self,
-        input_ids: Int[AnyArray, "B S"] | None = None,
-        attention_mask: Int[AnyArray, "B S"] | None = None,
-        decoder_input_ids: Int[AnyArray, "B L"] | None = None,
-        decoder_attention_mask: Int[AnyArray, "B L"] | None = None,
+        input_ids: TokenIds | None = None,
+        attention_mask: TokenIds | None = None,
+        decoder_input_ids: TokenIds | None = None,
+        decoder_attention_mask: TokenIds | None = None,
         *,
         encoder_outputs: Any = None,
-        inputs_embeds: Float[AnyArray, "B S D"] | None = None,
-        decoder_inputs_embeds: Float[AnyArray, "B L D"] | None = None,
-        labels: Int[AnyArray, "B L"] | None = None,
+        inputs_embeds: SupportsArray | None = None,
+        decoder_inputs_embeds: SupportsArray | None = None,
+        labels: TokenIds | None = None,
         output_router_logits: bool = False,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
+        return_dict: bool | None = None,
+        use_cache: bool | None = None,
+        past_key_values: None = None,
+        cache: None = None,
         deterministic: bool = True,
         rngs: Mapping[str, Array] | None = None,
-    ) -> outputs.Seq2SeqLMOutput | outputs.Seq2SeqModelOutput | outputs.EncoderModelOutput:
+    ) -> outputs.Seq2SeqLMOutput:  # nearly always; see below
         """Runs the model; arguments and outputs are named as in transformers.
+
+        Ids and masks [rows, tokens], or a single row [tokens], may be lists or the arrays of any library.
 
         Args:
           encoder_outputs: of an earlier call or `encode`, instead of input_ids.
           labels: target ids, -100 where they do not count. The decoder's inputs are made from them unless given.
           output_router_logits: return the routers' logits and losses, and add the latter to the loss.
+          return_dict: False for a tuple of what is there, in the order of the fields.
+          use_cache, past_key_values, cache: refused where they ask for a cache; `generate` has one of its own.
           deterministic: False for training; `rngs` then holds the streams "dropout" and "jitter".
 
+        Returns:
+          A `Seq2SeqLMOutput`; of a model without a head a `Seq2SeqModelOutput`, of an encoder alone an `EncoderModelOutput`.
+
         Raises:
-          ConfigError: for ids and labels outside the vocabulary, where they have values (not under jit).
+          ConfigError: naming the input that cannot be, and why.
         """
-        self._check_ids(input_ids=input_ids, decoder_input_ids=decoder_input_ids)
-        check_ids("labels", labels, self.config.vocab_size, besides=IGNORED_LABEL)
+        check(
+            not use_cache and past_key_values is None and cache is None,
+            "use_cache, past_key_values and cache ask for a decoder's cache, which a call neither takes nor returns: `generate` "
+            "keeps one inside its program. Leave them out, or for steps of your own see `SwitchTransformer.init_cache`.",
+        )
         options = dict(
             deterministic=deterministic,
             output_router_logits=output_router_logits,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
         )
-        check(
-            input_ids is None or inputs_embeds is None,
-            "Give input_ids or inputs_embeds, not both: the embeddings stand in place of the ids.",
-        )
+        source, target = self._source(input_ids, attention_mask, inputs_embeds, encoder_outputs), None
         if self.architecture == "encoder":
-            encoded = _encode(self.model, self.params, input_ids, attention_mask, inputs_embeds, rngs, **options)
-            return outputs.encoder_output(encoded)
-        if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
-            decoder_input_ids = outputs.shift_right(jnp.asarray(labels), self.config)
+            output: Any = outputs.encoder_output(_encode(self.model, self.params, *source, rngs, **options))
+            return output.to_tuple() if return_dict is False else output
+        if labels is not None:
+            target = jnp.asarray(as_ids("labels", labels, self.config, ignored=True))
+            if decoder_input_ids is None and decoder_inputs_embeds is None:
+                decoder_input_ids = shift_right(target, self.config)
         check(
             decoder_input_ids is not None or decoder_inputs_embeds is not None,
             "The decoder has no input: give labels, decoder_input_ids or decoder_inputs_embeds (or call .encode).",
         )
-        output = _run(
-            self.model, self.params, input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, inputs_embeds,
-            decoder_inputs_embeds, _as_encoder_output(encoder_outputs), rngs, **options,
-        )  # fmt: skip
+        inputs = self._inputs(decoder_input_ids, decoder_attention_mask, decoder_inputs_embeds, "decoder_")
+        raw = _run(self.model, self.params, *source, *inputs, _as_encoder_output(encoder_outputs), rngs, **options)
         if self.architecture == "headless":
-            return outputs.model_output(output)
-        return outputs.lm_output(output, None if labels is None else jnp.asarray(labels), self.config, output_router_logits)
-
-    def _check_ids(self, **named: AnyArray | None) -> None:
-        for name, ids in named.items():
-            check_ids(name, ids, self.config.vocab_size)
+            output = outputs.model_output(raw)
+        else:
+            output = outputs.lm_output(raw, target, self.config, output_router_logits)
+        return output.to_tuple() if return_dict is False else output
 
     def encode(
-        self, input_ids: Int[AnyArray, "B S"] | None = None, attention_mask: Int[AnyArray, "B S"] | None = None, **options: Any
+        self, input_ids: TokenIds | None = None, attention_mask: TokenIds | None = None, **options: Any
     ) -> outputs.EncoderModelOutput:
         """Returns the encoder alone; options as for the call (inputs_embeds, output_hidden_states, ...)."""
         defaults = dict(
             deterministic=True, output_router_logits=False, output_hidden_states=False, output_attentions=False,
         )  # fmt: skip
-        self._check_ids(input_ids=input_ids)
         embeds, rngs = options.pop("inputs_embeds", None), options.pop("rngs", None)
-        encoded = _encode(self.model, self.params, input_ids, attention_mask, embeds, rngs, **{**defaults, **options})
-        return outputs.encoder_output(encoded)
+        source = self._source(input_ids, attention_mask, embeds)
+        return outputs.encoder_output(_encode(self.model, self.params, *source, rngs, **{**defaults, **options}))
+
+    def _source(self, ids: Any, mask: Any, embeds: Any, encoded: Any = None) -> tuple[Any, Any, Any]:
+        """Returns the encoder's ids, mask and embeddings, checked; with its output given, the mask alone."""
+        check(
+            ids is not None or embeds is not None or encoded is not None,
+            "The encoder has no input: give input_ids, inputs_embeds or encoder_outputs.",
+        )
+        if encoded is None or ids is not None or embeds is not None:
+            return self._inputs(ids, mask, embeds)
+        states = _as_encoder_output(encoded).last_hidden_state
+        return None, None if mask is None else as_mask("attention_mask", mask, states.shape[:2], "encoder_outputs"), None
+
+    def _inputs(self, ids: Any, mask: Any, embeds: Any, prefix: str = "") -> tuple[Any, Any, Any]:
+        """Returns a stack's ids, mask and embeddings as arrays that fit together."""
+        name, of = f"{prefix}input_ids", f"{prefix}inputs_embeds"
+        check(ids is None or embeds is None, f"Give {name} or {of}, not both: the embeddings stand in place of the ids.")
+        ids = None if ids is None else as_ids(name, ids, self.config)
+        embeds = None if embeds is None else as_embeddings(of, embeds, self.config)
+        shape, of = (embeds.shape[:2], of) if ids is None else (ids.shape, name)
+        return ids, None if mask is None else as_mask(f"{prefix}attention_mask", mask, shape, of), embeds
 
     def generate(
-        self, input_ids: Int[AnyArray, "B S"], attention_mask: Int[AnyArray, "B S"] | None = None, **controls: Any
+        self, input_ids: str | Sequence[str] | TokenIds, attention_mask: TokenIds | None = None, **controls: Any
     ) -> GenerationOutput:
-        """`flax_switch.generate` with this model, its parameters and, where no control is given, its defaults."""
-        from flax_switch.generation import generate
+        """`flax_switch.generate` with this model, its parameters and, where no control is given, its defaults.
 
+        Args:
+          input_ids: a text, texts, or ids (lists or the arrays of any library).
+
+        Returns:
+          The output; its `texts` are there where the model has a vocabulary.
+
+        Raises:
+          ConfigError: naming the control or the input that cannot be; for text where there is no vocabulary.
+        """
+        from flax_switch.generation import generate
+        from flax_switch.generation.text import encode_sources, texts_of
+
+        texts = [input_ids] if isinstance(input_ids, str) else input_ids
+        ids: Any = input_ids
+        if isinstance(texts, (list, tuple)) and texts and all(isinstance(text, str) for text in texts):
+            check(
+                self.vocabulary is not None,
+                "The model has no vocabulary to tokenise text with; put its spiece.model into the folder, or give ids.",
+            )
+            check(attention_mask is None, "attention_mask is for ids; of a text every token counts. Leave it out.")
+            ids, attention_mask = encode_sources(texts, self.vocabulary, self.config)
         controls = with_defaults(self.generation_defaults, controls)
-        return generate(self.model, self.params, input_ids, attention_mask=attention_mask, **controls)
+        output = generate(self.model, self.params, ids, attention_mask, **controls)
+        if self.vocabulary is None:
+            return output
+        return dataclasses.replace(output, texts=tuple(texts_of(output.sequences, self.vocabulary, self.config)))
 
     def save_pretrained(self, path: str | Path, format: str = "huggingface", **options: Any) -> Path:
         """Saves it; see `flax_switch.save_pretrained`."""
@@ -159,7 +215,7 @@ def _encode(model, params, input_ids, attention_mask, inputs_embeds, rngs, **opt
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=_OPTIONS)
 def _run(
-    model, params, input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, inputs_embeds, decoder_inputs_embeds,
+    model, params, input_ids, attention_mask, inputs_embeds, decoder_input_ids, decoder_attention_mask, decoder_inputs_embeds,
     encoder_output, rngs, **options,
 ):  # fmt: skip
     return model.apply(
@@ -176,20 +232,20 @@ def _run(
     )
 
 
-def _as_encoder_output(value: Any) -> EncoderOutput | None:
+def _as_encoder_output(value: Any) -> Any:
     """Takes an encoder's output in any of its shapes: ours, under Hugging Face's names, or a tuple that begins with the states."""
     if value is None or isinstance(value, EncoderOutput):
         return value
     states = value[0] if isinstance(value, (tuple, list)) else value.last_hidden_state
     return EncoderOutput(
-        last_hidden_state=jnp.asarray(states),
+        last_hidden_state=jnp.asarray(as_array("encoder_outputs", states)),
         hidden_states=getattr(value, "hidden_states", None),
         attentions=getattr(value, "attentions", None),
     )
 
 
 def load_pretrained(
-    path: str | Path,
+    path: str | Path | Any,
     *,
     shardings: Shardings | None = None,
     mesh: Mesh | None = None,
@@ -205,7 +261,7 @@ def load_pretrained(
     Tensors are read one at a time, and each process reads only the blocks its devices hold.
 
     Args:
-      path: a folder, or a name on the hub such as "google/switch-base-8" (extra `hub`).
+      path: a folder, a name on the hub such as "google/switch-base-8" (extra `hub`), or a model of transformers itself.
       shardings: where parameters go: a function from their path ("encoder/layers_0/...", or the scanned path) to a sharding or
         None, or a tree of shardings. By default the default device.
       mesh: instead of shardings: lay parameters out over this mesh by the library's rules.
@@ -218,38 +274,54 @@ def load_pretrained(
       CheckpointError: naming what is wrong with the checkpoint.
       ConfigError: if a change does not fit the parameters.
     """
+    placed: dict[str, Any] = dict(shardings=shardings, mesh=mesh, dtype=dtype, seed=seed)
+    if live.is_live(path):
+        config, architecture, tensors = live.read_live(path, allow_missing=allow_missing)
+        config = checkpoints.changed(config, architecture, tensors, changes, type(path).__name__)
+        defaults = defaults_of(live.generation_values(path), f"{type(path).__name__}.generation_config")
+        return _built(config, architecture, tensors, None, defaults, **placed)
+    check(
+        path not in PRESETS or Path(path).exists(),
+        f"{path!r} is a preset: a shape without weights. fs.init_params(fs.PRESETS[{path!r}], key) makes parameters for it; to "
+        "load trained ones, name a folder, or a model on the hub with its owner, such as 'google/switch-base-8'.",
+    )
     opened = checkpoints.open_checkpoint(path, changes=changes, allow_missing=allow_missing, revision=revision, verify=verify)
-    return from_checkpoint(opened, shardings=shardings, mesh=mesh, dtype=dtype, seed=seed)
+    return from_checkpoint(opened, **placed)
 
 
-def from_checkpoint(
-    opened: checkpoints.Checkpoint,
+def from_checkpoint(opened: checkpoints.Checkpoint, **placed: Any) -> Pretrained:
+    """Returns the model of a checkpoint that is open; parameters of its config that it lacks are freshly initialised with `seed`.
+
+    Arguments are `shardings`, `mesh`, `dtype` and `seed` of `load_pretrained`.
+    """
+    vocabulary, defaults = tokenizer.load_vocabulary(opened.path), read_defaults(opened.path)
+    return _built(opened.config, opened.architecture, opened.tensors, vocabulary, defaults, **placed)
+
+
+def _built(
+    config: SwitchConfig,
+    architecture: str,
+    tensors: Mapping[str, LazyTensor],
+    vocabulary: Vocabulary | None,
+    defaults: Mapping[str, Any],
     *,
     shardings: Shardings | None = None,
     mesh: Mesh | None = None,
     dtype: str | None = None,
     seed: int = 0,
 ) -> Pretrained:
-    """Returns the model of a checkpoint that is open; parameters of its config that it lacks are freshly initialised with `seed`.
-
-    Arguments are those of `load_pretrained`.
-    """
-    config, vocabulary, defaults = opened.config, tokenizer.load_vocabulary(opened.path), read_defaults(opened.path)
     if dtype is not None:
         one_of("dtype", dtype, tuple(DTYPES))
         config = config.replace(param_dtype=dtype)
-    tensors = {p: t if dtype is None or is_router(p) else cast(t, DTYPES[dtype]) for p, t in opened.tensors.items()}
-    if opened.architecture == "encoder":
-        model = SwitchEncoder(config)
-    else:
-        model = SwitchTransformer(config, head=opened.architecture == "full")
-    missing = canonical_shapes(config, opened.architecture).keys() - tensors.keys()
+    tensors = {p: t if dtype is None or is_router(p) else cast(t, DTYPES[dtype]) for p, t in tensors.items()}
+    model = SwitchEncoder(config) if architecture == "encoder" else SwitchTransformer(config, head=architecture == "full")
+    missing = canonical_shapes(config, architecture).keys() - tensors.keys()
     tensors |= _fresh(model, missing, seed)
     if config.scan_layers:
         tensors = stack_layers(tensors, config)
     place = _placement(shardings, mesh, model, tensors)
     params = unflatten({name: _to_device(tensor, place(name)) for name, tensor in tensors.items()})
-    return Pretrained(config, model, params, vocabulary, opened.architecture, defaults)
+    return Pretrained(config, model, params, vocabulary, architecture, defaults)
 
 
 def save_pretrained(

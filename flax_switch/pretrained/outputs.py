@@ -1,13 +1,13 @@
-"""What a `Pretrained` returns when it is called: outputs under Hugging Face's names."""
+"""What a `Pretrained` returns when it is called: outputs under Hugging Face's names, by attribute, key and position."""
 
 from __future__ import annotations
 
 import flax.struct
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from flax_switch.config import SwitchConfig
 from flax_switch.config.huggingface import SEMANTICS
+from flax_switch.nn.fields import Fields
 from flax_switch.nn.outputs import EncoderOutput, ModelOutput
 from flax_switch.ops.losses import router_losses, seq2seq_loss
 from flax_switch.ops.moe.routing import RouterOutput
@@ -16,7 +16,7 @@ Layers = tuple[Array, ...] | None  # an array for each layer, None where not ask
 
 
 @flax.struct.dataclass
-class EncoderModelOutput:
+class EncoderModelOutput(Fields):
     """`SwitchTransformersEncoderModel`'s output."""
 
     last_hidden_state: Float[Array, "B L D"]
@@ -26,7 +26,7 @@ class EncoderModelOutput:
 
 
 @flax.struct.dataclass
-class Seq2SeqModelOutput:
+class Seq2SeqModelOutput(Fields):
     """`SwitchTransformersModel`'s output, without its cache (past_key_values before transformers 5.24)."""
 
     last_hidden_state: Float[Array, "B L D"]
@@ -41,7 +41,7 @@ class Seq2SeqModelOutput:
 
 
 @flax.struct.dataclass
-class Seq2SeqLMOutput:
+class Seq2SeqLMOutput(Fields):
     """`SwitchTransformersForConditionalGeneration`'s output, without its cache (past_key_values before transformers 5.24).
 
     `loss` is there with labels; the four router losses with output_router_logits, which also adds them to the loss.
@@ -92,13 +92,6 @@ def lm_output(
     loss = None if labels is None else seq2seq_loss(output, labels, config).loss
     assert output.logits is not None  # a headless model's output is `model_output`
     return Seq2SeqLMOutput(loss=loss, logits=output.logits, **losses, **_states(output))
-
-
-def shift_right(labels: Int[Array, "B L"], config: SwitchConfig) -> Int[Array, "B L"]:
-    """Returns decoder inputs for labels: the start token, then the labels but the last; -100 becomes padding."""
-    start = jnp.full_like(labels[:, :1], config.decoder_start_token_id)
-    shifted = jnp.concatenate([start, labels[:, :-1]], axis=1)
-    return jnp.where(shifted == -100, config.pad_token_id, shifted)
 
 
 def _states(output: ModelOutput) -> dict:

@@ -15,6 +15,7 @@ from flax_switch.config import ConfigError
 from flax_switch.host.files import in_store, read_bytes, write_text
 from flax_switch.host.json_text import json_object
 from flax_switch.training.board import Board
+from flax_switch.training.live import LiveCurve, notebook_display
 
 METRICS_FILE = "metrics.jsonl"
 _LARGEST = 1 << 32  # bytes of it
@@ -44,18 +45,20 @@ def scalars(metrics: dict[str, Any]) -> Iterable[tuple[str, float]]:
 class MetricsWriter:
     """Appends to a workdir's metrics. Lines after `resume_step` are dropped first: the run will write them again.
 
-    Of several processes only the first writes. On a disk every line is there at once; in object storage, where nothing can be
-    appended, after `flush` and `close`, and TensorBoard's events are left out.
+    In a notebook a live curve shows them. Only the first of several processes writes. On a disk every line is there at once; in
+    object storage, where nothing can be appended, after `flush` and `close`, and TensorBoard's events are left out.
     """
 
     def __init__(self, workdir: epath.PathLike, resume_step: int = 0):
-        self._board, self._writes = None, jax.process_index() == 0
+        self._board, self._curve, self._writes = None, None, jax.process_index() == 0
         if not self._writes:
             return
         self._path = epath.Path(workdir) / METRICS_FILE
         self._stored = in_store(self._path)
         self._lines = [json.dumps(line) + "\n" for line in read_metrics(workdir) if line["step"] <= resume_step]
         write_text(self._path, "".join(self._lines))
+        if (display := notebook_display()) is not None:
+            self._curve = LiveCurve(display)
         if not self._stored and importlib.util.find_spec("tensorboardX") is not None:
             self._board = Board(Path(workdir) / "tensorboard", purge_step=resume_step + 1)
 
@@ -69,6 +72,8 @@ class MetricsWriter:
         else:
             with self._path.open("a") as file:
                 file.write(line)
+        if self._curve is not None:
+            self._curve.add(step, kind, metrics)
         if self._board is not None:
             self._board.add_scalars(step, {f"{kind}/{name}": value for name, value in scalars(metrics)})
 

@@ -1,7 +1,8 @@
 """The state of a run, and how to make one straight into its shardings."""
 
 import dataclasses
-from typing import Any
+import math
+from typing import Any, Self
 
 import flax.struct
 import jax
@@ -10,6 +11,7 @@ import optax
 
 from flax_switch.config import ExperimentConfig
 from flax_switch.config.finetuning import FinetuneConfig
+from flax_switch.nn.fields import shown
 from flax_switch.nn.init import init_params, logical_axes
 from flax_switch.nn.transformer import SwitchTransformer
 from flax_switch.parallel.mesh import AnyMesh, tree_shardings
@@ -26,6 +28,17 @@ class TrainState:
     params: Any
     opt_state: Any
     rng: jax.Array  # raw key data; each step folds its number in, so that resuming repeats nothing and skips nothing
+
+    @classmethod
+    def create(cls, params: Any, optimizer: optax.GradientTransformation, key: jax.Array | None = None) -> Self:
+        """Returns the state of step 0 for parameters and an optimiser; `key` is what dropout and jitter draw from."""
+        key = jax.random.key(0) if key is None else key
+        data = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
+        return cls(jnp.zeros((), jnp.int32), params, optimizer.init(params), data)
+
+    def __repr__(self) -> str:
+        counts = [sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree)) for tree in (self.params, self.opt_state)]
+        return f"TrainState(step={shown(self.step)}, {counts[0]:,} parameters, {counts[1]:,} numbers of the optimiser's)"
 
 
 @flax.struct.dataclass

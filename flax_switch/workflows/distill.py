@@ -25,13 +25,14 @@ from flax_switch.parallel.mesh import batch_sharding, check_batch_size, create_m
 from flax_switch.pretrained import Pretrained, from_checkpoint
 from flax_switch.training.checkpoint import claim_workdir
 from flax_switch.training.evaluate import Evaluator
-from flax_switch.training.loop import RunResult, check_vocabulary, given_back_if_refused, train
+from flax_switch.training.loop import check_vocabulary, given_back_if_refused, train
 from flax_switch.training.state import Run, TrainState, build_run, init_state, state_shardings
 from flax_switch.training.step import Batch, Loss, compile_eval_step, forward, train_step, true_loss
 from flax_switch.training.stepper import Stepper
+from flax_switch.workflows.result import Result
 
 
-def distill(config: DistillConfig, workdir: epath.PathLike, *, verify: bool = True) -> RunResult:
+def distill(config: DistillConfig, workdir: epath.PathLike, *, verify: bool = True) -> Result:
     """Trains a student of the teacher in `config.teacher`, in `workdir`; the same call continues a run that was stopped.
 
     The teacher is any checkpoint `load_pretrained` opens. Its parameters are laid out over the run's mesh, are never updated, and
@@ -62,7 +63,7 @@ def distill(config: DistillConfig, workdir: epath.PathLike, *, verify: bool = Tr
         started = from_checkpoint(student, mesh=mesh, dtype=config.model.param_dtype, seed=config.train.seed)
         return init_state(run, started.params)
 
-    return train(
+    result = train(
         run,
         prepared,
         workdir,
@@ -71,6 +72,7 @@ def distill(config: DistillConfig, workdir: epath.PathLike, *, verify: bool = Tr
         lambda run: distillation_stepper(run, teacher),
         verify=verify,
     )
+    return Result.of(result, workdir)
 
 
 # --- teacher and student

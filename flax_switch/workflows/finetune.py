@@ -15,12 +15,13 @@ from flax_switch.host.files import write_text
 from flax_switch.parallel.mesh import check_batch_size, create_mesh
 from flax_switch.training.checkpoint import claim_workdir
 from flax_switch.training.freezing import trainable_part
-from flax_switch.training.loop import RunResult, check_vocabulary, train
+from flax_switch.training.loop import check_vocabulary, train
 from flax_switch.training.progress import console
 from flax_switch.training.state import Run, build_run
 from flax_switch.training.step import compile_eval_step
 from flax_switch.workflows import scores
 from flax_switch.workflows.predictions import Prediction, TaskEvaluator, evaluate
+from flax_switch.workflows.result import Result
 from flax_switch.workflows.start import open_start
 
 TASKS_FILE = "tasks.json"
@@ -34,7 +35,7 @@ def finetune(
     vocabulary: str | None = None,
     mesh: Mesh | None = None,
     verify: bool = True,
-) -> RunResult:
+) -> Result:
     """Fine-tunes the checkpoint `init` as the recipe says, in `workdir`; the same call continues a run that was stopped or killed.
 
     Args:
@@ -63,7 +64,7 @@ def finetune(
     def evaluator() -> TaskEvaluator:
         return TaskEvaluator(run, prepared, compile_eval_step(run), workdir)
 
-    return train(run, prepared, workdir, evaluator, start.state, verify=verify)
+    return Result.of(train(run, prepared, workdir, evaluator, start.state, verify=verify), workdir)
 
 
 def evaluate_checkpoint(

@@ -9,13 +9,14 @@ from flax_switch.parallel import processes
 from flax_switch.parallel.mesh import check_batch_size, create_mesh
 from flax_switch.training.checkpoint import claim_workdir, flat_fields
 from flax_switch.training.evaluate import Evaluator
-from flax_switch.training.loop import RunResult, check_vocabulary, given_back_if_refused, train
+from flax_switch.training.loop import check_vocabulary, given_back_if_refused, train
 from flax_switch.training.progress import console
 from flax_switch.training.state import build_run, init_state
 from flax_switch.training.step import compile_eval_step
+from flax_switch.workflows.result import Result
 
 
-def pretrain(config: ExperimentConfig, workdir: epath.PathLike, *, verify: bool = True) -> RunResult:
+def pretrain(config: ExperimentConfig, workdir: epath.PathLike, *, verify: bool = True) -> Result:
     """Trains a model as `config` says, in `workdir`; the same call continues a run that was stopped or killed.
 
     After SIGTERM or Ctrl-C the state is saved and the call returns with `finished=False`. After a kill the run continues from the
@@ -33,4 +34,5 @@ def pretrain(config: ExperimentConfig, workdir: epath.PathLike, *, verify: bool 
         prepared = processes.first_process_first(lambda: data.prepare(config.data, workdir=workdir, quiet=console.quiet))
         processes.require_same({"corpus and vocabulary (by hash)": prepared.fingerprint})
         check_vocabulary(config, prepared.vocabulary)
-    return train(run, prepared, workdir, lambda: Evaluator.of(run, prepared, compile_eval_step(run)), init_state, verify=verify)
+    evaluator = lambda: Evaluator.of(run, prepared, compile_eval_step(run))  # noqa: E731
+    return Result.of(train(run, prepared, workdir, evaluator, init_state, verify=verify), workdir)

@@ -81,21 +81,26 @@ def commands_of_page(page: Path) -> Iterator[Command]:
     """The commands of a page: of its blocks, and of spans of code that begin with one."""
     text = page.read_text(encoding="utf-8")
     for block in blocks(page):
-        if block.language in ("bash", "sh", "console", "shell") and _SCRIPT.search(block.text):
-            yield Command(block.where, block.text)
-        elif block.language in ("bash", "sh", "console", "shell"):
-            yield from _of_lines(block.text, block.where, prose=False)
-        elif block.language == "yaml":
-            for listed in re.findall(r"command: \[(flax-switch.*)\]", block.text):
-                yield Command(block.where, listed.replace(", ", " "))
-        elif block.language == "":
-            yield from _of_lines(block.text, block.where, prose=True)
+        yield from commands_of_block(block)
     fenced = re.compile(r"```.*?```", re.DOTALL)
     flowing = fenced.sub(lambda match: "\n" * match[0].count("\n"), text)
     for match in re.finditer(r"`([^`]+)`", flowing):
         span = " ".join(match[1].split())
         if _COMMAND.match(span):
             yield Command(f"{_name(page)}:{flowing.count(chr(10), 0, match.start()) + 1}", span)
+
+
+def commands_of_block(block: Block) -> Iterator[Command]:
+    """The commands that a block prints."""
+    if block.language in ("bash", "sh", "console", "shell") and _SCRIPT.search(block.text):
+        yield Command(block.where, block.text)
+    elif block.language in ("bash", "sh", "console", "shell"):
+        yield from _of_lines(block.text, block.where, prose=False)
+    elif block.language == "yaml":
+        for listed in re.findall(r"command: \[(flax-switch.*)\]", block.text):
+            yield Command(block.where, listed.replace(", ", " "))
+    elif block.language == "":
+        yield from _of_lines(block.text, block.where, prose=True)
 
 
 def _of_lines(text: str, where: str, *, prose: bool) -> Iterator[Command]:

@@ -64,11 +64,12 @@ GIVEN: dict[str, Callable[[], dict[str, Any]]] = {
 PAGES = list(dict.fromkeys(block.where.split(":")[0] for block in python_blocks()))
 
 
-def run_page(page: str, world: World, folder: Path) -> None:
-    """Executes a page's blocks in a folder that has what they name."""
+def run_page(page: str, world: World, folder: Path) -> dict[str, Any]:
+    """Executes a page's blocks in a folder that has what they name; returns the names that they leave."""
     blocks = [block for block in python_blocks() if block.where.split(":")[0] == page]
     world.provide(folder, "\n".join(block.text for block in blocks))
     names: dict[str, Any] = GIVEN.get(page, dict)()
     with contextlib.chdir(folder):
         for block in blocks:
             exec(compile(block.text, block.where, "exec"), names)
+    return names

@@ -140,9 +140,8 @@ class World:
             self.done[command.text] = folder
             text = filled_in(command.text)
             self.provide(folder, text)
-            argv = _only_command(text)
-            with contextlib.chdir(folder), typed("Return the <extra_id_0> of the list.\n"):
-                found = cli.main([*argv, *appended(argv)]) if argv else run_in_a_shell(text)
+            with contextlib.chdir(folder):
+                found = run_here(text)
             assert found == status, f"{command.where}: {command.text} ended with status {found}"
         return self.done[command.text]
 
@@ -184,6 +183,13 @@ def commands_of(text: str) -> list[list[str]]:
     return [shlex.split(part) for part in found]
 
 
+def run_here(text: str) -> int:
+    """The exit status of a command that runs in the current folder, for two steps."""
+    argv = _only_command(text)
+    with typed("Return the <extra_id_0> of the list.\n"):
+        return cli.main([*argv, *appended(argv)]) if argv else run_in_a_shell(text)
+
+
 @contextlib.contextmanager
 def typed(text: str) -> Iterator[None]:
     """Standard input is a text; commands that read none do not see it."""
@@ -202,7 +208,7 @@ def _only_command(text: str) -> list[str]:
 def run_in_a_shell(text: str) -> int:
     """Runs a line or a script by bash, with `flax-switch` and `python` those of this checkout, and two steps."""
     folder = Path.cwd() / ".bin"
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     for name, start in (("flax-switch", f"{sys.executable} -m flax_switch.cli"), ("python", sys.executable)):
         (folder / name).write_text(f'#!/bin/sh\nexec {start} "$@" $APPENDED\n')
         (folder / name).chmod(0o755)

@@ -134,6 +134,7 @@ FILES: dict[str, Callable[[Path], None]] = {
     "train.jsonl": records("document", "summary"),
     "validation.jsonl": records("document", "summary"),
     "test.jsonl": records("document", "summary"),
+    "numbers.csv": lambda path: path.write_text("number,kind\n" + "".join(f"twenty {n},{n}\n" for n in "abcdefghijklmnopqrst")),
     "sst2": sst2,
     "squad": squad,
     "corpus": parallel,

@@ -9,7 +9,8 @@ from architectures import BASE
 from flax_switch.config import ConfigError
 from flax_switch.generation import generate
 from flax_switch.generation.controls import make_controls
-from flax_switch.generation.generate import check_ids, check_mask, check_seeds, start_tokens
+from flax_switch.generation.generate import check_mask, check_seeds, start_tokens
+from flax_switch.nn.inputs import as_ids
 from flax_switch.nn.transformer import SwitchEncoder, SwitchTransformer
 
 IDS = [[5, 6, 0], [7, 8, 9]]
@@ -38,10 +39,10 @@ def test_inputs_that_cannot_be_are_refused_by_name(changes, message):
 
 
 def test_ids_of_another_shape_or_kind_are_refused_by_name():
-    with pytest.raises(ConfigError, match=r"input_ids must be an array \[rows, tokens\].*its shape is \[2\]"):
-        check_ids("input_ids", [5, 6], BASE)
+    with pytest.raises(ConfigError, match=r"input_ids must be an array \[rows, tokens\].*its shape is \[1, 1, 2\]"):
+        as_ids("input_ids", [[[5, 6]]], BASE)
     with pytest.raises(ConfigError, match="decoder_input_ids must hold integers; its dtype is float64"):
-        check_ids("decoder_input_ids", [[1.5]], BASE)
+        as_ids("decoder_input_ids", [[1.5]], BASE)
     with pytest.raises(ConfigError, match="seed must be an integer of at least 0, or one for each of the 2 sources; it is 0.5"):
         inspect.unwrap(check_seeds)(0.5, 2)  # without the tests' checks of types
 

@@ -12,6 +12,8 @@ import jax
 import numpy as np
 
 import flax_switch as fs
+from flax_switch.config import ExperimentConfig
+from flax_switch.config.finetuning import FinetuneRecipe
 
 
 def configs() -> None:
@@ -41,6 +43,45 @@ def models(params: dict[str, Any], ids: jax.Array, arrays: np.ndarray[Any, np.dt
     assert_type(encoded.last_hidden_state, jax.Array)
     generated = fs.generate(model, params, arrays, num_beams=4, max_new_tokens=64)
     assert_type(generated, fs.GenerationOutput)
+    assert_type(generated.texts, tuple[str, ...] | None)
+    assert_type(fs.generate(model, params, [1, 2, 3]), fs.GenerationOutput)
+    fs.generate(model, params, "text")  # pyright: ignore[reportArgumentType] - a model alone has no vocabulary
+
+
+def calls(model: fs.Pretrained, ids: jax.Array, arrays: np.ndarray[Any, np.dtype[np.int32]]) -> None:
+    output = model(input_ids=[[1, 2]], attention_mask=arrays, labels=ids, output_router_logits=True)
+    assert_type(output.loss, jax.Array | None)
+    assert_type(output.logits, jax.Array)
+    assert_type(output.to_tuple(), tuple[Any, ...])
+    assert_type(model.encode(ids).last_hidden_state, jax.Array)
+    for source in ("a text", ["texts"], [1, 2], ids, arrays):
+        assert_type(model.generate(source, num_beams=2), fs.GenerationOutput)
+    vocabulary = model.vocabulary
+    if vocabulary is not None:
+        assert_type(vocabulary(["a text"], text_target=["another"], padding=True, return_tensors="np").input_ids, Any)
+        assert_type(vocabulary.batch_decode([[1, 2]]), list[str])
+    model(label=ids)  # pyright: ignore[reportCallIssue]
+
+
+def loops(batch: dict[str, Any], key: jax.Array) -> None:
+    config = fs.PRESETS["switch-tiny"]
+    params = fs.init_params(config, key)
+    optimizer = fs.optimizer(config, steps=100, name="adamw", learning_rate=1e-3)
+    state = fs.TrainState.create(params, optimizer, key)
+    assert_type(state, fs.TrainState)
+    state, metrics = fs.train_step(config, optimizer, state, batch)
+    assert_type(state, fs.TrainState)
+    assert_type(metrics, dict[str, Any])
+
+
+def runs(workdir: Path) -> None:
+    recipe = fs.load_recipe("tiny", ["train.steps=10"])
+    if isinstance(recipe, ExperimentConfig):
+        result = fs.pretrain(recipe, workdir)
+        assert_type(result.model, fs.Pretrained)
+        assert_type(result.step, int)
+    elif isinstance(recipe, FinetuneRecipe):
+        assert_type(fs.finetune(recipe, workdir, init="runs/tiny").model, fs.Pretrained)
 
 
 def checkpoints(path: Path) -> None:

@@ -1,0 +1,82 @@
+"""How a run ended, with a view of it for notebooks: its curves, its report inline, its model."""
+
+import dataclasses
+import functools
+import html
+import importlib.util
+import io
+from typing import Any, Self
+
+from etils import epath
+
+from flax_switch.config import check
+from flax_switch.pretrained import Pretrained
+from flax_switch.training.live import draw
+from flax_switch.training.loop import RunResult
+from flax_switch.training.metrics import read_metrics
+from flax_switch.workflows.report import write_report
+
+
+@dataclasses.dataclass(frozen=True)
+class Inline:
+    """A page on disk that a notebook shows in a frame of its own."""
+
+    path: epath.Path
+
+    def _repr_html_(self) -> str:
+        page = html.escape(self.path.read_text(encoding="utf-8"))
+        return f'<iframe srcdoc="{page}" style="width: 100%; height: 720px; border: 0"></iframe>'
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Result(RunResult):
+    """What `pretrain`, `finetune` and `distill` return. A notebook shows it as its curves."""
+
+    workdir: epath.Path
+
+    @classmethod
+    def of(cls, result: RunResult, workdir: epath.PathLike) -> Self:
+        """Returns a result with the place of its run."""
+        return cls(**vars(result), workdir=epath.Path(workdir))
+
+    @property
+    def model(self) -> Pretrained:
+        """The model as it is at the end, with its vocabulary: to call, to generate with, to save."""
+        return Pretrained(self.run.config.model, self.run.model, self.state.params, self.prepared.vocabulary)
+
+    def plot(self) -> Any:
+        """Returns matplotlib's figure of training and held-out cross-entropy by step. Needs the extra `plots`."""
+        check(importlib.util.find_spec("matplotlib") is not None, "Plots need matplotlib: pip install 'flax_switch[plots]'.")
+        from matplotlib.figure import Figure
+
+        figure: Any = Figure(figsize=(8, 3.4), layout="constrained")
+        axis = figure.subplots()
+        for kind, name, style in (("train", "training", "-"), ("eval", "held-out", "o-")):
+            if points := self._points(kind):
+                axis.plot(*zip(*points, strict=True), style, ms=3, lw=1.2, label=name)
+        axis.set(xlabel="step", ylabel="nats per token", title=f"Cross-entropy of {self.workdir.name}")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False)
+        figure._repr_png_ = functools.partial(_png, figure)  # without pyplot no notebook knows how to show a figure
+        return figure
+
+    def report(self) -> Inline:
+        """Writes the run's report anew and returns it; a notebook shows it inline. Needs the extra `plots`."""
+        return Inline(write_report(self.workdir))
+
+    def _points(self, kind: str) -> list[tuple[int, float]]:
+        lines = read_metrics(self.workdir)
+        return [(line["step"], line["cross_entropy"]) for line in lines if line["kind"] == kind and "cross_entropy" in line]
+
+    def __repr__(self) -> str:
+        steps = self.run.config.train.steps
+        return f"{self.workdir}: {'finished' if self.finished else 'stopped'} at step {self.step:,} of {steps:,}"
+
+    def _repr_html_(self) -> str:
+        return f"<div>{html.escape(repr(self))}</div>{draw({kind: self._points(kind) for kind in ('train', 'eval')})}"
+
+
+def _png(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from flax_switch.commands.checkpoints import FORMATS
-from flax_switch.commands.options import add_recipe_arguments, load_config, take_overrides
+from flax_switch.commands.options import add_compile_cache_argument, add_recipe_arguments, load_config, start_jax, take_overrides
 
 __all__ = ["add_arguments", "run", "take_overrides"]
 
@@ -13,6 +13,7 @@ __all__ = ["add_arguments", "run", "take_overrides"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Recipe, overrides, teacher and workdir."""
     add_recipe_arguments(parser, "distillation")
+    add_compile_cache_argument(parser)
     parser.add_argument("--teacher", required=True, metavar="CHECKPOINT", help=FORMATS)
     parser.add_argument("--workdir", required=True, metavar="DIR", help="where the run lives; the same one continues it")
 
@@ -20,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Trains the student, then writes samples and the report; exit status 0, or 1 where a signal stopped the run before its end."""
     config = load_config(args).replace(teacher=args.teacher)
+    start_jax(args)
     from flax_switch.workflows.distill import distill
     from flax_switch.workflows.finish import finish
 

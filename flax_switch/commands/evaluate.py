@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flax_switch.commands.checkpoints import FORMATS, explain_missing_extras
-from flax_switch.commands.options import add_recipe_arguments, load_config, take_overrides
+from flax_switch.commands.options import add_compile_cache_argument, add_recipe_arguments, load_config, start_jax, take_overrides
 from flax_switch.config import ConfigError
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ __all__ = ["add_arguments", "run", "take_overrides"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Checkpoint, recipe, overrides, and where results go."""
     add_recipe_arguments(parser, "finetuning", without="optimizer")
+    add_compile_cache_argument(parser)
     parser.add_argument("--checkpoint", required=True, metavar="CHECKPOINT", help=FORMATS)
     parser.add_argument("--vocabulary", metavar="PATH", help="a spiece.model or a folder with one; default: the checkpoint's")
     parser.add_argument("--output", default="evaluation", metavar="DIR", help="for metrics.json and predictions.jsonl")
@@ -30,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints the scores, and writes them and the predictions."""
     recipe = _recipe(args)
+    start_jax(args)
     from etils import epath
 
     from flax_switch.workflows.finetune import evaluate_checkpoint

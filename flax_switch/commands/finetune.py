@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from flax_switch.commands.checkpoints import FORMATS, explain_missing_extras
-from flax_switch.commands.options import add_recipe_arguments, load_config, take_overrides
+from flax_switch.commands.options import add_compile_cache_argument, add_recipe_arguments, load_config, start_jax, take_overrides
 
 __all__ = ["add_arguments", "run", "take_overrides"]
 
@@ -13,6 +13,7 @@ __all__ = ["add_arguments", "run", "take_overrides"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Recipe, overrides, what to start from, and workdir."""
     add_recipe_arguments(parser, "finetuning")
+    add_compile_cache_argument(parser)
     parser.add_argument(
         "--init", required=True, metavar="CHECKPOINT",
         help=f"{FORMATS}; random:CHECKPOINT (or random:PRESET) takes its shape and vocabulary and starts from random weights",
@@ -26,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Fine-tunes, then shows predictions and writes the report; exit status 1 where a signal stopped the run before its end."""
     recipe = load_config(args)
+    start_jax(args)
     from flax_switch.workflows.finetune import finetune
     from flax_switch.workflows.finish import finish_finetuning
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flax_switch.commands.options import hyphened, refuse
+from flax_switch.commands.options import add_compile_cache_argument, hyphened, refuse, start_jax
 from flax_switch.config import ConfigError, check
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-source-length", type=int, default=512, help="tokens; longer lines are errors")
     parser.add_argument("--seed", type=int, default=0, help="of sampling")
     parser.add_argument("--dtype", help="of the parameters, for instance bfloat16; default: the checkpoint's")
+    add_compile_cache_argument(parser)
     parser.epilog = (
         "Controls have Hugging Face's names: --max-new-tokens 64 --num-beams 4 --do-sample true --temperature 0.7 --top-p 0.9 ..."
     )
@@ -64,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
     opened = open_checkpoint(args.checkpoint)
     GenerationConfig(**with_defaults(read_defaults(opened.path), args.controls)).for_model(opened.config)
     options = {"batch_size": args.batch_size, "max_source_length": args.max_source_length, "seed": args.seed, **args.controls}
+    start_jax(args)
     if args.input == "-" and sys.stdin.isatty():
         return _converse(from_checkpoint(opened, dtype=args.dtype), options)
     lines = _lines(args)

@@ -8,6 +8,7 @@ import json
 import sys
 
 from flax_switch.commands.checkpoints import add_source_arguments, changes_of, explain_missing_extras
+from flax_switch.commands.options import add_compile_cache_argument, start_jax
 from flax_switch.config import ConfigError
 
 
@@ -22,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--target", action="append", help="what to feed the decoder, one for each --text (default: the model's answer)"
     )
     parser.add_argument("--plot", metavar="FILE", help="with --text: draw the routing, too (.png, .pdf, .svg)")
+    add_compile_cache_argument(parser)
 
 
 @explain_missing_extras
@@ -43,6 +45,7 @@ def _show_routing(args: argparse.Namespace) -> int:
     from flax_switch.pretrained import load_pretrained
 
     changes = changes_of(args)
+    start_jax(args)
     pretrained = load_pretrained(args.source, allow_missing=args.allow_missing, revision=args.revision, **changes)
     exploration = explore(pretrained, args.text, args.target)
     if args.json:

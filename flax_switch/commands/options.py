@@ -36,6 +36,18 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, kind: str, without: st
     )
 
 
+def add_compile_cache_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds --no-compile-cache, for `start_jax`."""
+    parser.add_argument("--no-compile-cache", action="store_true", help="compile all programs anew, and keep none")
+
+
+def start_jax(args: argparse.Namespace) -> None:
+    """Imports JAX with the cache of compiled programs; call it when everything that can be checked without JAX is."""
+    from flax_switch.host.compile_cache import use_compile_cache
+
+    use_compile_cache(off=args.no_compile_cache)
+
+
 def hyphened(argument: str) -> str:
     """Returns an argument with hyphens in its option's name, in which underscores do as well; names of fields stay as they are."""
     name, equals, value = argument.partition("=")

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import argparse
 
-from flax_switch.commands.options import add_distributed_arguments, add_recipe_arguments, connection, load_config, take_overrides
+from flax_switch.commands.options import (
+    add_compile_cache_argument,
+    add_distributed_arguments,
+    add_recipe_arguments,
+    connection,
+    load_config,
+    start_jax,
+    take_overrides,
+)
 from flax_switch.config import ExperimentConfig
 from flax_switch.config.shipped import names
 
@@ -15,12 +23,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Recipe, overrides, workdir, and how several processes find each other."""
     add_recipe_arguments(parser, "pretraining")
     add_distributed_arguments(parser)
+    add_compile_cache_argument(parser)
     parser.add_argument("--workdir", required=True, metavar="DIR", help="where the run lives; the same one continues it")
 
 
 def run(args: argparse.Namespace) -> int:
     """Trains, then writes samples and the report; exit status 0, or 1 where a signal stopped the run before its end."""
     config, others = load_config(args), connection(args)
+    start_jax(args)
     from flax_switch.parallel import processes
     from flax_switch.training.checkpoint import OtherRunError
     from flax_switch.workflows.finish import finish

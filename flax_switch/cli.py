@@ -26,7 +26,7 @@ COMMANDS = {
     "upcycle": "make a mixture of experts of a dense checkpoint",
     "inspect": "say what is in a checkpoint, without loading it",
     "plan": "say what a run would need and do on a machine, without the machine",
-    "report": "write the HTML report of a run",
+    "report": "write the HTML report of a run, or compare several",
     "recipes": "list the recipes that come with the package",
     "presets": "list the models of the papers, with their sizes",
 }

@@ -1,7 +1,7 @@
 """Compiled programs kept from one run of a command to the next, in the user's cache folder.
 
-JAX decides what an entry holds and what it is called; the files are ours, since JAX's are neither written at one go (a kill leaves half
-of one for good) nor keyed by what the CPU can do, and bounding their size takes a lock that other processes wait for.
+JAX decides what an entry holds and what it is called; the files are ours, since JAX's are neither written at one go (a kill leaves
+half of one for good) nor keyed by what the CPU can do, and bounding their size takes a lock that other processes wait for.
 """
 
 from __future__ import annotations
@@ -66,8 +66,9 @@ def compile_cache_folder() -> Path:
 class CompileCache:
     """A folder of compiled programs, bounded in size, that any number of processes read and write at once.
 
-    An entry appears when it is complete, carries a digest of its content, and is used only by who wrote it and on a CPU like that it
-    was compiled on. The least recently used go first. Nothing raises: what cannot be read is not there, what cannot be written is not kept.
+    An entry appears when it is complete, carries a digest of its content, and is used only by who wrote it and on a CPU like the
+    one it was compiled on. The least recently used go first. Nothing raises: what cannot be read is not there, and what cannot be
+    written is not kept.
     """
 
     def __init__(self, folder: Path, limit: int = LIMIT) -> None:

@@ -19,6 +19,7 @@ from flax_switch.parallel.mesh import batch_rows
 from flax_switch.training.checkpoint import Checkpoints
 from flax_switch.training.metrics import MetricsWriter, plain
 from flax_switch.training.progress import StopSignals, Stopwatch, TrainProgress, console
+from flax_switch.training.sessions import Session
 from flax_switch.training.skipped import Skipped
 from flax_switch.training.state import Run, TrainState
 from flax_switch.training.stepper import Stepper, build_stepper
@@ -34,6 +35,10 @@ class Examples(Protocol):
     def vocabulary(self) -> Vocabulary: ...
 
     def train_iterator(self, rows: np.ndarray | None = None) -> Any: ...
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Returns what there is to say of the data: a dict for each corpus or task."""
+        ...
 
 
 @runtime_checkable
@@ -81,8 +86,11 @@ def train(
             start = int(state.step)
             console.print(f"Continuing {workdir} from step {start}.")
         writer = MetricsWriter(workdir, start)
+        session = Session(workdir, start, prepared.describe())
         try:
-            return _train(run, prepared, state, start, batches, checkpoints, writer, make_evaluator(), make_stepper(run))
+            result = _train(run, prepared, state, start, batches, checkpoints, writer, make_evaluator(), make_stepper(run))
+            session.end(result.step)
+            return result
         finally:
             batches.close()
             checkpoints.close()

@@ -1,6 +1,5 @@
 """The end of a run: spans filled in or predictions as text, the report, and where everything lies."""
 
-import importlib.util
 import itertools
 import json
 import shlex
@@ -42,11 +41,8 @@ def finish(result: RunResult, workdir: epath.PathLike) -> None:
         console.print(f"\n{describe(result.evaluation)}")
         for finding in findings(result.run.config.model, result.evaluation):
             console.print(finding, style="yellow")
-    if importlib.util.find_spec("matplotlib") is not None:
-        console.print(f"\nReport, with plots:  {write_report(workdir)}")
-    else:
-        console.print("\nFor plots: pip install 'flax_switch[plots]', then flax-switch report " + shlex.quote(str(workdir)))
     console.print(
+        f"\nReport:              {write_report(workdir)}\n"
         f"Metrics:             {workdir / 'metrics.jsonl'}\n"
         f"Checkpoints:         {workdir / 'checkpoints'}\n"
         f"Vocabulary:          {workdir / 'vocabulary'}\n\n"
@@ -159,11 +155,10 @@ def finish_finetuning(result: RunResult, workdir: epath.PathLike) -> None:
             shown = inputs if len(inputs) <= 300 else f"{inputs[:300]} ..."
             console.print(f"\n  {shown}\n  -> {answer['model']}\n  should be: {answer['text']}")
         console.print(f"\nBest by {config.best}, step {step}: {describe_scores(config, history[step])}")
-    if importlib.util.find_spec("matplotlib") is not None:
-        console.print(f"\nReport, with plots:  {write_report(workdir)}")
     model = workdir / BEST if history else workdir
     quoted = shlex.quote(str(model))
     console.print(
+        f"\nReport:              {write_report(workdir)}\n"
         f"Metrics:             {workdir / 'metrics.jsonl'}\n"
         f"Predictions:         {workdir / PREDICTIONS}\n"
         f"Model:               {model}\n\n"

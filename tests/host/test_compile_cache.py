@@ -1,4 +1,4 @@
-"""Compiled programs that are kept: what is read back is what was written, and whatever is wrong with an entry costs a compilation."""
+"""Compiled programs that are kept: what is read is what was written, and whatever is wrong with an entry costs a compilation."""
 
 import json
 import os

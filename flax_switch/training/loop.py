@@ -12,9 +12,11 @@ from etils import epath
 
 from flax_switch.config import ConfigError, ExperimentConfig
 from flax_switch.config.finetuning import FinetuneConfig
+from flax_switch.config.flops import train_flops
 from flax_switch.data import Vocabulary
 from flax_switch.host.files import in_store
 from flax_switch.host.locks import locked
+from flax_switch.host.peaks import peak_flops
 from flax_switch.parallel.mesh import batch_rows
 from flax_switch.training.checkpoint import Checkpoints
 from flax_switch.training.metrics import MetricsWriter, plain
@@ -84,7 +86,7 @@ def train(
             state, data_state = checkpoints.restore(run.abstract_state)
             batches.set_state(data_state)
             start = int(state.step)
-            console.print(f"Continuing {workdir} from step {start}.")
+            console.print(_continues(workdir, start, config.train.steps))
         writer = MetricsWriter(workdir, start)
         session = Session(workdir, start, prepared.describe())
         try:
@@ -122,7 +124,7 @@ def _train(
 ) -> RunResult:  # fmt: skip
     config = run.config.train
     state = stepper.hold(state)
-    progress, watch, skipped = TrainProgress(start, config.steps), Stopwatch(), Skipped(config.max_nonfinite_steps)
+    progress, watch, skipped = _progress(run, start), Stopwatch(), Skipped(config.max_nonfinite_steps)
     evaluation = None
     with StopSignals() as signals:
         step, enough = start, evaluator.conclude(start, None, None)
@@ -170,6 +172,20 @@ def _train(
         if evaluation is None:  # the run was complete before this call
             evaluation = evaluator(stepper.release(state).params)
     return RunResult(run, stepper.release(state), prepared, step, True, evaluation)
+
+
+def _progress(run: Run, start: int) -> TrainProgress:
+    """Makes the display, which knows the FLOPs of a step and what the devices can do."""
+    data, devices = run.config.data, jax.devices()
+    flops = train_flops(run.config.model, data.batch_size, data.inputs_length, data.targets_length)
+    peak = peak_flops(devices[0].device_kind)
+    return TrainProgress(start, run.config.train.steps, flops, peak and peak * len(devices))
+
+
+def _continues(workdir: epath.Path, step: int, steps: int) -> str:
+    if step < steps:
+        return f"Continuing {workdir} from step {step}."
+    return f"{workdir} is at step {step} of {steps}: nothing left to do. Raise train.steps to train on."
 
 
 def _tokens(batch: Batch) -> int:

@@ -80,26 +80,20 @@ class RunRecord:
         if LOSS in last:
             found += [("held-out cross-entropy, nats/token", last[LOSS], ".3f", False)]
             found += [("held-out perplexity", perplexity(last[LOSS]), ".2f", False)]
-        tuned = isinstance(self.config, FinetuneConfig)
         if isinstance(self.config, FinetuneConfig):
             found += [(f"{name}, at the end", last[name], ".2f", True) for name in self.scores]
-            if self.evals:
-                chosen, down = self.config.best, self.config.best == LOSS
-                found += [
-                    (
-                        f"best {chosen}",
-                        (min if down else max)(line[chosen] for line in self.evals),
-                        ".3f" if down else ".2f",
-                        not down,
-                    )
-                ]
-        found += [
-            (title, last[name] * scale, form, more) for name, title, scale, form, more in _PRETRAINING if name in last and not tuned
-        ]
+            found += [self._best(self.config.best)] if self.evals else []
+        else:
+            found += [(title, last[name] * scale, form, more) for name, title, scale, form, more in _PRETRAINING if name in last]
         gains = [(name.partition("/")[2], gain) for name, gain in last.items() if name.startswith("encoder_gain/")]
         found += [(f"what the encoder is worth, {name.replace('_', ' ')}, nats/token", gain, ".3f", True) for name, gain in gains]
         found += [("training cross-entropy, nats/token", self.train[-1][LOSS], ".3f", False)]
         return [*found, ("tokens per second, median", self.median("tokens_per_second"), ",.0f", True)]
+
+    def _best(self, chosen: str) -> tuple[str, float, str, bool]:
+        down = chosen == LOSS
+        best = (min if down else max)(line[chosen] for line in self.evals)
+        return f"best {chosen}", best, ".3f" if down else ".2f", not down
 
     def differing(self) -> dict[str, tuple[Any, Any]]:
         """Returns the fields that differ from the library's defaults: 'section.field' -> (value, default)."""

@@ -42,7 +42,13 @@ def run(args: argparse.Namespace) -> int:
     output.mkdir(parents=True, exist_ok=True)
     (output / "metrics.json").write_text(json.dumps(evaluation, indent=2) + "\n")
     write_predictions(epath.Path(output) / "predictions.jsonl", predictions)
-    print(describe(finetuning_config(run), evaluation))
+    config = finetuning_config(run)
+    print(describe(config, evaluation))
+    asked = config.evaluation.max_examples
+    of = "all there are" if asked is None else f"{asked:,} of each task asked for"
+    print(
+        f"Scores over {len(predictions):,} examples ({of}), the loss over train.eval_batches={config.train.eval_batches} batches."
+    )
     print(f"Metrics and predictions: {output}")
     return 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from flax_switch.commands.checkpoints import FORMATS, explain_missing_extras
+from flax_switch.commands.look import add_look_arguments, check_look, dry_run, print_config
 from flax_switch.commands.options import add_compile_cache_argument, add_recipe_arguments, load_config, start_jax, take_overrides
 
 __all__ = ["add_arguments", "run", "take_overrides"]
@@ -14,6 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Recipe, overrides, what to start from, and workdir."""
     add_recipe_arguments(parser, "finetuning")
     add_compile_cache_argument(parser)
+    add_look_arguments(parser)
     parser.add_argument(
         "--init", required=True, metavar="CHECKPOINT",
         help=f"{FORMATS}; random:CHECKPOINT (or random:PRESET) takes its shape and vocabulary and starts from random weights",
@@ -27,11 +29,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Fine-tunes, then shows predictions and writes the report; exit status 1 where a signal stopped the run before its end."""
     recipe = load_config(args)
+    check_look(args)
+    if args.print_config:
+        return print_config(recipe)
     start_jax(args)
+    if args.dry_run:
+        from flax_switch.data.tasks import prepare_tasks
+        from flax_switch.workflows.start import open_start
+
+        start = open_start(args.init, recipe.model, args.vocabulary)
+        config = recipe.resolve(start.config, args.init)
+        return dry_run(config, prepare_tasks(config.data, start.vocabulary, say=print))
     from flax_switch.workflows.finetune import finetune
     from flax_switch.workflows.finish import finish_finetuning
 
-    result = finetune(recipe, args.workdir, init=args.init, vocabulary=args.vocabulary)
+    result = finetune(recipe, args.workdir, init=args.init, vocabulary=args.vocabulary, profile=args.profile)
     if not result.finished:
         return 1
     finish_finetuning(result, args.workdir)

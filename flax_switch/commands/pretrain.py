@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from flax_switch.commands.look import add_look_arguments, check_look, dry_run, print_config
 from flax_switch.commands.options import (
     add_compile_cache_argument,
     add_distributed_arguments,
@@ -24,13 +25,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_arguments(parser, "pretraining")
     add_distributed_arguments(parser)
     add_compile_cache_argument(parser)
+    add_look_arguments(parser)
     parser.add_argument("--workdir", required=True, metavar="DIR", help="where the run lives; the same one continues it")
 
 
 def run(args: argparse.Namespace) -> int:
     """Trains, then writes samples and the report; exit status 0, or 1 where a signal stopped the run before its end."""
     config, others = load_config(args), connection(args)
+    check_look(args)
+    if args.print_config:
+        return print_config(config)
     start_jax(args)
+    if args.dry_run:
+        from flax_switch import data
+
+        return dry_run(config, data.prepare(config.data))
     from flax_switch.parallel import processes
     from flax_switch.training.checkpoint import OtherRunError
     from flax_switch.workflows.finish import finish
@@ -38,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
 
     with processes.session(others):
         try:
-            result = pretrain(config, args.workdir)
+            result = pretrain(config, args.workdir, profile=args.profile)
         except OtherRunError as error:
             raise OtherRunError(f"{error}{_former_recipe(args.workdir)}") from error
         if result.finished:

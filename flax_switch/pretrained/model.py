@@ -125,7 +125,7 @@ class Pretrained:
         self, input_ids: Int[AnyArray, "B S"], attention_mask: Int[AnyArray, "B S"] | None = None, **controls: Any
     ) -> GenerationOutput:
         """`flax_switch.generate` with this model, its parameters and, where no control is given, its defaults."""
-        from flax_switch.generation import generate
+        from flax_switch.generation.generate import generate
 
         controls = with_defaults(self.generation_defaults, controls)
         return generate(self.model, self.params, input_ids, attention_mask=attention_mask, **controls)

@@ -20,6 +20,7 @@ from flax_switch.host.peaks import peak_flops
 from flax_switch.parallel.mesh import batch_rows
 from flax_switch.training.checkpoint import Checkpoints
 from flax_switch.training.metrics import MetricsWriter, plain
+from flax_switch.training.profile import Profile
 from flax_switch.training.progress import StopSignals, Stopwatch, TrainProgress, console
 from flax_switch.training.sessions import Session
 from flax_switch.training.skipped import Skipped
@@ -74,8 +75,12 @@ def train(
     make_evaluator: Callable[[], Evaluation],
     first_state: Callable[[Run], TrainState],
     make_stepper: Callable[[Run], Stepper] = build_stepper,
+    profile: int = 0,
 ) -> RunResult:
-    """Trains from the last checkpoint in `workdir`, or from `first_state(run)`, to the end or a signal."""
+    """Trains from the last checkpoint in `workdir`, or from `first_state(run)`, to the end or a signal.
+
+    profile: so many steps are traced into `workdir/profile`.
+    """
     with one_run_at_a_time(workdir):
         config = run.config
         checkpoints = Checkpoints(workdir, config.train.keep_last, config.train.keep_every)
@@ -88,12 +93,13 @@ def train(
             start = int(state.step)
             console.print(_continues(workdir, start, config.train.steps))
         writer = MetricsWriter(workdir, start)
-        session = Session(workdir, start, prepared.describe())
+        session, trace = Session(workdir, start, prepared.describe()), Profile(workdir, start, profile)
         try:
-            result = _train(run, prepared, state, start, batches, checkpoints, writer, make_evaluator(), make_stepper(run))
+            result = _train(run, prepared, state, start, batches, checkpoints, writer, make_evaluator(), make_stepper(run), trace)
             session.end(result.step)
             return result
         finally:
+            trace.close()
             batches.close()
             checkpoints.close()
             writer.close()
@@ -120,7 +126,7 @@ def check_vocabulary(config: ExperimentConfig | FinetuneConfig, vocabulary: Voca
 
 def _train(
     run: Run, prepared: Examples, state: TrainState, start: int, batches: Any, checkpoints: Checkpoints, writer: MetricsWriter,
-    evaluator: Evaluation, stepper: Stepper,
+    evaluator: Evaluation, stepper: Stepper, profile: Profile,
 ) -> RunResult:  # fmt: skip
     config = run.config.train
     state = stepper.hold(state)
@@ -129,11 +135,13 @@ def _train(
     with StopSignals() as signals:
         step, enough = start, evaluator.conclude(start, None, None)
         while step < config.steps and not signals.stopped and not enough:
+            profile.before(step)
             before = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - before
             state, metrics = stepper.step(state, batch)
             step += 1
+            profile.after(step, metrics)
             signals.check(step)
             if step == start + 1:  # the first step compiled; it says nothing about speed
                 jax.block_until_ready(metrics)
@@ -182,10 +190,9 @@ def _progress(run: Run, start: int) -> TrainProgress:
     return TrainProgress(start, run.config.train.steps, flops, peak and peak * len(devices))
 
 
-def _continues(workdir: epath.Path, step: int, steps: int) -> str:
-    if step < steps:
-        return f"Continuing {workdir} from step {step}."
-    return f"{workdir} is at step {step} of {steps}: nothing left to do. Raise train.steps to train on."
+def _continues(workdir: epath.PathLike, step: int, steps: int) -> str:
+    done = "" if step < steps else f" That is step {step} of {steps}: nothing left to do. Raise train.steps to train on."
+    return f"Continuing {workdir} from step {step}.{done}"
 
 
 def _tokens(batch: Batch) -> int:

@@ -31,12 +31,12 @@ from flax_switch.training.step import Batch, Loss, compile_eval_step, forward, t
 from flax_switch.training.stepper import Stepper
 
 
-def distill(config: DistillConfig, workdir: epath.PathLike) -> RunResult:
+def distill(config: DistillConfig, workdir: epath.PathLike, *, profile: int = 0) -> RunResult:
     """Trains a student of the teacher in `config.teacher`, in `workdir`; the same call continues a run that was stopped.
 
     The teacher is any checkpoint `load_pretrained` opens. Its parameters are laid out over the run's mesh, are never updated, and
     are not part of the run's checkpoints. Raises `ConfigError` for settings, data or a teacher that cannot be used, before anything
-    is compiled.
+    is compiled. `profile` steps are traced by jax.profiler into `workdir/profile`.
     """
     check(bool(config.teacher), "Distillation needs a teacher: a checkpoint that load_pretrained opens.")
     checkpoint = open_checkpoint(config.teacher)
@@ -68,6 +68,7 @@ def distill(config: DistillConfig, workdir: epath.PathLike) -> RunResult:
         lambda: Evaluator.of(run, prepared, compile_eval_step(run)),
         first_state,
         lambda run: distillation_stepper(run, teacher),
+        profile,
     )
 
 

@@ -27,14 +27,16 @@ TASKS_FILE = "tasks.json"
 
 
 def finetune(
-    recipe: FinetuneRecipe, workdir: epath.PathLike, *, init: str, vocabulary: str | None = None, mesh: Mesh | None = None
-) -> RunResult:
+    recipe: FinetuneRecipe, workdir: epath.PathLike, *, init: str, vocabulary: str | None = None, mesh: Mesh | None = None,
+    profile: int = 0,
+) -> RunResult:  # fmt: skip
     """Fine-tunes the checkpoint `init` as the recipe says, in `workdir`; the same call continues a run that was stopped or killed.
 
     Args:
       init: anything `load_pretrained` opens, or "random:" before it (or before a preset's name) for random parameters.
       vocabulary: a SentencePiece model or a folder with a vocabulary, in place of the checkpoint's.
       mesh: by default one over all devices, as `recipe.mesh` says.
+      profile: so many steps are traced by jax.profiler into `workdir/profile`.
 
     Raises:
       ConfigError: for settings, files or metrics that cannot be used, before anything is compiled.
@@ -52,7 +54,8 @@ def finetune(
     if config.optimizer.trainable != ".*":
         trained = trainable_part(run.abstract_state.params, config.optimizer.trainable)
         console.print(f"Training {_count(trained):,} of {_count(run.abstract_state.params):,} parameters.")
-    return train(run, prepared, workdir, lambda: TaskEvaluator(run, prepared, compile_eval_step(run), workdir), start.state)
+    evaluator = lambda: TaskEvaluator(run, prepared, compile_eval_step(run), workdir)  # noqa: E731
+    return train(run, prepared, workdir, evaluator, start.state, profile=profile)
 
 
 def evaluate_checkpoint(
@@ -64,7 +67,7 @@ def evaluate_checkpoint(
     mesh = _checked(config, mesh)
     check_vocabulary(config, start.vocabulary)
     prepared = prepare_tasks(config.data, start.vocabulary, train=False, say=console.print)
-    check(prepared.num_validation > 0, "There is nothing to evaluate on; set data.validation=FILE.")
+    check(prepared.num_validation > 0, "There is nothing to evaluate on; name a validation or test file with data.validation=FILE.")
     run = build_run(config, mesh)
     return run, *evaluate(run, prepared, compile_eval_step(run), start.state(run).params)
 

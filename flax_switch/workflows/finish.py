@@ -12,7 +12,7 @@ from etils import epath
 
 from flax_switch.data import Prepared, Vocabulary
 from flax_switch.data.tasks import spread
-from flax_switch.generation import generate
+from flax_switch.generation.generate import generate
 from flax_switch.host.json_text import json_object
 from flax_switch.training.evaluate import describe
 from flax_switch.training.findings import findings

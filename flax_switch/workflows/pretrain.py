@@ -15,12 +15,13 @@ from flax_switch.training.state import build_run, init_state
 from flax_switch.training.step import compile_eval_step
 
 
-def pretrain(config: ExperimentConfig, workdir: epath.PathLike) -> RunResult:
+def pretrain(config: ExperimentConfig, workdir: epath.PathLike, *, profile: int = 0) -> RunResult:
     """Trains a model as `config` says, in `workdir`; the same call continues a run that was stopped or killed.
 
     After SIGTERM or Ctrl-C the state is saved and the call returns with `finished=False`. After a kill the run continues from the
     last complete checkpoint, with the losses it would have had. Raises `ConfigError` for settings or data that cannot be used,
     before anything is compiled. With several processes (`flax_switch.parallel.processes`) every one of them makes this call.
+    `profile` steps are traced by jax.profiler into `workdir/profile`.
     """
     console.quiet = jax.process_index() != 0
     processes.require_same({"workdir": str(workdir), "jax": jax.__version__, **flat_fields(config)})
@@ -31,4 +32,5 @@ def pretrain(config: ExperimentConfig, workdir: epath.PathLike) -> RunResult:
     processes.require_same({"corpus and vocabulary (by hash)": prepared.fingerprint})
     check_vocabulary(config, prepared.vocabulary)
     run = build_run(config, mesh)
-    return train(run, prepared, workdir, lambda: Evaluator.of(run, prepared, compile_eval_step(run)), init_state)
+    evaluator = lambda: Evaluator.of(run, prepared, compile_eval_step(run))  # noqa: E731
+    return train(run, prepared, workdir, evaluator, init_state, profile=profile)

@@ -58,7 +58,7 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
 
 
 def subparser(command: str) -> argparse.ArgumentParser:
-    """The parser of one command."""
+    """Returns the parser of one command."""
     return build_parser(command)._subparsers._group_actions[0].choices[command]  # pyright: ignore
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flax_switch.commands.options import add_compile_cache_argument, hyphened, refuse, start_jax
+from flax_switch.commands.options import add_compile_cache_argument, hyphened, refuse, start_jax, tell
 from flax_switch.config import ConfigError, check
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--field", default="text", help="of JSON lines (default: text)")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-source-length", type=int, default=512, help="tokens; longer lines are errors")
+    parser.add_argument("--prefix", metavar="TEXT", help="put before every text; default: what the model was fine-tuned with")
+    parser.add_argument("--no-prefix", action="store_true", help="put nothing before texts")
     parser.add_argument("--seed", type=int, default=0, help="of sampling")
     parser.add_argument("--dtype", help="of the parameters, for instance bfloat16; default: the checkpoint's")
     add_compile_cache_argument(parser)
@@ -86,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
     opened = open_checkpoint(args.checkpoint)
     GenerationConfig(**with_defaults(read_defaults(opened.path), args.controls)).for_model(opened.config)
     options = {"batch_size": args.batch_size, "max_source_length": args.max_source_length, "seed": args.seed, **args.controls}
+    options["prefix"] = _prefix(args, opened.path)
     start_jax(args)
     if args.input == "-" and sys.stdin.isatty():
         return _converse(from_checkpoint(opened, dtype=args.dtype), options)
@@ -101,6 +104,18 @@ def run(args: argparse.Namespace) -> int:
     for result in bad:
         print(f"{args.input}, line {result['line']}: {result['error']}.", file=sys.stderr)
     return 1 if bad else 0
+
+
+def _prefix(args: argparse.Namespace, model: Path) -> str:
+    from flax_switch.generation.defaults import read_prefix
+
+    check(not (args.prefix and args.no_prefix), "--prefix and --no-prefix contradict each other; leave one out.")
+    if args.no_prefix or args.prefix is not None:
+        return args.prefix or ""
+    prefix = read_prefix(model)
+    if prefix and sys.stderr.isatty():
+        tell(f"The model was fine-tuned with {prefix!r} before every text, which is put there; --no-prefix leaves it out.")
+    return prefix
 
 
 def _lines(args: argparse.Namespace) -> list[Line]:

@@ -129,7 +129,7 @@ def _machine() -> str:
     import jaxlib
 
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    features = [platform.system(), platform.machine(), platform.processor()]
+    features = [platform.system(), platform.machine(), os.environ.get("PROCESSOR_IDENTIFIER", "")]
     with contextlib.suppress(OSError):
         wanted = ("model name", "flags", "Features", "CPU implementer", "CPU part")
         first = Path("/proc/cpuinfo").read_text(errors="replace").partition("\n\n")[0]

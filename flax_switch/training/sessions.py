@@ -90,4 +90,4 @@ def _cpu() -> str:
         for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
-    return platform.processor() or "CPU"
+    return os.environ.get("PROCESSOR_IDENTIFIER", "CPU")

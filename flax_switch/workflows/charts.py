@@ -52,7 +52,7 @@ def _cross_entropy(record: RunRecord) -> str:
 
 
 def _loss_parts(record: RunRecord) -> str:
-    """The parts that add up to the loss, each times its coefficient; those that are nothing throughout are left out."""
+    """Draws the parts that add up to the loss, each times its coefficient; one that is nothing throughout is left out."""
     model = record.config.model
     parts = (
         ("loss", "all", 1.0),

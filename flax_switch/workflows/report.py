@@ -78,7 +78,7 @@ def _model(record: RunRecord) -> str:
 
 
 def _facts(record: RunRecord) -> list[tuple[str, str]]:
-    """When, how long, on what, with which command and versions, on which data; for a run of an earlier version, what is known."""
+    """Returns when, how long, on what, with which command, versions and data; of a run of an earlier version what is known."""
     config, starts = record.config, [line for line in record.sessions if line["event"] == "start"]
     facts = [("When", text(record.started or "not noted")), ("How long", _how_long(record, len(starts)))]
     if starts:
@@ -104,7 +104,7 @@ def _how_long(record: RunRecord, starts: int) -> str:
 
 
 def _data(about: dict[str, Any]) -> str:
-    """A corpus or a task in a line."""
+    """Returns a corpus or a task in a line."""
     source = about.get("source", about.get("task", ""))
     name = ", ".join(map(str, source)) if isinstance(source, list) else str(source)
     name = "the embedded corpus" if name == "default" else name
@@ -117,7 +117,7 @@ def _data(about: dict[str, Any]) -> str:
 
 
 def _results(records: dict[str, RunRecord]) -> str:
-    """What came out; of several runs side by side, with the best of each row marked."""
+    """Returns what came out; of several runs side by side, with the best of each row marked."""
     found = {name: {title: rest for title, *rest in record.results()} for name, record in records.items()}
     rows = []
     for title in dict.fromkeys(title for results in found.values() for title in results):
@@ -135,7 +135,7 @@ def _number(value: float | None, form: str, best: float | None, name: str) -> st
 
 
 def _settings(record: RunRecord) -> str:
-    """What differs from the defaults, and folded below it all of the config."""
+    """Returns what differs from the defaults, and folded below it all of the config."""
     rows = [
         [f"<code>{text(n)}</code>", f"<code>{text(v)}</code>", f"<code>{text(d)}</code>"]
         for n, (v, d) in record.differing().items()
@@ -153,7 +153,7 @@ def _settings(record: RunRecord) -> str:
 
 
 def _samples(record: RunRecord) -> str:
-    """What the model wrote, in a table: predictions beside references, or the text of masked spans."""
+    """Returns what the model wrote, in a table: predictions beside references, or the text of masked spans."""
     if not record.samples:
         return ""
     if isinstance(record.config, FinetuneConfig):
@@ -167,7 +167,7 @@ def _samples(record: RunRecord) -> str:
 
 
 def _spans(pieces: list[Any]) -> list[str]:
-    """A sample's row: its text with numbered gaps, then what the model and the text have in each."""
+    """Returns a sample's row: its text with numbered gaps, then what the model and the text have in each."""
     shown, model, true, gap = "", [], [], 0
     several = sum(not isinstance(piece, str) for piece in pieces) > 1
     for piece in pieces:

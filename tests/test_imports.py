@@ -23,7 +23,7 @@ ALLOWED = {
     "pretrained": {"config", "convert", "data", "generation", "nn", "ops", "parallel"},
     "plan": {"config", "generation", "host", "nn", "ops", "parallel", "training"},
     "pages": set(),
-    "inspection": {"config", "convert", "nn", "ops", "pages", "pretrained"},
+    "inspection": {"config", "convert", "host", "nn", "ops", "pages", "pretrained"},
     "workflows": {"config", "convert", "data", "generation", "host", "nn", "ops", "pages", "parallel", "pretrained", "training"},
 }
 

@@ -8,6 +8,7 @@ import difflib
 import shutil
 import sys
 import textwrap
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from flax_switch.config import ConfigError, SwitchConfig, one_of
@@ -68,6 +69,13 @@ def tell(text: str) -> None:
         options: Any = dict(break_long_words=False, break_on_hyphens=False)
         text = "\n".join(textwrap.fill(line, width, **options) for line in text.splitlines())
     print(text, file=sys.stderr)
+
+
+def show(path: object) -> None:
+    """Shows a page in the browser that the system has; where it has none, nothing happens."""
+    import webbrowser
+
+    webbrowser.open(Path(str(path)).absolute().as_uri())
 
 
 def hyphened(argument: str) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+
+from flax_switch.commands.options import show
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,10 +26,3 @@ def run(args: argparse.Namespace) -> int:
     if args.open:
         show(path)
     return 0
-
-
-def show(path: object) -> None:
-    """Shows a page in the browser that the system has; where it has none, nothing happens."""
-    import webbrowser
-
-    webbrowser.open(Path(str(path)).absolute().as_uri())

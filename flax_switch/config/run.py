@@ -121,6 +121,9 @@ class MeshConfig(_Section):
         )
 
 
+TRACKERS = ("jsonl", "tensorboard", "wandb")
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(_Section):
     """The training loop."""
@@ -135,6 +138,7 @@ class TrainConfig(_Section):
     keep_last: int = may_change(3)
     keep_every: int | None = may_change(None)  # keep checkpoints whose step is a multiple of it for good
     max_nonfinite_steps: int = may_change(10)  # so many updates in a row that are no numbers, and so skipped, end the run
+    log_to: tuple[str, ...] | None = may_change(None)  # of TRACKERS, or "module:function"; None: tensorboard where it is installed
     sample_spans: int = may_change(4)  # held-out examples shown at the end: with masked spans filled in, or beside predictions
 
     def __post_init__(self) -> None:
@@ -142,6 +146,9 @@ class TrainConfig(_Section):
         counts = ("steps", "microbatches", "log_every", "eval_every", "eval_batches", "checkpoint_every", "keep_last")
         for name in (*counts, "max_nonfinite_steps"):
             check(getattr(self, name) >= 1, f"train.{name} must be at least 1; it is {getattr(self, name)}.")
+        for name in self.log_to or ():  # metrics.jsonl is always written: resuming and reports need it
+            if ":" not in name:
+                one_of("train.log_to", name, TRACKERS)
 
 
 @dataclasses.dataclass(frozen=True)

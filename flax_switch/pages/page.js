@@ -161,3 +161,9 @@ for (const figure of document.querySelectorAll("figure[data-chart]")) {
   const chart = JSON.parse(document.getElementById(figure.dataset.chart).textContent);
   (chart.values ? heat : curves)(figure, chart);
 }
+for (const kind of ["pointerover", "pointerout"])
+  document.addEventListener(kind, (event) => {
+    const chip = event.target.closest?.("[data-expert]"), expert = kind === "pointerover" && chip ? chip.dataset.expert : null;
+    for (const other of document.querySelectorAll("[data-expert]"))
+      other.style.opacity = expert === null || other.dataset.expert === expert ? "" : "0.2";
+  });

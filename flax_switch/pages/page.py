@@ -78,9 +78,10 @@ def expert_color(expert: int) -> str:
 
 
 def ink_on(color: str) -> str:
-    """Returns black or white, whichever is read better on a colour."""
-    red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
-    return "#10151c" if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else "#ffffff"
+    """Returns black or white, whichever has more contrast on a colour (by WCAG's relative luminance)."""
+    parts = (int(color[i : i + 2], 16) / 255 for i in (1, 3, 5))
+    red, green, blue = (c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in parts)
+    return "#000000" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.179 else "#ffffff"
 
 
 def _figure(title: str, unit: str, chart: Mapping[str, Any], wide: bool) -> str:

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -26,6 +26,7 @@ from flax_switch.training.sessions import Session
 from flax_switch.training.skipped import Skipped
 from flax_switch.training.state import Run, TrainState
 from flax_switch.training.stepper import Stepper, build_stepper
+from flax_switch.training.trackers import Tracker, guarded, open_trackers
 
 Batch = dict[str, np.ndarray]
 
@@ -76,10 +77,12 @@ def train(
     first_state: Callable[[Run], TrainState],
     make_stepper: Callable[[Run], Stepper] = build_stepper,
     profile: int = 0,
+    log: Sequence[Tracker] = (),
 ) -> RunResult:
     """Trains from the last checkpoint in `workdir`, or from `first_state(run)`, to the end or a signal.
 
-    profile: so many steps are traced into `workdir/profile`.
+    profile: so many steps are traced into `workdir/profile`. log: functions of (step, "train" or "eval", metrics), told what
+    metrics.jsonl is.
     """
     with one_run_at_a_time(workdir):
         config = run.config
@@ -92,8 +95,9 @@ def train(
             batches.set_state(data_state)
             start = int(state.step)
             console.print(_continues(workdir, start, config.train.steps))
-        writer = MetricsWriter(workdir, start)
         session, trace = Session(workdir, start, prepared.describe()), Profile(workdir, start, profile)
+        trackers = open_trackers(workdir, config, start) if jax.process_index() == 0 else []
+        writer = MetricsWriter(workdir, start, [*trackers, *(guarded(one, "log") for one in log)])
         try:
             result = _train(run, prepared, state, start, batches, checkpoints, writer, make_evaluator(), make_stepper(run), trace)
             session.end(result.step)

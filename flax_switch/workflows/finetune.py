@@ -1,6 +1,7 @@
 """`finetune` and `evaluate_checkpoint`: what the commands of these names do."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from flax_switch.training.loop import RunResult, check_vocabulary, train
 from flax_switch.training.progress import console
 from flax_switch.training.state import Run, build_run
 from flax_switch.training.step import compile_eval_step
+from flax_switch.training.trackers import Tracker, require_trackers
 from flax_switch.workflows import scores
 from flax_switch.workflows.predictions import Prediction, TaskEvaluator, evaluate
 from flax_switch.workflows.start import open_start
@@ -29,7 +31,7 @@ TASKS_FILE = "tasks.json"
 
 def finetune(
     recipe: FinetuneRecipe, workdir: epath.PathLike, *, init: str, vocabulary: str | None = None, mesh: Mesh | None = None,
-    profile: int = 0,
+    profile: int = 0, log: Sequence[Tracker] = (),
 ) -> RunResult:  # fmt: skip
     """Fine-tunes the checkpoint `init` as the recipe says, in `workdir`; the same call continues a run that was stopped or killed.
 
@@ -38,10 +40,12 @@ def finetune(
       vocabulary: a SentencePiece model or a folder with a vocabulary, in place of the checkpoint's.
       mesh: by default one over all devices, as `recipe.mesh` says.
       profile: so many steps are traced by jax.profiler into `workdir/profile`.
+      log: functions of (step, "train" or "eval", metrics).
 
     Raises:
       ConfigError: for settings, files or metrics that cannot be used, before anything is compiled.
     """
+    require_trackers(recipe.train.log_to)
     start = open_start(init, recipe.model, vocabulary)
     config = recipe.resolve(start.config, init)
     mesh = _checked(config, mesh)
@@ -57,7 +61,7 @@ def finetune(
         trained = trainable_part(run.abstract_state.params, config.optimizer.trainable)
         console.print(f"Training {_count(trained):,} of {_count(run.abstract_state.params):,} parameters.")
     evaluator = lambda: TaskEvaluator(run, prepared, compile_eval_step(run), workdir)  # noqa: E731
-    return train(run, prepared, workdir, evaluator, start.state, profile=profile)
+    return train(run, prepared, workdir, evaluator, start.state, profile=profile, log=log)
 
 
 def evaluate_checkpoint(

@@ -1,5 +1,7 @@
 """Pre-training: from a config to a trained model in a folder."""
 
+from collections.abc import Sequence
+
 import jax
 from etils import epath
 
@@ -13,18 +15,20 @@ from flax_switch.training.loop import RunResult, check_vocabulary, train
 from flax_switch.training.progress import console
 from flax_switch.training.state import build_run, init_state
 from flax_switch.training.step import compile_eval_step
+from flax_switch.training.trackers import Tracker, require_trackers
 
 
-def pretrain(config: ExperimentConfig, workdir: epath.PathLike, *, profile: int = 0) -> RunResult:
+def pretrain(config: ExperimentConfig, workdir: epath.PathLike, *, profile: int = 0, log: Sequence[Tracker] = ()) -> RunResult:
     """Trains a model as `config` says, in `workdir`; the same call continues a run that was stopped or killed.
 
     After SIGTERM or Ctrl-C the state is saved and the call returns with `finished=False`. After a kill the run continues from the
     last complete checkpoint, with the losses it would have had. Raises `ConfigError` for settings or data that cannot be used,
     before anything is compiled. With several processes (`flax_switch.parallel.processes`) every one of them makes this call.
-    `profile` steps are traced by jax.profiler into `workdir/profile`.
+    `profile` steps are traced by jax.profiler into `workdir/profile`; functions in `log` get (step, kind, metrics) of every line.
     """
     console.quiet = jax.process_index() != 0
     processes.require_same({"workdir": str(workdir), "jax": jax.__version__, **flat_fields(config)})
+    require_trackers(config.train.log_to)
     workdir = processes.first_process_first(lambda: claim_workdir(workdir, config))
     mesh = create_mesh(config.mesh)
     check_batch_size(config.data.batch_size, mesh)
@@ -33,4 +37,4 @@ def pretrain(config: ExperimentConfig, workdir: epath.PathLike, *, profile: int 
     check_vocabulary(config, prepared.vocabulary)
     run = build_run(config, mesh)
     evaluator = lambda: Evaluator.of(run, prepared, compile_eval_step(run))  # noqa: E731
-    return train(run, prepared, workdir, evaluator, init_state, profile=profile)
+    return train(run, prepared, workdir, evaluator, init_state, profile=profile, log=log)

@@ -1,6 +1,7 @@
 """A headless browser, spoken to through its debugging pipe: what a page looks like, how wide it is, and what it complains about."""
 
 import base64
+import fcntl
 import json
 import os
 import shutil
@@ -38,14 +39,16 @@ class Browser:
         ]
         options += ["--remote-debugging-pipe", f"--user-data-dir={self._profile.name}", "about:blank"]
 
-        def pipes():  # the browser reads what is 3 and writes to what is 4
-            read, write = os.dup(down[0]), os.dup(up[1])
-            os.dup2(read, 3)
-            os.dup2(write, 4)
-
-        self._process = subprocess.Popen(
-            [find(), *options], preexec_fn=pipes, close_fds=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        read, write = (fcntl.fcntl(end, fcntl.F_DUPFD, 20) for end in (down[0], up[1]))
+        wired = (
+            f'exec "$@" 3<&{read} 4>&{write}'  # the browser reads what is 3 and writes to what is 4; Python's own way would fork
         )
+        self._process = subprocess.Popen(
+            ["bash", "-c", wired, "browser", find(), *options],
+            pass_fds=(read, write), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        os.close(read)
+        os.close(write)
         os.close(down[0])
         os.close(up[1])
         self._write, self._read = down[1], up[0]

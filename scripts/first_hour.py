@@ -4,8 +4,8 @@
     python scripts/first_hour.py --beside         # packages come from this environment, with the wheel alone installed: no network
     python scripts/first_hour.py --output FILE    # keeps the transcript elsewhere
 
-Install, look around, pre-train, read the report, generate, fine-tune on one's own csv, generate with that, convert, and open the result in
-transformers. It takes at most 15 minutes on two cores, and fails where it takes longer or a command does not do what it says.
+Install, look around, pre-train, read the report, generate, fine-tune on one's own csv, generate with that, convert, and open the
+result in transformers. It takes at most 15 minutes on two cores, and fails where it takes longer or a command does not do what it says.
 """
 
 from __future__ import annotations
@@ -36,8 +36,13 @@ inputs = tokenizer("add: 3 plus 4", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=4)[0], skip_special_tokens=True))
 """
 TINY = "--config.train.steps=200 --config.train.eval_every=100 --config.train.eval_batches=10 --config.train.log_every=20"
-TUNE = "--config.train.steps=60 --config.train.eval_every=30 --config.train.log_every=15 --config.data.batch_size=16"
+TUNE = (
+    "--config.train.steps=60 --config.train.eval_every=30 --config.train.log_every=15 --config.data.batch_tokens=None "
+    "--config.data.batch_size=16 --config.data.packing=false --config.data.inputs_length=32 --config.data.targets_length=8 "
+    "--config.evaluation.max_examples=8"
+)
 COLUMNS = "--config.data.inputs=question --config.data.targets=answer --config.data.prefix='add: '"
+GENERATE = "flax-switch generate --checkpoint runs/tiny"
 STEPS = (  # what is typed, why, and what its output must hold
     ("flax-switch --version", "It is installed.", "flax_switch"),
     ("flax-switch doctor", "What is here, and does it compute what it should?", "fine"),
@@ -46,12 +51,12 @@ STEPS = (  # what is typed, why, and what its output must hold
     ("flax-switch pretrain --config tiny --workdir runs/tiny --dry-run", "What would it do? Nothing is written.", "Dry run"),
     (f"flax-switch pretrain --config tiny --workdir runs/tiny {TINY}", "Pre-train, a quarter of its steps.", "Report:"),
     ("flax-switch report runs/tiny", "The report can be written at any time.", "report.html"),
-    ("echo 'Return the <extra_id_0> of the list.' | flax-switch generate --checkpoint runs/tiny", "Fill a gap.", "extra_id_0"),
-    ("echo 'Return the <extra_id_0> of a list.' | flax-switch generate --checkpoint runs/tiny", "Again: programs were kept.", "outputs"),
+    (f"echo 'Return the <extra_id_0> of the list.' | {GENERATE}", "Fill a gap.", "extra_id_0"),
+    (f"echo 'Return the <extra_id_0> of a list.' | {GENERATE}", "Again: programs were kept.", "outputs"),
     ("head -3 sums.csv", "Now a task of one's own.", "question,answer"),
     (
-        "flax-switch finetune --config finetune_question_answering --init runs/tiny --workdir runs/sums --config.data.train=sums.csv "
-        f"{COLUMNS} {TUNE}",
+        "flax-switch finetune --config finetune_question_answering --init runs/tiny --workdir runs/sums "
+        f"--config.data.train=sums.csv {COLUMNS} {TUNE}",
         "Fine-tune on it.",
         "Model:",
     ),
@@ -122,7 +127,8 @@ def page(told: list[tuple[str, str, str, float]], seconds: float) -> str:
         "",
         "<!-- written by scripts/first_hour.py -->",
         f"What a newcomer types and reads, from the wheel in a fresh environment: {seconds / 60:.0f} minutes on {cpus} CPU cores, "
-        f"Python {python}. `python scripts/first_hour.py` runs every command again and writes this page; long outputs are shortened.",
+        f"Python {python}. `python scripts/first_hour.py` runs every command again and writes this page; long outputs are",
+        "shortened.",
     ]
     for typed, why, output, took in told:
         lines += ["", f"{why} ({took:.0f} s)", "", "```text", f"$ {typed}", *shortened(output), "```"]

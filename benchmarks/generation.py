@@ -22,7 +22,7 @@ import run_record
 import torch
 import transformers
 
-from flax_switch.generation import generate
+from flax_switch.generation.generate import generate
 from flax_switch.pretrained import load_pretrained
 
 SETTLE = 0.3  # seconds: after a run, each library's idle threads spin for a while and would slow the other's

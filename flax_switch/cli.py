@@ -1,9 +1,9 @@
-"""The command line: flax-switch pretrain, finetune, distill, evaluate, generate, convert, upcycle, inspect, plan, report, routing,
-recipes, presets."""
+"""The command line: flax-switch COMMAND, each a module of flax_switch.commands."""
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import errno
 import importlib
 import os
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import flax_switch
-from flax_switch.commands.options import hyphened, refuse
+from flax_switch.commands.options import hyphened, refuse, tell
 from flax_switch.config import ConfigError
 from flax_switch.host.memory import keep_freed_memory
 
@@ -28,25 +28,41 @@ COMMANDS = {
     "upcycle": "make a mixture of experts of a dense checkpoint",
     "inspect": "say what is in a checkpoint, without loading it",
     "plan": "say what a run would need and do on a machine, without the machine",
-    "report": "write the HTML report of a run",
+    "report": "write the HTML report of a run, or compare several",
     "routing": "follow the routing of a run from checkpoint to checkpoint",
     "recipes": "list the recipes that come with the package",
     "presets": "list the models of the papers, with their sizes",
+    "doctor": "say what is installed and works here: versions, devices, kernels, extras, caches",
+    "completion": "print a shell's completion of commands, options and fields: bash, zsh or fish",
 }
 TRAINING = ("pretrain", "finetune", "distill")
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose help ends with what `set_defaults(listing=...)` makes: fields and controls, which argparse does not know."""
+
+    def format_help(self) -> str:
+        """The help, wrapped at words."""
+        listing = self.get_default("listing")
+        return super().format_help() + (f"{listing()}\n" if listing else "")
+
+
 def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     """Returns the parser; only the named command's module is imported, so that help and light commands start quickly."""
-    parser = argparse.ArgumentParser(prog="flax-switch", description="Switch Transformers in JAX and Flax.")
+    parser = Parser(prog="flax-switch", description="Switch Transformers in JAX and Flax.")
     parser.add_argument("--version", action="version", version=f"flax_switch {flax_switch.__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, description in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=description, description=description, allow_abbrev=False)
-        subparser.set_defaults(parser=subparser, overrides_taken={})
+        subparser.set_defaults(parser=subparser, overrides_taken={}, listing=None)
         if name == command:
             importlib.import_module(f"flax_switch.commands.{name}").add_arguments(subparser)
     return parser
+
+
+def subparser(command: str) -> argparse.ArgumentParser:
+    """Returns the parser of one command."""
+    return build_parser(command)._subparsers._group_actions[0].choices[command]  # pyright: ignore
 
 
 def parse_known(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -69,6 +85,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None and sys.argv[1:2] and sys.argv[1] in TRAINING:
         keep_freed_memory()
     argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
+        near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        tell(f"flax-switch: there is no command {argv[0]!r}.{hint} flax-switch --help lists them.")
+        return 2
     command = ""
     try:
         try:
@@ -83,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, OSError, MemoryError) as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             return 141  # as shells have it of a program that SIGPIPE ended
-        print(f"flax-switch{command}: {_explained(error)}", file=sys.stderr)
+        tell(f"flax-switch{command}: {_explained(error)}")
         return 2
 
 

@@ -93,7 +93,7 @@ def test_help_spells_every_option_with_hyphens(command, capsys):
         (["generate", "--checkpoint", "x", "--config.model.d_ff=3"], "Unknown argument '--config.model.d_ff=3'"),
         (["convert", "x", "y", "--to", "huggingface", "--config.model.d_ff=3"], "Unknown argument '--config.model.d_ff=3'"),
         (["inspect", "x", "--jsn"], "Unknown argument '--jsn'; did you mean --json? See flax-switch inspect --help."),
-        (["report", "x", "y"], "Unknown argument 'y'"),
+        (["report", "x", "--opne"], "Unknown argument '--opne'; did you mean --open?"),
     ],
 )  # fmt: skip
 def test_what_a_command_does_not_take_is_refused_by_name_with_the_nearest(argv, message, capsys):

@@ -22,8 +22,9 @@ ALLOWED = {
     "training": {"config", "data", "host", "nn", "ops", "parallel"},
     "pretrained": {"config", "convert", "data", "generation", "nn", "ops", "parallel"},
     "plan": {"config", "generation", "host", "nn", "ops", "parallel", "training"},
-    "inspection": {"config", "convert", "data", "nn", "ops", "pretrained", "training"},
-    "workflows": {"config", "convert", "data", "generation", "host", "nn", "ops", "parallel", "pretrained", "training"},
+    "pages": set(),
+    "inspection": {"config", "convert", "data", "host", "nn", "ops", "pages", "pretrained", "training"},
+    "workflows": {"config", "convert", "data", "generation", "host", "nn", "ops", "pages", "parallel", "pretrained", "training"},
 }
 
 

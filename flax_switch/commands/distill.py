@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 
 from flax_switch.commands.checkpoints import FORMATS, add_verify_argument
-from flax_switch.commands.options import add_recipe_arguments, load_config, take_overrides
+from flax_switch.commands.look import add_look_arguments, check_look, dry_run, print_config
+from flax_switch.commands.options import add_compile_cache_argument, add_recipe_arguments, load_config, start_jax, take_overrides
 
 __all__ = ["add_arguments", "run", "take_overrides"]
 
@@ -13,6 +14,8 @@ __all__ = ["add_arguments", "run", "take_overrides"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Recipe, overrides, teacher and workdir."""
     add_recipe_arguments(parser, "distillation")
+    add_compile_cache_argument(parser)
+    add_look_arguments(parser)
     parser.add_argument("--teacher", required=True, metavar="CHECKPOINT", help=FORMATS)
     parser.add_argument("--workdir", required=True, metavar="DIR", help="where the run lives; the same one continues it")
     add_verify_argument(parser)
@@ -21,10 +24,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Trains the student, then writes samples and the report; exit status 0, or 1 where a signal stopped the run before its end."""
     config = load_config(args).replace(teacher=args.teacher)
+    check_look(args)
+    if args.print_config:
+        return print_config(config)
+    start_jax(args)
+    if args.dry_run:
+        from flax_switch import data
+        from flax_switch.convert.checkpoint import open_checkpoint
+        from flax_switch.convert.tokenizer import load_vocabulary
+
+        return dry_run(config, data.prepare(config.data, vocabulary=load_vocabulary(open_checkpoint(args.teacher).path)))
     from flax_switch.workflows.distill import distill
     from flax_switch.workflows.finish import finish
 
-    result = distill(config, args.workdir, verify=not args.no_verify)
+    result = distill(config, args.workdir, profile=args.profile, verify=not args.no_verify)
     if not result.finished:
         return 1
     finish(result, args.workdir)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flax_switch.commands.checkpoints import FORMATS, add_verify_argument, explain_missing_extras
-from flax_switch.commands.options import add_recipe_arguments, load_config, take_overrides
+from flax_switch.commands.options import add_compile_cache_argument, add_recipe_arguments, load_config, start_jax, take_overrides
 from flax_switch.config import ConfigError
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ __all__ = ["add_arguments", "run", "take_overrides"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Checkpoint, recipe, overrides, and where results go."""
     add_recipe_arguments(parser, "finetuning", without="optimizer")
+    add_compile_cache_argument(parser)
     parser.add_argument("--checkpoint", required=True, metavar="CHECKPOINT", help=FORMATS)
     parser.add_argument("--vocabulary", metavar="PATH", help="a spiece.model or a folder with one; default: the checkpoint's")
     add_verify_argument(parser)
@@ -38,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
     for name in ("metrics.json", "predictions.jsonl"):
         check_writable(output / name, make_folders=True)
     recipe = _recipe(args)
+    start_jax(args)
     from flax_switch.workflows.finetune import evaluate_checkpoint
     from flax_switch.workflows.predictions import describe, finetuning_config, write_predictions
 
@@ -45,7 +47,13 @@ def run(args: argparse.Namespace) -> int:
     run, evaluation, predictions = evaluate_checkpoint(recipe, args.checkpoint, **options)
     write_text(output / "metrics.json", json.dumps(evaluation, indent=2) + "\n")
     write_predictions(epath.Path(output) / "predictions.jsonl", predictions)
-    print(describe(finetuning_config(run), evaluation))
+    config = finetuning_config(run)
+    print(describe(config, evaluation))
+    asked = config.evaluation.max_examples
+    of = "all there are" if asked is None else f"{asked:,} of each task asked for"
+    print(
+        f"Scores over {len(predictions):,} examples ({of}), the loss over train.eval_batches={config.train.eval_batches} batches."
+    )
     print(f"Metrics and predictions: {output}")
     return 0
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 
 from flax_switch.commands.checkpoints import FORMATS, add_verify_argument, explain_missing_extras
-from flax_switch.commands.options import add_recipe_arguments, load_config, take_overrides
+from flax_switch.commands.look import add_look_arguments, check_look, dry_run, print_config
+from flax_switch.commands.options import add_compile_cache_argument, add_recipe_arguments, load_config, start_jax, take_overrides
 
 __all__ = ["add_arguments", "run", "take_overrides"]
 
@@ -13,6 +14,8 @@ __all__ = ["add_arguments", "run", "take_overrides"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Recipe, overrides, what to start from, and workdir."""
     add_recipe_arguments(parser, "finetuning")
+    add_compile_cache_argument(parser)
+    add_look_arguments(parser)
     parser.add_argument(
         "--init", required=True, metavar="CHECKPOINT",
         help=f"{FORMATS}; random:CHECKPOINT (or random:PRESET) takes its shape and vocabulary and starts from random weights",
@@ -27,10 +30,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Fine-tunes, then shows predictions and writes the report; exit status 1 where a signal stopped the run before its end."""
     recipe = load_config(args)
+    check_look(args)
+    if args.print_config:
+        return print_config(recipe)
+    start_jax(args)
+    if args.dry_run:
+        from flax_switch.data.tasks import prepare_tasks
+        from flax_switch.workflows.start import open_start
+
+        start = open_start(args.init, recipe.model, args.vocabulary)
+        config = recipe.resolve(start.config, args.init)
+        return dry_run(config, prepare_tasks(config.data, start.vocabulary, say=print))
     from flax_switch.workflows.finetune import finetune
     from flax_switch.workflows.finish import finish_finetuning
 
-    result = finetune(recipe, args.workdir, init=args.init, vocabulary=args.vocabulary, verify=not args.no_verify)
+    options = dict(init=args.init, vocabulary=args.vocabulary, profile=args.profile, verify=not args.no_verify)
+    result = finetune(recipe, args.workdir, **options)
     if not result.finished:
         return 1
     finish_finetuning(result, args.workdir)

@@ -7,12 +7,13 @@ import dataclasses
 import json
 import sys
 import time
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flax_switch.commands.checkpoints import add_verify_argument
-from flax_switch.commands.options import hyphened, refuse
+from flax_switch.commands.options import add_compile_cache_argument, hyphened, refuse, start_jax, tell
 from flax_switch.config import ConfigError, check
 
 if TYPE_CHECKING:
@@ -28,12 +29,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--field", default="text", help="of JSON lines (default: text)")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-source-length", type=int, default=512, help="tokens; longer lines are errors")
+    parser.add_argument("--prefix", metavar="TEXT", help="put before every text; default: what the model was fine-tuned with")
+    parser.add_argument("--no-prefix", action="store_true", help="put nothing before texts")
     parser.add_argument("--seed", type=int, default=0, help="of sampling")
     parser.add_argument("--dtype", help="of the parameters, for instance bfloat16; default: the checkpoint's")
     add_verify_argument(parser)
+    add_compile_cache_argument(parser)
+    parser.set_defaults(listing=_listing)
     parser.epilog = (
-        "Controls have Hugging Face's names: --max-new-tokens 64 --num-beams 4 --do-sample true --temperature 0.7 --top-p 0.9 ..."
+        "Controls, below, have Hugging Face's names: --max-new-tokens 64 --num-beams 4, or --do-sample --temperature 0.7."
     )
+
+
+def control_options() -> dict[str, str]:
+    """The options that set controls, and the controls' names."""
+    from flax_switch.generation.controls import GenerationConfig
+
+    return {hyphened(f"--{field.name}"): field.name for field in dataclasses.fields(GenerationConfig)}
+
+
+def _listing() -> str:
+    from flax_switch.commands.fields import described, listing
+    from flax_switch.generation.controls import GenerationConfig
+
+    fields = [field._replace(name=field.name.replace("_", "-")) for field in described(GenerationConfig)]
+    return listing("controls", fields, "--{name}")
 
 
 def take_overrides(args: argparse.Namespace, rest: list[str]) -> None:
@@ -41,14 +61,18 @@ def take_overrides(args: argparse.Namespace, rest: list[str]) -> None:
     from flax_switch.config.values import parse_value
     from flax_switch.generation.controls import GenerationConfig
 
-    fields = {hyphened(f"--{field.name}"): field.name for field in dataclasses.fields(GenerationConfig)}
+    fields = control_options()
+    flags = {field.name for field in dataclasses.fields(GenerationConfig) if bool in (field.type, *typing.get_args(field.type))}
     args.controls, args.overrides_taken, rest = {}, dict(zip(fields, fields, strict=True)), list(rest)
     while rest:
         name, equals, value = rest[0].partition("=")
         if name not in fields:
             refuse(args, rest[0])
-        check(equals or len(rest) > 1, f"{name} needs a value, as in --num-beams 4.")
         rest.pop(0)
+        if not equals and fields[name] in flags and (not rest or rest[0].startswith("--")):
+            args.controls[fields[name]] = True
+            continue
+        check(equals or rest, f"{name} needs a value, as in --num-beams 4.")
         args.controls[fields[name]] = parse_value(value if equals else rest.pop(0))
 
 
@@ -65,6 +89,8 @@ def run(args: argparse.Namespace) -> int:
     opened = open_checkpoint(args.checkpoint, verify=not args.no_verify)
     GenerationConfig(**with_defaults(read_defaults(opened.path), args.controls)).for_model(opened.config)
     options = {"batch_size": args.batch_size, "max_source_length": args.max_source_length, "seed": args.seed, **args.controls}
+    options["prefix"] = _prefix(args, opened.path)
+    start_jax(args)
     if args.input == "-" and sys.stdin.isatty():
         return _converse(from_checkpoint(opened, dtype=args.dtype), options)
     lines = _lines(args)
@@ -79,6 +105,18 @@ def run(args: argparse.Namespace) -> int:
     for result in bad:
         print(f"{args.input}, line {result['line']}: {result['error']}.", file=sys.stderr)
     return 1 if bad else 0
+
+
+def _prefix(args: argparse.Namespace, model: Path) -> str:
+    from flax_switch.generation.defaults import read_prefix
+
+    check(not (args.prefix and args.no_prefix), "--prefix and --no-prefix contradict each other; leave one out.")
+    if args.no_prefix or args.prefix is not None:
+        return args.prefix or ""
+    prefix = read_prefix(model)
+    if prefix and sys.stderr.isatty():
+        tell(f"The model was fine-tuned with {prefix!r} before every text, which is put there; --no-prefix leaves it out.")
+    return prefix
 
 
 def _lines(args: argparse.Namespace) -> list[Line]:
@@ -119,13 +157,18 @@ def _results(
 
     def progress(finished: int, tokens: int) -> None:
         done[0], done[1] = done[0] + finished, done[1] + tokens
-        rate = done[1] / (time.perf_counter() - started)
-        print(f"\r{done[0]}/{len(lines)} lines, {rate:,.0f} tokens/s", end="", file=sys.stderr, flush=True)
+        _note(f"{done[0]}/{len(lines)} lines, {done[1] / (time.perf_counter() - started):,.0f} tokens/s")
 
+    _note("compiling")
     results = generate_lines(pretrained, lines, on_batch=progress, on_results=keep, **options)
-    if done[0]:
-        print(file=sys.stderr)
+    _note("")
     return results
+
+
+def _note(text: str) -> None:
+    """Shows where the work stands, in place of the former note; only on a terminal."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
 
 
 def _converse(pretrained: Any, options: dict[str, Any]) -> int:
@@ -142,5 +185,7 @@ def _converse(pretrained: Any, options: dict[str, Any]) -> int:
         if not text:
             return 0
         number += 1
+        _note("compiling" if number == 1 else "")
         (result,) = generate_lines(pretrained, [Line(number, text)], **{**options, "batch_size": 1})
+        _note("")
         print(result.get("error") or "\n".join(result["outputs"]))

@@ -8,7 +8,8 @@ import json
 import sys
 
 from flax_switch.commands.checkpoints import add_source_arguments, changes_of, explain_missing_extras
-from flax_switch.config import ConfigError
+from flax_switch.commands.options import add_compile_cache_argument, show, start_jax
+from flax_switch.config import ConfigError, check
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--target", action="append", help="what to feed the decoder, one for each --text (default: the model's answer)"
     )
-    parser.add_argument("--plot", metavar="FILE", help="with --text: draw the routing, too (.png, .pdf, .svg)")
+    parser.add_argument(
+        "--plot", metavar="FILE", help="with --text: draw the routing, too: .html is a page, .png, .pdf and .svg a picture"
+    )
+    parser.add_argument("--open", action="store_true", help="show what --plot wrote in a browser")
+    add_compile_cache_argument(parser)
 
 
 @explain_missing_extras
@@ -29,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     """Prints format, config, parameter counts, dtypes, shapes and experts; loads no weights unless there is a --text."""
     if args.text:
         return _show_routing(args)
-    if args.target or args.plot:
+    if args.target or args.plot or args.open:
         raise ConfigError("--target and --plot show how a text is routed; give a --text.")
     from flax_switch.inspection.checkpoint import describe, render
 
@@ -40,12 +45,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _show_routing(args: argparse.Namespace) -> int:
+    from flax_switch.inspection.page import write_page
     from flax_switch.inspection.routing import check_plot, explore, plot, render
     from flax_switch.pretrained import load_pretrained
 
+    check(args.plot or not args.open, "--open shows what --plot FILE writes; name a file, such as --plot routing.html.")
     if args.plot:
         check_plot(args.plot)
     changes = changes_of(args)
+    start_jax(args)
     pretrained = load_pretrained(
         args.source, allow_missing=args.allow_missing, revision=args.revision, verify=not args.no_verify, **changes
     )
@@ -56,5 +64,8 @@ def _show_routing(args: argparse.Namespace) -> int:
     else:
         print(render(exploration))
     if args.plot:
-        print(f"Wrote {plot(exploration, args.plot)}", file=sys.stderr)
+        draw = write_page if args.plot.endswith((".html", ".htm")) else plot
+        print(f"Wrote {draw(exploration, args.plot)}", file=sys.stderr)
+    if args.open:
+        show(args.plot)
     return 0

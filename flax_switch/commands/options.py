@@ -5,6 +5,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import shutil
+import sys
+import textwrap
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from flax_switch.config import ConfigError, SwitchConfig, one_of
@@ -29,11 +33,49 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, kind: str, without: st
     found = {field.name: field.default_factory for field in dataclasses.fields(RECIPES[kind]) if field.name != without}
     sections = {name: SwitchConfig if section is dict else section for name, section in found.items() if isinstance(section, type)}
     overrides = {hyphened(f"--{f.name}"): f"--config.{s}.{f.name}" for s in sections for f in dataclasses.fields(sections[s])}
-    parser.set_defaults(kind=kind, sections=tuple(sections), overrides_taken=overrides)
+    flags = {f"{s}.{f.name}" for s in sections for f in dataclasses.fields(sections[s]) if f.type in ("bool", bool)}
+    parser.set_defaults(kind=kind, sections=tuple(sections), overrides_taken=overrides, flags=flags)
+    parser.set_defaults(listing=lambda: _listing(sections))
     parser.epilog = (
-        "Any field can be set: --config.SECTION.FIELD=VALUE with --config, --gin.SECTION.FIELD=VALUE with --gin-file; "
-        f"sections are {', '.join(sections)}."
+        "Any field below can be set: --config.SECTION.FIELD=VALUE with --config, --gin.SECTION.FIELD=VALUE with --gin-file. A "
+        "field that is true or false needs no =true. Defaults are the library's; --print-config shows those of a recipe."
     )
+
+
+def _listing(sections: dict[str, Any]) -> str:
+    from flax_switch.commands.fields import described, listing
+
+    return "\n".join(
+        listing(f"fields of {name}", described(section), f"--config.{name}.{{name}}") for name, section in sections.items()
+    )
+
+
+def add_compile_cache_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds --no-compile-cache, for `start_jax`."""
+    parser.add_argument("--no-compile-cache", action="store_true", help="compile all programs anew, and keep none")
+
+
+def start_jax(args: argparse.Namespace) -> None:
+    """Imports JAX with the cache of compiled programs; call it when everything that can be checked without JAX is."""
+    from flax_switch.host.compile_cache import use_compile_cache
+
+    use_compile_cache(off=args.no_compile_cache)
+
+
+def tell(text: str) -> None:
+    """Prints a message on standard error; on a terminal its lines end at words."""
+    if sys.stderr.isatty():
+        width = shutil.get_terminal_size().columns
+        options: Any = dict(break_long_words=False, break_on_hyphens=False)
+        text = "\n".join(textwrap.fill(line, width, **options) for line in text.splitlines())
+    print(text, file=sys.stderr)
+
+
+def show(path: object) -> None:
+    """Shows a page in the browser that the system has; where it has none, nothing happens."""
+    import webbrowser
+
+    webbrowser.open(Path(str(path)).absolute().as_uri())
 
 
 def hyphened(argument: str) -> str:
@@ -56,6 +98,8 @@ def take_overrides(args: argparse.Namespace, rest: list[str]) -> None:
         rest.pop(0)
         if not equals and rest and not rest[0].startswith("--"):
             equals, value = "=", rest.pop(0)
+        if not equals and field in args.flags:
+            equals, value = "=", "true"
         place.append(f"{field}{equals}{value}")
 
 

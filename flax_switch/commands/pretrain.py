@@ -5,7 +5,16 @@ from __future__ import annotations
 import argparse
 
 from flax_switch.commands.checkpoints import add_verify_argument
-from flax_switch.commands.options import add_distributed_arguments, add_recipe_arguments, connection, load_config, take_overrides
+from flax_switch.commands.look import add_look_arguments, check_look, dry_run, print_config
+from flax_switch.commands.options import (
+    add_compile_cache_argument,
+    add_distributed_arguments,
+    add_recipe_arguments,
+    connection,
+    load_config,
+    start_jax,
+    take_overrides,
+)
 from flax_switch.config import ExperimentConfig
 from flax_switch.config.shipped import names
 
@@ -16,6 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Recipe, overrides, workdir, and how several processes find each other."""
     add_recipe_arguments(parser, "pretraining")
     add_distributed_arguments(parser)
+    add_compile_cache_argument(parser)
+    add_look_arguments(parser)
     parser.add_argument("--workdir", required=True, metavar="DIR", help="where the run lives; the same one continues it")
     add_verify_argument(parser)
 
@@ -23,6 +34,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Trains, then writes samples and the report; exit status 0, or 1 where a signal stopped the run before its end."""
     config, others = load_config(args), connection(args)
+    check_look(args)
+    if args.print_config:
+        return print_config(config)
+    start_jax(args)
+    if args.dry_run:
+        from flax_switch import data
+
+        return dry_run(config, data.prepare(config.data))
     from flax_switch.parallel import processes
     from flax_switch.training.checkpoint import OtherRunError
     from flax_switch.workflows.finish import finish
@@ -30,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
     with processes.session(others):
         try:
-            result = pretrain(config, args.workdir, verify=not args.no_verify)
+            result = pretrain(config, args.workdir, profile=args.profile, verify=not args.no_verify)
         except OtherRunError as error:
             raise OtherRunError(f"{error}{_former_recipe(args.workdir)}") from error
         if result.finished:

@@ -178,6 +178,12 @@ class FinetuneConfig(_Section):
         """The score by which the best checkpoint is kept."""
         return self.evaluation.best or next(iter(self.scores), LOSS)
 
+    @property
+    def prefix(self) -> str:
+        """What stands before every input; '' where the tasks of a mixture differ in it."""
+        prefixes = {task.prefix for task in self.data.mixture}
+        return prefixes.pop() if len(prefixes) == 1 else ""
+
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneRecipe(_Section):

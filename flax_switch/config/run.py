@@ -113,6 +113,9 @@ class MeshConfig(_Section):
         )
 
 
+TRACKERS = ("jsonl", "tensorboard", "wandb")
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(_Section):
     """The training loop."""
@@ -131,6 +134,13 @@ class TrainConfig(_Section):
     keep_every: Annotated[int, Range(least=1, off="None keeps none for good.")] | None = may_change(None)
     max_nonfinite_steps: Count = may_change(10)  # so many updates in a row that are no numbers, and so skipped, end the run
     sample_spans: Natural = may_change(4)  # held-out examples shown at the end: with masked spans filled in, or beside predictions
+    log_to: tuple[str, ...] | None = may_change(None)  # of TRACKERS, or "module:function"; None: tensorboard where it is installed
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in self.log_to or ():  # metrics.jsonl is always written: resuming and reports need it
+            if ":" not in name:
+                one_of("train.log_to", name, TRACKERS)
 
 
 @dataclasses.dataclass(frozen=True)

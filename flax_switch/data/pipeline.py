@@ -13,7 +13,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from etils import epath
@@ -72,6 +72,14 @@ class Prepared:
         """Changes with the tokens (so with corpus and vocabulary) and with the way examples are made of them."""
         made = {**self.mixture.identity(), "packing": self.config.packing}
         return hashlib.blake2b(f"{self.train.fingerprint} {json.dumps(made)}".encode(), digest_size=10).hexdigest()
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Returns the corpus's source and its numbers of documents and tokens, as the one entry of a list."""
+        numbers = {
+            kind: {"documents": store.num_documents, "tokens": store.num_tokens}
+            for kind, store in (("train", self.train), ("heldout", self.heldout))
+        }
+        return [{"source": self.config.source, **numbers}]
 
     def train_iterator(self, rows: Integer[np.ndarray, " rows"] | None = None, num_workers: int | None = None) -> TrainIterator:
         """Returns endless training batches, or of each the given rows: those that this process's devices hold.

@@ -1,6 +1,1 @@
-"""Generation: greedy search, beams and sampling, on the device."""
-
-from flax_switch.generation.controls import GenerationConfig
-from flax_switch.generation.generate import GenerationOutput, generate
-
-__all__ = ["GenerationConfig", "GenerationOutput", "generate"]
+"""Generation: greedy search, beams and sampling, on the device. The controls are read without JAX."""

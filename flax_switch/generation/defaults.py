@@ -1,24 +1,28 @@
-"""Defaults of generation that come with a model: its `generation_config.json`, as far as we have the controls."""
+"""Defaults of generation that come with a model: its `generation_config.json`, as far as we have the controls; a task's prefix."""
 
 import dataclasses
+import json
 import logging
 from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
 
-from flax_switch.config import ConfigError
+from flax_switch.config import ConfigError, check
 from flax_switch.generation.controls import BEAMS_ONLY, SAMPLING_ONLY, GenerationConfig, tuples
+from flax_switch.host.files import write_text
 from flax_switch.host.json_text import read_json
 
 log = logging.getLogger(__name__)
 
 FILE = "generation_config.json"
+PREFIX = "prefix"  # its entry for what a fine-tuned model wants before every input, such as "summarize: "
 _OURS = {one.name for one in dataclasses.fields(GenerationConfig)} - {"output_scores", "routing", "brevity_penalty"}
 # What says nothing about tokens, and values of what we have not that change none.
 _SILENT = {
     "transformers_version", "_from_model_config", "use_cache", "return_dict_in_generate", "output_scores", "output_logits",
     "output_attentions", "output_hidden_states", "bos_token_id", "cache_implementation", "trust_remote_code",
+    PREFIX,
 }  # fmt: skip
 _COUNTS = ("num_beams", "num_return_sequences", "min_new_tokens", "max_new_tokens")
 _NEUTRAL = {
@@ -54,6 +58,25 @@ def defaults_of(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from error
     return found
+
+
+def read_prefix(folder: epath.PathLike) -> str:
+    """Returns what a model's folder wants before every input; '' for most. A run's step has it in the run's folder."""
+    for place in (epath.Path(folder), epath.Path(folder).parent.parent):
+        path = place / FILE
+        if path.is_file():
+            prefix = read_json(path).get(PREFIX) or ""
+            check(isinstance(prefix, str), f"{path}: {PREFIX} must be a text; it is {prefix!r}.")
+            return prefix
+        if place.parent.name != "checkpoints":
+            break
+    return ""
+
+
+def write_prefix(folder: epath.PathLike, prefix: str) -> None:
+    """Has a model's folder remember a prefix, which `read_prefix` finds; for '' it does nothing."""
+    if prefix:
+        write_text(epath.Path(folder) / FILE, json.dumps({PREFIX: prefix}, indent=2) + "\n")
 
 
 def with_defaults(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -64,11 +64,14 @@ def generate_lines(
     *,
     batch_size: int = 8,
     max_source_length: int = 512,
+    prefix: str = "",
     on_batch: Callable[[int, int], None] = lambda lines, tokens: None,
     on_results: Callable[[list[dict[str, Any]]], None] = lambda results: None,
     **controls: Any,
 ) -> list[dict[str, Any]]:
     """Returns a result for each line, in order: {"line", "input", "outputs", "scores"}, or {"line", "error"} for a bad one.
+
+    `prefix` is put before every text that does not begin with it already; results show the text as it was.
 
     Sources are sorted into length buckets and every batch is filled up to `batch_size`, so that a program compiles once per bucket.
     `on_batch(lines, tokens)` is called after each batch with the numbers it finished, `on_results` with its results and, first of
@@ -84,7 +87,8 @@ def generate_lines(
     results: dict[int, dict[str, Any]] = {}
     sources: list[tuple[int, list[int]]] = []
     for i, line in enumerate(lines):
-        ids = [] if line.error else [*vocabulary.encode(line.text), config.eos_token_id]
+        whole = line.text if line.text.startswith(prefix) else prefix + line.text
+        ids = [] if line.error else [*vocabulary.encode(whole), config.eos_token_id]
         error = line.error
         if len(ids) > max_source_length:
             error = f"its {len(ids)} tokens exceed max_source_length={max_source_length}"

@@ -18,6 +18,7 @@ from flax_switch.config import ConfigError, StackConfig, SwitchConfig, check, on
 from flax_switch.host.files import check_writable
 from flax_switch.nn.transformer import SwitchEncoder, SwitchTransformer
 from flax_switch.ops.moe.routing import RouterOutput
+from flax_switch.pages.page import expert_color, ink_on
 
 if TYPE_CHECKING:
     from flax_switch.pretrained import Pretrained
@@ -213,13 +214,14 @@ def plot(exploration: Exploration, path: str | Path) -> Path:
     """
     check_plot(path)
     import matplotlib
+    import matplotlib.colors
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     maps, loads = [stack for stacks in exploration.texts for stack in stacks], exploration.loads()
     E = exploration.config.num_experts
-    colors = plt.get_cmap("nipy_spectral").resampled(E)
+    colors = matplotlib.colors.ListedColormap([expert_color(expert) for expert in range(E)])
     longest = max(len(stack.tokens) for stack in maps)
     heights = [1.2 + 0.4 * len(stack.layers) for stack in maps] + [1.6] * len(loads)
     figure, axes = plt.subplots(
@@ -230,17 +232,18 @@ def plot(exploration: Exploration, path: str | Path) -> Path:
         axis.imshow(first, cmap=colors, vmin=-0.5, vmax=E - 0.5, aspect="auto", interpolation="nearest")
         places = [(t, i) for i, layer in enumerate(stack.layers) for t, kept in enumerate(layer.kept) if not all(kept)]
         if places:
-            axis.scatter(*zip(*places, strict=True), marker="x", color="white", s=25)
+            axis.scatter(*zip(*places, strict=True), marker="x", color="black", s=25)
         for i, layer in enumerate(stack.layers):
             for t, experts in enumerate(layer.chosen):
                 above = dict(xytext=(0, 4), textcoords="offset points", ha="center", va="bottom")
-                axis.annotate(str(experts[0]) if experts else "-", (t, i), fontsize=6, color="white", **above)
+                ink = ink_on(expert_color(experts[0])) if experts else "black"
+                axis.annotate(str(experts[0]) if experts else "-", (t, i), fontsize=6, color=ink, **above)
         axis.set_xticks(range(len(stack.tokens)), stack.tokens, rotation=90, fontsize=7)
         axis.set_yticks(range(len(stack.layers)), [f"layer {layer.layer}" for layer in stack.layers], fontsize=7)
         axis.set_title(f"{stack.stack}: expert of each token (x: dropped)", fontsize=9)
     for axis, ((stack, layer), (kept, dropped)) in zip(axes[len(maps) :, 0], loads.items(), strict=True):
-        axis.bar(range(E), kept, color="tab:blue", label="processed")
-        axis.bar(range(E), dropped, bottom=kept, color="tab:red", label="dropped")
+        axis.bar(range(E), kept, color=[expert_color(expert) for expert in range(E)], label="processed")
+        axis.bar(range(E), dropped, bottom=kept, color="white", edgecolor="black", hatch="////", label="dropped")
         axis.set_title(f"{stack} layer {layer}: choices by expert", fontsize=9)
         axis.legend(fontsize=7)
     path = Path(path).expanduser()

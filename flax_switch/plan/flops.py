@@ -1,4 +1,4 @@
-"""FLOPs of matrix products: of a model by its config, and of a compiled program by its HLO text."""
+"""FLOPs of a compiled program's matrix products, by its HLO text; those of a model by its config are in `config/flops`."""
 
 from __future__ import annotations
 
@@ -8,42 +8,9 @@ import re
 
 import numpy as np
 
-from flax_switch.config import StackConfig, SwitchConfig
 from flax_switch.plan.hlo import Instruction, UnknownText, executions, read_computations, shape_of
 
 _GROUPED = re.compile(r'op_name="[^"]*/grouped_(?:rows|gradients)/pallas_call"')
-BACKWARD = 2  # gradients take two products for each one of the forward pass
-
-
-def forward_flops(config: SwitchConfig, batch: int, source: int, target: int) -> float:
-    """Returns FLOPs of the model's own matrix products in one forward pass over `batch` pairs of `source` and `target` tokens.
-
-    A product of [M, K] and [K, N] counts 2 M K N. Each token counts its N experts once: neither what capacity adds in empty
-    slots, nor recomputation, nor what executors do to move tokens. Every position counts, padding too. Causal attention counts
-    whole squares, as it is computed.
-    """
-    encoder = _stack_flops(config, config.encoder, source, source)
-    decoder = _stack_flops(config, config.decoder, target, source) + 2 * target * config.d_model * config.vocab_size
-    return float(batch * (encoder + decoder))
-
-
-def train_flops(config: SwitchConfig, batch: int, source: int, target: int) -> float:
-    """Returns FLOPs of a train step: the forward pass and twice as much for the gradients."""
-    return (1 + BACKWARD) * forward_flops(config, batch, source, target)
-
-
-def _stack_flops(config: SwitchConfig, stack: StackConfig, length: int, source: int) -> int:
-    """Returns the FLOPs of one sequence of `length` tokens; a decoder attends to `source` encoded ones, too."""
-    D, HK = config.d_model, config.num_heads * config.d_kv
-    kernels = 3 if config.is_gated else 2
-    attention = 2 * length * 4 * D * HK + 2 * length * 2 * length * HK
-    if stack.name == "decoder":
-        attention += 2 * (2 * length + 2 * source) * D * HK + 2 * length * 2 * source * HK
-    dense = 2 * length * kernels * D * config.d_ff
-    expert = 2 * length * kernels * D * config.expert_width
-    sparse = 2 * length * D * config.num_experts + expert * (config.num_selected_experts + config.shared_expert)
-    sparse += dense * config.extra_mlp
-    return stack.num_layers * attention + stack.num_sparse * sparse + (stack.num_layers - stack.num_sparse) * dense
 
 
 def program_flops(hlo_text: str) -> tuple[float, bool]:

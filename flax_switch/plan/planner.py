@@ -8,11 +8,11 @@ from typing import Any
 import jax
 
 from flax_switch.config import ExperimentConfig, MeshConfig, check, one_of
+from flax_switch.config.flops import train_flops
 from flax_switch.ops.moe.groups import Grouping, make_grouping
 from flax_switch.ops.moe.routing import expert_capacity
 from flax_switch.parallel.mesh import MESH_AXES, create_mesh, mesh_shape
 from flax_switch.plan.advice import advise
-from flax_switch.plan.flops import train_flops
 from flax_switch.plan.memory import Memory, abstract_mesh, batch_structs, train_memory
 from flax_switch.plan.program import EFFORTS, Program, compile_decode, compile_train, compiler_effort
 from flax_switch.plan.topology import CannotCompile, Topology, compile_devices, parse_topology

@@ -10,6 +10,7 @@ from typing import Any
 
 from flax_switch.config import ConfigError, check
 from flax_switch.host.compilers import can_compile_for
+from flax_switch.host.peaks import PEAK_FLOPS
 
 GIB, KIB = 2**30, 2**10
 GPUS_OF_A_HOST = 8
@@ -50,12 +51,12 @@ HOPPER_HBM3E = dataclasses.replace(HOPPER, bandwidth=4_800 * 10**9, device_kind=
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v5e", "tpu", int(15.75 * GIB), 197e12, 2),
-        Chip("v6e", "tpu", int(31.25 * GIB), 918e12, 2),
-        Chip("v5p", "tpu", int(95.74 * GIB), 459e12, 3),
-        Chip("a100", "gpu", 80 * 10**9, 312e12, 1, AMPERE),
-        Chip("h100", "gpu", 80 * 10**9, 989e12, 1, HOPPER),
-        Chip("h200", "gpu", 141 * 10**9, 989e12, 1, HOPPER_HBM3E),
+        Chip("v5e", "tpu", int(15.75 * GIB), PEAK_FLOPS["v5e"], 2),
+        Chip("v6e", "tpu", int(31.25 * GIB), PEAK_FLOPS["v6e"], 2),
+        Chip("v5p", "tpu", int(95.74 * GIB), PEAK_FLOPS["v5p"], 3),
+        Chip("a100", "gpu", 80 * 10**9, PEAK_FLOPS["a100"], 1, AMPERE),
+        Chip("h100", "gpu", 80 * 10**9, PEAK_FLOPS["h100"], 1, HOPPER),
+        Chip("h200", "gpu", 141 * 10**9, PEAK_FLOPS["h200"], 1, HOPPER_HBM3E),
         Chip("cpu", "cpu", None, None),
     )
 }

@@ -180,7 +180,7 @@ class Pretrained:
         Raises:
           ConfigError: naming the control or the input that cannot be; for text where there is no vocabulary.
         """
-        from flax_switch.generation import generate
+        from flax_switch.generation.generate import generate
         from flax_switch.generation.text import encode_sources, texts_of
 
         texts = [input_ids] if isinstance(input_ids, str) else input_ids

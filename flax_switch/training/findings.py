@@ -1,7 +1,7 @@
 """Says in sentences what the figures of a run mean, for the end of a run and for its report."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flax_switch.config import SwitchConfig
@@ -10,11 +10,23 @@ UNUSED = 0.05  # nats a token: an encoder that is worth less is not used
 UNIFORM = 0.98  # of ln E: a router of this entropy sends a token to any expert
 CROWDED = 2.0  # times the even share of tokens
 DROPPED = 0.05  # of the tokens
+WAITING = 0.1  # of a step's time
 
 
 def findings(model: SwitchConfig, evaluation: Mapping[str, Any]) -> list[str]:
     """Returns a sentence for each thing in a held-out evaluation that a person should know of; none where all is well."""
     return [*_encoder(evaluation), *_routers(model, evaluation)]
+
+
+def run_findings(train: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns a sentence for each thing in the training lines that a person should know of: waiting for data, skipped updates."""
+    said, waits = [], sorted(line["data_wait_fraction"] for line in train)
+    if waits and (wait := waits[len(waits) // 2]) > WAITING:
+        said.append(f"A step waits for data {100 * wait:.0f} % of its time; raise data.num_workers, or data.prefetch.")
+    skipped = max((line.get("skipped_steps", 0) for line in train), default=0)
+    if skipped:
+        said.append(f"{skipped:,.0f} updates were no numbers and were skipped; lower optimizer.learning_rate if there are more.")
+    return said
 
 
 def _encoder(evaluation: Mapping[str, Any]) -> list[str]:

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -12,16 +12,21 @@ from etils import epath
 
 from flax_switch.config import ConfigError, ExperimentConfig
 from flax_switch.config.finetuning import FinetuneConfig
+from flax_switch.config.flops import train_flops
 from flax_switch.data import Vocabulary
 from flax_switch.host.files import in_store
 from flax_switch.host.locks import locked
+from flax_switch.host.peaks import peak_flops
 from flax_switch.parallel.mesh import batch_rows
 from flax_switch.training.checkpoint import CHECKPOINTS, CONFIG_FILE, Checkpoints
 from flax_switch.training.metrics import MetricsWriter, plain
+from flax_switch.training.profile import Profile
 from flax_switch.training.progress import StopSignals, Stopwatch, TrainProgress, console
+from flax_switch.training.sessions import Session
 from flax_switch.training.skipped import Skipped
 from flax_switch.training.state import Run, TrainState
 from flax_switch.training.stepper import Stepper, build_stepper
+from flax_switch.training.trackers import Tracker, guarded, open_trackers
 
 Batch = dict[str, np.ndarray]
 
@@ -34,6 +39,10 @@ class Examples(Protocol):
     def vocabulary(self) -> Vocabulary: ...
 
     def train_iterator(self, rows: np.ndarray | None = None) -> Any: ...
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Returns what there is to say of the data: a dict for each corpus or task."""
+        ...
 
 
 @runtime_checkable
@@ -67,9 +76,15 @@ def train(
     make_evaluator: Callable[[], Evaluation],
     first_state: Callable[[Run], TrainState],
     make_stepper: Callable[[Run], Stepper] = build_stepper,
+    profile: int = 0,
+    log: Sequence[Tracker] = (),
     verify: bool = True,
 ) -> RunResult:
-    """Trains from the last whole checkpoint in `workdir`, or from `first_state(run)`, to the end or a signal."""
+    """Trains from the last whole checkpoint in `workdir`, or from `first_state(run)`, to the end or a signal.
+
+    profile: so many steps are traced into `workdir/profile`. log: functions of (step, "train" or "eval", metrics), told what
+    metrics.jsonl is.
+    """
     with one_run_at_a_time(workdir):
         config = run.config
         checkpoints = Checkpoints(workdir, config.train.keep_last, config.train.keep_every)
@@ -81,11 +96,16 @@ def train(
             state, data_state = checkpoints.restore(run.abstract_state, verify=verify, say=console.print)
             batches.set_state(data_state)
             start = int(state.step)
-            console.print(f"Continuing {workdir} from step {start}.")
-        writer = MetricsWriter(workdir, start)
+            console.print(_continues(workdir, start, config.train.steps))
+        session, trace = Session(workdir, start, prepared.describe()), Profile(workdir, start, profile)
+        trackers = open_trackers(workdir, config, start) if jax.process_index() == 0 else []
+        writer = MetricsWriter(workdir, start, [*trackers, *(guarded(one, "log") for one in log)])
         try:
-            return _train(run, prepared, state, start, batches, checkpoints, writer, make_evaluator(), make_stepper(run))
+            result = _train(run, prepared, state, start, batches, checkpoints, writer, make_evaluator(), make_stepper(run), trace)
+            session.end(result.step)
+            return result
         finally:
+            trace.close()
             batches.close()
             checkpoints.close()
             writer.close()
@@ -127,20 +147,22 @@ def check_vocabulary(config: ExperimentConfig | FinetuneConfig, vocabulary: Voca
 
 def _train(
     run: Run, prepared: Examples, state: TrainState, start: int, batches: Any, checkpoints: Checkpoints, writer: MetricsWriter,
-    evaluator: Evaluation, stepper: Stepper,
+    evaluator: Evaluation, stepper: Stepper, profile: Profile,
 ) -> RunResult:  # fmt: skip
     config = run.config.train
     state = stepper.hold(state)
-    progress, watch, skipped = TrainProgress(start, config.steps), Stopwatch(), Skipped(config.max_nonfinite_steps)
+    progress, watch, skipped = _progress(run, start), Stopwatch(), Skipped(config.max_nonfinite_steps)
     evaluation = None
     with StopSignals() as signals:
         step, enough = start, evaluator.conclude(start, None, None)
         while step < config.steps and not signals.stopped and not enough:
+            profile.before(step)
             before = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - before
             state, metrics = stepper.step(state, batch)
             step += 1
+            profile.after(step, metrics)
             signals.check(step)
             if step == start + 1:  # the first step compiled; it says nothing about speed
                 jax.block_until_ready(metrics)
@@ -179,6 +201,19 @@ def _train(
         if evaluation is None:  # the run was complete before this call
             evaluation = evaluator(stepper.release(state).params)
     return RunResult(run, stepper.release(state), prepared, step, True, evaluation)
+
+
+def _progress(run: Run, start: int) -> TrainProgress:
+    """Makes the display, which knows the FLOPs of a step and what the devices can do."""
+    data, devices = run.config.data, jax.devices()
+    flops = train_flops(run.config.model, data.batch_size, data.inputs_length, data.targets_length)
+    peak = peak_flops(devices[0].device_kind)
+    return TrainProgress(start, run.config.train.steps, flops, peak and peak * len(devices))
+
+
+def _continues(workdir: epath.PathLike, step: int, steps: int) -> str:
+    done = "" if step < steps else f" That is step {step} of {steps}: nothing left to do. Raise train.steps to train on."
+    return f"Continuing {workdir} from step {step}.{done}"
 
 
 def _tokens(batch: Batch) -> int:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 import time
 from types import FrameType
@@ -12,14 +13,22 @@ from jax.experimental import multihost_utils
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-console = Console(highlight=False, soft_wrap=True, markup=False)  # brackets in text are brackets
+# On a terminal lines wrap at words; in a file they stay whole. Brackets in text are brackets.
+console = Console(highlight=False, soft_wrap=not sys.stdout.isatty(), markup=False)
+
+
+_RATES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"))
 
 
 class TrainProgress:
-    """Shows step, loss, tokens/s, time left and the share of time spent waiting for data."""
+    """Shows step, loss, tokens/s, FLOP/s, time left and the share of time spent waiting for data.
 
-    def __init__(self, start: int, steps: int):
-        self._steps = steps
+    flops: of a step, by the model's config; peak: FLOP/s of all devices together, where it is known. Then what the model uses of it
+    (MFU) is shown, too.
+    """
+
+    def __init__(self, start: int, steps: int, flops: float = 0.0, peak: float | None = None):
+        self._steps, self._flops, self._peak = steps, flops, peak
         self._bar = None
         if console.is_terminal:
             columns = (
@@ -41,15 +50,24 @@ class TrainProgress:
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         """Shows the metrics of a logged step."""
+        loss = f"loss {metrics['loss']:.3f}"
         status = (
-            f"loss {metrics['loss']:.3f}  {metrics['tokens_per_second']:,.0f} tokens/s  "
+            f"{loss}  {metrics['tokens_per_second']:,.0f} tokens/s{self._speed(metrics['seconds_per_step'])}  "
             f"data wait {100 * metrics['data_wait_fraction']:.1f} %"
         ) + (f"  {metrics['skipped_steps']} skipped" if metrics.get("skipped_steps") else "")
+        left = (self._steps - step) * metrics["seconds_per_step"]
+        console.print(f"step {step}/{self._steps}  {status}  {duration(left)} left")  # above the bar, where it stays
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, status=status)
-        else:
-            left = (self._steps - step) * metrics["seconds_per_step"]
-            console.print(f"step {step}/{self._steps}  {status}  {duration(left)} left")
+            self._bar.update(self._task, completed=step, status=loss)
+
+    def _speed(self, seconds: float) -> str:
+        """Returns FLOP/s and, where the devices' peak is known, the share of it."""
+        rate = self._flops / max(seconds, 1e-9)
+        if not rate:
+            return ""
+        unit, name = next((pair for pair in _RATES if rate >= pair[0]), _RATES[-1])
+        share = f"  {100 * rate / self._peak:.1f} % MFU" if self._peak else ""
+        return f"  {rate / unit:.3g} {name}FLOP/s{share}"
 
     def say(self, text: str) -> None:
         """Prints a line above the bar."""

@@ -5,6 +5,7 @@ are a mixture of the true token and of the teacher's whole distribution, at temp
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -29,17 +30,22 @@ from flax_switch.training.loop import check_vocabulary, given_back_if_refused, t
 from flax_switch.training.state import Run, TrainState, build_run, init_state, state_shardings
 from flax_switch.training.step import Batch, Loss, compile_eval_step, forward, train_step, true_loss
 from flax_switch.training.stepper import Stepper
+from flax_switch.training.trackers import Tracker, require_trackers
 from flax_switch.workflows.result import Result
 
 
-def distill(config: DistillConfig, workdir: epath.PathLike, *, verify: bool = True) -> Result:
+def distill(
+    config: DistillConfig, workdir: epath.PathLike, *, profile: int = 0, log: Sequence[Tracker] = (), verify: bool = True
+) -> Result:
     """Trains a student of the teacher in `config.teacher`, in `workdir`; the same call continues a run that was stopped.
 
     The teacher is any checkpoint `load_pretrained` opens. Its parameters are laid out over the run's mesh, are never updated, and
     are not part of the run's checkpoints. Raises `ConfigError` for settings, data or a teacher that cannot be used, before anything
-    is compiled. `verify`: compare checkpoints, the teacher's too, with their checksums before they are used.
+    is compiled. `verify`: compare checkpoints, the teacher's too, with their checksums before they are used. `profile` and `log`
+    are as for `pretrain`.
     """
     check(bool(config.teacher), "Distillation needs a teacher: a checkpoint that load_pretrained opens.")
+    require_trackers(config.train.log_to)
     checkpoint = open_checkpoint(config.teacher, verify=verify)
     check_teacher(config, checkpoint.config, checkpoint.architecture)
     copied = copied_weights(checkpoint, config.model) if config.distillation.copy_weights else {}
@@ -70,6 +76,8 @@ def distill(config: DistillConfig, workdir: epath.PathLike, *, verify: bool = Tr
         lambda: Evaluator.of(run, prepared, compile_eval_step(run)),
         first_state,
         lambda run: distillation_stepper(run, teacher),
+        profile=profile,
+        log=log,
         verify=verify,
     )
     return Result.of(result, workdir)

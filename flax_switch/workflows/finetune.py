@@ -1,6 +1,7 @@
 """`finetune` and `evaluate_checkpoint`: what the commands of these names do."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from flax_switch.config import check
 from flax_switch.config.finetuning import FinetuneConfig, FinetuneRecipe
 from flax_switch.data.tasks import prepare_tasks
 from flax_switch.data.vocabulary import SETTINGS_FILE
+from flax_switch.generation.defaults import write_prefix
 from flax_switch.host.files import write_text
 from flax_switch.parallel.mesh import check_batch_size, create_mesh
 from flax_switch.training.checkpoint import claim_workdir
@@ -19,6 +21,7 @@ from flax_switch.training.loop import check_vocabulary, train
 from flax_switch.training.progress import console
 from flax_switch.training.state import Run, build_run
 from flax_switch.training.step import compile_eval_step
+from flax_switch.training.trackers import Tracker, require_trackers
 from flax_switch.workflows import scores
 from flax_switch.workflows.predictions import Prediction, TaskEvaluator, evaluate
 from flax_switch.workflows.result import Result
@@ -28,25 +31,23 @@ TASKS_FILE = "tasks.json"
 
 
 def finetune(
-    recipe: FinetuneRecipe,
-    workdir: epath.PathLike,
-    *,
-    init: str,
-    vocabulary: str | None = None,
-    mesh: Mesh | None = None,
-    verify: bool = True,
-) -> Result:
+    recipe: FinetuneRecipe, workdir: epath.PathLike, *, init: str, vocabulary: str | None = None, mesh: Mesh | None = None,
+    profile: int = 0, log: Sequence[Tracker] = (), verify: bool = True,
+) -> Result:  # fmt: skip
     """Fine-tunes the checkpoint `init` as the recipe says, in `workdir`; the same call continues a run that was stopped or killed.
 
     Args:
       init: anything `load_pretrained` opens, or "random:" before it (or before a preset's name) for random parameters.
       vocabulary: a SentencePiece model or a folder with a vocabulary, in place of the checkpoint's.
       mesh: by default one over all devices, as `recipe.mesh` says.
+      profile: so many steps are traced by jax.profiler into `workdir/profile`.
+      log: functions of (step, "train" or "eval", metrics).
       verify: compare checkpoints with their checksums before they are used.
 
     Raises:
       ConfigError: for settings, files or metrics that cannot be used, before anything is compiled.
     """
+    require_trackers(recipe.train.log_to)
     start = open_start(init, recipe.model, vocabulary, verify)
     config = recipe.resolve(start.config, init)
     mesh = _checked(config, mesh)
@@ -56,15 +57,14 @@ def finetune(
     workdir = claim_workdir(workdir, config)
     if not (workdir / "vocabulary" / SETTINGS_FILE).exists():
         start.vocabulary.save(workdir / "vocabulary")
+    write_prefix(workdir, config.prefix)
     write_text(workdir / TASKS_FILE, json.dumps(prepared.describe(), indent=2) + "\n")
     if config.optimizer.trainable != ".*":
         trained = trainable_part(run.abstract_state.params, config.optimizer.trainable)
         console.print(f"Training {_count(trained):,} of {_count(run.abstract_state.params):,} parameters.")
-
-    def evaluator() -> TaskEvaluator:
-        return TaskEvaluator(run, prepared, compile_eval_step(run), workdir)
-
-    return Result.of(train(run, prepared, workdir, evaluator, start.state, verify=verify), workdir)
+    evaluator = lambda: TaskEvaluator(run, prepared, compile_eval_step(run), workdir)  # noqa: E731
+    options: dict[str, Any] = dict(profile=profile, log=log, verify=verify)
+    return Result.of(train(run, prepared, workdir, evaluator, start.state, **options), workdir)
 
 
 def evaluate_checkpoint(
@@ -76,7 +76,7 @@ def evaluate_checkpoint(
     mesh = _checked(config, mesh)
     check_vocabulary(config, start.vocabulary)
     prepared = prepare_tasks(config.data, start.vocabulary, train=False, say=console.print)
-    check(prepared.num_validation > 0, "There is nothing to evaluate on; set data.validation=FILE.")
+    check(prepared.num_validation > 0, "There is nothing to evaluate on; name a validation or test file with data.validation=FILE.")
     run = build_run(config, mesh)
     return run, *evaluate(run, prepared, compile_eval_step(run), start.state(run).params)
 

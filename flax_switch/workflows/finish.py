@@ -1,6 +1,5 @@
 """The end of a run: spans filled in or predictions as text, the report, and where everything lies."""
 
-import importlib.util
 import itertools
 import json
 import shlex
@@ -13,7 +12,7 @@ from etils import epath
 
 from flax_switch.data import Prepared, Vocabulary
 from flax_switch.data.tasks import spread
-from flax_switch.generation import generate
+from flax_switch.generation.generate import generate
 from flax_switch.host.files import write_text
 from flax_switch.host.json_text import json_object
 from flax_switch.training.evaluate import describe
@@ -43,11 +42,8 @@ def finish(result: RunResult, workdir: epath.PathLike) -> None:
         console.print(f"\n{describe(result.evaluation)}")
         for finding in findings(result.run.config.model, result.evaluation):
             console.print(finding, style="yellow")
-    if importlib.util.find_spec("matplotlib") is not None:
-        console.print(f"\nReport, with plots:  {write_report(workdir)}")
-    else:
-        console.print("\nFor plots: pip install 'flax_switch[plots]', then flax-switch report " + shlex.quote(str(workdir)))
     console.print(
+        f"\nReport:              {write_report(workdir)}\n"
         f"Metrics:             {workdir / 'metrics.jsonl'}\n"
         f"Checkpoints:         {workdir / 'checkpoints'}\n"
         f"Vocabulary:          {workdir / 'vocabulary'}\n\n"
@@ -160,11 +156,10 @@ def finish_finetuning(result: RunResult, workdir: epath.PathLike) -> None:
             shown = inputs if len(inputs) <= 300 else f"{inputs[:300]} ..."
             console.print(f"\n  {shown}\n  -> {answer['model']}\n  should be: {answer['text']}")
         console.print(f"\nBest by {config.best}, step {step}: {describe_scores(config, history[step])}")
-    if importlib.util.find_spec("matplotlib") is not None:
-        console.print(f"\nReport, with plots:  {write_report(workdir)}")
     model = workdir / BEST if history else workdir
     quoted = shlex.quote(str(model))
     console.print(
+        f"\nReport:              {write_report(workdir)}\n"
         f"Metrics:             {workdir / 'metrics.jsonl'}\n"
         f"Predictions:         {workdir / PREDICTIONS}\n"
         f"Model:               {model}\n\n"

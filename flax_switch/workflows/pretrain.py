@@ -1,5 +1,7 @@
 """Pre-training: from a config to a trained model in a folder."""
 
+from collections.abc import Sequence
+
 import jax
 from etils import epath
 
@@ -13,19 +15,24 @@ from flax_switch.training.loop import check_vocabulary, given_back_if_refused, t
 from flax_switch.training.progress import console
 from flax_switch.training.state import build_run, init_state
 from flax_switch.training.step import compile_eval_step
+from flax_switch.training.trackers import Tracker, require_trackers
 from flax_switch.workflows.result import Result
 
 
-def pretrain(config: ExperimentConfig, workdir: epath.PathLike, *, verify: bool = True) -> Result:
+def pretrain(
+    config: ExperimentConfig, workdir: epath.PathLike, *, profile: int = 0, log: Sequence[Tracker] = (), verify: bool = True
+) -> Result:
     """Trains a model as `config` says, in `workdir`; the same call continues a run that was stopped or killed.
 
     After SIGTERM or Ctrl-C the state is saved and the call returns with `finished=False`. After a kill the run continues from the
     last checkpoint that is whole, with the losses it would have had. Raises `ConfigError` for settings or data that cannot be used,
     before anything is compiled. With several processes (`flax_switch.parallel.processes`) every one of them makes this call.
-    `verify`: compare every file of a checkpoint with its checksum before it is used.
+    `verify`: compare every file of a checkpoint with its checksum before it is used. `profile` steps are traced by jax.profiler
+    into `workdir/profile`; functions in `log` get (step, kind, metrics) of every line.
     """
     console.quiet = jax.process_index() != 0
     processes.require_same({"workdir": str(workdir), "jax": jax.__version__, **flat_fields(config)})
+    require_trackers(config.train.log_to)
     mesh = create_mesh(config.mesh)
     check_batch_size(config.data.batch_size, mesh)
     run = build_run(config, mesh)
@@ -35,4 +42,5 @@ def pretrain(config: ExperimentConfig, workdir: epath.PathLike, *, verify: bool 
         processes.require_same({"corpus and vocabulary (by hash)": prepared.fingerprint})
         check_vocabulary(config, prepared.vocabulary)
     evaluator = lambda: Evaluator.of(run, prepared, compile_eval_step(run))  # noqa: E731
-    return Result.of(train(run, prepared, workdir, evaluator, init_state, verify=verify), workdir)
+    options: dict[str, Any] = dict(profile=profile, log=log, verify=verify)
+    return Result.of(train(run, prepared, workdir, evaluator, init_state, **options), workdir)

@@ -1,271 +1,228 @@
-"""A run as one HTML page: curves, expert load by layer and time, throughput, samples and config."""
+"""A run as one HTML page that needs no network, and several runs compared on one."""
 
-import base64
-import html
-import importlib.util
-import json
+import re
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from etils import epath
 
-from flax_switch.config import ConfigError
-from flax_switch.config.finetuning import LOSS, FinetuneConfig
-from flax_switch.config.kinds import RunConfig
-from flax_switch.host.files import check_writable, read_bytes, write_bytes, write_text
-from flax_switch.host.json_text import parse_json
-from flax_switch.training.checkpoint import read_config
-from flax_switch.training.evaluate import perplexity
-from flax_switch.training.findings import findings, sparse_layer_names
-from flax_switch.training.metrics import METRICS_FILE, read_metrics
+from flax_switch.config import ConfigError, check
+from flax_switch.config.finetuning import FinetuneConfig
+from flax_switch.config.sizes import count_parameters, shorten
+from flax_switch.host.files import check_writable, write_text
+from flax_switch.pages.page import cards, definitions, page, table, text
+from flax_switch.training.checkpoint import flat_fields
+from flax_switch.training.findings import findings, run_findings
+from flax_switch.training.progress import duration
+from flax_switch.workflows.charts import comparison, routing, run_charts
+from flax_switch.workflows.record import SAMPLES_FILE, RunRecord
 
-SAMPLES_FILE = "samples.json"
+__all__ = ["SAMPLES_FILE", "compare_runs", "write_report"]
 
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-h1, h2 { font-weight: 600; } img { max-width: 100%; } table { border-collapse: collapse; }
-td, th { padding: .15rem .8rem .15rem 0; text-align: left; vertical-align: top; } td.number { text-align: right; }
-mark { background: #ffe9a8; padding: 0 .15em; } del { background: #f4d4d4; padding: 0 .15em; text-decoration: none; }
-ul.findings { background: #fdf3e1; padding: .6rem 1rem .6rem 2rem; }
-.sample { border-left: 3px solid #ddd; padding-left: .8rem; margin: .8rem 0; }
-pre { background: #f6f6f6; padding: .8rem; overflow: auto; }
-"""
+_KINDS = {"pretraining": "Pre-training", "finetuning": "Fine-tuning", "distillation": "Distillation"}
 
 
 def write_report(workdir: epath.PathLike, output: epath.PathLike | None = None) -> epath.Path:
-    """Writes the report of a run, finished or not, and returns its path. Needs the extra `plots`.
+    """Writes the report of a run, finished or not, and returns its path.
 
     Raises `ConfigError` where it cannot be written, the run has no metrics yet, or they are damaged.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("The report's plots need matplotlib: pip install 'flax_switch[plots]'.")
-    workdir = epath.Path(workdir)
-    path = workdir / "report.html" if output is None else epath.Path(output)
-    config = read_config(workdir)
+    record = RunRecord.read(workdir)
+    path = record.workdir / "report.html" if output is None else epath.Path(output)
     check_writable(path)
-    lines = read_metrics(workdir)
-    train = [line for line in lines if line.get("kind") == "train"]
-    evals = [line for line in lines if line.get("kind") == "eval" and LOSS in line]  # fine-tuning may have nothing to evaluate on
-    if not train:
-        raise ConfigError(f"{workdir} has no metrics yet; the first come after train.log_every={config.train.log_every} steps.")
-    samples_path = workdir / SAMPLES_FILE
-    samples = parse_json(read_bytes(samples_path), str(samples_path)) if samples_path.exists() else []
     try:
-        plots = draw_plots(config, train, evals)
-        page = _page(workdir, config, train, evals, plots, samples)
+        body = _report(record)
     except (LookupError, TypeError, ValueError, AttributeError) as error:  # what a line lacks, or has of another kind
         what = f"{type(error).__name__}: {error}"
         raise ConfigError(f"{workdir}: {METRICS_FILE} or {SAMPLES_FILE} is damaged ({what}); mend or remove it.") from error
-    for name, png in plots.items():
-        write_bytes(workdir / "plots" / f"{name}.png", png)
-    write_text(path, page)
+    write_text(path, page(f"{record.workdir.name} · flax_switch", body))
     return path
 
 
-def draw_plots(config: RunConfig, train: list[dict[str, Any]], evals: list[dict[str, Any]]) -> dict[str, bytes]:
-    """Returns PNG images by name."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    plots = {"loss": _draw_loss(train, evals)}
-    scores = scores_of(config, evals)
-    if scores:
-        plots["scores"] = _draw_scores(evals, scores)
-    plots["throughput"] = _draw_throughput(train)
-    layers = sparse_layer_names(config.model)
-    if layers:
-        plots["expert_load"] = _draw_expert_load(train, layers)
-        plots["routing"] = _draw_routing(train, layers)
-    return plots
+def compare_runs(workdirs: Sequence[epath.PathLike], output: epath.PathLike) -> epath.Path:
+    """Writes one page on several runs: their curves over each other, and what differs in their configs and results."""
+    records = dict(zip(_names(workdirs), map(RunRecord.read, workdirs), strict=True))
+    path = epath.Path(output)
+    write_text(path, page(f"{' · '.join(records)} · flax_switch", _comparison(records)))
+    return path
 
 
-def scores_of(config: RunConfig, evals: list[dict[str, Any]]) -> list[str]:
-    """Returns the scores of generated text that a fine-tuning run measured; of pre-training none."""
-    return [name for name in config.scores if name in evals[-1]] if isinstance(config, FinetuneConfig) and evals else []
+def _names(workdirs: Sequence[epath.PathLike]) -> list[str]:
+    """Returns a short name for each run: its folder's, or the whole path where two would have the same."""
+    paths = [str(epath.Path(workdir)).rstrip("/") for workdir in workdirs]
+    check(len(set(paths)) == len(paths), f"A run is compared with others, not with itself; these are {', '.join(paths)}.")
+    short = [path.rpartition("/")[2] for path in paths]
+    return [path if short.count(name) > 1 else name for name, path in zip(short, paths, strict=True)]
 
 
-def _draw_scores(evals: list[dict[str, Any]], scores: list[str]) -> bytes:
-    figure, ((axis,),) = _axes()
-    for name in scores:
-        axis.plot([m["step"] for m in evals], [m[name] for m in evals], "o-", ms=3, label=name)
-    axis.set(xlabel="step", ylabel="per cent", title="Scores of generated text")
-    axis.legend(frameon=False)
-    return _png(figure)
-
-
-def _png(figure: Any) -> bytes:
-    import io
-
-    import matplotlib.pyplot as plt
-
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
-    plt.close(figure)
-    return buffer.getvalue()
-
-
-def _axes(rows: int = 1, columns: int = 1, size: tuple[float, float] = (9, 3.6), **options: Any) -> tuple[Any, Any]:
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **options)
-    for axis in axes.flat:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.25)
-    return figure, axes
-
-
-def _draw_loss(train: list[dict[str, Any]], evals: list[dict[str, Any]]) -> bytes:
-    figure, ((axis,),) = _axes()
-    axis.plot([m["step"] for m in train], [m["cross_entropy"] for m in train], lw=1, color="#9bb7d4", label="training, all targets")
-    if evals:
-        steps = [m["step"] for m in evals]
-        axis.plot(steps, [m["cross_entropy"] for m in evals], "o-", ms=3, color="#1f5a96", label="held-out, all targets")
-        if "unigram_entropy" in evals[-1]:
-            axis.plot(steps, [m["text_cross_entropy"] for m in evals], "o-", ms=3, color="#c0392b", label="held-out, text targets")
-            unigram = evals[-1]["unigram_entropy"]
-            axis.axhline(unigram, ls="--", lw=1, color="#c0392b", label=f"text unigram entropy {unigram:.2f}")
-            top = max(unigram, *(m["text_cross_entropy"] for m in evals)) + 0.5
-            axis.set_ylim(top=min(top, axis.get_ylim()[1]))
-    axis.set(xlabel="step", ylabel="nats per token", title="Cross-entropy")
-    axis.legend(frameon=False)
-    return _png(figure)
-
-
-def _draw_throughput(train: list[dict[str, Any]]) -> bytes:
-    figure, ((left, right),) = _axes(1, 2)
-    steps = [m["step"] for m in train]
-    left.plot(steps, [m["tokens_per_second"] for m in train], lw=1, color="#1f5a96")
-    left.set(xlabel="step", ylabel="tokens per second", title="Throughput", ylim=(0, None))
-    right.plot(steps, [100 * m["data_wait_fraction"] for m in train], lw=1, color="#1f5a96")
-    right.set(xlabel="step", ylabel="% of the step", title="Time lost waiting for data", ylim=(0, None))
-    return _png(figure)
-
-
-def _draw_expert_load(train: list[dict[str, Any]], layers: list[str]) -> bytes:
-    loads = np.asarray([m["routers/tokens_per_expert"] for m in train])  # [time, layer, expert]
-    shares = loads / np.maximum(loads.sum(-1, keepdims=True), 1.0) * loads.shape[-1]
-    columns = min(len(layers), 4)
-    rows = -(-len(layers) // columns)
-    figure, axes = _axes(rows, columns, (max(3.0 * columns, 6), 2.4 * rows), sharex=True)
-    steps = [m["step"] for m in train]
-    for i, axis in enumerate(axes.flat):
-        axis.grid(False)
-        if i >= len(layers):
-            axis.set_visible(False)
-            continue
-        image = axis.imshow(
-            shares[:, i].T,
-            aspect="auto",
-            origin="lower",
-            interpolation="nearest",
-            cmap="RdBu_r",
-            vmin=0,
-            vmax=2,
-            extent=(steps[0], steps[-1] if len(steps) > 1 else steps[0] + 1, -0.5, shares.shape[-1] - 0.5),
-        )
-        axis.set_title(layers[i], fontsize=10)
-        axis.set_xlabel("step" if i // columns == rows - 1 else "")
-        axis.set_ylabel("expert" if i % columns == 0 else "")
-    bar = figure.colorbar(image, ax=axes, shrink=0.9)
-    bar.set_label("load, 1 = even share")
-    figure.suptitle("Tokens each expert processed")
-    return _png(figure)
-
-
-def _draw_routing(train: list[dict[str, Any]], layers: list[str]) -> bytes:
-    figure, axes = _axes(1, 3, (9, 2.8))
-    steps = [m["step"] for m in train]
-    panels = (
-        ("fraction_tokens_left_behind", "Tokens left behind", "fraction"),
-        ("router_confidence", "Router confidence", "probability"),
-        ("router_entropy", "Router entropy", "nats"),
-    )
-    for axis, (name, title, unit) in zip(axes.flat, panels, strict=True):
-        values = np.asarray([m[f"routers/{name}"] for m in train])
-        for i, layer in enumerate(layers):
-            axis.plot(steps, values[:, i], lw=1, label=layer if len(layers) <= 8 else None)
-        axis.set(xlabel="step", ylabel=unit, title=title, ylim=(0, None))
-    if len(layers) <= 8:
-        axes.flat[0].legend(frameon=False, fontsize=8)
-    return _png(figure)
-
-
-def _page(
-    workdir: epath.Path,
-    config: RunConfig,
-    train: list[dict[str, Any]],
-    evals: list[dict[str, Any]],
-    plots: dict[str, bytes],
-    samples: list[dict[str, Any]],
-) -> str:
-    rows = [("steps", f"{train[-1]['step']:,} of {config.train.steps:,}")]
-    if evals:
-        rows += _evaluation_rows(config, evals)
-    rows += [
-        ("tokens per second, median", f"{np.median([m['tokens_per_second'] for m in train]):,.0f}"),
-        ("data wait, median", f"{100 * np.median([m['data_wait_fraction'] for m in train]):.2f} % of the step"),
-    ]
-    images = "".join(
-        f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode(png).decode()}">' for name, png in plots.items()
-    )
-    table = "".join(f"<tr><td>{html.escape(k)}</td><td class=number>{html.escape(v)}</td></tr>" for k, v in rows)
-    shown = "".join(_sample(sample) for sample in samples)
-    if shown:
-        title = "Predictions" if isinstance(config, FinetuneConfig) else "Masked spans filled in"
-        shown = f"<h2>{title}</h2><p><mark>the model's</mark> in place of <del>the text's</del></p>{shown}"
-    name = html.escape(workdir.name)
+def _report(record: RunRecord) -> str:
+    config = record.config
+    step, steps = record.train[-1]["step"], config.train.steps
+    done = "finished" if step >= steps else f"{100 * step / steps:.0f} % done"
+    said = [*(findings(config.model, record.evals[-1]) if record.evals else []), *run_findings(record.train)]
+    warnings = f'<div class="warnings"><h3>Worth knowing</h3><ul>{"".join(f"<li>{text(one)}</li>" for one in said)}</ul></div>'
+    size = count_parameters(config.model)
+    figures = [(f"of {steps:,} steps, {done}", f"{step:,}"), ("of training", duration(record.seconds))]
+    figures += [(name, f"{value:{form}}") for name, value, form, _ in record.results()[:1]]
+    figures += [(f"parameters, {shorten(size.active)} active per token", shorten(size.total))]
+    figures += [("tokens per second, median", f"{record.median('tokens_per_second'):,.0f}")]
     return (
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>{name}</title><style>{_STYLE}</style>"
-        f"<h1>{name}</h1><table>{table}</table>{_findings(config, evals)}<h2>Curves</h2>{images}{shown}"
-        f"<h2>Config</h2><pre>{html.escape(json.dumps(config.to_dict(), indent=2))}</pre></html>"
+        f'<p class="kind">{_KINDS[config.kind]}</p><h1>{text(record.workdir.name)}</h1>'
+        f"<p class=soft>{text(_model(record))}</p>{cards(figures)}{warnings if said else ''}"
+        f'<h2>The run</h2><div class="card">{definitions(_facts(record))}</div>'
+        f"<h2>Curves</h2>{run_charts(record)}{routing(record)}{_samples(record)}"
+        f'<h2>Results</h2><div class="card">{_results({"": record})}</div>'
+        f'<h2>Settings</h2><div class="card">{_settings(record)}</div>'
     )
 
 
-def _findings(config: RunConfig, evals: list[dict[str, Any]]) -> str:
-    said = findings(config.model, evals[-1]) if evals else []
-    return f"<ul class=findings>{''.join(f'<li>{html.escape(s)}</li>' for s in said)}</ul>" if said else ""
+def _model(record: RunRecord) -> str:
+    model = record.config.model
+    encoder, decoder = model.stacks
+    sparse = encoder.num_sparse + decoder.num_sparse
+    experts = f", {sparse} of them with {model.num_experts} experts each" if sparse else ", dense"
+    return (
+        f"{encoder.num_layers} encoder and {decoder.num_layers} decoder layers{experts}; width {model.d_model}, MLP {model.d_ff}."
+    )
 
 
-def _evaluation_rows(config: RunConfig, evals: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    last = evals[-1]
-    rows = [
-        ("held-out cross-entropy, all targets", f"{last['cross_entropy']:.3f} nats/token"),
-        ("held-out perplexity, all targets", f"{perplexity(last['cross_entropy']):.2f}"),
-    ]
-    if isinstance(config, FinetuneConfig):
-        best = (min if config.best == LOSS else max)(evals, key=lambda line: line[config.best])
-        rows += [(f"{name}, at the end", f"{last[name]:.2f}") for name in scores_of(config, evals)]
-        return [*rows, (f"best {config.best}", f"{best[config.best]:.2f} at step {best['step']:,}")]
+def _facts(record: RunRecord) -> list[tuple[str, str]]:
+    """Returns when, how long, on what, with which command, versions and data; of a run of an earlier version what is known."""
+    config, starts = record.config, [line for line in record.sessions if line["event"] == "start"]
+    facts = [("When", text(record.started or "not noted")), ("How long", _how_long(record, len(starts)))]
+    if starts:
+        last = starts[-1]
+        where = f"{last['devices']} × {last['device']}" + (f" in {last['processes']} processes" if last["processes"] > 1 else "")
+        versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
+        facts += [("Devices", text(where)), ("Host", text(last["host"])), ("Command", f"<pre>{text(last['command'])}</pre>")]
+        facts += [("Versions", text(f"Python {last['python']}, {versions}")), ("Data", "<br>".join(map(_data, last["data"])))]
+    else:
+        facts += [("Data", _data({"source": getattr(config.data, "source", None) or config.data.train or ""}))]
+    origin = getattr(config, "init", "") or getattr(config, "teacher", "")
     return [
-        *rows,
-        ("held-out cross-entropy, text targets", f"{last['text_cross_entropy']:.3f} nats/token"),
-        ("held-out perplexity, text targets", f"{perplexity(last['text_cross_entropy']):.2f}"),
-        ("unigram entropy of the same text", f"{last['unigram_entropy']:.3f} nats/token"),
-        ("below the unigram entropy", f"{last['nats_below_unigram']:.3f} nats/token"),
-        ("held-out accuracy", f"{100 * last['accuracy']:.1f} %"),
-        *_probe_rows(last),
+        *facts,
+        ("Teacher" if config.kind == "distillation" else "Started from", text(origin)),
+        ("Folder", f"<code>{text(record.workdir)}</code>"),
     ]
 
 
-def _probe_rows(last: dict[str, Any]) -> list[tuple[str, str]]:
-    """Returns what the encoder is worth and how much masked text comes out right; nothing for runs that did not measure it."""
-    gains = [(name.partition("/")[2], gain) for name, gain in last.items() if name.startswith("encoder_gain/")]
-    if not gains:
-        return []
-    return [
-        *((f"what the encoder is worth, {name.replace('_', ' ')}", f"{gain:.3f} nats/token") for name, gain in gains),
-        ("masked text below its unigram entropy", f"{last['masked_nats_below_unigram']:.3f} nats/token"),
-        ("masked tokens right", f"{100 * last['masked_accuracy']:.1f} %"),
-        ("masked tokens right, by the most frequent", f"{100 * last['masked_accuracy_of_most_frequent']:.1f} %"),
-        ("masked spans right as a whole", f"{100 * last['masked_spans_exact']:.1f} %"),
-    ]
+def _how_long(record: RunRecord, starts: int) -> str:
+    wait = f"{100 * record.median('data_wait_fraction'):.1f} % of a step waiting for data"
+    again = f", in {starts} parts" if starts > 1 else ""
+    return text(f"{duration(record.seconds)}{again}; {record.median('seconds_per_step'):.3g} s a step, {wait}")
 
 
-def _sample(sample: dict[str, Any]) -> str:
+def _data(about: dict[str, Any]) -> str:
+    """Returns a corpus or a task in a line."""
+    source = about.get("source", about.get("task", ""))
+    name = ", ".join(map(str, source)) if isinstance(source, list) else str(source)
+    name = "the embedded corpus" if name == "default" else name
     parts = []
-    for piece in sample["pieces"]:
+    for kind, word in (("train", "for training"), ("validation", "for validation"), ("heldout", "held out")):
+        numbers = about.get(kind) or {}
+        counted = [f"{value:,} {unit}" for unit, value in numbers.items() if isinstance(value, int)]
+        parts += [f"{' with '.join(counted)} {word}"] if counted else []
+    return text(f"{name}: {'; '.join(parts)}" if parts else name)
+
+
+def _results(records: dict[str, RunRecord]) -> str:
+    """Returns what came out; of several runs side by side, with the best of each row marked."""
+    found = {name: {title: rest for title, *rest in record.results()} for name, record in records.items()}
+    rows = []
+    for title in dict.fromkeys(title for results in found.values() for title in results):
+        values = {name: results[title][0] for name, results in found.items() if title in results}
+        form, more = next(results[title][1:] for results in found.values() if title in results)
+        best = (max if more else min)(values.values()) if len(values) > 1 and len(set(values.values())) > 1 else None
+        cells = (_number(values.get(name), form, best, name) for name in records)
+        rows.append([f"<td>{text(title)}</td>", *cells])
+    return table(["", *records], rows, "stack" if len(records) > 1 else "")
+
+
+def _number(value: float | None, form: str, best: float | None, name: str) -> str:
+    mark = " best" if best is not None and value == best else ""
+    return f'<td class="number{mark}" data-name="{text(name)}">{"–" if value is None else f"{value:{form}}"}</td>'
+
+
+def _settings(record: RunRecord) -> str:
+    """Returns what differs from the defaults, and folded below it all of the config."""
+    rows = [
+        [f"<code>{text(n)}</code>", f"<code>{text(v)}</code>", f"<code>{text(d)}</code>"]
+        for n, (v, d) in record.differing().items()
+        if n != "kind"
+    ]
+    every = "".join(
+        f"<h3>{text(section)}</h3>{definitions((name, f'<code>{text(value)}</code>') for name, value in fields.items())}"
+        for section, fields in record.config.to_dict().items()
+        if isinstance(fields, dict)
+    )
+    return (
+        f"<details{' open' if len(rows) <= 8 else ''}><summary>{len(rows)} settings differ from the defaults</summary>"
+        f"{table(['setting', 'here', 'default'], rows, 'stack')}</details><details><summary>All settings</summary>{every}</details>"
+    )
+
+
+def _samples(record: RunRecord) -> str:
+    """Returns what the model wrote, in a table: predictions beside references, or the text of masked spans."""
+    if not record.samples:
+        return ""
+    if isinstance(record.config, FinetuneConfig):
+        rows = [
+            [text(pieces[0]), f"<mark>{text(pieces[1]['model'])}</mark>", f"<del>{text(pieces[1]['text'])}</del>"]
+            for pieces in (s["pieces"] for s in record.samples)
+        ]
+        return f'<h2>Predictions</h2><div class="card">{table(["input", "the model", "should be"], rows, "stack")}</div>'
+    rows = [_spans(sample["pieces"]) for sample in record.samples]
+    return f'<h2>Masked text filled in</h2><div class="card">{table(["masked text", "the model", "the text"], rows, "stack")}</div>'
+
+
+def _spans(pieces: list[Any]) -> list[str]:
+    """Returns a sample's row: its text with numbered gaps, then what the model and the text have in each."""
+    shown, model, true, gap = "", [], [], 0
+    several = sum(not isinstance(piece, str) for piece in pieces) > 1
+    for piece in pieces:
         if isinstance(piece, str):
-            parts.append(html.escape(piece))
-        else:
-            parts.append(f"<mark>{html.escape(piece['model'])}</mark><del>{html.escape(piece['text'])}</del>")
-    return f"<p class=sample>{' '.join(parts)}</p>"
+            shown += re.sub(r"&lt;extra_id_(\d+)&gt;", lambda match: _gap(int(match.group(1)) + 1), text(piece)) + " "
+            continue
+        gap += 1
+        number = f"{_gap(gap)} " if several else ""
+        shown += number
+        model.append(f"{number}<mark>{text(piece['model'])}</mark>")
+        true.append(f"{number}<del>{text(piece['text'])}</del>")
+    return [shown, "<br>".join(model), "<br>".join(true)]
+
+
+def _gap(number: int) -> str:
+    return f'<span class="gap">{number}</span>'
+
+
+def _comparison(records: dict[str, RunRecord]) -> str:
+    configs = {name: {"kind": record.config.kind, **flat_fields(record.config)} for name, record in records.items()}
+    fields = dict.fromkeys(field for config in configs.values() for field in config)
+    differing = [field for field in fields if len({repr(config.get(field, "–")) for config in configs.values()}) > 1]
+    rows = [
+        [f"<code>{text(field)}</code>", *(f"<code>{text(config.get(field, '–'))}</code>" for config in configs.values())]
+        for field in differing
+    ]
+    facts = [
+        [text(title), *(text(say(record)) for record in records.values())]
+        for title, say in (
+            ("steps", lambda record: f"{record.train[-1]['step']:,} of {record.config.train.steps:,}"),
+            ("parameters", lambda record: shorten(count_parameters(record.config.model).total)),
+            ("active per token", lambda record: shorten(count_parameters(record.config.model).active)),
+            ("how long", lambda record: duration(record.seconds)),
+            ("when", lambda record: record.started or "not noted"),
+        )
+    ]
+    said = [
+        f"{name}: {one}"
+        for name, record in records.items()
+        if record.evals
+        for one in findings(record.config.model, record.evals[-1])
+    ]
+    warnings = f'<div class="warnings"><h3>Worth knowing</h3><ul>{"".join(f"<li>{text(one)}</li>" for one in said)}</ul></div>'
+    config = table(["setting", *records], rows, "stack") if rows else "<p>The configs are the same.</p>"
+    return (
+        f'<p class="kind">Comparison of {len(records)} runs</p><h1>{text(" · ".join(records))}</h1>{warnings if said else ""}'
+        f'<h2>Results</h2><div class="card">{table(["", *records], facts, "stack")}{_results(records)}</div>'
+        f'<h2>Curves</h2>{comparison(records)}<h2>What differs in the configs</h2><div class="card">{config}</div>'
+    )

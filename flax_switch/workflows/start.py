@@ -1,6 +1,7 @@
 """What fine-tuning starts from: a checkpoint's parameters, laid straight into their shardings, or random ones in its place."""
 
 import dataclasses
+import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,8 @@ def open_start(init: str, changes: Mapping[str, Any], vocabulary: str | None = N
         try:
             opened = open_checkpoint(source, changes=changes, verify=verify)
         except ConfigError as error:
-            hint = f" (or a preset: {', '.join(PRESETS)})" if random else ""
+            near = difflib.get_close_matches(source, PRESETS, n=1) if random else []
+            hint = f" Did you mean {RANDOM}{near[0]}?" if near else f" (or a preset: {', '.join(PRESETS)})" if random else ""
             raise ConfigError(f"--init {init}: {error}{hint}") from error
         check(
             opened.architecture == "full",

@@ -19,7 +19,7 @@ from textbook import beam_search, greedy_search
 
 from flax_switch.config import ConfigError, SwitchConfig
 from flax_switch.config.huggingface import SEMANTICS
-from flax_switch.generation import generate
+from flax_switch.generation.generate import generate
 from flax_switch.nn.transformer import SwitchTransformer
 from flax_switch.pretrained import save_pretrained
 

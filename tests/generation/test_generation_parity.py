@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from flax_switch.generation import generate
+from flax_switch.generation.generate import generate
 
 
 def theirs(pair, ids, mask, **controls):

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from flax_switch.config import MeshConfig
-from flax_switch.generation import generate
 from flax_switch.generation.controls import make_controls, split_numbers
+from flax_switch.generation.generate import generate
 from flax_switch.generation.program import run_program
 from flax_switch.nn.transformer import SwitchTransformer
 from flax_switch.ops.kernels.few_rows import unstacked_experts

@@ -5,7 +5,7 @@ import pytest
 import scipy.stats
 import torch
 
-from flax_switch.generation import generate
+from flax_switch.generation.generate import generate
 
 DRAWS = 4096
 

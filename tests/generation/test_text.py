@@ -7,7 +7,8 @@ import pytest
 from architectures import BASE, lively_params
 
 from flax_switch.config import ConfigError
-from flax_switch.generation import GenerationOutput, generate, text
+from flax_switch.generation import text
+from flax_switch.generation.generate import GenerationOutput, generate
 from flax_switch.generation.text import bucket_of, generate_batches, generate_lines, read_lines
 from flax_switch.nn.transformer import SwitchTransformer
 

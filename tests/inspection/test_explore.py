@@ -1,7 +1,11 @@
 """The routing explorer shows what the model did, and its command prints and plots it."""
 
 import dataclasses
+import html
 import json
+import re
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -10,10 +14,15 @@ import pytest
 from flax_switch.cli import main
 from flax_switch.config import ConfigError, SwitchConfig
 from flax_switch.data.vocabulary import Vocabulary
+from flax_switch.inspection.page import write_page
 from flax_switch.inspection.routing import explore, plot, render
 from flax_switch.nn.init import init_params
 from flax_switch.nn.transformer import SwitchTransformer
+from flax_switch.pages.page import expert_color, ink_on
 from flax_switch.pretrained import Pretrained, save_pretrained
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "pages"))
+from browser import Browser  # noqa: E402
 
 TEXTS = ["the cat sat on the mat", "a dog"]
 TARGETS = ["<extra_id_0> the cat", "dog"]
@@ -94,12 +103,68 @@ def test_a_plot_is_written(exploration, tmp_path):
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.fixture(scope="module")
+def explored(exploration, tmp_path_factory):
+    return write_page(exploration, tmp_path_factory.mktemp("page") / "routing.html")
+
+
+def test_the_page_shows_every_token_by_its_expert_with_drops_and_loads(exploration, explored):
+    page = explored.read_text()
+    chips = re.findall(
+        r'<span class="token( dropped)?" data-expert="(\d+)" style="[^"]*">([^<]*)<sub[^>]*>(.*?)</sub></span>', page
+    )
+    wanted = [
+        (" dropped" if not all(kept) else "", str(chosen[0]), html.escape(token), chosen, kept)
+        for stacks in exploration.texts for stack in stacks for layer in stack.layers
+        for token, chosen, kept in zip(stack.tokens, layer.chosen, layer.kept, strict=True)
+    ]  # fmt: skip
+    assert [chip[:3] for chip in chips] == [one[:3] for one in wanted]
+    for (*_, numbers), (*_, chosen, kept) in zip(chips, wanted, strict=True):
+        assert re.findall(r"\d+", numbers) == list(map(str, chosen))
+        assert re.findall(r"<s>(\d+)</s>", numbers) == [str(e) for e, flag in zip(chosen, kept, strict=True) if not flag]
+    assert "an expert has 4 slots for" in page
+    for (stack, layer), (kept, dropped) in exploration.loads().items():
+        card = page[page.index(f"<h3>{stack} layer {layer}</h3>") :]
+        assert f"<span>{kept[2]}{f' + {dropped[2]} dropped' if dropped[2] else ''}</span>" in card
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [400, 1400])
+def test_the_page_fits_its_window_and_a_legend_picks_an_expert_out(width, dark, explored):
+    with Browser() as browser:
+        browser.show(explored, width, dark)
+        assert browser.value("document.documentElement.scrollWidth") <= width
+        browser.value("""document.querySelector('.token[data-expert="2"]')
+            .dispatchEvent(new PointerEvent("pointerover", {bubbles: true}))""")
+        assert browser.value("""document.querySelector('.token[data-expert="2"]').style.opacity""") == ""
+        assert browser.value("""[...document.querySelectorAll('.token:not([data-expert="2"])')].every((e) => e.style.opacity)""")
+        assert browser.complaints() == []
+
+
+def test_experts_have_colours_that_differ_and_text_that_is_read_on_them():
+    colors = [expert_color(expert) for expert in range(40)]
+    assert len(set(colors)) == 40
+
+    def light(color):
+        parts = (int(color[i : i + 2], 16) / 255 for i in (1, 3, 5))
+        linear = (c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in parts)
+        return float(np.dot(list(linear), (0.2126, 0.7152, 0.0722)))
+
+    for color in colors:
+        a, b = sorted((light(color), light(ink_on(color))))
+        assert (b + 0.05) / (a + 0.05) >= 4.5, color
+
+
 def test_the_command_prints_text_json_and_plots(pretrained, tmp_path, capsys):
     checkpoint = save_pretrained(tmp_path / "model", pretrained.config, pretrained.params, pretrained.vocabulary, "flax_switch")
     command = ["inspect", str(checkpoint), "--text", TEXTS[0], "--target", TARGETS[0]]
     assert main([*command, "--plot", str(tmp_path / "routing.svg")]) == 0
     assert "Text 1, encoder" in capsys.readouterr().out
     assert (tmp_path / "routing.svg").exists()
+    assert main([*command, "--plot", str(tmp_path / "routing.html")]) == 0
+    assert (tmp_path / "routing.html").read_text().startswith("<!doctype html>")
+    assert main([*command, "--open"]) == 2
+    capsys.readouterr()
     assert main([*command, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["texts"][0][0]["stack"] == "encoder"
     assert main(["inspect", str(checkpoint), "--plot", "x.png"]) == 2

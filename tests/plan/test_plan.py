@@ -11,10 +11,11 @@ import pytest
 
 from flax_switch import cli
 from flax_switch.config import ConfigError, DataConfig, ExperimentConfig, MeshConfig, OptimizerConfig, SwitchConfig, TrainConfig
+from flax_switch.config.flops import forward_flops
 from flax_switch.nn.init import init_params
 from flax_switch.nn.transformer import SwitchTransformer
 from flax_switch.plan import plan, planner, program, topology
-from flax_switch.plan.flops import forward_flops, program_flops
+from flax_switch.plan.flops import program_flops
 from flax_switch.plan.text import render
 
 MODEL = SwitchConfig(

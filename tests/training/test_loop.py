@@ -180,7 +180,9 @@ def test_too_many_skipped_updates_in_a_row_end_the_run_which_is_not_saved_then(m
 def test_a_full_disk_costs_the_events_and_not_the_run(tmp_path, monkeypatch, caplog):
     from tensorboardX.event_file_writer import EventsWriter
 
+    from flax_switch.config import ExperimentConfig
     from flax_switch.training.metrics import MetricsWriter, read_metrics
+    from flax_switch.training.trackers import open_trackers
 
     written = []
 
@@ -190,7 +192,7 @@ def test_a_full_disk_costs_the_events_and_not_the_run(tmp_path, monkeypatch, cap
             raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(EventsWriter, "write_event", full)
-    writer = MetricsWriter(tmp_path)
+    writer = MetricsWriter(tmp_path, 0, open_trackers(tmp_path, ExperimentConfig(), 0))
     for step in range(1, 50):
         writer.write(step, "train", {"loss": 1.0, "grad_norm": 2.0})
     writer.close()

@@ -11,7 +11,8 @@ from flax_switch import cli
 from flax_switch.config import SwitchConfig
 from flax_switch.config.finetuning import EvaluationConfig, FinetuneConfig, FinetuneDataConfig, TaskConfig
 from flax_switch.data.tasks import prepare_tasks
-from flax_switch.generation import GenerationOutput, text
+from flax_switch.generation import text
+from flax_switch.generation.generate import GenerationOutput
 from flax_switch.training.loop import RunResult
 from flax_switch.training.metrics import MetricsWriter
 from flax_switch.training.state import Run

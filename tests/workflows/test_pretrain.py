@@ -8,7 +8,6 @@ import math
 import re
 
 import jax
-import matplotlib.axes
 import numpy as np
 import pytest
 
@@ -19,7 +18,6 @@ from flax_switch.training.checkpoint import Checkpoints
 from flax_switch.training.evaluate import Evaluator, describe, perplexity
 from flax_switch.training.metrics import read_metrics
 from flax_switch.training.step import compile_eval_step
-from flax_switch.workflows import report
 from flax_switch.workflows.finish import finish
 from flax_switch.workflows.pretrain import pretrain
 
@@ -163,66 +161,83 @@ def test_rates_count_the_real_tokens_of_source_and_target(ran):
         assert 0 <= line["data_wait_fraction"] < 1
 
 
+def charts(page):
+    """The report's charts by title: what its script draws."""
+    found = [json.loads(text) for text in re.findall(r'<script type="application/json" id="[^"]*">(.*?)</script>', page)]
+    return {(chart["title"], "values" in chart): chart for chart in found}
+
+
 def test_the_reports_table_has_the_metrics_files_numbers(ran):
     result, workdir, printed = ran
     page = (workdir / "report.html").read_text()
     assert str(workdir / "report.html") in printed
-    table = dict(re.findall(r"<tr><td>(.*?)</td><td class=number>(.*?)</td></tr>", page))
+    table = dict(re.findall(r'<tr><td>([^<]*?)</td><td class="number" data-name="">(.*?)</td></tr>', page))
     last, train = lines(workdir, "eval")[-1], lines(workdir, "train")
-    nats = lambda value: f"{value:.3f} nats/token"  # noqa: E731
-    want = {
-        "steps": f"{STEPS} of {STEPS}",
-        "held-out cross-entropy, all targets": nats(last["cross_entropy"]),
-        "held-out perplexity, all targets": f"{math.exp(last['cross_entropy']):.2f}",
-        "held-out cross-entropy, text targets": nats(last["text_cross_entropy"]),
-        "held-out perplexity, text targets": f"{math.exp(last['text_cross_entropy']):.2f}",
-        "unigram entropy of the same text": nats(last["unigram_entropy"]),
-        "below the unigram entropy": nats(last["unigram_entropy"] - last["text_cross_entropy"]),
-        "held-out accuracy": f"{100 * last['accuracy']:.1f} %",
+    assert table == {
+        "held-out cross-entropy, nats/token": f"{last['cross_entropy']:.3f}",
+        "held-out perplexity": f"{math.exp(last['cross_entropy']):.2f}",
+        "held-out cross-entropy, text targets, nats/token": f"{last['text_cross_entropy']:.3f}",
+        "unigram entropy of the same text, nats/token": f"{last['unigram_entropy']:.3f}",
+        "below the unigram entropy, nats/token": f"{last['unigram_entropy'] - last['text_cross_entropy']:.3f}",
+        "held-out accuracy, %": f"{100 * last['accuracy']:.1f}",
+        "training cross-entropy, nats/token": f"{train[-1]['cross_entropy']:.3f}",
         "tokens per second, median": f"{np.median([m['tokens_per_second'] for m in train]):,.0f}",
-        "data wait, median": f"{100 * np.median([m['data_wait_fraction'] for m in train]):.2f} % of the step",
-    }
-    assert {name: table[name] for name in want} == want
-    assert json.loads(html.unescape(re.search(r"<pre>(.*)</pre>", page, re.DOTALL).group(1))) == result.run.config.to_dict()
-    images = re.findall(r'<img alt="(\w+)" src="data:image/png;base64,(\S+?)">', page)
-    assert [name for name, _ in images] == ["loss", "throughput", "expert_load", "routing"]
-    assert {p.name for p in (workdir / "plots").iterdir()} == {f"{name}.png" for name, _ in images}
+    } | {name: table[name] for name in table if "masked" in name or "encoder is worth" in name}
+    settings = dict(re.findall(r"<dt>(\w+)</dt><dd><code>(.*?)</code></dd>", page))
+    for section in ("data", "optimizer", "train"):
+        for name, value in result.run.config.to_dict()[section].items():
+            assert f"<dt>{name}</dt><dd><code>{html.escape(str(value))}</code></dd>" in page
+    assert settings["mode"] == "jit"
 
 
-def test_the_reports_curves_are_the_metrics_files_columns(ran, monkeypatch):
+def test_the_report_says_when_how_long_on_what_with_which_command_and_on_what_data(ran, monkeypatch):
     result, workdir, _ = ran
-    curves, loads = [], []
-    plot, imshow = matplotlib.axes.Axes.plot, matplotlib.axes.Axes.imshow
+    page = (workdir / "report.html").read_text()
+    facts = dict(re.findall(r"<dt>([A-Z][\w ]*)</dt><dd>(.*?)</dd>", page, re.DOTALL))
+    start, end = [json.loads(line) for line in (workdir / "sessions.jsonl").read_text().splitlines()]
+    assert (start["event"], start["step"], end["event"], end["step"]) == ("start", 0, "end", STEPS)
+    assert re.fullmatch(r"20\d\d-\d\d-\d\d \d\d:\d\d UTC", facts["When"])
+    assert facts["Devices"] == f"{jax.device_count()} × {jax.devices()[0].device_kind}"
+    assert f"jax {jax.__version__}" in facts["Versions"]
+    assert html.escape(start["command"]) in facts["Command"]
+    train, heldout = result.prepared.train, result.prepared.heldout
+    assert facts["Data"].endswith(
+        f"text.txt: {train.num_documents:,} documents with {train.num_tokens:,} tokens for training; "
+        f"{heldout.num_documents:,} documents with {heldout.num_tokens:,} tokens held out"
+    )
+    assert facts["How long"].startswith(("0 s", "1 s", *(f"{s} s" for s in range(2, 60)), "1 min", "2 min", "3 min"))
 
-    def record(axis, x, y, *args, **options):
-        curves.append((options.get("label"), list(x), list(y)))
-        return plot(axis, x, y, *args, **options)
 
-    def record_image(axis, image, **options):
-        loads.append(np.asarray(image))
-        return imshow(axis, image, **options)
-
-    monkeypatch.setattr(matplotlib.axes.Axes, "plot", record)
-    monkeypatch.setattr(matplotlib.axes.Axes, "imshow", record_image)
+def test_the_reports_curves_are_the_metrics_files_columns(ran):
+    result, workdir, _ = ran
+    found = charts((workdir / "report.html").read_text())
     train, evals = lines(workdir, "train"), lines(workdir, "eval")
-    report.draw_plots(result.run.config, train, evals)
-    at, evaluated = [m["step"] for m in train], [m["step"] for m in evals]
-    column = lambda rows, name, layer=None: [m[name] if layer is None else m[name][layer] for m in rows]  # noqa: E731
-    layers = ("encoder 0", "decoder 0")
-    assert curves == [
-        ("training, all targets", at, column(train, "cross_entropy")),
-        ("held-out, all targets", evaluated, column(evals, "cross_entropy")),
-        ("held-out, text targets", evaluated, column(evals, "text_cross_entropy")),
-        (None, at, column(train, "tokens_per_second")),
-        (None, at, [100 * v for v in column(train, "data_wait_fraction")]),
-        *((name, at, column(train, f"routers/{metric}", i))
-          for metric in ("fraction_tokens_left_behind", "router_confidence", "router_entropy") for i, name in enumerate(layers)),
-    ]  # fmt: skip
-    for i, load in enumerate(loads):  # [expert, time], 1 = an even share
-        for t, line in enumerate(train):
+    model = result.run.config.model
+
+    def same(title, name, rows, metric, scale=1.0, layer=None):
+        (curve,) = [one for one in found[title, False]["series"] if one["name"] == name]
+        assert curve["x"] == [row["step"] for row in rows]
+        assert curve["y"] == pytest.approx(
+            [(row[metric] if layer is None else row[metric][layer]) * scale for row in rows], rel=1e-4
+        )
+
+    same("Cross-entropy", "training", train, "cross_entropy")
+    same("Cross-entropy", "held-out", evals, "cross_entropy")
+    same("Cross-entropy", "held-out, text targets", evals, "text_cross_entropy")
+    same("Learning rate", "learning rate", train, "learning_rate")
+    same("Gradient norm", "gradient norm", train, "grad_norm")
+    same("Throughput", "tokens per second", train, "tokens_per_second")
+    same("Waiting for data", "data wait", train, "data_wait_fraction", 100)
+    for i, layer in enumerate(("encoder 0", "decoder 0")):
+        same("Router entropy", layer, train, "routers/router_entropy", layer=i)
+        same("Router confidence", layer, train, "routers/router_confidence", layer=i)
+        same("Tokens left to no expert", layer, train, "routers/fraction_tokens_left_behind", 100, i)
+        for t, line in enumerate(train):  # [expert, time], 1 = an even share
             tokens = np.array(line["routers/tokens_per_expert"][i])
-            np.testing.assert_allclose(load[:, t], tokens / tokens.mean())
-    assert len(loads) == 2
+            np.testing.assert_allclose(np.array(found[layer, True]["values"])[:, t], tokens / tokens.mean(), rtol=1e-4)
+    same("Loss by part", "load balancing", train, "load_balancing_loss", model.load_balancing_loss_coef)
+    parts = {one["name"]: np.array(one["y"]) for one in found["Loss by part", False]["series"]}
+    np.testing.assert_allclose(parts.pop("all"), sum(parts.values()), rtol=1e-3)
 
 
 def test_samples_show_the_heldout_text_with_the_models_spans_beside_it(ran):
@@ -241,7 +256,8 @@ def test_samples_show_the_heldout_text_with_the_models_spans_beside_it(ran):
         assert len(spans) == (inputs >= vocabulary.num_pieces).sum()
         for span in spans:
             assert f"[{span['model']} -> {span['text']}]" in printed
-            assert f"<mark>{html.escape(span['model'])}</mark><del>{html.escape(span['text'])}</del>" in page
+            assert f"<mark>{html.escape(span['model'])}</mark>" in page
+            assert f"<del>{html.escape(span['text'])}</del>" in page
 
 
 def test_a_line_of_progress_says_where_a_run_stands_and_how_long_it_takes():

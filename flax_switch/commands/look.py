@@ -1,0 +1,96 @@
+"""What a run would do, before it does it: --print-config, --dry-run; and --profile, what its steps do."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from flax_switch.config import check
+
+if TYPE_CHECKING:
+    from flax_switch.config.kinds import RunConfig
+
+ROWS = 2  # of the first batch that are shown
+
+
+def add_look_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds --print-config, --dry-run and --profile."""
+    group = parser.add_argument_group("looking first")
+    group.add_argument("--print-config", action="store_true", help="print the effective config and end")
+    group.add_argument(
+        "--dry-run", action="store_true",
+        help="print shapes, parameters, memory and the first batch as text, and end: nothing is trained, and no workdir is made",
+    )  # fmt: skip
+    group.add_argument(
+        "--profile", type=int, default=0, metavar="N", help="trace N steps with jax.profiler, into WORKDIR/profile (for xprof)"
+    )
+
+
+def check_look(args: argparse.Namespace) -> None:
+    """Raises `ConfigError` for a number of steps that cannot be."""
+    check(args.profile >= 0, f"--profile takes a number of steps, such as 5; it is {args.profile}.")
+
+
+def print_config(config: Any) -> int:
+    """Prints every field as `section.field = value`, as overrides are written; what is not the library's default is marked."""
+    from flax_switch.config.base import _Section
+
+    values, defaults = config.to_dict(), type(config)().to_dict()
+    for section, fields in values.items():
+        if not isinstance(getattr(config, section, None), (_Section, dict)):
+            print(f"{section} = {fields!r}")
+            continue
+        print(f"\n# {section}")
+        for name, value in fields.items():
+            default = (defaults.get(section) or {}).get(name)
+            print(f"{section}.{name} = {value!r}{'' if value == default else f'  # not {default!r}'}")
+    return 0
+
+
+def dry_run(config: RunConfig, prepared: Any) -> int:
+    """Prints what a run of this config on this data is made of. Nothing is allocated on devices, and nothing compiled."""
+    import jax
+
+    from flax_switch.config.flops import train_flops
+    from flax_switch.config.sizes import count_parameters, shorten
+    from flax_switch.parallel.mesh import check_batch_size, create_mesh
+    from flax_switch.plan.memory import batch_structs, train_memory
+    from flax_switch.training.state import build_run
+
+    mesh = create_mesh(config.mesh)
+    check_batch_size(config.data.batch_size, mesh)
+    run = build_run(config, mesh)
+    size = count_parameters(config.model)
+    print(f"\nModel: {shorten(size.total)} parameters, {shorten(size.active)} active per token")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(run.abstract_state.params):
+        print(f"  {jax.tree_util.keystr(path, simple=True, separator='/'):60} {str(leaf.dtype):9} {list(leaf.shape)}")
+    batch = batch_structs(config, mesh)  # pyright: ignore[reportArgumentType] - fine-tuning's has the fields, too
+    axes = ", ".join(f"{axis} {ways}" for axis, ways in mesh.shape.items())
+    print(f"\nBatch, on {mesh.size} x {jax.devices()[0].device_kind} (mesh {axes}):")
+    for name, struct in batch.items():
+        print(f"  {name:24} {list(struct.shape)}")
+    memory = train_memory(run, batch)
+    print("\nMemory of a device in a step, by shapes and shardings (activations: before the compiler's fusions):")
+    for name in ("parameters", "optimizer", "gradients", "activations", "batch", "total"):
+        print(f"  {name:14} {getattr(memory, name) / 2**20:12,.1f} MiB")
+    data = config.data
+    flops = train_flops(config.model, data.batch_size, data.inputs_length, data.targets_length)
+    print(f"\nA step: {flops:.3g} FLOPs of the model. The run: {config.train.steps:,} steps.\n\nThe first batch begins with:")
+    for line in first_batch(prepared):
+        print(line)
+    print("\nDry run: nothing was trained, and no workdir made.")
+    return 0
+
+
+def first_batch(prepared: Any) -> Iterator[str]:
+    """The first rows of the first batch, as text."""
+    batches = prepared.train_iterator()
+    try:
+        batch = next(batches)
+    finally:
+        batches.close()
+    decode = lambda ids: prepared.vocabulary.decode([int(i) for i in ids if i > 0], skip_special_tokens=False)  # noqa: E731
+    for row in range(min(ROWS, len(batch["labels"]))):
+        yield f"  inputs:  {decode(batch['input_ids'][row])}"
+        yield f"  targets: {decode(batch['labels'][row])}"

@@ -1,0 +1,108 @@
+"""A fine-tuned model's prefix is remembered in its folder, put before texts by `generate`, and left out when asked."""
+
+import json
+
+import numpy as np
+import pytest
+
+from flax_switch import cli
+from flax_switch.config import ConfigError, SwitchConfig
+from flax_switch.config.recipes import load_recipe
+from flax_switch.convert.canonical import canonical_shapes, unflatten
+from flax_switch.convert.checkpoint import convert
+from flax_switch.data.vocabulary import Vocabulary
+from flax_switch.generation import text
+from flax_switch.generation.defaults import read_defaults, read_prefix, write_prefix
+from flax_switch.pretrained import save_pretrained
+
+PREFIX = "summarize: "
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tuned") / "model"
+    config = SwitchConfig(
+        vocab_size=128, d_model=8, num_heads=1, d_kv=8, d_ff=8, num_encoder_layers=1, num_decoder_layers=1,
+        num_sparse_encoder_layers=0, num_sparse_decoder_layers=0,
+    )  # fmt: skip
+    vocabulary = Vocabulary.train([f"summarize: the quick brown fox {i} jumps" for i in range(300)], 40)
+    tree = {path: np.zeros(shape, np.float32) for path, shape in canonical_shapes(config).items()}
+    save_pretrained(folder, config, unflatten(tree), vocabulary, format="flax_switch")
+    write_prefix(folder, PREFIX)
+    return folder
+
+
+def test_a_folder_remembers_its_prefix_and_a_runs_step_has_its_runs(model, tmp_path):
+    assert read_prefix(model) == PREFIX
+    assert read_defaults(model) == {}  # it is no control
+    (tmp_path / "run" / "checkpoints" / "200").mkdir(parents=True)
+    assert read_prefix(tmp_path / "run" / "checkpoints" / "200") == ""
+    write_prefix(tmp_path / "run", PREFIX)
+    assert read_prefix(tmp_path / "run" / "checkpoints" / "200") == PREFIX
+    (tmp_path / "run" / "generation_config.json").write_text('{"prefix": 3}')
+    with pytest.raises(ConfigError, match="prefix must be a text; it is 3"):
+        read_prefix(tmp_path / "run")
+
+
+def test_a_model_without_a_prefix_gets_no_file(tmp_path):
+    write_prefix(tmp_path, "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_it_travels_with_a_conversion_and_transformers_opens_what_it_travelled_with(model, tmp_path):
+    convert(str(model), str(tmp_path / "exported"), to="huggingface")
+    assert read_prefix(tmp_path / "exported") == PREFIX
+    transformers = pytest.importorskip("transformers")
+    assert transformers.GenerationConfig.from_pretrained(tmp_path / "exported").prefix == PREFIX
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ([], PREFIX),
+        (["--no-prefix"], ""),
+        (["--prefix", "translate: "], "translate: "),
+    ],
+)
+def test_generate_puts_it_before_every_text_unless_told_not_to(more, expected, model, tmp_path, monkeypatch, capsys):
+    encoded = []
+    monkeypatch.setattr(Vocabulary, "encode", lambda self, line: encoded.append(line) or [3])
+    monkeypatch.setattr(text, "generate_batches", lambda *args, **options: iter(()))
+    monkeypatch.setattr(text, "generate_lines", keep_going(text.generate_lines))
+    (tmp_path / "in.txt").write_text(f"the fox\n{PREFIX}the dog\n")
+    argv = ["generate", "--checkpoint", str(model), "--input", str(tmp_path / "in.txt")]
+    cli.main([*argv, *more])
+    assert encoded == [expected + "the fox", (PREFIX if expected in ("", PREFIX) else expected + PREFIX) + "the dog"]
+
+
+def keep_going(function):
+    """Results are of no interest here, and none are made."""
+
+    def called(*args, **options):
+        try:
+            return function(*args, **options)
+        except KeyError:
+            return []
+
+    return called
+
+
+def test_results_show_the_text_as_it_was(model, tmp_path, capsys):
+    (tmp_path / "in.txt").write_text("the fox\n")
+    assert cli.main(["generate", "--checkpoint", str(model), "--input", str(tmp_path / "in.txt"), "--max-new-tokens", "2"]) == 0
+    assert json.loads(capsys.readouterr().out)["input"] == "the fox"
+
+
+def test_both_ways_at_once_are_refused(model, capsys):
+    assert cli.main(["generate", "--checkpoint", str(model), "--prefix", "a", "--no-prefix"]) == 2
+    assert "contradict each other" in capsys.readouterr().err
+
+
+def test_tasks_with_one_prefix_have_it_and_a_mixture_of_several_has_none():
+    config = load_recipe("finetune_summarization", ["data.prefix='summarize: '"]).resolve(SwitchConfig())
+    assert config.prefix == PREFIX
+    tasks = [{"name": name, "train": "x", "prefix": f"{name}: "} for name in ("a", "b")]
+    recipe = load_recipe("finetune_summarization", ["data.prefix=''"]).to_dict()
+    recipe["data"] |= {"tasks": tasks, "train": None, "validation": None}
+    mixed = type(load_recipe("finetune_summarization")).from_dict(recipe).resolve(SwitchConfig())
+    assert mixed.prefix == ""

@@ -36,7 +36,7 @@ def require_trackers(log_to: Sequence[str] | None) -> None:
 
 
 def open_trackers(workdir: epath.PathLike, config: RunConfig, step: int) -> list[Tracker]:
-    """Returns the trackers that `train.log_to` names, for a run that starts or continues at a step; in a notebook also a live curve.
+    """Returns the trackers that `train.log_to` names, for a run at a step, and in a notebook a live curve.
 
     None, the default, is TensorBoard where tensorboardX is installed and the workdir is a folder.
     """

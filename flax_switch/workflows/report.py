@@ -13,6 +13,7 @@ from flax_switch.host.files import check_writable, write_text
 from flax_switch.pages.page import cards, definitions, page, table, text
 from flax_switch.training.checkpoint import flat_fields
 from flax_switch.training.findings import findings, run_findings
+from flax_switch.training.metrics import METRICS_FILE
 from flax_switch.training.progress import duration
 from flax_switch.workflows.charts import comparison, routing, run_charts
 from flax_switch.workflows.record import SAMPLES_FILE, RunRecord

@@ -1,4 +1,4 @@
-"""Tokenizer files: T5's `spiece.model`, or a `tokenizer.json` alone, to our vocabulary, and back for AutoTokenizer."""
+"""Tokenizer files (T5's `spiece.model`, a `tokenizer.json` alone, ByT5's settings) to our vocabulary, and back for AutoTokenizer."""
 
 from __future__ import annotations
 
@@ -48,12 +48,19 @@ def load_vocabulary(folder: Path) -> Vocabulary | None:
 
 
 def _vocabulary_in(folder: Path) -> Vocabulary | None:
+    from flax_switch.data.byte_vocabulary import ByteVocabulary
     from flax_switch.data.foreign_vocabulary import ForeignVocabulary
     from flax_switch.data.vocabulary import Vocabulary
 
-    spiece, tokenizer = folder / "spiece.model", folder / "tokenizer.json"
+    spiece, tokenizer, settings = (folder / name for name in ("spiece.model", "tokenizer.json", "tokenizer_config.json"))
     if (folder / "vocabulary.json").is_file():
         return Vocabulary.load(folder)
+    if settings.is_file() and read_json(settings).get("tokenizer_class") == "ByT5Tokenizer":
+        check(
+            not spiece.is_file(),
+            f"{settings.name} names ByT5Tokenizer, whose tokens are bytes, beside a spiece.model: one of them is another model's.",
+        )
+        return ByteVocabulary(read_bytes(settings))
     values = read_json(tokenizer) if tokenizer.is_file() else None
     if values is not None and (strange := strange_parts(values)):
         log.info("The tokenizer in %s is run by the package tokenizers: it has %s.", folder, ", ".join(strange))
@@ -157,6 +164,8 @@ def vocabulary_files(vocabulary: Vocabulary) -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as folder:
         vocabulary.save(folder)
         files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+    if vocabulary.file_name == "tokenizer_config.json":
+        return files
     if vocabulary.file_name != "spiece.model":
         values = dict(tokenizer_class="PreTrainedTokenizerFast", eos_token="</s>", unk_token="<unk>", pad_token="<pad>")
         return {**files, "tokenizer_config.json": (json.dumps(values, indent=2) + "\n").encode()}

@@ -311,7 +311,7 @@ class Vocabulary:
 
     # --- on disk
     def save(self, folder: epath.PathLike) -> None:
-        """Writes `spiece.model` (or a foreign vocabulary's `tokenizer.json`) and a small `vocabulary.json` into the folder."""
+        """Writes `spiece.model` (or the file of another kind of vocabulary) and a small `vocabulary.json` into the folder."""
         files.write_bytes(epath.Path(folder) / self.file_name, self.model)
         settings: dict[str, Any] = {"num_sentinels": self.num_sentinels, "size": self.size, "fingerprint": self.fingerprint}
         if self.file_name != MODEL_FILE:
@@ -331,9 +331,11 @@ class Vocabulary:
         except ConfigError as error:
             raise ConfigError(f"{folder} holds no saved vocabulary: {error}") from error
         if "file" in settings:
+            from flax_switch.data.byte_vocabulary import ByteVocabulary
             from flax_switch.data.foreign_vocabulary import ForeignVocabulary
 
-            vocabulary = ForeignVocabulary(files.read_bytes(epath.Path(folder) / ForeignVocabulary.file_name))
+            kind = ByteVocabulary if settings["file"] == ByteVocabulary.file_name else ForeignVocabulary
+            vocabulary = kind(files.read_bytes(epath.Path(folder) / kind.file_name))
         else:
             vocabulary = cls.from_sentencepiece(epath.Path(folder) / MODEL_FILE, sentinels, added)
         check(

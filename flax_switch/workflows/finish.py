@@ -80,7 +80,7 @@ def _pieces(vocabulary: Vocabulary, source: np.ndarray, predicted: np.ndarray, t
     if (target >= vocabulary.num_pieces).any():  # spans are spelled out behind their sentinels
         model, text = _by_sentinel(vocabulary, predicted), _by_sentinel(vocabulary, target)
     else:
-        model, text = (fills(vocabulary, source, ids) for ids in (predicted, target))
+        model, text = (_fills(vocabulary, source, ids) for ids in (predicted, target))
     if model is None or text is None:  # what the source shows did not come back: show all of it
         return [
             vocabulary.decode(source[source > vocabulary.eos_id], skip_special_tokens=False),
@@ -101,7 +101,7 @@ def _whole(vocabulary: Vocabulary, predicted: np.ndarray, target: np.ndarray) ->
     return [{"model": model, "text": text}]
 
 
-def fills(vocabulary: Vocabulary, source: np.ndarray, ids: np.ndarray) -> dict[int, str] | None:
+def _fills(vocabulary: Vocabulary, source: np.ndarray, ids: np.ndarray) -> dict[int, str] | None:
     """Returns the text for each sentinel of a source out of the whole text; None where that does not hold what the source shows."""
     text = [i for i in ids.tolist() if i > vocabulary.eos_id]
     fills: dict[int, list[int]] = {}

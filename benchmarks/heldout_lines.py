@@ -3,9 +3,9 @@
     python benchmarks/heldout_lines.py runs/tiny
 
 Sentences are drawn from the held-out part of the embedded corpus by --seed, and of each a word within is masked. Counted are
-outputs that keep every word before and after the gap, and fills that change with the input: the model is given the text before the gap and
-completes the gap with its own sentence as inputs, and again with another sentence's in their place. Where both are the same the
-decoder made its fill of what came before alone. Prints a table for docs/pretraining.md and writes --output.
+outputs that keep every word before and after the gap, and fills that change with the input: the model is given the text before the
+gap and completes the gap with its own sentence as inputs, and again with another sentence's in their place. Where both are the same
+the decoder made its fill of what came before alone. Prints a table for docs/pretraining.md and writes --output.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Held-out sentences with gaps, filled in by a model of a pre-training run, beside the truth and beside a control.
+"""Held-out sentences with a gap, filled in by a model of a pre-training run, beside the truth and beside a control.
 
     python benchmarks/heldout_lines.py runs/tiny
 
-Sentences are drawn from the run's held-out text by --seed; each has --gaps gaps of two to four pieces. Counted are outputs
-that hold everything that the input shows, in its order, and first fills that change with the input: the model is given the text
-before the first gap and completes the gap with its own sentence as inputs, and again with another sentence's in their place. Where
-both are the same the decoder made its fill of what came before alone. Prints a table for docs/pretraining.md and writes --output.
+Sentences are drawn from the held-out part of the embedded corpus by --seed, and of each a word within is masked. Counted are
+outputs that keep every word before and after the gap, and fills that change with the input: the model is given the text before the
+gap and completes the gap with its own sentence as inputs, and again with another sentence's in their place. Where both are the same
+the decoder made its fill of what came before alone. Prints a table for docs/pretraining.md and writes --output.
 """
 
 from __future__ import annotations
@@ -23,38 +23,48 @@ import run_record
 import flax_switch
 from flax_switch.config import DataConfig
 from flax_switch.data import cache, corpus
-from flax_switch.data.batches import pad_batch
-from flax_switch.data.infilling import infill
-from flax_switch.data.random_bits import example_keys
-from flax_switch.data.vocabulary import Vocabulary
+from flax_switch.host.files import cache_folder
 from flax_switch.training.checkpoint import read_config
-from flax_switch.workflows.finish import fills
 
-SHORTEST, LONGEST = 30, 56  # tokens of a sentence
+GAP = "<extra_id_0>"
 
 
-def sentences(config: DataConfig, vocabulary: Vocabulary, count: int, seed: int) -> list[list[int]]:
-    """Returns token ids of so many held-out sentences of the embedded corpus."""
-    documents = corpus.default_corpus(Path(cache.files.cache_folder(config.cache_dir)))
+def drawn(config: DataConfig, vocabulary: Any, args: argparse.Namespace) -> list[tuple[str, str, str]]:
+    """Returns so many held-out sentences as (text before the gap, the masked word, text after it)."""
+    documents = corpus.default_corpus(Path(cache_folder(config.cache_dir)))
     heldout = [document for document in documents if cache.is_heldout(document, config.heldout_fraction)]
     found = {sentence for document in heldout for sentence in re.split(r"(?<=[.!?]) (?=[A-Z])", document)}
-    encoded = map(vocabulary.encode, sorted(found))
-    fitting = [ids for ids in encoded if SHORTEST <= len(ids) <= LONGEST]
-    return [fitting[i] for i in np.random.default_rng(seed).permutation(len(fitting))[:count]]
+    fitting = [s for s in sorted(found) if s[0].isupper() and args.shortest <= len(vocabulary.encode(s)) <= args.longest]
+    random, parts = np.random.default_rng(args.seed), []
+    for i in random.permutation(len(fitting)):
+        words = fitting[i].split()
+        within = [k for k, word in enumerate(words[1:-1], 1) if word.isalpha() and len(word) > 2]
+        if within and len(parts) < args.lines:
+            k = int(random.choice(within))
+            parts.append((" ".join(words[:k]), words[k], " ".join(words[k + 1 :])))
+    return parts
 
 
-def first_fills(pretrained: Any, batch: dict[str, np.ndarray], inputs: np.ndarray, mask: np.ndarray, gaps: np.ndarray) -> list[str]:
-    """Completes each row's first gap (begin, end) greedily, after the true text before it, with the given inputs."""
+def padded(rows: list[list[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns token ids as rows of one length, and their mask."""
+    ids, mask = (np.zeros((len(rows), length), np.int32) for _ in range(2))
+    for i, row in enumerate(rows):
+        ids[i, : len(row)], mask[i, : len(row)] = row, 1
+    return ids, mask
+
+
+def fills(pretrained: Any, before: list[list[int]], inputs: np.ndarray, mask: np.ndarray, count: int) -> list[str]:
+    """Returns what comes next by greedy choice, up to the word's end or `count` pieces, after each row's text before the gap."""
     run = jax.jit(lambda params, *fed: pretrained.model.apply({"params": params}, *fed).logits.argmax(-1))
-    fed, filled = batch["decoder_input_ids"].copy(), np.zeros_like(batch["labels"])
-    ones = np.ones_like(fed)
-    for place in range(int((gaps[:, 1] - gaps[:, 0]).max())):
-        best = np.asarray(run(pretrained.params, inputs, fed, mask, ones))
-        at = gaps[:, 0] + place
-        rows = np.flatnonzero(at < gaps[:, 1])
-        filled[rows, at[rows]] = best[rows, at[rows]]
-        fed[rows, np.minimum(at[rows] + 1, fed.shape[1] - 1)] = best[rows, at[rows]]
-    return [pretrained.vocabulary.decode(row[begin:end].tolist()) for row, (begin, end) in zip(filled, gaps, strict=True)]
+    rows = [[0, *row] for row in before]
+    length = max(map(len, rows)) + count
+    for _ in range(count):
+        fed, _ = padded(rows, length)
+        best = np.asarray(run(pretrained.params, inputs, fed, mask, np.ones_like(fed)))
+        rows = [[*row, int(best[i, len(row) - 1])] for i, row in enumerate(rows)]
+    decode = pretrained.vocabulary.decode
+    made = [decode(row[1:])[len(decode(row[1 : len(start) + 1])) :] for row, start in zip(rows, before, strict=True)]
+    return [" ".join(text.split()[:1]) for text in made]
 
 
 def main() -> None:
@@ -63,50 +73,37 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--lines", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--gaps", type=int, default=1)
-    parser.add_argument("--beams", type=int, default=1)
+    parser.add_argument("--shortest", type=int, default=12, help="tokens of a sentence")
+    parser.add_argument("--longest", type=int, default=40)
+    parser.add_argument("--beams", type=int, default=1, help="1: greedy")
     parser.add_argument("--output", type=Path, default=run_record.RESULTS / "heldout_lines.json")
     args = parser.parse_args()
     config, pretrained = read_config(args.run).data, flax_switch.load_pretrained(args.run)
     assert isinstance(config, DataConfig), "it is no run of pre-training"
     vocabulary = pretrained.vocabulary
-    ids = sentences(config, vocabulary, args.lines, args.seed)
-    lengths = np.asarray([len(row) for row in ids])
-    tokens = np.zeros((len(ids), lengths.max()), np.int32)
-    for row, sentence in zip(tokens, ids, strict=True):
-        row[: len(sentence)] = sentence
-    examples = infill(
-        tokens, lengths, example_keys(args.seed, np.zeros_like(lengths), np.arange(len(ids))),
-        top_sentinel=vocabulary.num_pieces + vocabulary.num_sentinels - 1, noise_density=3 * args.gaps / lengths.mean(),
-        mean_noise_span_length=3.0,
-    )  # fmt: skip
-    batch = pad_batch(examples, config.inputs_length, config.targets_length)
-    inputs, mask = batch["input_ids"], batch["attention_mask"]
-    outputs = np.asarray(
-        pretrained.generate(
-            jnp.asarray(inputs), jnp.asarray(mask), max_new_tokens=config.targets_length, num_beams=args.beams
-        ).sequences
-    )
-    begins = examples.hidden.argmax(1)
-    gaps = np.stack([begins, [b + np.argmin(np.r_[row[b:], False]) for row, b in zip(examples.hidden, begins, strict=True)]], 1)
-    own = first_fills(pretrained, batch, inputs, mask, gaps)
-    other = first_fills(pretrained, batch, np.roll(inputs, 1, 0), np.roll(mask, 1, 0), gaps)
-    rows = []
-    for i, (source, output) in enumerate(zip(inputs, outputs, strict=True)):
-        rows.append(dict(
-            input=vocabulary.decode(source[source > 1].tolist(), skip_special_tokens=False),
-            output=vocabulary.decode(output[output > 1].tolist(), skip_special_tokens=False), truth=vocabulary.decode(ids[i]),
-            keeps=fills(vocabulary, source, output) is not None, first_fill=own[i], first_fill_with_another_input=other[i],
-            first_gap=vocabulary.decode(ids[i][gaps[i, 0] : gaps[i, 1]]),
-        ))  # fmt: skip
-    print("| input | output | truth | first gap: own input, another's |\n|---|---|---|---|")
-    for row in rows:
-        shown = re.sub(r" ?<extra_id_\d+>", " [..]", row["input"]).strip()
-        cells = (shown, row["output"], row["truth"], f"`{row['first_fill']}`, `{row['first_fill_with_another_input']}`")
-        print(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
-    kept = sum(row["keeps"] for row in rows)
-    changed = sum(row["first_fill"] != row["first_fill_with_another_input"] for row in rows)
-    print(f"\n{kept} of {len(rows)} outputs keep all that the input shows; {changed} first fills change with the input.")
+    parts = drawn(config, vocabulary, args)
+    lines = [f"{before} {GAP} {after}" for before, _, after in parts]
+    inputs, mask = padded([[*vocabulary.encode(line), vocabulary.eos_id] for line in lines], config.inputs_length)
+    made = pretrained.generate(jnp.asarray(inputs), jnp.asarray(mask), max_new_tokens=config.targets_length, num_beams=args.beams)
+    outputs = [vocabulary.decode(row[row > 1].tolist(), skip_special_tokens=False) for row in np.asarray(made.sequences)]
+    starts = [vocabulary.encode(before) for before, _, _ in parts]
+    own = fills(pretrained, starts, inputs, mask, 8)
+    other = fills(pretrained, starts, np.roll(inputs, 1, 0), np.roll(mask, 1, 0), 8)
+    rows = [
+        dict(
+            input=line, output=output, truth=" ".join(part), kept=output.startswith(part[0]) and output.endswith(part[2]),
+            fill=mine, fill_with_another_input=others,
+        )
+        for part, line, output, mine, others in zip(parts, lines, outputs, own, other, strict=True)
+    ]  # fmt: skip
+    print("| input | output | truth | fill: own input, another's |\n|---|---|---|---|")
+    for row, (_, word, _) in zip(rows, parts, strict=True):
+        pair = f"{row['fill']}, {row['fill_with_another_input']}"
+        cells = (row["input"].replace(GAP, "[..]"), row["output"], word, pair)
+        print(f"| {' | '.join(cell.replace('|', '/').replace('<', '&lt;') for cell in cells)} |")
+    kept = sum(row["kept"] for row in rows)
+    changed = sum(row["fill"] != row["fill_with_another_input"] for row in rows)
+    print(f"\n{kept} of {len(rows)} outputs keep every word of the input; {changed} fills change with the input.")
     run_record.write(args.output, {"kept": kept, "changed": changed, "lines": rows})
 
 

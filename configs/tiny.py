@@ -30,14 +30,13 @@ def get_config():
             ),
             data=DataConfig(
                 vocabulary_size=256,
-                inputs_length=64,
-                targets_length=76,
+                inputs_length=62,
+                targets_length=77,
                 batch_size=32,
                 packing=True,  # documents by themselves, short ones too: what a line on the command line is like
                 span_corruption_rate=0.7,  # less than infilling: inputs do not say which of the two is wanted
                 infilling_rate=1.0,
-                noise_density=0.25,
-                mean_noise_span_length=2.5,
+                noise_density=0.3,
             ),
             optimizer=OptimizerConfig(name="muon", schedule="linear", learning_rate=0.05, warmup_steps=100, b2=0.98),
             train=TrainConfig(steps=1000, log_every=20, eval_every=250, eval_batches=40, checkpoint_every=250),

@@ -1,4 +1,4 @@
-"""Tokenizer files (T5's `spiece.model`, a `tokenizer.json` alone, ByT5's settings) to our vocabulary, and back for AutoTokenizer."""
+"""Tokenizer files: T5's `spiece.model`, a `tokenizer.json` alone, or ByT5's settings, to our vocabulary and back."""
 
 from __future__ import annotations
 

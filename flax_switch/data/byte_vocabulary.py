@@ -31,7 +31,7 @@ class ByteVocabulary(Vocabulary):
         self.num_sentinels = len(sentinels) if named else field(values, "extra_ids", int, CONFIG_FILE, 125)
         check(
             len(sentinels) == len(texts) and self.num_sentinels >= 0,
-            f"{CONFIG_FILE}: the only extra tokens of ByT5 that are supported are sentinels, <extra_id_0> and on; they are {texts}.",
+            f"{CONFIG_FILE}: sentinels, <extra_id_0> and on, are the only extra tokens of ByT5 that are read; they are {texts}.",
         )
 
     @classmethod

@@ -54,7 +54,7 @@ def write_page(routing: RunRouting, measured: Mapping[str, Mapping[str, Any]], p
 
 def _table(measured: Mapping[str, Mapping[str, Any]]) -> str:
     rows = "".join(
-        f"<tr><td>{name}</td><td>{found['token_bits']:.2f}</td><td>{found['kind_bits']:.2f}</td><td>{max(found['share']):.0%}</td>"
+        f"<tr><td>{name}</td><td>{found['token_bits']:.2f}</td><td>{found['kind_bits']:.3f}</td><td>{max(found['share']):.0%}</td>"
         f"<td>{'-' if found['co_activation'] is None else format(found['co_activation'], '.0%')}</td>"
         f"<td>{'-' if found['next'] is None else '{:.0%} / {:.0%}'.format(*found['next'])}</td></tr>"
         for name, found in measured.items()

@@ -159,6 +159,6 @@ def render(measured: Mapping[str, Mapping[str, Any]]) -> str:
         guessed = "-" if found["next"] is None else "{:.0%} ({:.0%} without)".format(*found["next"])
         steps = ", ".join(f"{step}: {share:.0%}" for step, share in found["saturation"].items())
         lines.append(
-            f"{name:<12}{found['token_bits']:>15.2f}{found['kind_bits']:>10.2f}{max(found['share']):>15.0%}{guessed:>22}  {steps}"
+            f"{name:<12}{found['token_bits']:>15.2f}{found['kind_bits']:>10.3f}{max(found['share']):>15.0%}{guessed:>22}  {steps}"
         )
     return "\n".join(lines)

@@ -49,7 +49,7 @@ def finish(result: RunResult, workdir: epath.PathLike) -> None:
         f"Vocabulary:          {workdir / 'vocabulary'}\n\n"
         f"Next: train on with --config.train.steps=..., on your own text with --config.data.source=TEXT.txt and a new --workdir,\n"
         f"compare with a dense model of equal FLOPs with --config t5_tiny, or generate:\n"
-        f"  echo 'Return the <extra_id_0> of the list.' | flax-switch generate --checkpoint {workdir}"
+        f"  echo 'If the <extra_id_0> is not found, an error is raised.' | flax-switch generate --checkpoint {workdir}"
     )
     sys.stdout.flush()
 
@@ -77,7 +77,7 @@ def _pieces(vocabulary: Vocabulary, source: np.ndarray, predicted: np.ndarray, t
     if (target >= vocabulary.num_pieces).any():  # spans are spelled out behind their sentinels
         model, text = _by_sentinel(vocabulary, predicted), _by_sentinel(vocabulary, target)
     else:
-        model, text = (fills(vocabulary, source, ids) for ids in (predicted, target))
+        model, text = (_fills(vocabulary, source, ids) for ids in (predicted, target))
     if model is None or text is None:  # what the source shows did not come back: show all of it
         return [
             vocabulary.decode(source[source > vocabulary.eos_id], skip_special_tokens=False),
@@ -98,7 +98,7 @@ def _whole(vocabulary: Vocabulary, predicted: np.ndarray, target: np.ndarray) ->
     return [{"model": model, "text": text}]
 
 
-def fills(vocabulary: Vocabulary, source: np.ndarray, ids: np.ndarray) -> dict[int, str] | None:
+def _fills(vocabulary: Vocabulary, source: np.ndarray, ids: np.ndarray) -> dict[int, str] | None:
     """Returns the text for each sentinel of a source out of the whole text; None where that does not hold what the source shows."""
     text = [i for i in ids.tolist() if i > vocabulary.eos_id]
     fills: dict[int, list[int]] = {}

@@ -116,16 +116,16 @@ def _data(about: dict[str, Any]) -> str:
     return text(f"{name}: {'; '.join(parts)}" if parts else name)
 
 
-def _results(records: dict[str, RunRecord]) -> str:
-    """Returns what came out; of several runs side by side, with the best of each row marked."""
+def _results(records: dict[str, RunRecord], facts: Sequence[Sequence[str]] = ()) -> str:
+    """Returns what came out, below `facts`; of several runs side by side, with the best of each row marked."""
     found = {name: {one.name: one for one in record.results()} for name, record in records.items()}
-    rows = []
+    rows = [*facts]
     for title in dict.fromkeys(title for results in found.values() for title in results):
         here = {name: results[title] for name, results in found.items() if title in results}
         values = {one.value for one in here.values()}
         best = (max if next(iter(here.values())).more else min)(values) if len(values) > 1 else None
         rows.append([f"<td>{text(title)}</td>", *(_number(here.get(name), best, name) for name in records)])
-    return table(["", *records], rows, "stack" if len(records) > 1 else "")
+    return table(["", *records], rows, "stack numbers" if len(records) > 1 else "numbers")
 
 
 def _number(result: Result | None, best: float | None, name: str) -> str:
@@ -215,6 +215,6 @@ def _comparison(records: dict[str, RunRecord]) -> str:
     config = table(["setting", *records], rows, "stack") if rows else "<p>The configs are the same.</p>"
     return (
         f'<p class="kind">Comparison of {len(records)} runs</p><h1>{text(" · ".join(records))}</h1>{warnings if said else ""}'
-        f'<h2>Results</h2><div class="card">{table(["", *records], facts, "stack")}{_results(records)}</div>'
+        f'<h2>Results</h2><div class="card">{_results(records, facts)}</div>'
         f'<h2>Curves</h2>{comparison(records)}<h2>What differs in the configs</h2><div class="card">{config}</div>'
     )

@@ -42,7 +42,7 @@ class Parser(argparse.ArgumentParser):
     """A parser whose help ends with what `set_defaults(listing=...)` makes: fields and controls, which argparse does not know."""
 
     def format_help(self) -> str:
-        """The help, wrapped at words."""
+        """Returns the help, wrapped at words."""
         listing = self.get_default("listing")
         return super().format_help() + (f"{listing()}\n" if listing else "")
 

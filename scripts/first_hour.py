@@ -5,7 +5,8 @@
     python scripts/first_hour.py --output FILE    # keeps the transcript elsewhere
 
 Install, look around, pre-train, read the report, generate, fine-tune on one's own csv, generate with that, convert, and open the
-result in transformers. It takes at most 15 minutes on two cores, and fails where it takes longer or a command does not do what it says.
+result in transformers. It takes at most 15 minutes on two cores, and fails where it takes longer or a command does not do what it
+says.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ import os
 import platform
 import time
 from pathlib import Path
+from typing import Any
 
 from flax_switch.config import ConfigError
 from flax_switch.host.files import cache_folder, write_bytes
@@ -42,7 +43,7 @@ def use_compile_cache(off: bool = False) -> Path | None:
         return None
     folder = compile_cache_folder()
     try:  # JAX has no public place for the files of a cache
-        inner = importlib.import_module("jax._src.compilation_cache")
+        inner: Any = importlib.import_module("jax._src.compilation_cache")
         inner.get_file_cache  # noqa: B018 - there, or no cache
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         entries = CompileCache(folder)
@@ -126,7 +127,7 @@ class CompileCache:
 def _machine() -> str:
     """Says what a compiled program depends on besides its text: versions, the CPU's features, and how many threads it gets."""
     import jax
-    import jaxlib
+    import jaxlib.version
 
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     features = [platform.system(), platform.machine(), os.environ.get("PROCESSOR_IDENTIFIER", "")]
@@ -134,4 +135,4 @@ def _machine() -> str:
         wanted = ("model name", "flags", "Features", "CPU implementer", "CPU part")
         first = Path("/proc/cpuinfo").read_text(errors="replace").partition("\n\n")[0]
         features += [line for line in first.splitlines() if line.partition("\t")[0].rstrip() in wanted]
-    return "\n".join([jax.__version__, jaxlib.__version__, str(threads), os.environ.get("NPROC", ""), *features])
+    return "\n".join([jax.__version__, jaxlib.version.__version__, str(threads), os.environ.get("NPROC", ""), *features])

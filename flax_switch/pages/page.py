@@ -49,7 +49,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") ->
 
     names = "".join(f"<th>{text(name)}</th>" for name in head)
     body = "".join(f"<tr>{''.join(map(cell, head, row))}</tr>" for row in rows)
-    return f'<div class="scroll"><table class="{kind}"><thead><tr>{names}</tr></thead><tbody>{body}</tbody></table></div>'
+    top = f"<thead><tr>{names}</tr></thead>" if any(head) else ""
+    return f'<div class="scroll"><table class="{kind}">{top}<tbody>{body}</tbody></table></div>'
 
 
 def curves(title: str, unit: str, series: Sequence[Mapping[str, Any]], *, wide: bool = False, **options: Any) -> str:

@@ -23,7 +23,7 @@ _PACKAGES = ("flax_switch", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint"
 
 
 class Session:
-    """A stretch of training from a start to an end; one that was killed has no end. Of several processes the first writes."""
+    """A stretch of training from a start to an end; one that was killed has no end. The first of several processes writes."""
 
     def __init__(self, workdir: epath.PathLike, step: int, data: list[dict[str, Any]]) -> None:
         """Notes the start, at a step, with what the data is."""

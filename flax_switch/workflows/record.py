@@ -3,7 +3,7 @@
 import dataclasses
 import datetime
 from functools import cached_property
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from etils import epath
@@ -19,6 +19,15 @@ from flax_switch.training.metrics import METRICS_FILE, read_metrics
 from flax_switch.training.sessions import read_sessions
 
 SAMPLES_FILE = "samples.json"
+
+
+class Result(NamedTuple):
+    """A figure that a run ends with, how it is printed, and whether more is better."""
+
+    name: str
+    value: float
+    form: str
+    more: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +57,9 @@ class RunRecord:
     @cached_property
     def scores(self) -> list[str]:
         """The scores of generated text that a fine-tuning run measured; of pre-training none."""
-        fine = isinstance(self.config, FinetuneConfig) and self.evals
-        return [name for name in self.config.scores if name in self.evals[-1]] if fine else []
+        if not isinstance(self.config, FinetuneConfig) or not self.evals:
+            return []
+        return [name for name in self.config.scores if name in self.evals[-1]]
 
     @cached_property
     def started(self) -> str | None:
@@ -74,27 +84,30 @@ class RunRecord:
         """Returns the median of a metric over the training lines."""
         return float(np.median([line[name] for line in self.train]))
 
-    def results(self) -> list[tuple[str, float, str, bool]]:
-        """Returns (name, value, how to print it, whether more is better) of the last evaluation, and of speed."""
-        found: list[tuple[str, float, str, bool]] = []
-        last = self.evals[-1] if self.evals else {}
+    def results(self) -> list[Result]:
+        """Returns the figures of the last evaluation, and of speed."""
+        found, last = [], self.evals[-1] if self.evals else {}
         if LOSS in last:
-            found += [("held-out cross-entropy, nats/token", last[LOSS], ".3f", False)]
-            found += [("held-out perplexity", perplexity(last[LOSS]), ".2f", False)]
+            found += [Result("held-out cross-entropy, nats/token", last[LOSS], ".3f", False)]
+            found += [Result("held-out perplexity", perplexity(last[LOSS]), ".2f", False)]
         if isinstance(self.config, FinetuneConfig):
-            found += [(f"{name}, at the end", last[name], ".2f", True) for name in self.scores]
+            found += [Result(f"{name}, at the end", last[name], ".2f", True) for name in self.scores]
             found += [self._best(self.config.best)] if self.evals else []
         else:
-            found += [(title, last[name] * scale, form, more) for name, title, scale, form, more in _PRETRAINING if name in last]
-        gains = [(name.partition("/")[2], gain) for name, gain in last.items() if name.startswith("encoder_gain/")]
-        found += [(f"what the encoder is worth, {name.replace('_', ' ')}, nats/token", gain, ".3f", True) for name, gain in gains]
-        found += [("training cross-entropy, nats/token", self.train[-1][LOSS], ".3f", False)]
-        return [*found, ("tokens per second, median", self.median("tokens_per_second"), ",.0f", True)]
+            found += [
+                Result(title, last[name] * scale, form, more) for name, title, scale, form, more in _PRETRAINING if name in last
+            ]
+        gains = [
+            (name.partition("/")[2].replace("_", " "), gain) for name, gain in last.items() if name.startswith("encoder_gain/")
+        ]
+        found += [Result(f"what the encoder is worth, {name}, nats/token", gain, ".3f", True) for name, gain in gains]
+        found += [Result("training cross-entropy, nats/token", self.train[-1][LOSS], ".3f", False)]
+        return [*found, Result("tokens per second, median", self.median("tokens_per_second"), ",.0f", True)]
 
-    def _best(self, chosen: str) -> tuple[str, float, str, bool]:
+    def _best(self, chosen: str) -> Result:
         down = chosen == LOSS
         best = (min if down else max)(line[chosen] for line in self.evals)
-        return f"best {chosen}", best, ".3f" if down else ".2f", not down
+        return Result(f"best {chosen}", best, ".3f" if down else ".2f", not down)
 
     def differing(self) -> dict[str, tuple[Any, Any]]:
         """Returns the fields that differ from the library's defaults: 'section.field' -> (value, default)."""

@@ -16,7 +16,7 @@ from flax_switch.training.findings import findings, run_findings
 from flax_switch.training.metrics import METRICS_FILE
 from flax_switch.training.progress import duration
 from flax_switch.workflows.charts import comparison, routing, run_charts
-from flax_switch.workflows.record import SAMPLES_FILE, RunRecord
+from flax_switch.workflows.record import SAMPLES_FILE, Result, RunRecord
 
 __all__ = ["SAMPLES_FILE", "compare_runs", "write_report"]
 
@@ -64,7 +64,7 @@ def _report(record: RunRecord) -> str:
     warnings = f'<div class="warnings"><h3>Worth knowing</h3><ul>{"".join(f"<li>{text(one)}</li>" for one in said)}</ul></div>'
     size = count_parameters(config.model)
     figures = [(f"of {steps:,} steps, {done}", f"{step:,}"), ("of training", duration(record.seconds))]
-    figures += [(name, f"{value:{form}}") for name, value, form, _ in record.results()[:1]]
+    figures += [(one.name, f"{one.value:{one.form}}") for one in record.results()[:1]]
     figures += [(f"parameters, {shorten(size.active)} active per token", shorten(size.total))]
     figures += [("tokens per second, median", f"{record.median('tokens_per_second'):,.0f}")]
     return (
@@ -98,7 +98,7 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
         facts += [("Devices", text(where)), ("Host", text(last["host"])), ("Command", f"<pre>{text(last['command'])}</pre>")]
         facts += [("Versions", text(f"Python {last['python']}, {versions}")), ("Data", "<br>".join(map(_data, last["data"])))]
     else:
-        facts += [("Data", _data({"source": getattr(config.data, "source", None) or config.data.train or ""}))]
+        facts += [("Data", _data({"source": getattr(config.data, "source", "") or getattr(config.data, "train", "")}))]
     origin = getattr(config, "init", "") or getattr(config, "teacher", "")
     return [
         *facts,
@@ -126,22 +126,23 @@ def _data(about: dict[str, Any]) -> str:
     return text(f"{name}: {'; '.join(parts)}" if parts else name)
 
 
-def _results(records: dict[str, RunRecord]) -> str:
-    """Returns what came out; of several runs side by side, with the best of each row marked."""
-    found = {name: {title: rest for title, *rest in record.results()} for name, record in records.items()}
-    rows = []
+def _results(records: dict[str, RunRecord], facts: Sequence[Sequence[str]] = ()) -> str:
+    """Returns what came out, below `facts`; of several runs side by side, with the best of each row marked."""
+    found = {name: {one.name: one for one in record.results()} for name, record in records.items()}
+    rows = [*facts]
     for title in dict.fromkeys(title for results in found.values() for title in results):
-        values = {name: results[title][0] for name, results in found.items() if title in results}
-        form, more = next(results[title][1:] for results in found.values() if title in results)
-        best = (max if more else min)(values.values()) if len(values) > 1 and len(set(values.values())) > 1 else None
-        cells = (_number(values.get(name), form, best, name) for name in records)
-        rows.append([f"<td>{text(title)}</td>", *cells])
-    return table(["", *records], rows, "stack" if len(records) > 1 else "")
+        here = {name: results[title] for name, results in found.items() if title in results}
+        values = {one.value for one in here.values()}
+        best = (max if next(iter(here.values())).more else min)(values) if len(values) > 1 else None
+        rows.append([f"<td>{text(title)}</td>", *(_number(here.get(name), best, name) for name in records)])
+    return table(["", *records], rows, "stack numbers" if len(records) > 1 else "numbers")
 
 
-def _number(value: float | None, form: str, best: float | None, name: str) -> str:
-    mark = " best" if best is not None and value == best else ""
-    return f'<td class="number{mark}" data-name="{text(name)}">{"–" if value is None else f"{value:{form}}"}</td>'
+def _number(result: Result | None, best: float | None, name: str) -> str:
+    if result is None:
+        return f'<td class="number" data-name="{text(name)}">–</td>'
+    mark = " best" if result.value == best else ""
+    return f'<td class="number{mark}" data-name="{text(name)}">{result.value:{result.form}}</td>'
 
 
 def _settings(record: RunRecord) -> str:
@@ -224,6 +225,6 @@ def _comparison(records: dict[str, RunRecord]) -> str:
     config = table(["setting", *records], rows, "stack") if rows else "<p>The configs are the same.</p>"
     return (
         f'<p class="kind">Comparison of {len(records)} runs</p><h1>{text(" · ".join(records))}</h1>{warnings if said else ""}'
-        f'<h2>Results</h2><div class="card">{table(["", *records], facts, "stack")}{_results(records)}</div>'
+        f'<h2>Results</h2><div class="card">{_results(records, facts)}</div>'
         f'<h2>Curves</h2>{comparison(records)}<h2>What differs in the configs</h2><div class="card">{config}</div>'
     )

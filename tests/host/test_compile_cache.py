@@ -85,19 +85,22 @@ def test_a_locked_or_full_folder_costs_the_entry_and_nothing_else(tmp_path, monk
 
 
 def test_the_least_recently_used_make_room_and_what_was_abandoned_goes(tmp_path):
-    cache = CompileCache(tmp_path, limit=3 * (1000 + 32))
-    for i, name in enumerate("abc"):
+    cache = CompileCache(tmp_path, limit=6 * (1000 + 32))
+    for i, name in enumerate("abcdef"):
+        before = set(tmp_path.iterdir())
         cache.put(f"jit_f-{name}", name.encode() * 1000)
-        os.utime(sorted(tmp_path.glob("*.xla"), key=os.path.getmtime)[-1], (i, i))
+        (new,) = set(tmp_path.iterdir()) - before
+        os.utime(new, (i + 1, i + 1))
     assert cache.get("jit_f-a") == b"a" * 1000  # used just now
     (tmp_path / ".x.tmp-1-2").write_bytes(b"half")
     os.utime(tmp_path / ".x.tmp-1-2", (1, 1))
-    cache.put("jit_f-d", b"d" * 1000)
-    assert [cache.get(f"jit_f-{name}") is not None for name in "abcd"] == [True, False, True, True]
+    for name in "ghi":
+        cache.put(f"jit_f-{name}", name.encode() * 1000)
+    assert [name for name in "abcdefghi" if cache.get(f"jit_f-{name}") is not None] == list("aefghi")
     assert not list(tmp_path.glob(".*tmp*"))
-    cache.put("jit_f-e", b"e" * 10_000)  # more than all may hold
-    assert cache.get("jit_f-e") is None
-    assert sum(file.stat().st_size for file in tmp_path.iterdir()) <= 3 * 1032
+    cache.put("jit_f-z", b"z" * 10_000)  # more than all may hold
+    assert cache.get("jit_f-z") is None
+    assert sum(file.stat().st_size for file in tmp_path.iterdir()) <= 6 * 1032
 
 
 PROGRAM = """

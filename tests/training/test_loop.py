@@ -14,6 +14,7 @@ import pytest
 
 from flax_switch.config import ExperimentConfig
 from flax_switch.training import loop
+from flax_switch.training.profile import Profile
 from flax_switch.training.stepper import Stepper
 
 BATCH = {"attention_mask": np.ones((2, 5), int), "decoder_attention_mask": np.ones((2, 3), int), "labels": np.zeros((2, 3), int)}
@@ -99,7 +100,8 @@ class World:
         form = lambda held: lambda state: dataclasses.replace(state, held=held)  # noqa: E731
         stepper = Stepper(self.step, hold=form(True), release=form(False))
         train = inspect.unwrap(loop._train)  # the stand-ins are not of the types that tests check
-        return train(self.run, self, State(self.start), self.start, self, self, self, self, stepper)
+        trace = Profile("nowhere", self.start, 0)
+        return train(self.run, self, State(self.start), self.start, self, self, self, self, stepper, trace)
 
     def kinds(self, kind):
         return [event[1] for event in self.events if event[0] == kind]

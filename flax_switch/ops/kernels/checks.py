@@ -46,11 +46,11 @@ def _check(name: str, dtype: str) -> list[KernelCheck]:
         "transposed rows": jax.jit(lambda: multiply(gradient, kernel, groups, transpose=True))(),
         "kernels' gradient": jax.jit(lambda: sum_gradients(x, gradient, groups))(),
     }
-    exact = [np.asarray(array, np.float64) for array in (x, kernel, gradient)]
+    wide = [np.asarray(array, np.float64) for array in (x, kernel, gradient)]
     ends = np.cumsum(sizes)
     checks = []
     for product, result in found.items():
-        wanted = [_exact(product, *exact, slice(end - size, end), e) for e, (size, end) in enumerate(zip(sizes, ends, strict=True))]
+        wanted = [_exact(product, wide, slice(end - size, end), e) for e, (size, end) in enumerate(zip(sizes, ends, strict=True))]
         result = np.asarray(result, np.float64)
         parts = list(result) if product == "kernels' gradient" else np.split(result, ends[:-1])
         errors = [_relative(part, want) for part, want in zip(parts, wanted, strict=True)]
@@ -59,7 +59,8 @@ def _check(name: str, dtype: str) -> list[KernelCheck]:
     return checks
 
 
-def _exact(product: str, x: np.ndarray, kernel: np.ndarray, gradient: np.ndarray, rows: slice, expert: int) -> np.ndarray:
+def _exact(product: str, operands: list[np.ndarray], rows: slice, expert: int) -> np.ndarray:
+    x, kernel, gradient = operands
     if product == "rows":
         return x[rows] @ kernel[expert]
     return gradient[rows] @ kernel[expert].T if product == "transposed rows" else x[rows].T @ gradient[rows]

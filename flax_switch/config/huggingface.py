@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from flax_switch.config import ConfigError, StackConfig, SwitchConfig, check, sparse_layers
+from flax_switch.config.base import check_value
+from flax_switch.config.ranges import Count, Layers, shown
 
 NEVER_DROPS = 2**31 - 1  # an expert_capacity no sequence reaches: how Hugging Face's config says "dropless"
 
@@ -100,6 +102,7 @@ def from_huggingface(values: Mapping[str, Any]) -> SwitchConfig:
       ConfigError: for another `model_type`, an activation we lack, `eos_token_id`s that are none, or a size that is absent beside a
         key that is not known.
     """
+    check_schema(values)
     model_type = check_model_type(values)
     table = _SWITCH if model_type == "switch_transformers" else _T5
     _check_keys(values, table)
@@ -132,12 +135,27 @@ def from_huggingface(values: Mapping[str, Any]) -> SwitchConfig:
     )
 
 
+# The types of what is read; those of sizes and rates are `SwitchConfig`'s.
+_SCHEMA: dict[str, Any] = {
+    "model_type": str, "architectures": list | None, "feed_forward_proj": str, "dense_act_fn": str | None,
+    "is_gated_act": bool | None, "expert_capacity": Count, "scale_decoder_outputs": bool, "dtype": str | None,
+    "torch_dtype": str | None, "pad_token_id": int | None, "decoder_start_token_id": int | None, "num_layers": Layers, "num_decoder_layers": Layers | None, "num_experts": Count,
+}  # fmt: skip
+
+
+def check_schema(values: Mapping[str, Any]) -> None:
+    """Raises `ConfigError` for a field of a `config.json` whose value is of another type than it is read as."""
+    for name, hint in _SCHEMA.items():
+        if name in values:
+            check_value(f"config.json: {name}", values[name], hint)
+
+
 def check_model_type(values: Mapping[str, Any]) -> str:
     """The `model_type` of a `config.json`. Raises `ConfigError` for one that is not read here."""
     model_type = values.get("model_type", "switch_transformers")
     check(
         model_type in ("switch_transformers", "t5"),
-        f"config.json has model_type {model_type!r}; flax_switch reads 'switch_transformers' and, for dense models, 't5'.",
+        f"config.json has model_type {shown(model_type)}; flax_switch reads 'switch_transformers' and, for dense models, 't5'.",
     )
     return model_type
 
@@ -233,7 +251,8 @@ def is_tied(values: Mapping[str, Any]) -> bool:
         return bool(values["scale_decoder_outputs"]) if "scale_decoder_outputs" in values else tied is not False
     check(
         isinstance(tied, bool),
-        f"config.json has tie_word_embeddings={tied!r}, which transformers refuses for SwitchTransformers; write true or false.",
+        f"config.json has tie_word_embeddings={shown(tied)}, which transformers refuses for SwitchTransformers; write true or "
+        "false.",
     )
     return tied
 
@@ -245,7 +264,8 @@ def _ids(eos: Any) -> list[int]:
     ids = list(eos) if isinstance(eos, (list, tuple)) else [eos]
     check(
         len(ids) > 0 and all(isinstance(token, int) and not isinstance(token, bool) for token in ids),
-        f"config.json has eos_token_id={eos!r}; expected an id or a list of ids. Write the id of the end of a sequence, T5's is 1.",
+        f"config.json has eos_token_id={shown(eos)}; expected an id or a list of ids. Write the id of the end of a sequence, T5's "
+        "is 1.",
     )
     return list(dict.fromkeys(ids))
 

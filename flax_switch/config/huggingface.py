@@ -139,7 +139,8 @@ def from_huggingface(values: Mapping[str, Any]) -> SwitchConfig:
 _SCHEMA: dict[str, Any] = {
     "model_type": str, "architectures": list | None, "feed_forward_proj": str, "dense_act_fn": str | None,
     "is_gated_act": bool | None, "expert_capacity": Count, "scale_decoder_outputs": bool, "dtype": str | None,
-    "torch_dtype": str | None, "pad_token_id": int | None, "decoder_start_token_id": int | None, "num_layers": Layers, "num_decoder_layers": Layers | None, "num_experts": Count,
+    "torch_dtype": str | None, "pad_token_id": int | None, "decoder_start_token_id": int | None,
+    "num_layers": Layers, "num_decoder_layers": Layers | None, "num_experts": Count,
 }  # fmt: skip
 
 

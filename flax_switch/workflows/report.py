@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from flax_switch.config import ConfigError
+from flax_switch.config import ConfigError, one_line
 from flax_switch.config.finetuning import LOSS, FinetuneConfig
 from flax_switch.config.kinds import RunConfig
 from flax_switch.host.files import check_writable, read_bytes, write_bytes, write_text
@@ -54,7 +54,7 @@ def write_report(workdir: epath.PathLike, output: epath.PathLike | None = None) 
         plots = draw_plots(config, train, evals)
         page = _page(workdir, config, train, evals, plots, samples)
     except (LookupError, TypeError, ValueError, AttributeError) as error:  # what a line lacks, or has of another kind
-        what = f"{type(error).__name__}: {error}"
+        what = f"{type(error).__name__}: {one_line(error)}"
         raise ConfigError(f"{workdir}: {METRICS_FILE} or {SAMPLES_FILE} is damaged ({what}); mend or remove it.") from error
     for name, png in plots.items():
         write_bytes(workdir / "plots" / f"{name}.png", png)

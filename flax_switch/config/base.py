@@ -30,7 +30,7 @@ def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
         return
     near = difflib.get_close_matches(str(value), allowed, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ConfigError(f"{name} must be one of {', '.join(map(repr, allowed))}; it is {value!r}.{hint}")
+    raise ConfigError(f"{name} must be one of {', '.join(map(repr, allowed))}; it is {shown(value)}.{hint}")
 
 
 def one_line(error: BaseException) -> str:
@@ -73,13 +73,7 @@ class _Section:
     @classmethod
     def check_field(cls, name: str, value: Any) -> None:
         """Raises `ConfigError` unless the value has the field's type, and every number in it lies in the field's range."""
-        hint = _type_hints(cls)[name]
-        called = name if cls.section is None else f"{cls.section}.{name}"
-        if not _fits(value, hint):
-            raise ConfigError(f"{called} must be {_describe(hint)}; it is {shown(value)} ({type(value).__name__}).")
-        for number, allowed in _numbers(value, hint):
-            problem = refusal(called, number, allowed)
-            check(not problem, problem)
+        check_value(name if cls.section is None else f"{cls.section}.{name}", value, _type_hints(cls)[name])
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed; validated again."""
@@ -128,6 +122,15 @@ def differences(config: _Section, other: _Section | None) -> dict[str, Any]:
 
 def _arguments(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in values.items())
+
+
+def check_value(called: str, value: Any, hint: Any) -> None:
+    """Raises `ConfigError` unless a value has the annotated type, and every number in it lies in its range."""
+    if not _fits(value, hint):
+        raise ConfigError(f"{called} must be {_describe(hint)}; it is {shown(value)} ({type(value).__name__}).")
+    for number, allowed in _numbers(value, hint):
+        problem = refusal(called, number, allowed)
+        check(not problem, problem)
 
 
 @functools.cache

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from flax_switch.config import ConfigError, StackConfig, SwitchConfig, check, sparse_layers
+from flax_switch.config.base import check_value
+from flax_switch.config.ranges import Count, Layers, shown
 
 NEVER_DROPS = 2**31 - 1  # an expert_capacity no sequence reaches: how Hugging Face's config says "dropless"
 
@@ -112,6 +114,7 @@ def from_huggingface(values: Any) -> SwitchConfig:
         f"from_huggingface takes a config of transformers, or its config.json as a dict; this is {type(values).__name__}. A model "
         "or its name is for flax_switch.load_pretrained.",
     )
+    check_schema(values)
     model_type = check_model_type(values)
     table = _TABLES[model_type]
     _check_keys(values, table)
@@ -145,14 +148,30 @@ def from_huggingface(values: Any) -> SwitchConfig:
     )
 
 
+# The types of what is read; those of sizes and rates are `SwitchConfig`'s.
+_SCHEMA: dict[str, Any] = {
+    "model_type": str, "architectures": list | None, "feed_forward_proj": str, "dense_act_fn": str | None,
+    "is_gated_act": bool | None, "expert_capacity": Count, "scale_decoder_outputs": bool, "dtype": str | None,
+    "torch_dtype": str | None, "pad_token_id": int | None, "decoder_start_token_id": int | None,
+    "num_layers": Layers, "num_decoder_layers": Layers | None, "num_experts": Count,
+}  # fmt: skip
+
+
+def check_schema(values: Mapping[str, Any]) -> None:
+    """Raises `ConfigError` for a field of a `config.json` whose value is of another type than it is read as."""
+    for name, hint in _SCHEMA.items():
+        if name in values:
+            check_value(f"config.json: {name}", values[name], hint)
+
+
 def check_model_type(values: Mapping[str, Any]) -> str:
     """The `model_type` of a `config.json`. Raises `ConfigError` for one that is not read here."""
     model_type = values.get("model_type", "switch_transformers")
-    near = difflib.get_close_matches(str(model_type), _TABLES, n=1, cutoff=0.4)
+    near = difflib.get_close_matches(shown(model_type)[:40].strip("'"), _TABLES, n=1, cutoff=0.4)
     check(
         isinstance(model_type, str) and model_type in _TABLES,
-        f"config.json has model_type {model_type!r}, another architecture; flax_switch reads 'switch_transformers' and, without "
-        f"sparse layers, 't5', 'mt5' and 'umt5'.{f' The nearest is {near[0]!r}.' if near else ''}",
+        f"config.json has model_type {shown(model_type)}, another architecture; flax_switch reads 'switch_transformers' and, "
+        f"without sparse layers, 't5', 'mt5' and 'umt5'.{f' The nearest is {near[0]!r}.' if near else ''}",
     )
     return model_type
 
@@ -259,7 +278,8 @@ def is_tied(values: Mapping[str, Any]) -> bool:
         return bool(values["scale_decoder_outputs"]) if "scale_decoder_outputs" in values else tied is not False
     check(
         isinstance(tied, bool),
-        f"config.json has tie_word_embeddings={tied!r}, which transformers refuses for SwitchTransformers; write true or false.",
+        f"config.json has tie_word_embeddings={shown(tied)}, which transformers refuses for SwitchTransformers; write true or "
+        "false.",
     )
     return tied
 
@@ -271,7 +291,8 @@ def _ids(eos: Any) -> list[int]:
     ids = list(eos) if isinstance(eos, (list, tuple)) else [eos]
     check(
         len(ids) > 0 and all(isinstance(token, int) and not isinstance(token, bool) for token in ids),
-        f"config.json has eos_token_id={eos!r}; expected an id or a list of ids. Write the id of the end of a sequence, T5's is 1.",
+        f"config.json has eos_token_id={shown(eos)}; expected an id or a list of ids. Write the id of the end of a sequence, T5's "
+        "is 1.",
     )
     return list(dict.fromkeys(ids))
 

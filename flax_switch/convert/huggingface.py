@@ -108,6 +108,7 @@ def class_name(model_type: str, architecture: str) -> str:
 def read_huggingface(folder: Path, *, allow_missing: Sequence[str] = ()) -> tuple[SwitchConfig, str, dict[str, LazyTensor], dict]:
     """Reads a folder's config, architecture ("full", "headless" or "encoder"), canonical tensors and raw config.json."""
     values = read_json(folder / "config.json")
+    config_huggingface.check_schema(values)
     config_huggingface.check_model_type(values)
     tensors = read_tensors(folder, derived=derived_names(values))
     check_counts(values, tensors, folder / "config.json")

@@ -79,7 +79,7 @@ def users_tokens(tokenizer: Mapping[str, Any]) -> list[AddedToken]:
     entries = [
         entry
         for entry in field(tokenizer, "added_tokens", list, "tokenizer.json", [])
-        if not (isinstance(entry, dict) and (entry.get("content") in known or _SENTINEL.fullmatch(str(entry.get("content")))))
+        if not (isinstance(entry, dict) and ((content := str(entry.get("content"))) in known or _SENTINEL.fullmatch(content)))
     ]
     return added_tokens(entries, "tokenizer.json")
 
@@ -200,7 +200,7 @@ def sentencepiece_model(tokenizer: Mapping[str, Any]) -> tuple[bytes, int]:
         raise OtherTokenizerError("tokenizer.json holds no unigram model, which T5's tokenizer is")
     try:
         pieces = [(valid_text(str(piece)), float(score)) for piece, score in vocab]
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ConfigError(f"tokenizer.json: the vocabulary must be pairs of text and score ({error})") from error
     entries = field(tokenizer, "added_tokens", list, "tokenizer.json", [])
     added = {str(token.get("content")) for token in entries if isinstance(token, dict)}

@@ -84,7 +84,8 @@ def _saved_dataset(folder: Path, split: str, setting: str) -> Records:
         splits = field(read_json(folder / "dataset_dict.json"), "splits", list, str(folder))
         check(
             split in splits,
-            f"{setting}: {folder} has the splits {', '.join(map(str, splits)) or 'none'}, and no {split!r}; name the folder of one of them.",
+            f"{setting}: {folder} has the splits {', '.join(map(str, splits)) or 'none'}, and no {split!r}; name the folder of one "
+            "of them.",
         )
         folder = folder / split
     row = 0

@@ -21,6 +21,7 @@ import sentencepiece
 from etils import epath
 
 from flax_switch.config import ConfigError, check
+from flax_switch.config.ranges import shown
 from flax_switch.data.encoding import Encoding, as_arrays, encode_texts, rows_of
 from flax_switch.host import files
 from flax_switch.host.json_text import field, read_json, valid_text
@@ -352,14 +353,14 @@ def added_tokens(entries: Sequence[Any], where: str) -> list[AddedToken]:
     """
     found = []
     for entry in entries:
-        check(isinstance(entry, dict), f"{where}: added tokens must be objects; one is {entry!r}.")
+        check(isinstance(entry, dict), f"{where}: added tokens must be objects; one is {shown(entry)}.")
         content, number = field(entry, "content", str, where), field(entry, "id", int, where)
         for flag in ("lstrip", "rstrip", "single_word"):
             check(
                 not field(entry, flag, bool, where, False),
-                f"{where}: the added token {content!r} has {flag}, which is not supported.",
+                f"{where}: the added token {shown(content)} has {flag}, which is not supported.",
             )
-        check(bool(content) and number >= 0, f"{where}: an added token needs a text and an id; this is {entry!r}.")
+        check(bool(content) and number >= 0, f"{where}: an added token needs a text and an id; this is {shown(entry)}.")
         found.append(
             AddedToken(content, number, field(entry, "special", bool, where, False), field(entry, "normalized", bool, where, True))
         )

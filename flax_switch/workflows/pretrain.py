@@ -1,7 +1,6 @@
 """Pre-training: from a config to a trained model in a folder."""
 
 from collections.abc import Sequence
-
 from typing import Any
 
 import jax

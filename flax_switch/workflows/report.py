@@ -6,7 +6,7 @@ from typing import Any
 
 from etils import epath
 
-from flax_switch.config import ConfigError, check
+from flax_switch.config import ConfigError, check, one_line
 from flax_switch.config.finetuning import FinetuneConfig
 from flax_switch.config.sizes import count_parameters, shorten
 from flax_switch.host.files import check_writable, write_text
@@ -34,7 +34,7 @@ def write_report(workdir: epath.PathLike, output: epath.PathLike | None = None) 
     try:
         body = _report(record)
     except (LookupError, TypeError, ValueError, AttributeError) as error:  # what a line lacks, or has of another kind
-        what = f"{type(error).__name__}: {error}"
+        what = f"{type(error).__name__}: {one_line(error)}"
         raise ConfigError(f"{workdir}: {METRICS_FILE} or {SAMPLES_FILE} is damaged ({what}); mend or remove it.") from error
     write_text(path, page(f"{record.workdir.name} · flax_switch", body))
     return path

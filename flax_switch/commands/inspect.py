@@ -6,9 +6,11 @@ import argparse
 import dataclasses
 import json
 import sys
+from pathlib import Path
 
 from flax_switch.commands.checkpoints import add_source_arguments, changes_of, explain_missing_extras
-from flax_switch.config import ConfigError
+from flax_switch.config import ConfigError, one_of
+from flax_switch.host.files import check_writable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,11 +41,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _show_routing(args: argparse.Namespace) -> int:
-    from flax_switch.inspection.routing import check_plot, explore, plot, render
+    from flax_switch.inspection.routing import explore, plot, render
     from flax_switch.pretrained import load_pretrained
 
     if args.plot:
-        check_plot(args.plot)
+        one_of("The ending of a plot", Path(args.plot).suffix, (".png", ".pdf", ".svg"))
+        check_writable(args.plot, make_folders=True)
     changes = changes_of(args)
     pretrained = load_pretrained(args.source, allow_missing=args.allow_missing, revision=args.revision, **changes)
     exploration = explore(pretrained, args.text, args.target)

@@ -118,7 +118,7 @@ def _explained(error: ConfigError | OSError | MemoryError) -> str:
 
 
 def _nobody_reads() -> bool:
-    """Whether standard output is a pipe whose reader is gone, as in `| head`; then what is left to print goes nowhere."""
+    """Returns whether standard output is a pipe whose reader is gone, as in `| head`; what is left to print then goes nowhere."""
     if not hasattr(select, "poll"):  # on Windows
         return False
     pipe = select.poll()

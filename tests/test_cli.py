@@ -104,7 +104,7 @@ def test_what_a_command_does_not_take_is_refused_by_name_with_the_nearest(argv, 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--num-beams", "0"], "num_beams must be an integer of at least 1"),
+        (["--num-beams", "0"], "num_beams must be at least 1"),
         (["--temperature", "0.5"], "temperature=0.5 has no effect without do_sample=True"),
         (["--suppress-tokens", "[999]"], "suppress_tokens holds 999, which is no id of the vocabulary of 64"),
         (["--seed", "-1"], "seed must be an integer of at least 0"),

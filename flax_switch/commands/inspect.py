@@ -6,10 +6,12 @@ import argparse
 import dataclasses
 import json
 import sys
+from pathlib import Path
 
 from flax_switch.commands.checkpoints import add_source_arguments, changes_of, explain_missing_extras
 from flax_switch.commands.options import add_compile_cache_argument, show, start_jax
-from flax_switch.config import ConfigError, check
+from flax_switch.config import ConfigError, check, one_of
+from flax_switch.host.files import check_writable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,12 +48,13 @@ def run(args: argparse.Namespace) -> int:
 
 def _show_routing(args: argparse.Namespace) -> int:
     from flax_switch.inspection.page import write_page
-    from flax_switch.inspection.routing import check_plot, explore, plot, render
+    from flax_switch.inspection.routing import explore, plot, render
     from flax_switch.pretrained import load_pretrained
 
     check(args.plot or not args.open, "--open shows what --plot FILE writes; name a file, such as --plot routing.html.")
     if args.plot:
-        check_plot(args.plot)
+        one_of("The ending of a plot", Path(args.plot).suffix, (".html", ".png", ".pdf", ".svg"))
+        check_writable(args.plot, make_folders=True)
     changes = changes_of(args)
     start_jax(args)
     pretrained = load_pretrained(

@@ -94,6 +94,7 @@ class _Section:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """The inverse of `to_dict`. Unknown keys are errors that name the nearest field; absent keys take their defaults."""
+        check(isinstance(values, Mapping), f"{cls.section or cls.__name__} must be fields by name; it is {shown(values)}.")
         if cls.kind is not None:
             one_of("kind", values.get("kind", cls.kind), (cls.kind,))
             values = {key: value for key, value in values.items() if key != "kind"}

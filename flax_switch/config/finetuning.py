@@ -97,8 +97,11 @@ class FinetuneDataConfig(TaskConfig, BatchConfig):
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> FinetuneDataConfig:
         """As for every section; tasks may be dicts."""
-        tasks = tuple(task if isinstance(task, TaskConfig) else TaskConfig.from_dict(task) for task in values.get("tasks") or ())
-        return super().from_dict({**values, "tasks": tasks})
+        tasks = values.get("tasks") if isinstance(values, Mapping) else None
+        if not isinstance(tasks, (list, tuple)):
+            return super().from_dict(values)
+        made = tuple(task if isinstance(task, TaskConfig) else TaskConfig.from_dict(task) for task in tasks)
+        return super().from_dict({**values, "tasks": made})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 from flax_switch.config import ConfigError, StackConfig, SwitchConfig, check, sparse_layers
 from flax_switch.config.base import check_value
-from flax_switch.config.ranges import Count, Layers, shown
+from flax_switch.config.ranges import Count, shown
 
 NEVER_DROPS = 2**31 - 1  # an expert_capacity no sequence reaches: how Hugging Face's config says "dropless"
 
@@ -153,7 +153,7 @@ _SCHEMA: dict[str, Any] = {
     "model_type": str, "architectures": list | None, "feed_forward_proj": str, "dense_act_fn": str | None,
     "is_gated_act": bool | None, "expert_capacity": Count, "scale_decoder_outputs": bool, "dtype": str | None,
     "torch_dtype": str | None, "pad_token_id": int | None, "decoder_start_token_id": int | None,
-    "num_layers": Layers, "num_decoder_layers": Layers | None, "num_experts": Count,
+    "num_layers": int, "num_decoder_layers": int | None, "num_experts": int,
 }  # fmt: skip
 
 

@@ -265,9 +265,10 @@ def companion_files(folder: Path) -> dict[str, bytes]:
     """
     place = training_run.vocabulary_folder(folder)
     check_folder(place)
-    tokenizer.load_vocabulary(folder)
     root = folder if place == folder else place.parent
-    return {name: read_companion(place / name, root) for name in COMPANIONS if (place / name).is_file()}
+    files = {name: read_companion(place / name, root) for name in COMPANIONS if (place / name).is_file()}
+    tokenizer.load_vocabulary(folder)
+    return files
 
 
 def source_identity(folder: Path) -> list:

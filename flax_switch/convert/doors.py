@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from flax_switch.config import ConfigError
 from flax_switch.convert.tensors import CheckpointError, LazyTensor
 from flax_switch.host.files import in_store
 
@@ -30,6 +31,17 @@ def readable(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise CheckpointError(f"Cannot read {error.filename or folder}: {error.strerror or error}.") from error
+
+
+@contextlib.contextmanager
+def config_of(path: Path) -> Iterator[None]:
+    """Turns what is wrong with a checkpoint's own config into `CheckpointError` that names the file."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def check_folder(folder: Path, *, below: bool = False) -> None:

@@ -15,7 +15,7 @@ from flax_switch.config import ConfigError, SwitchConfig
 from flax_switch.config import huggingface as config_huggingface
 from flax_switch.config.huggingface import T5_FAMILY
 from flax_switch.convert.canonical import canonical_shapes
-from flax_switch.convert.doors import check_counts
+from flax_switch.convert.doors import check_counts, config_of
 from flax_switch.convert.flax_msgpack import pytorch_name, read_flax_msgpack
 from flax_switch.convert.folder import read_folder
 from flax_switch.convert.mapping import TRANSPOSE, Rule, to_canonical, to_foreign
@@ -108,10 +108,13 @@ def class_name(model_type: str, architecture: str) -> str:
 def read_huggingface(folder: Path, *, allow_missing: Sequence[str] = ()) -> tuple[SwitchConfig, str, dict[str, LazyTensor], dict]:
     """Reads a folder's config, architecture ("full", "headless" or "encoder"), canonical tensors and raw config.json."""
     values = read_json(folder / "config.json")
-    config_huggingface.check_schema(values)
-    config_huggingface.check_model_type(values)
+    with config_of(folder / "config.json"):
+        config_huggingface.check_schema(values)
+        config_huggingface.check_model_type(values)
     tensors = read_tensors(folder, derived=derived_names(values))
     check_counts(values, tensors, folder / "config.json")
+    with config_of(folder / "config.json"):
+        SwitchConfig.from_huggingface(values)  # so that an error names the file
     try:
         return *assemble(values, tensors, allow_missing=allow_missing), values
     except CheckpointError as error:

@@ -17,7 +17,7 @@ from typing import Any
 
 from flax_switch.config import SwitchConfig
 from flax_switch.convert.canonical import ARCHITECTURES, canonical_shapes
-from flax_switch.convert.doors import check_counts
+from flax_switch.convert.doors import check_counts, config_of
 from flax_switch.convert.folder import join_parts, read_folder
 from flax_switch.convert.huggingface import read_json
 from flax_switch.convert.mapping import SAME_NAMES, to_canonical
@@ -56,7 +56,8 @@ def read_native(folder: Path, *, allow_missing: Sequence[str] = ()) -> tuple[Swi
         raise CheckpointError(f"{folder / CONFIG_FILE} is damaged: it needs an architecture {ARCHITECTURES} and a config")
     tensors = join_parts(read_folder(folder, STEM, read_safetensors, "safetensors"))
     check_counts(values["config"], tensors, folder / CONFIG_FILE)
-    config = SwitchConfig.from_dict(values["config"])
+    with config_of(folder / CONFIG_FILE):
+        config = SwitchConfig.from_dict(values["config"])
     expected = canonical_shapes(config, architecture)
     try:
         canonical = to_canonical(tensors, SAME_NAMES, expected, allow_missing=allow_missing)

@@ -46,7 +46,7 @@ def read_torch_bin(path: Path) -> dict[str, LazyTensor]:
 
 
 def _is_unplaced(tensor) -> bool:
-    """Whether torch does not say where in the file a tensor's bytes lie, one after another."""
+    """Returns whether torch does not say where in the file a tensor's bytes lie, one after another."""
     return not hasattr(tensor, "untyped_storage") or _file_offset(tensor) is None or not tensor.is_contiguous()
 
 

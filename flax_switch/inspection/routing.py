@@ -14,8 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from flax_switch.config import ConfigError, StackConfig, SwitchConfig, check, one_of
-from flax_switch.host.files import check_writable
+from flax_switch.config import ConfigError, StackConfig, SwitchConfig, check
 from flax_switch.nn.transformer import SwitchEncoder, SwitchTransformer
 from flax_switch.ops.moe.routing import RouterOutput
 from flax_switch.pages.page import expert_color, ink_on
@@ -197,22 +196,15 @@ def _load_tables(exploration: Exploration, width: int = 40) -> Iterator[str]:
                 yield f"    expert {expert:4d}  {bar.ljust(width)} {kept[expert]}{more}"
 
 
-def check_plot(path: str | Path) -> None:
-    """Raises `ConfigError` where `plot` could not draw into a file."""
-    check(
-        importlib.util.find_spec("matplotlib") is not None,
-        "Plots need matplotlib: pip install 'flax_switch[plots]', or leave the plot out.",
-    )
-    one_of("The ending of a plot", Path(path).suffix, (".png", ".pdf", ".svg"))
-    check_writable(path, make_folders=True)
-
-
 def plot(exploration: Exploration, path: str | Path) -> Path:
     """Draws the exploration: for every text and stack a map of tokens and layers coloured by expert, and every layer's load.
 
     In a map, a cell shows a token's first choice and a cross marks a choice that was dropped. Needs matplotlib (extra `plots`).
     """
-    check_plot(path)
+    check(
+        importlib.util.find_spec("matplotlib") is not None,
+        "Plots need matplotlib: pip install 'flax_switch[plots]', or leave the plot out.",
+    )
     import matplotlib
     import matplotlib.colors
 

@@ -23,10 +23,11 @@ SWITCH = with_huggingface_semantics(SMALL)[0].to_huggingface() | {
 T5 = with_huggingface_semantics(DENSE)[0].to_huggingface() | {"scale_decoder_outputs": True, "torch_dtype": "float32"}
 GENERATION = {
     "max_length": 9, "min_length": 1, "max_new_tokens": 3, "min_new_tokens": 1, "num_beams": 2, "num_return_sequences": 2,
-    "do_sample": True, "length_penalty": 1.0, "early_stopping": True, "temperature": 0.5, "top_k": 3, "top_p": 0.5, "min_p": 0.1, "typical_p": 0.5,
-    "repetition_penalty": 1.2, "no_repeat_ngram_size": 2, "encoder_no_repeat_ngram_size": 2, "bad_words_ids": [[3]],
-    "suppress_tokens": [3], "begin_suppress_tokens": [3], "forced_bos_token_id": 3, "forced_eos_token_id": 1, "eos_token_id": [1, 3], "pad_token_id": 0,
-    "decoder_start_token_id": 0, "use_cache": True, "num_beam_groups": 1,
+    "do_sample": True, "length_penalty": 1.0, "early_stopping": True, "temperature": 0.5, "top_k": 3, "top_p": 0.5,
+    "min_p": 0.1, "typical_p": 0.5, "repetition_penalty": 1.2, "no_repeat_ngram_size": 2, "encoder_no_repeat_ngram_size": 2,
+    "bad_words_ids": [[3]], "suppress_tokens": [3], "begin_suppress_tokens": [3], "forced_bos_token_id": 3,
+    "forced_eos_token_id": 1, "eos_token_id": [1, 3], "pad_token_id": 0, "decoder_start_token_id": 0, "use_cache": True,
+    "num_beam_groups": 1,
 }  # fmt: skip
 
 

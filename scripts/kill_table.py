@@ -268,7 +268,7 @@ def undisturbed(base: Path) -> dict[str, Any]:
 
 def moment(number: int, kills: int, had: dict[str, Any], shrink: float) -> dict[str, Any]:
     """Returns signal and moment of a kill: every other four of them by file operations, where a phase has some, else by seconds."""
-    fraction = (number + 0.5) / kills * shrink
+    fraction = (7 * number % kills + 0.5) / kills * shrink  # early and late ones in turn
     how = "operation" if number // len(SIGNALS) % 2 == 0 and had["operations"] > 1 else "time"
     value = 1 + int(fraction * had["operations"]) if how == "operation" else fraction * had["seconds"]
     return {"signal": SIGNALS[number % len(SIGNALS)], "at": how, "value": value}

@@ -10,7 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PHASES = (
-    "corpus", "vocabulary", "cache", "checkpoint save", "checkpoint deletion", "evaluation", "best", "report", "conversion", "generation",
+    "corpus", "vocabulary", "cache", "checkpoint save", "checkpoint deletion", "evaluation", "best", "report", "conversion",
+    "generation",
 )  # fmt: skip
 pytestmark = [
     pytest.mark.slow,

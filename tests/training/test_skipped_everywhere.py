@@ -9,7 +9,7 @@ from poison import BAD, poison_loss, poison_steps
 
 from flax_switch.cli import main
 from flax_switch.config import DataConfig, ExperimentConfig, MeshConfig, OptimizerConfig, SwitchConfig, TrainConfig
-from flax_switch.parallel.mesh import create_mesh, use_mesh
+from flax_switch.parallel.mesh import create_mesh
 from flax_switch.training.checkpoint import Checkpoints
 from flax_switch.training.metrics import read_metrics
 from flax_switch.training.skipped import NotFiniteError, all_finite
@@ -29,8 +29,8 @@ MODEL = SwitchConfig(
         (2, MeshConfig(data=1)),
         (1, MeshConfig(data=2, expert=2)),
         (1, MeshConfig(data=2, expert=2, mode="pmap")),
-        (2, MeshConfig(data=1, expert=2, mode="pmap")),
-        (1, MeshConfig(data=4, mode="pmap")),
+        pytest.param(2, MeshConfig(data=1, expert=2, mode="pmap"), marks=pytest.mark.slow),
+        pytest.param(1, MeshConfig(data=4, mode="pmap"), marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -54,12 +54,11 @@ def test_what_is_no_number_in_a_part_of_the_batch_changes_nothing_anywhere(monke
     stepper = build_stepper(run)
 
     def state_after(*batches):
-        with use_mesh(run.mesh):
-            state, skipped = stepper.hold(init_state(run)), []
-            for batch in batches:
-                state, metrics = stepper.step(state, batch)
-                skipped.append(int(metrics["skipped"]))
-            return jax.device_get(stepper.release(state)), skipped, state
+        state, skipped = stepper.hold(init_state(run)), []
+        for batch in batches:
+            state, metrics = stepper.step(state, batch)
+            skipped.append(int(metrics["skipped"]))
+        return jax.device_get(stepper.release(state)), skipped, state
 
     before, none, _ = state_after(good)
     after, one, held = state_after(good, bad)
@@ -84,7 +83,6 @@ def config(tmp_path):
             batch_size=8, heldout_fraction=0.1, cache_dir=str(tmp_path / "cache"),
         ),
         optimizer=OptimizerConfig(warmup_steps=4, min_dim_size_to_factor=4),
-        mesh=MeshConfig(data=1),
         train=TrainConfig(
             steps=7, log_every=1, eval_every=100, eval_batches=1, checkpoint_every=1, keep_last=20, sample_spans=0,
             max_nonfinite_steps=2,
@@ -94,7 +92,7 @@ def config(tmp_path):
 
 def kept_steps(config, workdir):
     """The kept checkpoints, each of which is restored and must be finite."""
-    run = build_run(config, create_mesh(config.mesh, jax.devices()[:1]))
+    run = build_run(config, create_mesh(config.mesh))
     checkpoints = Checkpoints(workdir)
     steps = checkpoints.steps()
     for step in steps:
@@ -105,6 +103,7 @@ def kept_steps(config, workdir):
     return steps
 
 
+@pytest.mark.slow
 def test_with_a_checkpoint_at_every_step_the_run_goes_on_or_ends_with_finite_ones_and_can_continue(config, tmp_path, monkeypatch):
     single = int(np.random.default_rng().integers(1, 8))
     print("poisoned step:", single)

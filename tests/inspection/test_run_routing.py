@@ -56,6 +56,7 @@ def run(tmp_path_factory):
     return folder / "run"
 
 
+@pytest.mark.slow  # as the next: the run compiles for half a minute
 def test_a_run_is_followed_over_its_checkpoints_and_kinds_are_its_files(run):
     routing = follow(run)
     assert sorted(routing.chosen) == [1, 2] and routing.kinds == ["left.txt", "right.txt"]
@@ -70,6 +71,7 @@ def test_a_run_is_followed_over_its_checkpoints_and_kinds_are_its_files(run):
         assert {c for name in names if "<" not in name for c in name} <= {*letters, "\u2581"}
 
 
+@pytest.mark.slow
 def test_the_command_prints_and_draws(run, capsys):
     assert main(["routing", str(run)]) == 0
     assert "encoder 0" in capsys.readouterr().out

@@ -151,7 +151,7 @@ def _train(
 ) -> RunResult:  # fmt: skip
     config = run.config.train
     state = stepper.hold(state)
-    progress, watch, skipped = _progress(run, start), Stopwatch(), Skipped(config.max_nonfinite_steps)
+    progress, watch, skipped = _progress(run.config, start), Stopwatch(), Skipped(config.max_nonfinite_steps)
     evaluation = None
     with StopSignals() as signals:
         step, enough = start, evaluator.conclude(start, None, None)
@@ -203,12 +203,12 @@ def _train(
     return RunResult(run, stepper.release(state), prepared, step, True, evaluation)
 
 
-def _progress(run: Run, start: int) -> TrainProgress:
+def _progress(config: ExperimentConfig | FinetuneConfig, start: int) -> TrainProgress:
     """Makes the display, which knows the FLOPs of a step and what the devices can do."""
-    data, devices = run.config.data, jax.devices()
-    flops = train_flops(run.config.model, data.batch_size, data.inputs_length, data.targets_length)
+    data, devices = config.data, jax.devices()
+    flops = train_flops(config.model, data.batch_size, data.inputs_length, data.targets_length)
     peak = peak_flops(devices[0].device_kind)
-    return TrainProgress(start, run.config.train.steps, flops, peak and peak * len(devices))
+    return TrainProgress(start, config.train.steps, flops, peak and peak * len(devices))
 
 
 def _continues(workdir: epath.PathLike, step: int, steps: int) -> str:

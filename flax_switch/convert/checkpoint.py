@@ -99,10 +99,10 @@ def open_checkpoint(
     """
     folder = hub.local_folder(source, revision)
     with readable(folder):
-        return _opened(folder, changes or {}, allow_missing)
+        return _opened(folder, changes or {}, allow_missing, verify)
 
 
-def _opened(folder: Path, changes: Mapping[str, Any], allow_missing: Sequence[str]) -> Checkpoint:
+def _opened(folder: Path, changes: Mapping[str, Any], allow_missing: Sequence[str], verify: bool) -> Checkpoint:
     format = detect_format(folder)
     raw = None
     if format == "huggingface":

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 
 class Fields:
@@ -62,6 +63,6 @@ def shown(value: Any) -> str:
         return f"{len(each)} x {each[0]}" if alike and not isinstance(value[0], str) else f"({', '.join(each)})"
     if not hasattr(value, "dtype") or not hasattr(value, "shape"):
         return repr(value)
-    if value.shape == () and isinstance(value, (jax.Array, np.ndarray, np.generic)) and not isinstance(value, jax.core.Tracer):
+    if value.shape == () and isinstance(value, (jax.Array, np.ndarray, np.generic)) and not isinstance(value, Tracer):
         return f"{value.item():.5g}"
     return f"{value.dtype}[{', '.join(map(str, value.shape))}]"

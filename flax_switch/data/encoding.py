@@ -81,7 +81,7 @@ def as_arrays(encoding: Encoding, return_tensors: str | None) -> Encoding:
 
 def _lengths(padding: bool | str, truncation: bool | str, max_length: int | None) -> tuple[int | None, int | None]:
     """Returns the length to cut at, or None, and the length to pad to: None for no padding, -1 for the longest row's."""
-    pads = {True: "longest", False: "do_not_pad", None: "do_not_pad"}.get(padding, padding)
+    pads: Any = {True: "longest", False: "do_not_pad", None: "do_not_pad"}.get(padding, padding)
     one_of("padding (True, False or a name)", pads, PADDING)
     cuts = truncation in (True, "longest_first", "only_first")
     check(

@@ -12,13 +12,16 @@ from flax_switch.config import SwitchConfig
 from flax_switch.nn.transformer import SwitchEncoder, SwitchTransformer
 
 
-@functools.partial(jax.jit, static_argnums=0, inline=True)
-def init_params(model: SwitchEncoder | SwitchConfig, rng: Array) -> dict:
+def init_params(model: SwitchEncoder | SwitchConfig, rng: Array) -> dict[str, Any]:
     """Makes parameters as plain nested dicts of arrays, of a model or of the `SwitchTransformer` of a config.
 
     Compiled; inside another jit it can lay them straight into their shardings.
     """
-    model = SwitchTransformer(model) if isinstance(model, SwitchConfig) else model
+    return _init_params(SwitchTransformer(model) if isinstance(model, SwitchConfig) else model, rng)
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def _init_params(model: SwitchEncoder, rng: Array) -> dict[str, Any]:
     params = model.init({"params": rng}, *example_inputs(model))["params"]
     return with_copying_heads(params, model.config) if model.config.copying_heads else params
 

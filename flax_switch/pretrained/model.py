@@ -181,22 +181,27 @@ class Pretrained:
           ConfigError: naming the control or the input that cannot be; for text where there is no vocabulary.
         """
         from flax_switch.generation.generate import generate
-        from flax_switch.generation.text import encode_sources, texts_of
+        from flax_switch.generation.text import texts_of
 
-        texts = [input_ids] if isinstance(input_ids, str) else input_ids
-        ids: Any = input_ids
-        if isinstance(texts, (list, tuple)) and texts and all(isinstance(text, str) for text in texts):
-            check(
-                self.vocabulary is not None,
-                "The model has no vocabulary to tokenise text with; put its spiece.model into the folder, or give ids.",
-            )
-            check(attention_mask is None, "attention_mask is for ids; of a text every token counts. Leave it out.")
-            ids, attention_mask = encode_sources(texts, self.vocabulary, self.config)
-        controls = with_defaults(self.generation_defaults, controls)
-        output = generate(self.model, self.params, ids, attention_mask, **controls)
+        ids, mask = self._encoded(input_ids, attention_mask)
+        output = generate(self.model, self.params, ids, mask, **with_defaults(self.generation_defaults, controls))
         if self.vocabulary is None:
             return output
         return dataclasses.replace(output, texts=tuple(texts_of(output.sequences, self.vocabulary, self.config)))
+
+    def _encoded(self, source: Any, mask: Any) -> tuple[Any, Any]:
+        """Returns ids and mask of what `generate` is given: texts are encoded, ids stay as they are."""
+        from flax_switch.generation.text import encode_sources
+
+        texts = [source] if isinstance(source, str) else source
+        if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(text, str) for text in texts):
+            return source, mask
+        check(
+            self.vocabulary is not None,
+            "The model has no vocabulary to tokenise text with; put its spiece.model into the folder, or give ids.",
+        )
+        check(mask is None, "attention_mask is for ids; of a text every token counts. Leave it out.")
+        return encode_sources(texts, self.vocabulary, self.config)
 
     def save_pretrained(self, path: str | Path, format: str = "huggingface", **options: Any) -> Path:
         """Saves it; see `flax_switch.save_pretrained`."""

@@ -80,7 +80,8 @@ def runs(workdir: Path) -> None:
         result = fs.pretrain(recipe, workdir)
         assert_type(result.model, fs.Pretrained)
         assert_type(result.step, int)
-    elif isinstance(recipe, FinetuneRecipe):
+    else:
+        assert_type(recipe, FinetuneRecipe)
         assert_type(fs.finetune(recipe, workdir, init="runs/tiny").model, fs.Pretrained)
 
 

@@ -16,7 +16,7 @@ from flax_switch.data import Vocabulary
 from flax_switch.host.files import in_store
 from flax_switch.host.locks import locked
 from flax_switch.parallel.mesh import batch_rows
-from flax_switch.training.checkpoint import Checkpoints
+from flax_switch.training.checkpoint import Checkpoints, explain_full_disk
 from flax_switch.training.metrics import MetricsWriter, plain
 from flax_switch.training.progress import StopSignals, Stopwatch, TrainProgress, console
 from flax_switch.training.skipped import Skipped
@@ -84,7 +84,8 @@ def train(
             console.print(f"Continuing {workdir} from step {start}.")
         writer = MetricsWriter(workdir, start)
         try:
-            return _train(run, prepared, state, start, batches, checkpoints, writer, make_evaluator(), make_stepper(run))
+            with explain_full_disk(workdir):
+                return _train(run, prepared, state, start, batches, checkpoints, writer, make_evaluator(), make_stepper(run))
         finally:
             batches.close()
             checkpoints.close()

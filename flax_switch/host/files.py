@@ -155,6 +155,7 @@ def write_bytes(path: epath.PathLike, content: bytes) -> None:
             path.write_bytes(content)
             return
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_temporaries(path.parent, f".{path.name}.tmp-", _ABANDONED)
         temporary = _temporary(path)
         try:
             with open(temporary, "xb") as file:
@@ -166,13 +167,18 @@ def write_bytes(path: epath.PathLike, content: bytes) -> None:
             Path(temporary).unlink(missing_ok=True)
 
 
-def remove_temporaries(folder: epath.Path) -> None:
-    """Removes the files that killed writers of `write_bytes` left in a folder in which nobody writes now."""
+def remove_temporaries(folder: epath.Path, beginning: str = ".", age: float = 0.0) -> None:
+    """Removes the files that killed writers of `write_bytes` left in a folder, of that beginning and at least of that age.
+
+    The age, in seconds, is for folders in which others may be writing now.
+    """
     if in_store(folder) or not folder.is_dir():
         return
-    for path in folder.iterdir():
-        if _TEMPORARY.fullmatch(path.name) and path.is_file():
-            path.unlink(missing_ok=True)
+    for path in Path(folder).iterdir():
+        if path.name.startswith(beginning) and _TEMPORARY.fullmatch(path.name) and path.is_file():
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime >= age:
+                    path.unlink()
 
 
 def _temporary(path: Path | epath.Path) -> Any:

@@ -122,7 +122,7 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """Returns the steps of the complete checkpoints, in order."""
         found = (path for path in self._folder.iterdir() if path.name.isdecimal())
-        return sorted(int(path.name) for path in found if not self._stored or (path / _COMMITTED).exists())
+        return sorted(int(path.name) for path in found if ((path / _COMMITTED).exists() if self._stored else path.is_dir()))
 
     def latest_step(self) -> int | None:
         """Returns the step of the last complete checkpoint."""
@@ -183,12 +183,14 @@ class Checkpoints:
 
     def _set_aside(self, damaged: dict[int, str], step: int, say: Callable[[str], None]) -> None:
         for bad, found in damaged.items():
-            aside = self._folder / f"{bad}.damaged"
-            say(f"The checkpoint of step {bad} is damaged ({found}); it is set aside as {aside}, and step {step} is used.")
-            if self._first:
-                if aside.exists():
-                    aside.rmtree()
-                (self._folder / str(bad)).rename(aside)
+            folder, aside = self._folder / str(bad), self._folder / f"{bad}.damaged"
+            where = "" if self._stored else f"; it is set aside as {aside}"
+            say(f"The checkpoint of step {bad} is damaged ({found}){where}, and step {step} is used.")
+            if self._first and self._stored:
+                (folder / _COMMITTED).unlink(missing_ok=True)  # it will be written anew
+            elif self._first:
+                shutil.rmtree(aside, ignore_errors=True)  # an earlier one of the same step
+                folder.rename(aside)
 
     def _read(self, abstract: TrainState, step: int) -> tuple[TrainState, Any]:
         restored = self._orbax.restore(
@@ -233,6 +235,8 @@ class explain_full_disk:  # noqa: N801 - reads as a statement
         return None
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: Any) -> None:
+        if isinstance(error, ConfigError):  # it says so already
+            return
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         if full or (error is not None and any(text in str(error) for text in ("No space left", "RESOURCE_EXHAUSTED: write"))):
             raise ConfigError(

@@ -18,7 +18,7 @@ from flax_switch.host.files import in_store
 from flax_switch.host.locks import locked
 from flax_switch.host.peaks import peak_flops
 from flax_switch.parallel.mesh import batch_rows
-from flax_switch.training.checkpoint import CHECKPOINTS, CONFIG_FILE, Checkpoints
+from flax_switch.training.checkpoint import CHECKPOINTS, CONFIG_FILE, Checkpoints, explain_full_disk
 from flax_switch.training.metrics import MetricsWriter, plain
 from flax_switch.training.profile import Profile
 from flax_switch.training.progress import StopSignals, Stopwatch, TrainProgress, console
@@ -101,7 +101,10 @@ def train(
         trackers = open_trackers(workdir, config, start) if jax.process_index() == 0 else []
         writer = MetricsWriter(workdir, start, [*trackers, *(guarded(one, "log") for one in log)])
         try:
-            result = _train(run, prepared, state, start, batches, checkpoints, writer, make_evaluator(), make_stepper(run), trace)
+            with explain_full_disk(workdir):
+                result = _train(
+                    run, prepared, state, start, batches, checkpoints, writer, make_evaluator(), make_stepper(run), trace
+                )
             session.end(result.step)
             return result
         finally:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 import jax
@@ -15,6 +16,7 @@ from flax_switch.cli import main
 from flax_switch.config import ConfigError, ExperimentConfig, SwitchConfig
 from flax_switch.convert import open_checkpoint
 from flax_switch.convert.tensors import CheckpointError
+from flax_switch.host.files import write_text
 from flax_switch.host.manifest import MANIFEST, damage
 from flax_switch.parallel.mesh import create_mesh
 from flax_switch.training.checkpoint import Checkpoints, claim_workdir
@@ -236,3 +238,16 @@ def test_nothing_is_deleted_before_its_replacement_has_its_manifest(saved, tmp_p
     checkpoints.save(at_step(state, 2), {})
     checkpoints.close()
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
+
+
+def test_files_that_killed_writers_left_go_when_they_are_old_and_a_users_stay(tmp_path):
+    hours_ago = time.time() - 7200
+    left, young, users = tmp_path / ".a.txt.tmp-12-0123abcd", tmp_path / ".a.txt.tmp-13-0123abcd", tmp_path / ".a.txt.tmp-mine"
+    others = tmp_path / ".b.txt.tmp-12-0123abcd"
+    for path in (left, young, users, others):
+        path.write_text("half")
+    for path in (left, users, others):
+        os.utime(path, (hours_ago, hours_ago))
+    write_text(tmp_path / "a.txt", "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["a.txt", young.name, users.name, others.name])
+    assert (tmp_path / "a.txt").read_text() == "whole"

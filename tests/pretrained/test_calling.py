@@ -97,7 +97,7 @@ WRONG = [
     (dict(labels=None), "The decoder has no input"),
     (dict(use_cache=True), "use_cache, past_key_values and cache"),
     (dict(past_key_values=((),)), "use_cache, past_key_values and cache"),
-    (dict(cache=object()), "use_cache, past_key_values and cache"),
+    (dict(cache="a cache"), "use_cache, past_key_values and cache"),
 ]
 
 

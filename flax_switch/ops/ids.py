@@ -1,7 +1,7 @@
 """Token ids and labels that have values are checked against the vocabulary; XLA clips those outside, which gives wrong numbers."""
 
-import jax
 import numpy as np
+from jax.core import Tracer
 
 from flax_switch.config import ConfigError
 from flax_switch.ops import AnyArray
@@ -12,7 +12,7 @@ def check_ids(name: str, ids: AnyArray | None, vocab_size: int, *, besides: int 
 
     Does nothing where ids have no values yet (under jit and other transformations), or are spread over several processes.
     """
-    if ids is None or isinstance(ids, jax.core.Tracer) or not getattr(ids, "is_fully_addressable", True):
+    if ids is None or isinstance(ids, Tracer) or not getattr(ids, "is_fully_addressable", True):
         return
     values = np.asarray(ids)
     outside = (values < 0) | (values >= vocab_size)

@@ -113,6 +113,27 @@ def test_what_a_command_does_not_take_is_refused_by_name_with_the_nearest(argv, 
         (["--output", "{tmp}/none/out.jsonl"], "Cannot write"),
     ],
 )
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (PermissionError(13, "Permission denied", "/x/y"), "/x/y: Permission denied."),
+        (OSError(28, "No space left on device"), "no space left on the disk"),
+        (MemoryError("Unable to allocate 9 TiB"), "memory is not enough (Unable to allocate 9 TiB)"),
+        (ConnectionResetError(104, "Connection reset by peer"), "Connection reset by peer"),
+        (BrokenPipeError(32, "Broken pipe"), "Broken pipe"),  # of another than standard output
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_the_operating_system_refuses_is_one_message(monkeypatch, capsys, error, words):
+    def run(args):
+        raise error
+
+    monkeypatch.setattr("flax_switch.commands.presets.run", run)
+    assert main(["presets"]) == 2
+    said = capsys.readouterr().err
+    assert words in said and said.startswith("flax-switch presets: ") and said.count("\n") == 1
+
+
 def test_generate_checks_its_settings_before_it_loads_weights(more, message, tmp_path, monkeypatch, capsys):
     config = SwitchConfig(
         vocab_size=64, d_model=8, num_heads=1, d_kv=8, d_ff=8, num_encoder_layers=1, num_decoder_layers=1,

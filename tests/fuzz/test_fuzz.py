@@ -117,12 +117,17 @@ def _watched(worker: subprocess.Popen, lines: queue.Queue, errors: IO[str]) -> I
             if case or not ready:
                 yield without(f"died ({worker.wait()})")
             return
-        told, ready, deadline = json.loads(line), True, time.monotonic() + SECONDS + 2
+        told, ready, deadline = json.loads(line), True, time.monotonic() + patience()
         if told["state"] == "begins":
             case = told["case"]
         elif told["state"] == "ends":
             yield Ended(case, "hang" if told["seconds"] > SECONDS else told["outcome"], told["seconds"], told["text"])
             case = ""
+
+
+def patience() -> float:
+    """Returns for how long a case may be silent: longer where others keep the machine busy."""
+    return (SECONDS + 2) * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
 def memory_of(process: int) -> int:
@@ -134,7 +139,7 @@ def memory_of(process: int) -> int:
 
 
 def check_cases(cases: list[str], good: Path) -> list[Ended]:
-    """Runs cases; fails with every one that ends badly. One that took too long has a second try: the machine may have been busy."""
+    """Runs cases; fails with every one that ends badly. One that took too long has a second try: what it imports is there then."""
     ended = list(run_cases(cases, good))
     again = {one.case: one for one in run_cases([one.case for one in ended if one.outcome == "hang"], good)}
     ended = [again.get(one.case, one) for one in ended]

@@ -55,8 +55,9 @@ def damage(step: epath.PathLike, part: str = "", share: tuple[int, int] = (0, 1)
         if not has_manifest(step):
             return f"{MANIFEST} is missing" if _version(step) >= SINCE_VERSION else None
         files = read_json(step / MANIFEST)["files"]
-        check((step / MANIFEST).read_text(encoding="utf-8") == _text(files), f"the contents of {MANIFEST} have changed")
-    except (ConfigError, OSError, KeyError, TypeError, ValueError) as error:
+        as_written = (step / MANIFEST).read_text(encoding="utf-8") == _text(files)
+        check(as_written and all(len(entry) == 2 for entry in files.values()), "it is another text")
+    except (ConfigError, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
         return f"the contents of {MANIFEST} have changed" if not isinstance(error, OSError) else str(error)
     names = sorted(name for name in files if name.startswith(part))[share[0] :: share[1]]
     with ThreadPoolExecutor() as readers:

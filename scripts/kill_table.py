@@ -15,6 +15,7 @@ Commands run in forks of one process that has imported all, with a small model a
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import dataclasses
 import importlib
@@ -26,9 +27,10 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "hardening.md"
@@ -170,7 +172,7 @@ def run(arguments: list[str], phases: list[str], kill: dict[str, Any] | None, no
         for stream in (1, 2):
             os.dup2(log, stream)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        sys.exit(command(arguments, phases, kill, notes))
+        end_here(lambda: command(arguments, phases, kill, notes))
     end = time.monotonic() + LIMIT
     while time.monotonic() < end:
         found, status = os.waitpid(child, os.WNOHANG)
@@ -180,6 +182,19 @@ def run(arguments: list[str], phases: list[str], kill: dict[str, Any] | None, no
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     raise TimeoutError(f"{' '.join(arguments)} took more than {LIMIT} s")
+
+
+def end_here(work: Callable[[], int]) -> NoReturn:
+    """Does the work and ends this process as Python does at its end, but without leaving the frames that it was forked in."""
+    try:
+        status = work()
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    os._exit(status)
 
 
 class Case:

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from etils import epath
+
 from flax_switch.config import ConfigError, check
 from flax_switch.host.files import checksum, in_store, write_text
 from flax_switch.host.json_text import field, read_json
@@ -37,7 +39,7 @@ def _text(files: Files) -> str:
     return json.dumps({"crc32": own, "files": files}, sort_keys=True, indent=1) + "\n"
 
 
-def damage(step: Path, part: str = "", share: tuple[int, int] = (0, 1)) -> str | None:
+def damage(step: epath.PathLike, part: str = "", share: tuple[int, int] = (0, 1)) -> str | None:
     """Says what is wrong with a checkpoint's folder: a file that is missing, cut or changed. None where all is as it was written.
 
     Folders of 0.1.0, which have no manifest, and those in object storage count as whole.
@@ -53,17 +55,18 @@ def damage(step: Path, part: str = "", share: tuple[int, int] = (0, 1)) -> str |
         if not has_manifest(step):
             return f"{MANIFEST} is missing" if _version(step) >= SINCE_VERSION else None
         files = read_json(step / MANIFEST)["files"]
-        check((step / MANIFEST).read_text(encoding="utf-8") == _text(files), f"the contents of {MANIFEST} have changed")
-    except (ConfigError, OSError, KeyError, TypeError, ValueError) as error:
+        as_written = (step / MANIFEST).read_text(encoding="utf-8") == _text(files)
+        check(as_written and all(len(entry) == 2 for entry in files.values()), "it is another text")
+    except (ConfigError, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
         return f"the contents of {MANIFEST} have changed" if not isinstance(error, OSError) else str(error)
     names = sorted(name for name in files if name.startswith(part))[share[0] :: share[1]]
     with ThreadPoolExecutor() as readers:
         return next(filter(None, readers.map(lambda name: _difference(step / name, name, files[name]), names)), None)
 
 
-def has_manifest(step: Path) -> bool:
+def has_manifest(step: epath.PathLike) -> bool:
     """Returns whether a folder has a manifest."""
-    return (step / MANIFEST).exists()
+    return not in_store(step) and (Path(step) / MANIFEST).exists()
 
 
 def _difference(path: Path, name: str, expected: list[int]) -> str | None:

@@ -10,6 +10,7 @@ import pytest
 
 from flax_switch.config import ConfigError
 from flax_switch.config.kinds import RECIPES, RUNS, kind_of
+from flax_switch.host.manifest import MANIFEST
 from flax_switch.training.checkpoint import Checkpoints, claim_workdir, read_config, write_config
 from flax_switch.training.metrics import read_metrics
 from flax_switch.workflows.pretrain import pretrain
@@ -59,7 +60,8 @@ def test_a_run_of_0_1_0_resumes_to_the_bit(tmp_path):
     meta = tmp_path / "stopped" / "checkpoints" / "2" / "meta" / "metadata"
     values = json.loads(meta.read_text())
     assert "step" not in values, "the step is the name of the folder"
-    meta.write_text(json.dumps({"version": 1, "step": 2, **values}))  # 0.1.0 wrote it here, too
+    meta.write_text(json.dumps({**values, "version": 1, "step": 2}))  # 0.1.0 wrote it here, too
+    (meta.parents[1] / MANIFEST).unlink()  # which 0.1.0 did not write
     resumed = pretrain(config, workdir_of_0_1_0(tmp_path / "stopped", "pretraining"))
     assert losses(tmp_path / "stopped") == losses(tmp_path / "undisturbed")
     assert [line["step"] for line in losses(tmp_path / "stopped") if line["kind"] == "train"] == [1, 2, 3, 4]

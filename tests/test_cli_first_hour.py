@@ -128,6 +128,21 @@ def test_comments_of_fields_are_those_of_their_source_lines():
     assert found["do_sample"].is_bool
 
 
+@dataclasses.dataclass
+class Commented:
+    # --- a group; and more
+    first: int = 1  # beside it
+    # above it,
+    # in two lines
+    second: bool = False
+    third: int = 3
+
+
+def test_a_comment_may_stand_beside_its_field_or_above_it():
+    assert [field.comment for field in fields.described(Commented)] == ["beside it", "above it, in two lines", ""]
+    assert {field.group for field in fields.described(Commented)} == {"a group"}
+
+
 def test_the_effective_config_is_printed_and_nothing_is_made(tmp_path, capsys):
     argv = [a.format(tmp=tmp_path) for a in RECIPE]
     assert cli.main([*argv, "--print-config", "--config.train.steps=77"]) == 0

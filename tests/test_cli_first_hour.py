@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -24,6 +25,8 @@ from flax_switch.host.peaks import PEAK_FLOPS, peak_flops
 from flax_switch.ops.kernels import checks
 from flax_switch.training import loop, progress
 from flax_switch.training.profile import Profile
+from flax_switch.training.state import Run
+from flax_switch.workflows.predictions import Prediction
 from flax_switch.workflows.start import open_start
 
 RECIPE = ["pretrain", "--config", "tiny", "--workdir", "{tmp}/run"]
@@ -123,6 +126,21 @@ def test_comments_of_fields_are_those_of_their_source_lines():
     found = {field.name: field for field in fields.described(GenerationConfig)}
     assert found["top_k"] == fields.Described("sampling", "top_k", 50, "0: all", False)
     assert found["do_sample"].is_bool
+
+
+@dataclasses.dataclass
+class Commented:
+    # --- a group; and more
+    first: int = 1  # beside it
+    # above it,
+    # in two lines
+    second: bool = False
+    third: int = 3
+
+
+def test_a_comment_may_stand_beside_its_field_or_above_it():
+    assert [field.comment for field in fields.described(Commented)] == ["beside it", "above it, in two lines", ""]
+    assert {field.group for field in fields.described(Commented)} == {"a group"}
 
 
 def test_the_effective_config_is_printed_and_nothing_is_made(tmp_path, capsys):
@@ -310,3 +328,15 @@ def test_a_run_that_is_done_says_so():
         "That is step 1200 of 500: nothing left to do. Raise train.steps to train on."
     )
     assert loop._continues("runs/a", 200, 500) == "Continuing runs/a from step 200."
+
+
+@pytest.mark.parametrize(("most", "said"), [(None, "3 examples (all there are)"), (50, "3 examples (50 of each task asked for)")])
+def test_evaluate_says_how_many_examples_were_asked_for_and_done(most, said, tmp_path, monkeypatch, capsys):
+    recipe = load_recipe("finetune_question_answering", [f"evaluation.max_examples={most}"])
+    run = Mock(spec=Run, config=recipe.resolve(PRESETS["switch-tiny"]))
+    made = [Prediction("task", f"in {i}", "out", ("right",)) for i in range(3)]
+    found = (run, {"cross_entropy": 1.0, "exact_match": 50.0, "f1": 60.0}, made)
+    monkeypatch.setattr("flax_switch.workflows.finetune.evaluate_checkpoint", lambda *_, **__: found)
+    argv = ["evaluate", "--checkpoint", "x", "--config", "finetune_question_answering", "--output", str(tmp_path / "out")]
+    assert cli.main(argv) == 0
+    assert said in capsys.readouterr().out

@@ -43,12 +43,16 @@ def _comments(base: type) -> Iterator[tuple[str, tuple[str, str]]]:
         lines = inspect.getsource(base).splitlines()
     except OSError:  # a package without its source
         return
-    group = ""
+    group, above = "", ""
     for line in lines:
+        found = _LINE.match(line)
+        if found:
+            yield found.group(1), (group, found.group(2).partition("  # ")[2] or above)
         if heading := _GROUP.match(line):
             group = heading.group(1).partition(";")[0]
-        elif found := _LINE.match(line):
-            yield found.group(1), (group, found.group(2).partition("  # ")[2])
+            above = ""
+        else:
+            above = f"{above} {line[6:]}".strip() if line.startswith("    # ") else ""
 
 
 def listing(title: str, fields: list[Described], spell: str) -> str:

@@ -62,7 +62,7 @@ class _Section:
     if not TYPE_CHECKING:  # type checkers know the fields from each class
 
         def __new__(cls, *values: Any, **named: Any) -> Self:
-            """Refuses a keyword that is no field before the constructor does, and names the nearest one."""
+            """Refuses an unknown keyword before the constructor does, and names the nearest one."""
             reject_unknown_keys(cls, named)
             return super().__new__(cls)
 
@@ -146,7 +146,7 @@ def _options(hint: Any) -> tuple[Any, ...]:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value has the annotated type; an int is a fine float, and a bool is no number."""
+    """Whether a value has the annotated type; an int is accepted as a float, and a bool is not a number."""
     if len(_options(hint)) > 1:
         return any(_fits(value, option) for option in _options(hint))
     if typing.get_origin(hint) is Annotated:

@@ -18,7 +18,7 @@ class DistillationConfig(_Section):
 
     # of the teacher's probabilities in the targets; the rest is the true token's
     teacher_weight: Annotated[float, Range(0, 1)] = 0.25
-    copy_weights: bool = True  # the student starts from the teacher's weights, expert layers apart
+    copy_weights: bool = True  # the student starts from the teacher's weights, except the expert layers
 
 
 @dataclasses.dataclass(frozen=True)

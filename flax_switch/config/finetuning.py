@@ -15,7 +15,7 @@ from flax_switch.config.base import _Section, _tuples, may_change
 from flax_switch.config.ranges import Count, Every, Natural, Positive, Range, Rate
 from flax_switch.config.run import BatchConfig, check_microbatches
 
-# Metric -> the scores it gives, all of them the higher the better.
+# Metric -> the scores it gives, higher is better for all of them.
 METRICS: dict[str, tuple[str, ...]] = {
     "bleu": ("bleu",),
     "chrf": ("chrf",),

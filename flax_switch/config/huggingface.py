@@ -66,7 +66,7 @@ _OTHER = {
     "classifier_dropout", "scale_decoder_outputs", "batch_prioritized_routing", "dropout", "gradient_checkpointing",
 }  # fmt: skip
 
-# What Hugging Face does, whatever the model: the settings of ours that say the same.
+# Our settings that reproduce what Hugging Face does for every model.
 SEMANTICS: dict[str, Any] = dict(
     capacity_mode="fixed",
     routing_group="sequence",
@@ -241,7 +241,7 @@ def _architecture_problems(config: SwitchConfig) -> list[str]:
                 field = explicit if getattr(config, explicit) is not None else "sparse_layout"
                 problems.append(f"{field}={getattr(config, field)!r}: the {stack.name}'s sparse layers {stack.sparse_layers}")
     elif _is_dense(config) and _feed_forward_proj(config) is None:
-        problems.append(f"mlp_activations={config.mlp_activations!r} (T5 knows an activation, or one times a linear gate)")
+        problems.append(f"mlp_activations={config.mlp_activations!r} (T5 supports one activation, or one with a linear gate)")
     if config.relative_attention_per_layer and not _is_umt5(config):
         problems.append(
             "relative_attention_per_layer=True (there the first layer's table serves all layers, but in UMT5, which has no "

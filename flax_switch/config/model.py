@@ -55,7 +55,7 @@ class StackConfig:
 
     @property
     def causal(self) -> bool:
-        """Whether positions see what came before them only."""
+        """Whether attention is causal."""
         return self.name == "decoder"
 
     @property
@@ -65,7 +65,7 @@ class StackConfig:
 
     @property
     def block_size(self) -> int | None:
-        """How many layers the block has that repeats, a sparse one at its end; None where none repeats."""
+        """The number of layers in the repeating block, whose last layer is sparse if any is; None if no block repeats."""
         if not self.sparse_layers:
             return 1
         size, rest = divmod(self.num_layers, self.num_sparse)
@@ -73,12 +73,12 @@ class StackConfig:
 
     @property
     def num_blocks(self) -> int | None:
-        """How often that block repeats."""
+        """How often the block repeats; None if none does."""
         return None if self.block_size is None else self.num_layers // self.block_size
 
     @property
     def why_not_blocks(self) -> str:
-        """What an error says of a stack in which no block repeats."""
+        """The reason that errors give when a stack has no repeating block."""
         return f"the {self.name}'s sparse layers {self.sparse_layers} of {self.num_layers} do not repeat"
 
 
@@ -126,7 +126,7 @@ class SwitchConfig(_Section):
     ignore_padding_tokens: bool = False  # False: padding takes slots and counts in losses, as it does upstream
     padding_semantics: str = "masked"  # how ignored padding behaves: flaxformer's "masked" or "scatter" router
     router_bias: bool = False
-    router_init_std: NotNegative = 0.02  # of the router's kernel; at D**-0.5 tokens begin with preferences, at 0.02 with hardly any
+    router_init_std: NotNegative = 0.02  # of the router's kernel; at D**-0.5 routing starts out uneven, at 0.02 nearly uniform
     router_jitter_noise: Rate = 0.0  # training only: router inputs times U(1-eps, 1+eps)
     router_dtype: str = "float32"
     cast_router_probs: bool = False  # Hugging Face: probabilities in the activations' dtype before argmax
@@ -243,7 +243,7 @@ class SwitchConfig(_Section):
             )
             check(
                 not self.batch_prioritized_routing,
-                "batch_prioritized_routing orders tokens that choose; with router_type='experts_choose' set it to False.",
+                "batch_prioritized_routing is for tokens that choose; with router_type='experts_choose' set it to False.",
             )
 
         learned = dict(num_selected_experts=1, router_bias=False, batch_prioritized_routing=False, router_jitter_noise=0.0)

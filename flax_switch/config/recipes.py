@@ -68,7 +68,7 @@ def load_gin(paths: Sequence[str | Path], bindings: Iterable[str] = ()) -> Recip
             raise ConfigError(
                 f"The gin configuration cannot be read: {one_line(error)}. Here a gin file names a recipe (recipe.base = "
                 "'tiny') and binds fields of its sections (train.steps = 500); T5X's own files, which import and include its "
-                "modules, are no recipes."
+                "modules, are not recipes."
             ) from error
         finally:
             gin.clear_config()
@@ -107,7 +107,7 @@ def _find_base(base: str, gin_paths: Sequence[Path]) -> Path:
     try:
         return shipped.find(base)
     except ConfigError as error:
-        raise ConfigError(f"recipe.base = {base!r} is no file from here, nor from the gin file's folder upwards. {error}") from None
+        raise ConfigError(f"recipe.base = {base!r} was not found here, nor in the gin file's folder or above it. {error}") from None
 
 
 def _config_dict(given: str | Path) -> ml_collections.ConfigDict:
@@ -115,7 +115,7 @@ def _config_dict(given: str | Path) -> ml_collections.ConfigDict:
     try:
         module = runpy.run_path(str(path))
         if "get_config" not in module:
-            raise ConfigError(f"{path} is no recipe: it defines no get_config().")
+            raise ConfigError(f"{path} is not a recipe: it defines no get_config().")
         values = module["get_config"]()
     except ConfigError:
         raise
@@ -124,7 +124,7 @@ def _config_dict(given: str | Path) -> ml_collections.ConfigDict:
         where = f", line {lines[-1]}" if lines else ""
         raise ConfigError(f"The recipe {path}{where} raises {type(error).__name__}: {one_line(error)}.") from error
     if not isinstance(values, ml_collections.ConfigDict):
-        raise ConfigError(f"{path} is no recipe: its get_config() returns {type(values).__name__}, not to_config_dict(...).")
+        raise ConfigError(f"{path} is not a recipe: its get_config() returns {type(values).__name__}, not to_config_dict(...).")
     return values
 
 
@@ -141,7 +141,7 @@ def _set(values: ml_collections.ConfigDict, key: str, value: Any) -> None:
     if section not in sections or not field or "." in field:
         if section != "kind":
             RECIPES[kind_of(values.to_dict())].from_dict({section: {}})  # an unknown section is an error with the nearest name
-        raise ConfigError(f"{key!r} names no field; write section.field, with the section one of {', '.join(sections)}.")
+        raise ConfigError(f"{key!r} names no field; write section.field, where section is one of {', '.join(sections)}.")
     with values.ignore_type(), values.unlocked():
         # Whether the field exists and the value fits is for the dataclass to say.
         fields: Any = values[section]

@@ -64,7 +64,7 @@ class OptimizerConfig(_Section):
 
     name: str = "adafactor"  # or "adamw", "adamw_rms" (rates relative to a parameter's RMS), "muon" (the same, matrices by Muon)
     schedule: str = "rsqrt"  # learning_rate * rsqrt(max(step, warmup_steps)); or "constant", "linear", "cosine"
-    learning_rate: Positive = may_change(1.0)  # the factor in rsqrt; else the peak. Lower it where losses are no numbers
+    learning_rate: Positive = may_change(1.0)  # the factor in rsqrt; else the peak. Lower it if the loss becomes NaN or infinite
     warmup_steps: Natural = 10_000  # rsqrt: constant until then; others: linear from 0
     final_learning_rate: NotNegative = 0.0  # of linear and cosine, at the last step
     decay_rate: Positive = 0.8  # Adafactor's second moments: 1 - step**-decay_rate
@@ -77,7 +77,7 @@ class OptimizerConfig(_Section):
     eps: Epsilon = 1e-8
     weight_decay: NotNegative = 0.0
     clip_global_norm: Annotated[float, Range(above=0, off="None clips no gradient.")] | None = None
-    trainable: str = ".*"  # a regular expression over parameter paths, or a name in training/freezing; others stay as they are
+    trainable: str = ".*"  # a regular expression over parameter paths, or a name in training/freezing; all others are frozen
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -102,8 +102,8 @@ class MeshConfig(_Section):
         one_of("mesh.mode", self.mode, ("jit", "pmap"))
         check(
             self.mode == "jit" or (self.model == 1 and not self.fsdp),
-            "mesh.mode='pmap' holds all parameters but the experts' whole on each device, so it needs model=1 and fsdp=False; they "
-            f"are model={self.model} and fsdp={self.fsdp}. Set mesh.mode='jit' to split parameters over these axes.",
+            "mesh.mode='pmap' replicates all parameters except the experts' on every device, so it needs model=1 and fsdp=False; "
+            f"they are model={self.model} and fsdp={self.fsdp}. Set mesh.mode='jit' to split parameters over these axes.",
         )
         axes = (self.data, self.expert, self.model)
         check(
@@ -132,7 +132,7 @@ class TrainConfig(_Section):
     keep_last: Count = may_change(3)
     # keep checkpoints whose step is a multiple of it for good
     keep_every: Annotated[int, Range(least=1, off="None keeps none for good.")] | None = may_change(None)
-    max_nonfinite_steps: Count = may_change(10)  # so many updates in a row that are no numbers, and so skipped, end the run
+    max_nonfinite_steps: Count = may_change(10)  # so many updates in a row that are not finite, and so are skipped, end the run
     sample_spans: Natural = may_change(4)  # held-out examples shown at the end: with masked spans filled in, or beside predictions
     log_to: tuple[str, ...] | None = may_change(None)  # of TRACKERS, or "module:function"; None: tensorboard where it is installed
 

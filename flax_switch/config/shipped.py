@@ -30,7 +30,7 @@ def folder() -> Path:
 
 
 def names() -> list[str]:
-    """The recipes' names, in the order of the alphabet."""
+    """The recipes' names, in alphabetical order."""
     return sorted(path.stem for path in folder().glob("*.py"))
 
 

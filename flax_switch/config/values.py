@@ -1,4 +1,4 @@
-"""The one grammar of values on command lines: `--config.train.steps=500`, `--set d_ff=64`, `--num-beams 4`."""
+"""How all values on command lines are parsed: `--config.train.steps=500`, `--set d_ff=64`, `--num-beams 4`."""
 
 from __future__ import annotations
 

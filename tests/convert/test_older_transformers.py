@@ -52,7 +52,7 @@ PLAIN = ("", "Some words are long.", "  two  spaces ", "ñandú 北京 37", "Unk
 WITH_SENTINELS = ("of <extra_id_0> and <extra_id_11>", "of<extra_id_0>and <extra_id_11>.", "are </s> long")
 
 
-@pytest.mark.parametrize("legacy", [True, False])  # it is True by default; False leaves out the "▁" that begins text after a sentinel
+@pytest.mark.parametrize("legacy", [True, False])  # by default True; False cuts no "▁" after a sentinel
 def test_the_slow_tokenizer_cuts_as_ours_does(tmp_path, legacy):
     text = [f"Sentence {i} of words: some are long, ñandú or 北京, and number {i * 37}." for i in range(400)]
     ours = Vocabulary.train(text, 200, num_sentinels=12)

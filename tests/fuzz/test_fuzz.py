@@ -9,6 +9,7 @@ import json
 import os
 import queue
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,7 @@ from typing import IO
 import pytest
 
 from tests.fuzz.readers import READERS
+from tests.fuzz.readers.commands import command_line
 from tests.fuzz.worker import SECONDS
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="pipes, devices and limits of memory are Unix's")
@@ -191,3 +193,14 @@ DRAWN = (
 def test_many_cases_of_every_reader(good, seed):
     print(f"FUZZ_SEED={seed}")
     check_cases(drawn(int(os.environ.get("FUZZ_COUNT", "1000")), seed, list(READERS)), good(READERS))
+
+
+@pytest.mark.slow
+def test_command_lines_in_processes_of_their_own(good, tmp_path):
+    place = shutil.copytree(good(["command-lines"]) / "command-lines", tmp_path / "place")
+    for number in range(30):
+        arguments = [text.replace("\0", "") for text in command_line(random.Random(f"process/{number}"), place)]
+        command = [sys.executable, "-m", "flax_switch", *arguments]
+        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, errors="replace", timeout=10 * patience())
+        assert ended.returncode in (1, 2), (arguments, ended.stderr)
+        assert ended.stderr.strip() and "Traceback" not in ended.stderr, (arguments, ended.stderr)

@@ -1,6 +1,5 @@
 """Texts: corpora in every format, tasks, saved data sets, token caches, vocabularies, lines to generate from."""
 
-import contextlib
 import gzip
 import json
 import random
@@ -140,10 +139,9 @@ def _lines(folder: Path) -> None:
 def _read_lines(folder: Path, rng: random.Random) -> None:
     if not (folder / "in.jsonl").is_file():  # --input may be a pipe, and waits for who writes into it
         return
-    with contextlib.suppress(OSError):  # the command says so
-        with open(folder / "in.jsonl", "rb") as file:
-            for line in read_lines(file):
-                assert line.error or vocabulary().encode(line.text[:10_000]) is not None  # more takes longer, as it should
+    with open(folder / "in.jsonl", "rb") as file:
+        for line in read_lines(file):
+            assert line.error or vocabulary().encode(line.text[:10_000]) is not None  # more takes longer, as it should
 
 
 READERS = {

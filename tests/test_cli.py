@@ -102,18 +102,6 @@ def test_what_a_command_does_not_take_is_refused_by_name_with_the_nearest(argv, 
 
 
 @pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        (["--num-beams", "0"], "num_beams must be at least 1"),
-        (["--temperature", "0.5"], "temperature=0.5 has no effect without do_sample=True"),
-        (["--suppress-tokens", "[999]"], "suppress_tokens holds 999, which is no id of the vocabulary of 64"),
-        (["--seed", "-1"], "seed must be an integer of at least 0"),
-        (["--batch_size", "0"], "--batch-size must be at least 1"),
-        (["--input", "{tmp}/none.txt"], "Cannot read"),
-        (["--output", "{tmp}/none/out.jsonl"], "Cannot write"),
-    ],
-)
-@pytest.mark.parametrize(
     ("error", "words"),
     [
         (PermissionError(13, "Permission denied", "/x/y"), "/x/y: Permission denied."),
@@ -129,11 +117,23 @@ def test_what_the_operating_system_refuses_is_one_message(monkeypatch, capsys, e
         raise error
 
     monkeypatch.setattr("flax_switch.commands.presets.run", run)
-    assert main(["presets"]) == 2
+    assert cli.main(["presets"]) == 2
     said = capsys.readouterr().err
     assert words in said and said.startswith("flax-switch presets: ") and said.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--num-beams", "0"], "num_beams must be at least 1"),
+        (["--temperature", "0.5"], "temperature=0.5 has no effect without do_sample=True"),
+        (["--suppress-tokens", "[999]"], "suppress_tokens holds 999, which is no id of the vocabulary of 64"),
+        (["--seed", "-1"], "seed must be an integer of at least 0"),
+        (["--batch_size", "0"], "--batch-size must be at least 1"),
+        (["--input", "{tmp}/none.txt"], "Cannot read"),
+        (["--output", "{tmp}/none/out.jsonl"], "Cannot write"),
+    ],
+)
 def test_generate_checks_its_settings_before_it_loads_weights(more, message, tmp_path, monkeypatch, capsys):
     config = SwitchConfig(
         vocab_size=64, d_model=8, num_heads=1, d_kv=8, d_ff=8, num_encoder_layers=1, num_decoder_layers=1,

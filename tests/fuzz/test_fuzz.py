@@ -9,6 +9,7 @@ import json
 import os
 import queue
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,7 @@ from typing import IO
 import pytest
 
 from tests.fuzz.readers import READERS
+from tests.fuzz.readers.commands import command_line
 from tests.fuzz.worker import SECONDS
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="pipes, devices and limits of memory are Unix's")
@@ -169,6 +171,10 @@ def test_a_few_cases_of_most_readers(good):
     check_cases(drawn(100, 0, names), good(names))
 
 
+# What is wrong with these, or which fields are asked for, is drawn when they are read.
+DRAWN = ("overrides", "gin", "controls", "fields", "sizes-and-topologies", *(name for name in READERS if name.startswith("task-")))
+
+
 @pytest.mark.slow
 def test_undamaged_inputs_are_read(good):
     ended = check_cases([f"{name}/0" for name in READERS if READERS[name].damaged], good(READERS))
@@ -176,18 +182,19 @@ def test_undamaged_inputs_are_read(good):
     assert not refused, refused
 
 
-DRAWN = (
-    "overrides",
-    "recipe",
-    "gin",
-    "controls",
-    "fields",
-    "sizes-and-topologies",
-)  # what is wrong with them is drawn when reading
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, int(os.environ.get("FUZZ_SEED", "0")) or random.SystemRandom().randrange(2, 10**6)])
 def test_many_cases_of_every_reader(good, seed):
     print(f"FUZZ_SEED={seed}")
     check_cases(drawn(int(os.environ.get("FUZZ_COUNT", "1000")), seed, list(READERS)), good(READERS))
+
+
+@pytest.mark.slow
+def test_command_lines_in_processes_of_their_own(good, tmp_path):
+    place = shutil.copytree(good(["command-lines"]) / "command-lines", tmp_path / "place")
+    for number in range(30):
+        arguments = [text.replace("\0", "") for text in command_line(random.Random(f"process/{number}"), place)]
+        command = [sys.executable, "-m", "flax_switch", *arguments]
+        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, errors="replace", timeout=10 * patience())
+        assert ended.returncode in (1, 2), (arguments, ended.stderr)
+        assert ended.stderr.strip() and "Traceback" not in ended.stderr, (arguments, ended.stderr)

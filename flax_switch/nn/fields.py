@@ -57,10 +57,10 @@ class Fields:
 
 def shown(value: Any) -> str:
     """Returns a number or a text as it is, an array as its dtype and shape, and equal things in a row as their number and one."""
-    if isinstance(value, tuple):
+    if isinstance(value, tuple) and value and not isinstance(value[0], str):
         each = [shown(one) for one in value]
         alike = len(each) > 1 and len(set(each)) == 1
-        return f"{len(each)} x {each[0]}" if alike and not isinstance(value[0], str) else f"({', '.join(each)})"
+        return f"{len(each)} x {each[0]}" if alike else f"({', '.join(each)})"
     if not hasattr(value, "dtype") or not hasattr(value, "shape"):
         return repr(value)
     if value.shape == () and isinstance(value, (jax.Array, np.ndarray, np.generic)) and not isinstance(value, Tracer):

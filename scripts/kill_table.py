@@ -313,10 +313,10 @@ def kill_once(base: Path, folder: Path, name: str, number: int, kills: int, had:
 def compared(base: Path, folder: Path, phase: str) -> list[str]:
     """Returns `differences`, found in a fork: what reads the arrays has threads, and a process with threads cannot fork."""
     file = folder / "notes" / "differences.json"
+    file.parent.mkdir(exist_ok=True)
     child = os.fork()
     if child == 0:
-        file.write_text(json.dumps(differences(base, folder, phase)))
-        os._exit(0)
+        end_here(lambda: file.write_text(json.dumps(differences(base, folder, phase))) * 0)
     os.waitpid(child, 0)
     return json.loads(file.read_text())
 

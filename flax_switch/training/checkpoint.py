@@ -13,11 +13,13 @@ kill left of these is removed. One that was found damaged is set aside as `<step
 
 import dataclasses
 import errno
+import functools
 import itertools
 import json
 import logging
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -55,6 +57,7 @@ class Checkpoints:
 
     def __init__(self, workdir: epath.PathLike, keep_last: int = 3, keep_every: int | None = None):
         """Opens or creates `workdir/checkpoints`; steps that are multiples of `keep_every` are kept for good."""
+        _say_errors_once()
         self.workdir, self._keep_last, self._keep_every = epath.Path(workdir), keep_last, keep_every
         self._folder = absolute(self.workdir) / CHECKPOINTS
         self._stored, self._first = in_store(self._folder), jax.process_index() == 0
@@ -217,6 +220,19 @@ class Checkpoints:
         finally:
             self._background.shutdown()
             self._orbax.close()
+
+
+@functools.cache
+def _say_errors_once() -> None:
+    """Drops what Orbax logs of errors that it raises here, too, and what becomes of its other readers and writers after one."""
+    logging.getLogger("absl").addFilter(lambda record: record.exc_info is None or "orbax" not in record.pathname)
+    hook = sys.unraisablehook
+
+    def without_late_callbacks(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    sys.unraisablehook = without_late_callbacks
 
 
 def _owner(name: str, count: int) -> int:

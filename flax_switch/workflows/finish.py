@@ -52,7 +52,7 @@ def finish(result: RunResult, workdir: epath.PathLike) -> None:
         f"Vocabulary:          {workdir / 'vocabulary'}\n\n"
         f"Next: train on with --config.train.steps=..., on your own text with --config.data.source=TEXT.txt and a new --workdir,\n"
         f"compare with a dense model of equal FLOPs with --config t5_tiny, or generate:\n"
-        f"  echo 'If the <extra_id_0> is not found, an error is raised.' | flax-switch generate --checkpoint {workdir}"
+        f"  echo 'Returns True if the <extra_id_0> is empty.' | flax-switch generate --checkpoint {workdir}"
     )
     sys.stdout.flush()
 

@@ -141,7 +141,7 @@ class World:
             text = filled_in(command.text)
             self.provide(folder, text)
             argv = _only_command(text)
-            with contextlib.chdir(folder), typed("If the <extra_id_0> is not found, an error is raised.\n"):
+            with contextlib.chdir(folder), typed("Returns True if the <extra_id_0> is empty.\n"):
                 found = cli.main([*argv, *appended(argv)]) if argv else run_in_a_shell(text)
             assert found == status, f"{command.where}: {command.text} ended with status {found}"
         return self.done[command.text]

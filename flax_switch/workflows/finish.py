@@ -12,6 +12,7 @@ import numpy as np
 from etils import epath
 
 from flax_switch.data import Prepared, Vocabulary
+from flax_switch.data.batches import IGNORED, Batch
 from flax_switch.data.tasks import spread
 from flax_switch.generation import generate
 from flax_switch.host.json_text import json_object
@@ -64,7 +65,7 @@ def fill_spans(result: RunResult, count: int) -> list[dict[str, Any]]:
     """
     config, vocabulary = result.run.config, result.prepared.vocabulary
     assert isinstance(result.prepared, Prepared)  # of pre-training
-    batch = next(iter(result.prepared.heldout_batches(1)))
+    batch = first_documents(next(iter(result.prepared.heldout_batches(1))))
     masked, spelled = ((np.asarray(batch[name]) >= vocabulary.num_pieces).any(1) for name in ("input_ids", "labels"))
     whole = np.flatnonzero(masked & ~spelled)  # of infilling; a sentence says more than its gaps
     spans = (whole if len(whole) else np.flatnonzero(masked))[:count]
@@ -74,6 +75,18 @@ def fill_spans(result: RunResult, count: int) -> list[dict[str, Any]]:
     output = generate(result.run.model, result.state.params, inputs, masks, max_new_tokens=config.data.targets_length, num_beams=1)
     rows = zip(inputs, np.asarray(output.sequences), labels, strict=True)
     return [{"pieces": _pieces(vocabulary, source, predicted, target)} for source, predicted, target in rows]
+
+
+def first_documents(batch: Batch) -> Batch:
+    """Returns a batch with the first example of each row alone, where rows are packed."""
+    if "input_segment_ids" not in batch:
+        return batch
+    inputs, targets = batch["input_segment_ids"] == 1, batch["decoder_segment_ids"] == 1
+    return {
+        "input_ids": np.where(inputs, batch["input_ids"], 0),
+        "attention_mask": inputs.astype(np.int32),
+        "labels": np.where(targets, batch["labels"], IGNORED),
+    }
 
 
 def _pieces(vocabulary: Vocabulary, source: np.ndarray, predicted: np.ndarray, target: np.ndarray) -> list[Any]:

@@ -3,9 +3,9 @@
     python benchmarks/heldout_lines.py runs/tiny
 
 Sentences are drawn from the held-out part of the embedded corpus by --seed, and of each a word within is masked. Counted are
-outputs that keep every word before and after the gap, and fills that change with the input: the model is given the text before the
-gap and completes the gap with its own sentence as inputs, and again with another sentence's in their place. Where both are the same
-the decoder made its fill of what came before alone. Prints a table for docs/pretraining.md and writes --output.
+outputs that keep every word before and after the gap in its order, and fills that change with the input: the model is given the
+text before the gap and completes the gap with its own sentence as inputs, and again with another sentence's in their place. Where
+both are the same the decoder made its fill of what came before alone. Prints a table for docs/pretraining.md and writes --output.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from flax_switch.host.files import cache_folder
 from flax_switch.training.checkpoint import read_config
 
 GAP = "<extra_id_0>"
+MARKS = ".,;:!?()'"
 
 
 def drawn(config: DataConfig, vocabulary: Any, args: argparse.Namespace) -> list[tuple[str, str, str]]:
@@ -67,6 +68,12 @@ def fills(pretrained: Any, before: list[list[int]], inputs: np.ndarray, mask: np
     return [" ".join(text.split()[:1]) for text in made]
 
 
+def keeps(output: str, shown: str) -> bool:
+    """Returns whether all words that were shown are in the output, in their order; marks at the ends of words aside."""
+    words = iter([word.strip(MARKS) for word in output.split()])
+    return all(word.strip(MARKS) in words for word in shown.split())
+
+
 def main() -> None:
     """Prints the table and the counts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -91,7 +98,7 @@ def main() -> None:
     other = fills(pretrained, starts, np.roll(inputs, 1, 0), np.roll(mask, 1, 0), 8)
     rows = [
         dict(
-            input=line, output=output, truth=" ".join(part), kept=output.startswith(part[0]) and output.endswith(part[2]),
+            input=line, output=output, truth=" ".join(part), kept=keeps(output, f"{part[0]} {part[2]}"),
             fill=mine, fill_with_another_input=others,
         )
         for part, line, output, mine, others in zip(parts, lines, outputs, own, other, strict=True)

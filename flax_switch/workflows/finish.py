@@ -11,6 +11,7 @@ import numpy as np
 from etils import epath
 
 from flax_switch.data import Prepared, Vocabulary
+from flax_switch.data.batches import IGNORED, Batch
 from flax_switch.data.tasks import spread
 from flax_switch.generation.generate import generate
 from flax_switch.host.files import write_text
@@ -49,7 +50,7 @@ def finish(result: RunResult, workdir: epath.PathLike) -> None:
         f"Vocabulary:          {workdir / 'vocabulary'}\n\n"
         f"Next: train on with --config.train.steps=..., on your own text with --config.data.source=TEXT.txt and a new --workdir,\n"
         f"compare with a dense model of equal FLOPs with --config t5_tiny, or generate:\n"
-        f"  echo 'If the <extra_id_0> is not found, an error is raised.' | flax-switch generate --checkpoint {workdir}"
+        f"  echo 'Returns True if the <extra_id_0> is empty.' | flax-switch generate --checkpoint {workdir}"
     )
     sys.stdout.flush()
 
@@ -61,7 +62,7 @@ def fill_spans(result: RunResult, count: int) -> list[dict[str, Any]]:
     """
     config, vocabulary = result.run.config, result.prepared.vocabulary
     assert isinstance(result.prepared, Prepared)  # of pre-training
-    batch = next(iter(result.prepared.heldout_batches(1)))
+    batch = first_documents(next(iter(result.prepared.heldout_batches(1))))
     masked, spelled = ((np.asarray(batch[name]) >= vocabulary.num_pieces).any(1) for name in ("input_ids", "labels"))
     whole = np.flatnonzero(masked & ~spelled)  # of infilling; a sentence says more than its gaps
     spans = (whole if len(whole) else np.flatnonzero(masked))[:count]
@@ -71,6 +72,18 @@ def fill_spans(result: RunResult, count: int) -> list[dict[str, Any]]:
     output = generate(result.run.model, result.state.params, inputs, masks, max_new_tokens=config.data.targets_length, num_beams=1)
     rows = zip(inputs, np.asarray(output.sequences), labels, strict=True)
     return [{"pieces": _pieces(vocabulary, source, predicted, target)} for source, predicted, target in rows]
+
+
+def first_documents(batch: Batch) -> Batch:
+    """Returns a batch with the first example of each row alone, where rows are packed."""
+    if "input_segment_ids" not in batch:
+        return batch
+    inputs, targets = batch["input_segment_ids"] == 1, batch["decoder_segment_ids"] == 1
+    return {
+        "input_ids": np.where(inputs, batch["input_ids"], 0),
+        "attention_mask": inputs.astype(np.int32),
+        "labels": np.where(targets, batch["labels"], IGNORED),
+    }
 
 
 def _pieces(vocabulary: Vocabulary, source: np.ndarray, predicted: np.ndarray, target: np.ndarray) -> list[Any]:

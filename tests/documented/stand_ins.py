@@ -130,7 +130,7 @@ FILES: dict[str, Callable[[Path], None]] = {
     "c4": c4,
     "spiece.model": sentencepiece_model,
     "text.txt": text,
-    "lines.txt": lambda path: path.write_text("If the <extra_id_0> is not found, an error is raised.\nBa <extra_id_0>.\n"),
+    "lines.txt": lambda path: path.write_text("Returns True if the <extra_id_0> is empty.\nBa <extra_id_0>.\n"),
     "train.jsonl": records("document", "summary"),
     "validation.jsonl": records("document", "summary"),
     "test.jsonl": records("document", "summary"),

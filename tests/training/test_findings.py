@@ -8,7 +8,7 @@ import pytest
 from flax_switch.config import SwitchConfig
 from flax_switch.data import Vocabulary
 from flax_switch.training.findings import findings
-from flax_switch.workflows.finish import _pieces
+from flax_switch.workflows.finish import _pieces, first_documents
 
 MODEL = SwitchConfig(
     num_experts=4, num_encoder_layers=2, num_decoder_layers=2, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1
@@ -73,3 +73,16 @@ def ids(text):
 def test_fills_are_found_between_what_the_source_shows(source, predicted, target, pieces):
     found = _pieces(Letters(), ids(source), ids(predicted), ids(target))
     assert found == [p if isinstance(p, str) else {"model": p[0], "text": p[1]} for p in pieces]
+
+
+def test_of_packed_rows_the_first_document_alone_is_shown():
+    packed = {
+        "input_ids": np.asarray([[5, 6, 1, 7, 1, 0]]), "input_segment_ids": np.asarray([[1, 1, 1, 2, 2, 0]]),
+        "labels": np.asarray([[5, 1, 7, 1]]), "decoder_segment_ids": np.asarray([[1, 1, 2, 2]]),
+        "attention_mask": np.asarray([[1, 1, 1, 1, 1, 0]]),
+    }  # fmt: skip
+    first = first_documents(packed)
+    assert first["input_ids"].tolist() == [[5, 6, 1, 0, 0, 0]] and first["attention_mask"].tolist() == [[1, 1, 1, 0, 0, 0]]
+    assert first["labels"].tolist() == [[5, 1, -100, -100]]
+    plain = {name: packed[name] for name in ("input_ids", "labels", "attention_mask")}
+    assert first_documents(plain) is plain

@@ -18,9 +18,9 @@ from flax_switch import cli
 from flax_switch.commands import doctor, fields, generate, options
 from flax_switch.config import ConfigError, OptimizerConfig
 from flax_switch.config.flops import train_flops
+from flax_switch.config.generation import GenerationConfig
 from flax_switch.config.presets import PRESETS
 from flax_switch.config.recipes import load_recipe
-from flax_switch.generation.controls import GenerationConfig
 from flax_switch.host.peaks import PEAK_FLOPS, peak_flops
 from flax_switch.ops.kernels import checks
 from flax_switch.training import loop, progress

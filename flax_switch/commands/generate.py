@@ -43,14 +43,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def control_options() -> dict[str, str]:
     """The options that set controls, and the controls' names."""
-    from flax_switch.generation.controls import GenerationConfig
+    from flax_switch.config.generation import GenerationConfig
 
     return {hyphened(f"--{field.name}"): field.name for field in dataclasses.fields(GenerationConfig)}
 
 
 def _listing() -> str:
     from flax_switch.commands.fields import described, listing
-    from flax_switch.generation.controls import GenerationConfig
+    from flax_switch.config.generation import GenerationConfig
 
     fields = [field._replace(name=field.name.replace("_", "-")) for field in described(GenerationConfig)]
     return listing("controls", fields, "--{name}")
@@ -58,8 +58,8 @@ def _listing() -> str:
 
 def take_overrides(args: argparse.Namespace, rest: list[str]) -> None:
     """Reads the controls, which argparse does not know: `--num-beams 4` or `--num-beams=4`. Raises for what cannot be."""
+    from flax_switch.config.generation import GenerationConfig
     from flax_switch.config.values import parse_value
-    from flax_switch.generation.controls import GenerationConfig
 
     fields = control_options()
     flags = {field.name for field in dataclasses.fields(GenerationConfig) if bool in (field.type, *typing.get_args(field.type))}
@@ -78,8 +78,8 @@ def take_overrides(args: argparse.Namespace, rest: list[str]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit status 0, or 1 where some lines could not be used. All that can be checked is, before weights are loaded."""
+    from flax_switch.config.generation import GenerationConfig
     from flax_switch.convert.checkpoint import open_checkpoint
-    from flax_switch.generation.controls import GenerationConfig
     from flax_switch.generation.defaults import read_defaults, with_defaults
     from flax_switch.generation.generate import check_seeds
     from flax_switch.pretrained import from_checkpoint

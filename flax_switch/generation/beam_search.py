@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from flax_switch.generation.controls import GenerationConfig, as_ids
+from flax_switch.config.generation import GenerationConfig, as_ids
 from flax_switch.generation.logits import History, process_scores
 
 NEVER = -1e9  # added to the score of what must not be chosen; finite, so that it still compares

@@ -9,7 +9,7 @@ from typing import Any
 from etils import epath
 
 from flax_switch.config import ConfigError, check
-from flax_switch.generation.controls import BEAMS_ONLY, SAMPLING_ONLY, GenerationConfig, tuples
+from flax_switch.config.generation import BEAMS_ONLY, SAMPLING_ONLY, GenerationConfig, tuples
 from flax_switch.host.files import write_text
 from flax_switch.host.json_text import read_json
 

@@ -10,8 +10,8 @@ from jax.sharding import NamedSharding
 from jaxtyping import Bool, Float, Int
 
 from flax_switch.config import SwitchConfig, check
+from flax_switch.config.generation import GenerationConfig, make_controls, split_numbers
 from flax_switch.convert.scan import unstack_layers
-from flax_switch.generation.controls import GenerationConfig, make_controls, split_numbers
 from flax_switch.generation.program import run_program
 from flax_switch.nn.fields import Fields
 from flax_switch.nn.inputs import TokenIds, as_ids, as_mask

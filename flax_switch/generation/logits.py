@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from flax_switch.generation.controls import GenerationConfig, as_ids
+from flax_switch.config.generation import GenerationConfig, as_ids
 
 
 @flax.struct.dataclass

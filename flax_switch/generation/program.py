@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Integer
 
 from flax_switch.config import SwitchConfig
+from flax_switch.config.generation import GenerationConfig
 from flax_switch.generation.beam_search import extend_beams, start_beams
-from flax_switch.generation.controls import GenerationConfig
 from flax_switch.generation.logits import History
 from flax_switch.generation.sampling import Rows, extend_rows, start_rows
 from flax_switch.nn.cache import DecoderCache

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from flax_switch.generation.controls import GenerationConfig
+from flax_switch.config.generation import GenerationConfig
 from flax_switch.generation.logits import History, process_scores
 
 

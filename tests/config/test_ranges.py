@@ -11,9 +11,9 @@ import pytest
 from flax_switch.config import ConfigError, MeshConfig, OptimizerConfig, SwitchConfig, TrainConfig
 from flax_switch.config.base import _options, _Section
 from flax_switch.config.finetuning import FinetuneRecipe
+from flax_switch.config.generation import GenerationConfig
 from flax_switch.config.kinds import RECIPES, RUNS
 from flax_switch.config.ranges import LARGEST_FLOAT, LARGEST_INTEGER, Range
-from flax_switch.generation.controls import GenerationConfig
 
 
 def sections(section):

@@ -11,8 +11,8 @@ import scipy.stats
 from textbook import beam_search
 
 from flax_switch.config import SwitchConfig
+from flax_switch.config.generation import make_controls, split_numbers
 from flax_switch.generation.beam_search import extend_beams, start_beams
-from flax_switch.generation.controls import make_controls, split_numbers
 from flax_switch.generation.logits import History
 
 V, EOS, START = 9, 1, 0

@@ -7,7 +7,7 @@ import pytest
 from transformers.generation.configuration_utils import GenerationConfig as Theirs
 
 from flax_switch.config import ConfigError, SwitchConfig
-from flax_switch.generation.controls import GenerationConfig, make_controls, split_numbers
+from flax_switch.config.generation import GenerationConfig, make_controls, split_numbers
 
 CONFIG = SwitchConfig(vocab_size=20, num_sparse_encoder_layers=0, num_sparse_decoder_layers=0)
 

@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from flax_switch.config import ConfigError
-from flax_switch.generation.controls import GenerationConfig
+from flax_switch.config.generation import GenerationConfig
 from flax_switch.generation.defaults import read_defaults, with_defaults
 from flax_switch.pretrained import load_pretrained
 

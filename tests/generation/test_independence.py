@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from flax_switch.config import MeshConfig
-from flax_switch.generation.controls import make_controls, split_numbers
+from flax_switch.config.generation import make_controls, split_numbers
 from flax_switch.generation.generate import generate
 from flax_switch.generation.program import run_program
 from flax_switch.nn.transformer import SwitchTransformer

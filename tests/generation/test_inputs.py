@@ -7,7 +7,7 @@ import pytest
 from architectures import BASE
 
 from flax_switch.config import ConfigError
-from flax_switch.generation.controls import make_controls
+from flax_switch.config.generation import make_controls
 from flax_switch.generation.generate import check_mask, check_seeds, generate, start_tokens
 from flax_switch.nn.inputs import as_ids
 from flax_switch.nn.transformer import SwitchEncoder, SwitchTransformer

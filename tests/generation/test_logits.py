@@ -8,9 +8,9 @@ import torch
 from transformers.generation import logits_process as hf
 
 from flax_switch.config import SwitchConfig
+from flax_switch.config.generation import GenerationConfig, split_numbers
 from flax_switch.generation import logits
 from flax_switch.generation.beam_search import top_k
-from flax_switch.generation.controls import GenerationConfig, split_numbers
 
 R, B, T, V = 6, 3, 9, 30
 CONFIG = SwitchConfig(vocab_size=V, num_sparse_encoder_layers=0, num_sparse_decoder_layers=0)

@@ -5,11 +5,11 @@ import random
 from pathlib import Path
 
 from flax_switch.config.finetuning import FinetuneRecipe
+from flax_switch.config.generation import GenerationConfig, make_controls
 from flax_switch.config.kinds import RECIPES
 from flax_switch.config.recipes import load_gin, load_recipe
 from flax_switch.config.shipped import folder as recipes_folder
 from flax_switch.convert.folder import parse_size
-from flax_switch.generation.controls import GenerationConfig, make_controls
 from flax_switch.plan.topology import parse_topology
 from tests.fuzz.case import Reader
 from tests.fuzz.mutations import NUMBERS, VALUES

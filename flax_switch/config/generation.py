@@ -6,8 +6,8 @@ from typing import Annotated, Any, Self
 
 import numpy as np
 
-from flax_switch.config import SwitchConfig, check, one_of
-from flax_switch.config.base import _Section
+from flax_switch.config.base import _Section, check, one_of
+from flax_switch.config.model import SwitchConfig
 from flax_switch.config.ranges import Natural, Range
 
 ROUTINGS = ("auto", "dropless", "as_trained")

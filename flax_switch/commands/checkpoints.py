@@ -16,7 +16,7 @@ FORMATS = "a Hugging Face folder, a hub name (owner/model), a T5X checkpoint fol
 
 
 def add_source_arguments(parser: argparse.ArgumentParser, metavar: str) -> None:
-    """The source and what is known about it."""
+    """Adds the source and what is known about it."""
     parser.add_argument("source", metavar=metavar, help=FORMATS)
     parser.add_argument("--revision", help="of a model on the hub: a branch, tag or commit")
     parser.add_argument(
@@ -31,14 +31,14 @@ def add_source_arguments(parser: argparse.ArgumentParser, metavar: str) -> None:
 
 
 def add_verify_argument(parser: argparse.ArgumentParser) -> None:
-    """Whether checksums are compared."""
+    """Adds the switch that leaves checksums out."""
     parser.add_argument(
         "--no-verify", action="store_true", help="do not compare a run's checkpoint with its checksums first, which reads all of it"
     )
 
 
 def add_write_arguments(parser: argparse.ArgumentParser) -> None:
-    """How the result is written."""
+    """Adds what says how the result is written."""
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file (default: 5GB)")
     parser.add_argument("--overwrite", action="store_true", help="replace a model that is in DST")
     parser.add_argument("--no-progress", action="store_true", help="draw no progress bar")

@@ -17,7 +17,7 @@ _NAMED = ("--config", "--gin-file")  # options whose values are recipes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The shell."""
+    """Adds the shell."""
     parser.add_argument("shell", metavar="SHELL", help=f"{', '.join(SHELLS)}. To use it: {'; '.join(SHELLS.values())}")
 
 
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def options_of(command: str) -> list[str]:
-    """Every option that a command takes, fields and controls included."""
+    """Returns every option that a command takes, fields and controls included."""
     from flax_switch import cli
 
     parser = cli.subparser(command)
@@ -67,7 +67,7 @@ complete -o default -F _flax_switch flax-switch
 
 
 def _zsh(options: dict[str, list[str]], commands: dict[str, str]) -> str:
-    """zsh reads bash's functions."""
+    """Returns zsh's completion, which reads bash's functions."""
     return f"autoload -U +X bashcompinit && bashcompinit\n{_bash(options, commands)}"
 
 

@@ -8,7 +8,7 @@ from flax_switch.commands.checkpoints import add_source_arguments, add_write_arg
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Source, destination and form."""
+    """Adds source, destination and form."""
     add_source_arguments(parser, "SRC")
     parser.add_argument("destination", metavar="DST", help="a new folder; it appears when the conversion is complete")
     parser.add_argument("--to", required=True, metavar="FORMAT", help="huggingface or flax_switch")

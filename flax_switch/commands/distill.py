@@ -12,7 +12,7 @@ __all__ = ["add_arguments", "run", "take_overrides"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Recipe, overrides, teacher and workdir."""
+    """Adds recipe, overrides, teacher and workdir."""
     add_recipe_arguments(parser, "distillation")
     add_compile_cache_argument(parser)
     add_look_arguments(parser)

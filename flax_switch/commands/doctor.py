@@ -27,7 +27,7 @@ EXTRAS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """How to print."""
+    """Adds --json."""
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_compile_cache_argument(parser)
 
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def examine() -> dict[str, Any]:
-    """Everything that is printed, as one dict."""
+    """Returns everything that is printed, as one dict."""
     import jax
 
     from flax_switch.host.compile_cache import LIMIT, compile_cache_folder
@@ -69,7 +69,7 @@ def examine() -> dict[str, Any]:
 
 
 def memory() -> int | None:
-    """Bytes of this machine's memory; None where the system does not say."""
+    """Returns bytes of this machine's memory; None where the system does not say."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
@@ -77,17 +77,17 @@ def memory() -> int | None:
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of the files in a folder, which need not be there."""
+    """Returns bytes of the files in a folder, which need not be there."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def nearest(folder: Path) -> Path:
-    """The folder, or the first above it that is there."""
+    """Returns the folder, or the first above it that is there."""
     return next(place for place in (folder, *folder.parents) if place.is_dir())
 
 
 def render(found: dict[str, Any]) -> str:
-    """What was found, in lines of at most 80 columns where names allow it."""
+    """Returns what was found, in lines of at most 80 columns where names allow it."""
     devices, caches = found["devices"], found["caches"]
     limit = devices[0]["memory"]
     each = f", {limit / 2**30:.1f} GiB each" if limit else ""

@@ -18,7 +18,7 @@ __all__ = ["add_arguments", "run", "take_overrides"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Checkpoint, recipe, overrides, and where results go."""
+    """Adds checkpoint, recipe, overrides, and where results go."""
     add_recipe_arguments(parser, "finetuning", without="optimizer")
     add_compile_cache_argument(parser)
     parser.add_argument("--checkpoint", required=True, metavar="CHECKPOINT", help=FORMATS)
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _recipe(args: argparse.Namespace) -> FinetuneRecipe:
-    """The recipe that was named, or that of the run the checkpoint belongs to."""
+    """Returns the recipe that was named, or that of the run the checkpoint belongs to."""
     if args.config or args.gin_file:
         return load_config(args)
     from flax_switch.config import recipes

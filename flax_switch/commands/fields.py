@@ -25,7 +25,7 @@ class Described(NamedTuple):
 
 
 def described(section: type) -> list[Described]:
-    """The fields of a dataclass, in order; comments are read in its source and its bases'."""
+    """Returns the fields of a dataclass, in order; comments are read in its source and its bases'."""
     comments: dict[str, tuple[str, str]] = {}
     for base in reversed(section.__mro__):
         if dataclasses.is_dataclass(base):
@@ -56,7 +56,7 @@ def _comments(base: type) -> Iterator[tuple[str, tuple[str, str]]]:
 
 
 def listing(title: str, fields: list[Described], spell: str) -> str:
-    """Fields as lines for --help, wrapped at words: the option, its default, what it means. spell: '--config.train.{name}'."""
+    """Returns fields as lines for --help, wrapped at words: option, default, what it means. spell: '--config.train.{name}'."""
     width = max(60, min(shutil.get_terminal_size().columns, 132))
     lines, group = [f"\n{title}:"], ""
     for field in fields:

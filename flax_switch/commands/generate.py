@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Checkpoint, files, batching, and the controls of generation by their names."""
+    """Adds checkpoint, files, batching, and the controls of generation by their names."""
     parser.add_argument("--checkpoint", required=True, metavar="PATH", help="a run, a Hugging Face folder or a folder of ours")
     parser.add_argument("--input", default="-", metavar="FILE", help="text or JSON lines; - is standard input (the default)")
     parser.add_argument("--output", metavar="FILE", help="JSON lines; default: standard output")
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def control_options() -> dict[str, str]:
-    """The options that set controls, and the controls' names."""
+    """Returns the options that set controls, and the controls' names."""
     from flax_switch.config.generation import GenerationConfig
 
     return {hyphened(f"--{field.name}"): field.name for field in dataclasses.fields(GenerationConfig)}
@@ -77,7 +77,7 @@ def take_overrides(args: argparse.Namespace, rest: list[str]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit status 0, or 1 where some lines could not be used. All that can be checked is, before weights are loaded."""
+    """Returns 0, or 1 where some lines could not be used. All that can be checked is, before weights are loaded."""
     from flax_switch.config.generation import GenerationConfig
     from flax_switch.convert.checkpoint import open_checkpoint
     from flax_switch.generation.defaults import read_defaults, with_defaults
@@ -130,7 +130,7 @@ def _lines(args: argparse.Namespace) -> list[Line]:
 
 
 def _to_file(args: argparse.Namespace, opened: Any, lines: list[Line], options: dict[str, Any]) -> list[dict[str, Any]]:
-    """The results of all lines, those of an earlier run included; they are in the output file then."""
+    """Returns the results of all lines, those of an earlier run included; they are in the output file then."""
     from flax_switch.commands.partial import Partial
     from flax_switch.host.files import absolute, check_writable
     from flax_switch.pretrained import from_checkpoint
@@ -150,7 +150,7 @@ def _to_file(args: argparse.Namespace, opened: Any, lines: list[Line], options: 
 def _results(
     pretrained: Any, lines: list[Line], options: dict[str, Any], keep: Callable[[list[dict[str, Any]]], None] = lambda results: None
 ) -> list[dict[str, Any]]:
-    """The lines' results, which `keep` is told batch by batch; shows how far it is."""
+    """Returns the lines' results, which `keep` is told batch by batch; shows how far it is."""
     from flax_switch.generation.text import generate_lines
 
     started, done = time.perf_counter(), [0, 0]
@@ -172,7 +172,7 @@ def _note(text: str) -> None:
 
 
 def _converse(pretrained: Any, options: dict[str, Any]) -> int:
-    """A line in, its continuation out, until an empty line or the end of input."""
+    """Reads a line and prints its continuation, until an empty line or the end of input."""
     from flax_switch.generation.text import Line, generate_lines
 
     print("Type a text and Enter; an empty line ends.")

@@ -15,7 +15,7 @@ from flax_switch.host.files import check_writable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The checkpoint, and how to print."""
+    """Adds the checkpoint, and how to print."""
     add_source_arguments(parser, "PATH")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(

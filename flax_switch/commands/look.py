@@ -84,7 +84,7 @@ def dry_run(config: RunConfig, prepared: Any) -> int:
 
 
 def first_batch(prepared: Any) -> Iterator[str]:
-    """The first rows of the first batch, as text."""
+    """Returns the first rows of the first batch, as text."""
     batches = prepared.train_iterator()
     try:
         batch = next(batches)

@@ -131,12 +131,12 @@ def load_config(args: argparse.Namespace) -> Any:
 
 
 def command_of(config: Recipe) -> str:
-    """The command that runs a recipe."""
+    """Returns the command that runs a recipe."""
     return _KINDS[config.kind][0]
 
 
 def load_any(args: argparse.Namespace) -> Recipe:
-    """What the arguments name, of any kind."""
+    """Returns what the arguments name, of any kind."""
     from flax_switch.config import recipes
 
     if bool(args.config) == bool(args.gin_file):
@@ -153,7 +153,7 @@ def load_any(args: argparse.Namespace) -> Recipe:
 
 
 def add_distributed_arguments(parser: argparse.ArgumentParser) -> None:
-    """--distributed, and what JAX's cluster detection does not know."""
+    """Adds --distributed, and what JAX's cluster detection does not know."""
     group = parser.add_argument_group("several processes", "Every process is started with the same command; see docs/launching.md.")
     group.add_argument(
         "--distributed", action="store_true",
@@ -167,7 +167,7 @@ def add_distributed_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def connection(args: argparse.Namespace) -> Connection | None:
-    """How this process finds the others, or None where it runs alone. Raises `ConfigError` for settings that cannot be."""
+    """Returns how this process finds the others, or None where it runs alone. Raises `ConfigError` for settings that cannot be."""
     names = ("coordinator_address", "num_processes", "process_id", "heartbeat_timeout", "connect_timeout")
     given = {name: getattr(args, name) for name in names}
     if not args.distributed:

@@ -15,7 +15,7 @@ __all__ = ["add_arguments", "run", "take_overrides"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Recipe, overrides, machine and mesh."""
+    """Adds recipe, overrides, machine and mesh."""
     add_recipe_arguments(parser, "pretraining")
     parser.add_argument("--topology", required=True, metavar="NAME", help="v5e:4x4, v6e:16x16, v5p:8x8x8, h100:8, cpu:8, ...")
     parser.add_argument("--mesh", metavar="AXES", help="in place of the recipe's: data=2,expert=4,model=2; data takes what is left")
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def read_mesh(text: str, base: MeshConfig) -> MeshConfig:
-    """The mesh of text like 'expert=16,model=1'; axes not named are 1, but data takes what is left."""
+    """Returns the mesh of text like 'expert=16,model=1'; axes not named are 1, but data takes what is left."""
     form = "--mesh is written like data=2,expert=4,model=2, or expert=8"
     sizes = dict(parse_assignment(part, form) for part in text.split(","))
     return base.replace(**{"data": -1, "expert": 1, "model": 1, **sizes})

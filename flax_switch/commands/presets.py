@@ -11,7 +11,7 @@ from flax_switch.config.sizes import count_parameters, shorten
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """How to print."""
+    """Adds --json."""
     parser.add_argument("--json", action="store_true", help="print JSON, with every field of every config")
     parser.epilog = "In Python: fs.PRESETS[NAME]. Fine-tuning starts from fresh weights of one with --init random:NAME."
 
@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _layers(config: SwitchConfig) -> str:
-    """'12+12 (6+6)': encoder and decoder, and how many of each are sparse."""
+    """Writes '12+12 (6+6)': encoder and decoder, and how many of each are sparse."""
     encoder, decoder = config.stacks
     return f"{encoder.num_layers}+{decoder.num_layers} ({encoder.num_sparse}+{decoder.num_sparse})"
 

@@ -22,7 +22,7 @@ __all__ = ["add_arguments", "run", "take_overrides"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Recipe, overrides, workdir, and how several processes find each other."""
+    """Adds recipe, overrides, workdir, and how several processes find each other."""
     add_recipe_arguments(parser, "pretraining")
     add_distributed_arguments(parser)
     add_compile_cache_argument(parser)
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _former_recipe(workdir: str) -> str:
-    """A sentence on the recipe that continues the run in `workdir`, where one that comes with the package does; else ''."""
+    """Returns a sentence on the recipe that continues the run in `workdir`, where one that comes with the package does; else ''."""
     from flax_switch.config.recipes import load_recipe
     from flax_switch.training.checkpoint import differing_fields, read_config
 

@@ -17,7 +17,7 @@ WIDTH = 100
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """A name, and how to print."""
+    """Adds a name, and how to print."""
     parser.add_argument(
         "name", metavar="NAME", nargs="?", help="say all that this one's docstring says: command, hardware, what to expect"
     )
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _row(name: str) -> dict[str, Any]:
-    """What there is to say of a recipe: of its docstring, and of the model in its config."""
+    """Returns what there is to say of a recipe: of its docstring, and of the model in its config."""
     config, told = recipes.load_recipe(name), shipped.describe(name)
     size = None if isinstance(config, FinetuneRecipe) else count_parameters(config.model)
     return {

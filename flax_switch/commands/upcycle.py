@@ -8,7 +8,7 @@ from flax_switch.commands.checkpoints import add_source_arguments, add_write_arg
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The dense model, the destination, and what the sparse one should look like."""
+    """Adds the dense model, the destination, and what the sparse one should look like."""
     add_source_arguments(parser, "DENSE")
     parser.add_argument("destination", metavar="DST", help="a new folder")
     parser.add_argument("--num-experts", type=int, required=True, metavar="E")

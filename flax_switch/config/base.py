@@ -34,7 +34,7 @@ def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """What another library's error says, as part of a sentence: on one line, and not longer than is of use."""
+    """Returns what another library's error says, as part of a sentence: on one line, and not longer than is of use."""
     text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
     return text if len(text) <= 300 else f"{text[:300]}..."
 
@@ -56,7 +56,7 @@ class _Section:
         cls.__repr__ = cls.__repr__  # in its own dict, so that the dataclass does not write one with every field
 
     def __repr__(self) -> str:
-        """The call that makes it, with what differs from the defaults."""
+        """Returns the call that makes it, with what differs from the defaults."""
         return f"{type(self).__name__}({_arguments(differences(self, None))})"
 
     if not TYPE_CHECKING:  # type checkers know the fields from each class
@@ -76,12 +76,12 @@ class _Section:
         check_value(name if cls.section is None else f"{cls.section}.{name}", value, _type_hints(cls)[name])
 
     def replace(self, **changes: Any) -> Self:
-        """A copy with some fields changed; validated again."""
+        """Returns a copy with some fields changed; validated again."""
         reject_unknown_keys(type(self), changes)
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """A plain, JSON-able dict of every field (tuples become lists, sections become dicts)."""
+        """Returns a plain, JSON-able dict of every field (tuples become lists, sections become dicts)."""
 
         def plain(value: Any) -> Any:
             if isinstance(value, _Section):
@@ -93,7 +93,7 @@ class _Section:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The inverse of `to_dict`. Unknown keys are errors that name the nearest field; absent keys take their defaults."""
+        """Returns the inverse of `to_dict`. Unknown keys are errors that name the nearest; absent ones take defaults."""
         check(isinstance(values, Mapping), f"{cls.section or cls.__name__} must be fields by name; it is {shown(values)}.")
         if cls.kind is not None:
             one_of("kind", values.get("kind", cls.kind), (cls.kind,))
@@ -111,7 +111,7 @@ class _Section:
 
 
 def differences(config: _Section, other: _Section | None) -> dict[str, Any]:
-    """The fields of a config whose values another one (None: the defaults) does not have."""
+    """Returns the fields of a config whose values another one (None: the defaults) does not have."""
     differing = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -141,12 +141,12 @@ def _type_hints(cls: type) -> dict[str, Any]:
 
 
 def _options(hint: Any) -> tuple[Any, ...]:
-    """The types of a union, or the one type."""
+    """Returns the types of a union, or the one type."""
     return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value has the annotated type; an int is accepted as a float, and a bool is not a number."""
+    """Returns whether a value has the annotated type; an int is accepted as a float, and a bool is not a number."""
     if len(_options(hint)) > 1:
         return any(_fits(value, option) for option in _options(hint))
     if typing.get_origin(hint) is Annotated:
@@ -160,7 +160,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _numbers(value: Any, hint: Any) -> Iterator[tuple[Any, Range]]:
-    """The numbers in a value that fits the annotation, each with its range."""
+    """Returns the numbers in a value that fits the annotation, each with its range."""
     hint = next(option for option in _options(hint) if _fits(value, option))
     if typing.get_origin(hint) is Annotated:
         yield value, typing.get_args(hint)[1]

@@ -96,7 +96,7 @@ class FinetuneDataConfig(TaskConfig, BatchConfig):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> FinetuneDataConfig:
-        """As for every section; tasks may be dicts."""
+        """Reads a dict as every section does; tasks may be dicts."""
         tasks = values.get("tasks") if isinstance(values, Mapping) else None
         if not isinstance(tasks, (list, tuple)):
             return super().from_dict(values)
@@ -168,7 +168,7 @@ class FinetuneConfig(_Section):
         one_of("evaluation.best", self.best, (*self.scores, LOSS))
 
     def metrics_of(self, task: TaskConfig) -> tuple[str, ...]:
-        """The metrics a task is evaluated with."""
+        """Returns the metrics a task is evaluated with."""
         return self.evaluation.metrics if task.metrics is None else task.metrics
 
     @property
@@ -209,6 +209,6 @@ class FinetuneRecipe(_Section):
         self.resolve(SwitchConfig())
 
     def resolve(self, model: SwitchConfig, init: str = "") -> FinetuneConfig:
-        """The run's config, for a checkpoint whose config (with the changes made) is `model`."""
+        """Returns the run's config, for a checkpoint whose config (with the changes made) is `model`."""
         sections = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "model"}
         return FinetuneConfig(model=model, init=init, **sections)

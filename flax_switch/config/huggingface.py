@@ -96,7 +96,7 @@ _ACTIVATION_ALIASES = {"gelu_pytorch_tanh": "gelu_new", "gelu_python": "gelu"}
 
 
 def from_huggingface(values: Any) -> SwitchConfig:
-    """The config that a transformers `config.json` describes, with Hugging Face's semantics.
+    """Returns the config that a transformers `config.json` describes, with Hugging Face's semantics.
 
     Args:
       values: the parsed file, or transformers' config object. `model_type` must be one of those above; unknown keys are ignored, as
@@ -165,7 +165,7 @@ def check_schema(values: Mapping[str, Any]) -> None:
 
 
 def check_model_type(values: Mapping[str, Any]) -> str:
-    """The `model_type` of a `config.json`. Raises `ConfigError` for one that is not read here."""
+    """Returns the `model_type` of a `config.json`. Raises `ConfigError` for one that is not read here."""
     model_type = values.get("model_type", "switch_transformers")
     near = difflib.get_close_matches(shown(model_type)[:40].strip("'"), _TABLES, n=1, cutoff=0.4)
     check(
@@ -189,7 +189,7 @@ def _check_keys(values: Mapping[str, Any], table: tuple[tuple[str, str, Any], ..
 
 
 def to_huggingface(config: SwitchConfig) -> dict[str, Any]:
-    """The `config.json` of a config: the inverse of `from_huggingface`.
+    """Returns the `config.json` of a config: the inverse of `from_huggingface`.
 
     A model without sparse layers becomes a T5 config, unless it was read from a `switch_transformers` one.
 
@@ -209,7 +209,7 @@ def to_huggingface(config: SwitchConfig) -> dict[str, Any]:
 
 
 def with_huggingface_semantics(config: SwitchConfig) -> tuple[SwitchConfig, dict[str, tuple[Any, Any]]]:
-    """The config of the same weights as Hugging Face would run them, and what changed: {field: (before, after)}.
+    """Returns the config of the same weights as Hugging Face would run them, and what changed: {field: (before, after)}.
 
     A dropless config stays dropless. A capacity factor becomes the fixed `expert_capacity` per sequence. A sparse layout is
     written the way Hugging Face counts it.
@@ -226,7 +226,7 @@ def with_huggingface_semantics(config: SwitchConfig) -> tuple[SwitchConfig, dict
 
 
 def _architecture_problems(config: SwitchConfig) -> list[str]:
-    """One phrase for each field that makes a model Hugging Face's classes cannot compute."""
+    """Returns one phrase for each field that makes a model Hugging Face's classes cannot compute."""
     problems = []
     if config.is_sparse:
         if config.is_gated:
@@ -264,7 +264,7 @@ def _is_dense(config: SwitchConfig) -> bool:
 
 
 def is_tied(values: Mapping[str, Any]) -> bool:
-    """Whether a `config.json` ties the head to the embedding, read as transformers reads it.
+    """Returns whether a `config.json` ties the head to the embedding, read as transformers reads it.
 
     Its T5 takes all but `false` for tied, `null` too; its SwitchTransformers refuses what is neither true nor false. transformers 5
     writes tie_word_embeddings=true into every T5 config and keeps what it meant in scale_decoder_outputs. Its mT5 never scales
@@ -285,7 +285,7 @@ def is_tied(values: Mapping[str, Any]) -> bool:
 
 
 def _ids(eos: Any) -> list[int]:
-    """The ids that end a sequence, of one, a list or none; the first is the one that texts are closed with."""
+    """Returns the ids that end a sequence, of one, a list or none; the first is the one that texts are closed with."""
     if eos is None:
         return [1]
     ids = list(eos) if isinstance(eos, (list, tuple)) else [eos]
@@ -338,7 +338,7 @@ def _feed_forward_proj(config: SwitchConfig) -> str | None:
 
 
 def _num_sparse(config: SwitchConfig, stack: StackConfig) -> int | None:
-    """The number of sparse layers from which Hugging Face builds this stack's, or None where no number does."""
+    """Returns the number of sparse layers from which Hugging Face builds this stack's, or None where no number does."""
     n, asked = stack.num_layers, getattr(config, f"num_sparse_{stack.name}_layers")
     for m in (asked, *range(n + 2)):
         if sparse_layers("huggingface", n, m) == stack.sparse_layers:

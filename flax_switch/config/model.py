@@ -254,7 +254,7 @@ class SwitchConfig(_Section):
             )
 
     def __repr__(self) -> str:
-        """The shortest of the expressions that make it: from the defaults, or from a preset and what differs."""
+        """Returns the shortest of the expressions that make it: from the defaults, or from a preset and what differs."""
         from flax_switch.config.presets import PRESETS  # which are made of these configs
 
         written = [super().__repr__()]
@@ -307,13 +307,13 @@ class SwitchConfig(_Section):
 
     @classmethod
     def from_huggingface(cls, values: Mapping[str, Any] | Any) -> SwitchConfig:
-        """The config that a config of transformers, or its `config.json` as a dict, describes, with Hugging Face's semantics."""
+        """Returns what a config of transformers, or its `config.json` as a dict, describes, with Hugging Face's semantics."""
         from flax_switch.config import huggingface
 
         return huggingface.from_huggingface(values)
 
     def to_huggingface(self) -> dict[str, Any]:
-        """The inverse of `from_huggingface`; raises `ConfigError` naming the field Hugging Face cannot represent."""
+        """Returns the inverse of `from_huggingface`; raises `ConfigError` naming the field Hugging Face cannot represent."""
         from flax_switch.config import huggingface
 
         return huggingface.to_huggingface(self)

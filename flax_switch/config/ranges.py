@@ -23,11 +23,11 @@ class Range:
     off: str = ""  # what to write to turn the thing off, as a sentence: it ends the message
 
     def limit(self, number: Any) -> float:
-        """The size beyond which such a number is refused."""
+        """Returns the size beyond which such a number is refused."""
         return self.largest or (LARGEST_INTEGER if isinstance(number, int) else LARGEST_FLOAT)
 
     def __contains__(self, number: Any) -> bool:
-        """Whether the number is in the range."""
+        """Returns whether the number is in the range."""
         return number in self.also or (
             abs(number) <= (self.limit(number) if self.most is None else LARGEST_FLOAT)
             and (self.least is None or number >= self.least)
@@ -37,7 +37,7 @@ class Range:
         )
 
     def __str__(self) -> str:
-        """What a number must be or do, after 'must'."""
+        """Returns what a number must be or do, after 'must'."""
         low = self.least if self.above is None else self.above
         high = self.most if self.below is None else self.below
         if low is not None and high is not None:

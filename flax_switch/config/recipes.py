@@ -27,18 +27,18 @@ SECTIONS = ("model", "data", "optimizer", "mesh", "train", "distillation", "eval
 
 
 def to_config_dict(config: Recipe) -> ml_collections.ConfigDict:
-    """What a recipe's `get_config` returns: the same fields as a ConfigDict, usable with ml_collections' flags and sweeps."""
+    """Returns what a recipe's `get_config` returns: its fields as a ConfigDict, for ml_collections' flags and sweeps."""
     return ml_collections.ConfigDict(config.to_dict(), convert_dict=True)
 
 
 def from_config_dict(values: ml_collections.ConfigDict) -> Recipe:
-    """The validated config; unknown keys raise `ConfigError` with the nearest name."""
+    """Returns the validated config; unknown keys raise `ConfigError` with the nearest name."""
     plain = values.to_dict()
     return RECIPES[kind_of(plain)].from_dict(plain)
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-    """The config of a recipe, a file or a name such as 'tiny', with overrides like 'train.steps=500' applied in order.
+    """Returns the config of a recipe, a file or a name such as 'tiny', with overrides like 'train.steps=500' applied in order.
 
     Recipes inherit with it: `load_recipe("tiny").replace(...)` is the one that comes with the package, changed.
     """
@@ -46,7 +46,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 
 
 def load_gin(paths: Sequence[str | Path], bindings: Iterable[str] = ()) -> Recipe:
-    """The config of gin files, by path or name: `recipe.base` names a recipe, bindings of the sections change its fields.
+    """Returns the config of gin files, by path or name: `recipe.base` names a recipe, bindings of the sections change its fields.
 
     A relative base is looked for from the working directory, then from the gin file's folder upwards; one of a gin file that comes
     with the package is the package's. Needs the extra `gin`.
@@ -84,7 +84,7 @@ def load_gin(paths: Sequence[str | Path], bindings: Iterable[str] = ()) -> Recip
 
 @functools.cache
 def _gin_sections() -> dict[str, Any]:
-    """Gin configurables, registered once, that return their bindings."""
+    """Returns gin configurables, registered once, that return their bindings."""
     import gin
 
     def returning_bindings(name: str) -> Any:

@@ -19,7 +19,7 @@ _FIRST = "tiny"  # every installation that has recipes has this one
 
 
 def folder() -> Path:
-    """The folder of the recipes; their gin files are in `gin` inside it."""
+    """Returns the folder of the recipes; their gin files are in `gin` inside it."""
     for place in (_PACKAGE / "configs", _PACKAGE.parent / "configs"):
         if (place / f"{_FIRST}.py").is_file():
             return place
@@ -30,12 +30,12 @@ def folder() -> Path:
 
 
 def names() -> list[str]:
-    """The recipes' names, in alphabetical order."""
+    """Returns the recipes' names, in alphabetical order."""
     return sorted(path.stem for path in folder().glob("*.py"))
 
 
 def find(given: str | Path, suffix: str = ".py") -> Path:
-    """The file of a recipe (`suffix` .py) or gin file (.gin), given its path or, for one that comes with the package, its name.
+    """Returns the file of a recipe (`suffix` .py) or gin file (.gin), by its path or, where it comes with the package, its name.
 
     A name is a word without suffix or folder: `tiny` is the package's, ./tiny or tiny.py a file of yours.
 
@@ -51,7 +51,7 @@ def find(given: str | Path, suffix: str = ".py") -> Path:
 
 
 def holds(path: Path) -> bool:
-    """Whether a file is one of those that come with the package."""
+    """Returns whether a file is one of those that come with the package."""
     return path.resolve().is_relative_to(folder().resolve())
 
 
@@ -60,7 +60,7 @@ def _file(name: str, suffix: str) -> Path:
 
 
 def _suggestion(path: Path, suffix: str) -> str:
-    """What follows the path that is not there: the nearest file beside it, or the nearest name."""
+    """Returns what follows the path that is not there: the nearest file beside it, or the nearest name."""
     option = "--config" if suffix == ".py" else "--gin-file"
     beside = sorted(p.stem for p in path.parent.glob(f"*{suffix}")) if path.parent.is_dir() else []
     bare = str(path) == path.name and not path.suffix

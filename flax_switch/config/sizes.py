@@ -38,12 +38,12 @@ def count_parameters(config: SwitchConfig) -> ParameterCount:
 
 
 def _mlp(config: SwitchConfig, width: int) -> int:
-    """An MLP's kernels: one into the hidden layer for each activation, one out of it."""
+    """Returns an MLP's kernels: one into the hidden layer for each activation, one out of it."""
     return (len(config.mlp_activations) + 1) * config.d_model * width
 
 
 def shorten(count: int) -> str:
-    """A count in three digits: '619 M', '7.42 B', '1.57 T'."""
+    """Returns a count in three digits: '619 M', '7.42 B', '1.57 T'."""
     value, unit = float(count), ""
     for unit in ("", " K", " M", " B", " T"):
         if value < 999.5 or unit == " T":

@@ -61,8 +61,9 @@ def shown(value: Any) -> str:
         each = [shown(one) for one in value]
         alike = len(each) > 1 and len(set(each)) == 1
         return f"{len(each)} x {each[0]}" if alike else f"({', '.join(each)})"
-    if not hasattr(value, "dtype") or not hasattr(value, "shape"):
+    dtype, shape = getattr(value, "dtype", None), getattr(value, "shape", None)
+    if dtype is None or shape is None:
         return repr(value)
-    if value.shape == () and isinstance(value, (jax.Array, np.ndarray, np.generic)) and not isinstance(value, Tracer):
+    if shape == () and isinstance(value, (jax.Array, np.ndarray, np.generic)) and not isinstance(value, Tracer):
         return f"{value.item():.5g}"
-    return f"{value.dtype}[{', '.join(map(str, value.shape))}]"
+    return f"{dtype}[{', '.join(map(str, shape))}]"

@@ -52,7 +52,7 @@ def sparse(executor, E, T, D, F, dtype):
         param_dtype=dtype, moe_executor=executor, capacity_factor=CAPACITY_FACTOR, min_expert_capacity=1,
         capacity_mode="dropless" if dropless else "factor",
     )  # fmt: skip
-    module = SparseMLP(config, "encoder")
+    module = SparseMLP(config)
     x = sequences(T, D, dtype)
     shapes = jax.eval_shape(lambda x: nn.unbox(module.init(jax.random.key(0), x, padding_mask=None, deterministic=True)), x)
     apply = lambda variables, x: module.apply(variables, x, padding_mask=None, deterministic=False)[0]  # noqa: E731

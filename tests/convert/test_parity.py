@@ -233,6 +233,6 @@ def test_bfloat16_probabilities_break_ties_as_transformers_does(tmp_path):
     assert (expected.argmax(-1) != logits.argmax(-1)).sum() > 10  # rounding ties probabilities that float32 tells apart
     layer = ours.params["encoder"]["layers_1"]["mlp"]
     states = jnp.asarray(tokens.to(torch.bfloat16).float().numpy(), jnp.bfloat16)
-    mlp = jax.jit(lambda x: SparseMLP(ours.config, "encoder").apply({"params": layer}, x, padding_mask=None, deterministic=True))
+    mlp = jax.jit(lambda x: SparseMLP(ours.config).apply({"params": layer}, x, padding_mask=None, deterministic=True))
     _, output = mlp(states)
     np.testing.assert_array_equal(jax.nn.one_hot(output.expert_index, 8).sum(-2), expected.numpy())

@@ -47,7 +47,7 @@ def test_the_sparse_layers_output_is_the_dense_mlps_times_the_routers_weight(den
 
     @jax.jit
     def both(x):
-        y, _ = SparseMLP(sparse.config, "encoder").apply({"params": layer}, x, padding_mask=None, deterministic=True)
+        y, _ = SparseMLP(sparse.config).apply({"params": layer}, x, padding_mask=None, deterministic=True)
         weight = jax.nn.softmax(x @ layer["router"]["router_weights"]["w"]["kernel"]).max(-1, keepdims=True)
         return y, weight * MLP(DENSE).apply({"params": mlp}, x, deterministic=True)
 

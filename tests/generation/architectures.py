@@ -61,6 +61,7 @@ TRAINING_ONLY = dict(
     router_z_loss_coef=0.5, router_loss_reduction="huggingface", z_loss_coef=0.5, label_smoothing=0.1,
     loss_normalizer="total_target_tokens", dropout_rate=0.5, expert_dropout_rate=0.4, init_scale=3.0, remat_policy="full",
     router_init_std=0.3,
+    copying_heads=1,
 )  # fmt: skip
 # With tokens that choose, neither may any capacity.
 CAPACITIES = [

@@ -3,6 +3,7 @@
 import json
 
 import hypothesis
+import jax
 import numpy as np
 import pytest
 import transformers
@@ -77,7 +78,7 @@ def test_it_survives_a_run_and_both_conversions(tmp_path):
         vocab_size=384, d_model=8, num_heads=2, d_kv=4, d_ff=8, num_encoder_layers=1, num_decoder_layers=1,
         num_sparse_encoder_layers=0, num_sparse_decoder_layers=0, capacity_mode="dropless",
     )  # fmt: skip
-    params = init_params(SwitchTransformer(config), np.asarray([0, 1], np.uint32))
+    params = init_params(SwitchTransformer(config), jax.random.key(0))
     save_pretrained(str(tmp_path / "hf"), config, params, OURS)
     convert(tmp_path / "hf", tmp_path / "ours", to="flax_switch")
     convert(tmp_path / "ours", tmp_path / "back", to="huggingface")

@@ -17,7 +17,7 @@ SAMPLING_ONLY = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": None, "
 BEAMS_ONLY = {"length_penalty": 1.0, "brevity_penalty": None, "early_stopping": False}
 
 _Length = Annotated[int, Range(1, largest=2**20)]
-_Rows = Annotated[int, Range(1, largest=1024)]
+_Rows = Annotated[int, Range(1, largest=2**16)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -75,7 +75,7 @@ def kernels(paths_and_shapes, active):
 
 def added(stack, sparse, active, config=CONFIG, seed=0, deterministic=False):
     """What a layer adds to a residual of ones, [B, L, D]."""
-    layer = Layer(config, stack, sparse=sparse)
+    layer = Layer(config, getattr(config, stack), sparse=sparse)
     x = jnp.ones((B, L, D))
     inputs = LayerInputs(
         bias=jnp.zeros((1, H, L, L)), mask=None, padding_mask=None, encoded=jnp.ones((B, 6, D)), deterministic=deterministic

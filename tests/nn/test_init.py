@@ -46,5 +46,5 @@ def test_nothing_else_begins_otherwise():
 
 
 def test_more_copying_heads_than_heads_are_refused():
-    with pytest.raises(ConfigError, match="copying_heads must be 0 to 4; it is 5"):
+    with pytest.raises(ConfigError, match="copying_heads must be at most 4; it is 5"):
         MODEL.replace(copying_heads=5)

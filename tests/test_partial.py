@@ -85,7 +85,7 @@ def command(tmp_path, monkeypatch):
             results += batch
         return results
 
-    monkeypatch.setattr("flax_switch.convert.checkpoint.open_checkpoint", lambda path: opened)
+    monkeypatch.setattr("flax_switch.convert.checkpoint.open_checkpoint", lambda path, **_: opened)
     monkeypatch.setattr("flax_switch.pretrained.from_checkpoint", lambda opened, dtype: None)
     monkeypatch.setattr("flax_switch.generation.text.generate_lines", generate_lines)
     monkeypatch.setattr("flax_switch.config.generation.GenerationConfig.for_model", lambda self, config: self)

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import hashlib
 import importlib
+import importlib.metadata
 import logging
 import os
 import platform
@@ -127,7 +128,6 @@ class CompileCache:
 def _machine() -> str:
     """Says what a compiled program depends on besides its text: versions, the CPU's features, and how many threads it gets."""
     import jax
-    import jaxlib.version
 
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     features = [platform.system(), platform.machine(), os.environ.get("PROCESSOR_IDENTIFIER", "")]
@@ -135,4 +135,4 @@ def _machine() -> str:
         wanted = ("model name", "flags", "Features", "CPU implementer", "CPU part")
         first = Path("/proc/cpuinfo").read_text(errors="replace").partition("\n\n")[0]
         features += [line for line in first.splitlines() if line.partition("\t")[0].rstrip() in wanted]
-    return "\n".join([jax.__version__, jaxlib.version.__version__, str(threads), os.environ.get("NPROC", ""), *features])
+    return "\n".join([jax.__version__, importlib.metadata.version("jaxlib"), str(threads), os.environ.get("NPROC", ""), *features])

@@ -22,7 +22,7 @@ from flax_switch.training.sessions import read_sessions
 
 log = logging.getLogger(__name__)
 
-_PACKAGES = {"tensorboard": ("tensorboardX", "flax_switch[tensorboard]"), "wandb": ("wandb", "wandb")}
+_PACKAGES = {"tensorboard": ("tensorboardX", "flax_switch[tensorboard]"), "wandb": ("wandb", "flax_switch[wandb]")}
 Tracker = Callable[[int, str, dict[str, Any]], object]  # of a step, "train" or "eval", and the metrics by name
 
 

@@ -78,7 +78,7 @@ def test_a_tracker_that_breaks_is_told_once_and_the_metrics_are_all_there(wandb,
 def test_a_package_that_is_missing_is_one_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="train.log_to asks for wandb: pip install 'wandb', or leave it out"):
+    with pytest.raises(ConfigError, match="train.log_to asks for wandb: pip install 'flax_switch\\[wandb\\]', or leave it out"):
         require_trackers(("wandb",))
     with pytest.raises(ConfigError, match="asks for tensorboard: pip install 'flax_switch\\[tensorboard\\]'"):
         require_trackers(("tensorboard",))

@@ -61,8 +61,9 @@ def build_optimizer(config: OptimizerConfig, axes: Any, steps: int) -> optax.Gra
     return optax.with_extra_args_support(optimizer)
 
 
-def global_norm(grads: Any, by_expert: Any, devices: Placement = ONE_DEVICE) -> jax.Array:
+def global_norm(grads: Any, by_expert: Any = None, devices: Placement = ONE_DEVICE) -> jax.Array:
     """Returns the norm of all gradients; under pmap also of those whose experts (`by_expert`: True) other devices hold."""
+    by_expert = jax.tree.map(lambda _: False, grads) if by_expert is None else by_expert
     squares = [(_sum_of_squares(g), e) for g, e in zip(jax.tree.leaves(grads), jax.tree.leaves(by_expert), strict=True)]
     own = iter(devices.sum_over_experts([square for square, e in squares if e]))
     return jnp.sqrt(sum(next(own) if e else square for square, e in squares))
@@ -77,7 +78,7 @@ def _clip_by_global_norm(limit: float) -> optax.GradientTransformationExtraArgs:
     """`optax.clip_by_global_norm`, by the norm that `update` is given."""
 
     def update(updates: Any, state: Any, params: Any = None, *, norm: jax.Array | None = None, **_: Any) -> tuple[Any, Any]:
-        norm = optax.global_norm(updates) if norm is None else norm
+        norm = global_norm(updates) if norm is None else norm
         return jax.tree.map(lambda g: jnp.where(norm < limit, g, g / norm.astype(g.dtype) * limit), updates), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)

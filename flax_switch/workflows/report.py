@@ -11,7 +11,7 @@ from flax_switch.config.finetuning import FinetuneConfig
 from flax_switch.config.sizes import count_parameters, shorten
 from flax_switch.host.files import check_writable, write_text
 from flax_switch.pages.page import cards, definitions, page, table, text
-from flax_switch.training.checkpoint import flat_fields
+from flax_switch.training.checkpoint import flat_fields, read_config
 from flax_switch.training.findings import findings, run_findings
 from flax_switch.training.metrics import METRICS_FILE
 from flax_switch.training.progress import duration
@@ -28,9 +28,10 @@ def write_report(workdir: epath.PathLike, output: epath.PathLike | None = None) 
 
     Raises `ConfigError` where it cannot be written, the run has no metrics yet, or they are damaged.
     """
-    record = RunRecord.read(workdir)
-    path = record.workdir / "report.html" if output is None else epath.Path(output)
+    read_config(workdir)
+    path = epath.Path(workdir) / "report.html" if output is None else epath.Path(output)
     check_writable(path)
+    record = RunRecord.read(workdir)
     try:
         body = _report(record)
     except (LookupError, TypeError, ValueError, AttributeError) as error:  # what a line lacks, or has of another kind

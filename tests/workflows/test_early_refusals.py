@@ -57,7 +57,7 @@ def test_every_command_refuses_its_output_before_it_works(places, monkeypatch, c
     def begun(*args, **kwargs):
         raise AssertionError("the work has begun")
 
-    monkeypatch.setattr(flax_switch.workflows.report, "draw_plots", begun)
+    monkeypatch.setattr(flax_switch.workflows.report, "_report", begun)
     monkeypatch.setattr(flax_switch.workflows.finetune, "evaluate_checkpoint", begun)
     monkeypatch.setattr("flax_switch.pretrained.load_pretrained", begun)
     monkeypatch.setattr("flax_switch.commands.plan.load_config", begun)

@@ -122,7 +122,7 @@ def test_the_result_is_exported_to_hugging_face(run, tmp_path):
         (["--config.model.droput_rate=0.1"], "Did you mean 'dropout_rate'"),
         (["--config.optimizer.trainable=ruoter"], "matches no parameter"),
         (["--init", "nowhere"], "--init nowhere: "),
-        (["--init", "random:switch-tinny"], "or a preset: "),
+        (["--init", "random:switch-tinny"], "Did you mean random:switch-tiny?"),
         (["--init", "random:switch-tiny"], "comes without a vocabulary; name one with --vocabulary"),
         (["--config", "configs/tiny.py"], "is a recipe for flax-switch pretrain"),
     ],

@@ -141,7 +141,7 @@ def test_steps_are_logged_and_evaluated_as_often_as_the_config_says_and_at_the_e
     # The rate of update number n, counted from 0: two steps of warm-up, then down to the final rate at step 8.
     rates = [1.5e-3, 3e-3, *(3e-3 - 2e-3 * n / 6 for n in range(6))]
     assert [line["learning_rate"] for line in train] == pytest.approx([rates[s - 1] for s in (2, 4, 6, 8)], rel=1e-6)
-    shown = re.findall(r"step (\d+)/8  loss (\S+)  (\S+) tokens/s  data wait (\S+) %", printed)
+    shown = re.findall(r"step (\d+)/8  loss (\S+)  (\S+) tokens/s  \S+ [kMGTP]?FLOP/s  data wait (\S+) %", printed)
     assert shown == [
         (f"{m['step']}", f"{m['loss']:.3f}", f"{m['tokens_per_second']:,.0f}", f"{100 * m['data_wait_fraction']:.1f}")
         for m in train

@@ -25,8 +25,11 @@ WRONG = {
     "inspect": (["--plot", "{absent}/x.png"], ["--set", "d_model=x"], ["--target", "a"], ["--x"]),
     "plan": (["--topology", "x:1"], ["--mesh", "data=0"], ["--json", "{folder}"], ["--json", "{absent}/x"], ["--effort", "x"]),
     "report": (["{absent}"], ["{folder}"], ["--output", "{folder}"]),
+    "routing": (["{absent}"], ["{folder}"], ["--x"]),
     "recipes": (["absent"], ["--x"]),
     "presets": (["absent"], ["--x"]),
+    "doctor": (["absent"], ["--x"]),
+    "completion": (["absent"], ["--x"]),
 }
 
 

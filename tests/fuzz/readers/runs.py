@@ -35,8 +35,9 @@ def _workdir(folder: Path) -> None:
         "masked_accuracy_of_most_frequent",
         "masked_spans_exact",
     )
+    of_step = ("data_wait_fraction", "seconds_per_step", "learning_rate", "grad_norm", "loss")
     lines = [
-        {"step": step, "kind": kind, **dict.fromkeys((*measured, *probed, "data_wait_fraction"), 0.5), **routers}
+        {"step": step, "kind": kind, **dict.fromkeys((*measured, *probed, *of_step), 0.5), **routers}
         for step in (1, 2)
         for kind in ("train", "eval")
     ]

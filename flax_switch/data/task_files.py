@@ -92,7 +92,7 @@ def _saved_dataset(folder: Path, split: str, setting: str) -> Records:
     for file in field(read_json(folder / "state.json"), "_data_files", list, str(folder / "state.json")):
         name = field(file if isinstance(file, dict) else {}, "filename", str, str(folder / "state.json"))
         check(
-            Path(name).name == name and (folder / name).is_file(),
+            Path(name).name == name and os.path.isfile(folder / name),  # also of a name that is too long
             f"{folder / 'state.json'} names the file {name!r}, and there is no such file in the data set's folder.",
         )
         with packed.explained(f"the data set {folder}"), open(folder / name, "rb") as stream:

@@ -337,7 +337,7 @@ def contents(folder: Path, name: str) -> Iterator[tuple[str, Any]]:
         key = path.relative_to(folder).as_posix()
         if re.search(r"/checkpoints/\d+/|/tensorboard/|\.tmp-", key):
             continue  # of the arrays below; events hold times; temporary files in caches may be of a living process for an hour
-        if path.name in ("report.html", "config.json", "tasks.json") or path.suffix == ".png":
+        if path.name in ("report.html", "config.json", "tasks.json", "sessions.jsonl") or path.suffix == ".png":
             yield key, path.stat().st_size > 100  # they hold times and names of folders
         elif path.name == "metrics.jsonl":
             lines = [json.loads(line) for line in path.read_text().splitlines()]

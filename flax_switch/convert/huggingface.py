@@ -114,18 +114,17 @@ def read_huggingface(folder: Path, *, allow_missing: Sequence[str] = ()) -> tupl
     tensors = read_tensors(folder, derived=derived_names(values))
     check_counts(values, tensors, folder / "config.json")
     with config_of(folder / "config.json"):
-        SwitchConfig.from_huggingface(values)  # so that an error names the file
+        config = SwitchConfig.from_huggingface(values)
     try:
-        return *assemble(values, tensors, allow_missing=allow_missing), values
+        return *assemble(config, values, tensors, allow_missing=allow_missing), values
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from None
 
 
 def assemble(
-    values: Mapping[str, Any], tensors: Mapping[str, LazyTensor], *, allow_missing: Sequence[str] = ()
+    config: SwitchConfig, values: Mapping[str, Any], tensors: Mapping[str, LazyTensor], *, allow_missing: Sequence[str] = ()
 ) -> tuple[SwitchConfig, str, dict[str, LazyTensor]]:
-    """Returns the config, architecture and canonical tensors that a config.json and Hugging Face's tensors are."""
-    config = SwitchConfig.from_huggingface(values)
+    """Returns the config, architecture and canonical tensors that a config.json, read as `config`, and its tensors are."""
     architecture = find_architecture(values, tensors)
     config, tensors = settle_embeddings(config, values, architecture, tensors)
     rules = rules_for(values.get("model_type", "switch_transformers"))

@@ -25,7 +25,7 @@ def read_live(model: Any, *, allow_missing: Sequence[str] = ()) -> tuple[SwitchC
     """
     values = {**model.config.to_dict(), "architectures": [type(model).__name__], "dtype": _name(model.dtype)}
     tensors = {name: _lazy(name, tensor) for name, tensor in model.state_dict().items()}
-    return huggingface.assemble(values, tensors, allow_missing=allow_missing)
+    return huggingface.assemble(SwitchConfig.from_huggingface(values), values, tensors, allow_missing=allow_missing)
 
 
 def generation_values(model: Any) -> Mapping[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any, Self
 from etils import epath
 
 from flax_switch.config import check
+from flax_switch.parallel.placement import ONE_DEVICE
 from flax_switch.pretrained import Pretrained
 from flax_switch.training.live import draw
 from flax_switch.training.loop import RunResult
@@ -42,7 +43,8 @@ class Result(RunResult):
     @property
     def model(self) -> Pretrained:
         """The model as it is at the end, with its vocabulary: to call, to generate with, to save."""
-        return Pretrained(self.run.config.model, self.run.model, self.state.params, self.prepared.vocabulary)
+        model = self.run.model.clone(devices=ONE_DEVICE)  # called as any other: nothing is sent through bounded buffers
+        return Pretrained(self.run.config.model, model, self.state.params, self.prepared.vocabulary)
 
     def plot(self) -> Any:
         """Returns matplotlib's figure of training and held-out cross-entropy by step. Needs the extra `plots`."""

@@ -6,17 +6,19 @@
 Three workers run at once, each a process that imports one checkout: A, A again as the control, and B. They hold the same random
 weights and batch and take turns, the order reversed every time, so that whatever else the machine does falls on all of them. A
 cell's ratio is the median over pairs of A's seconds through B's: above 1, B is faster. The control is the same of A and its twin;
-where that is further from 1 than 3 %, its distance is the limit of what can be said. Compile seconds are told apart, the first
-run's. Quiet machines only.
+where that is further from 1 than 3 %, its distance is the limit of what can be said. Compile seconds are told apart, as
+seconds of the processor: the median over --starts of fresh processes of the first run's beyond a usual one's. Quiet machines only.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,9 @@ BASE = dict(
     SMALL, vocab_size=32128, d_model=768, d_ff=3072, num_heads=12, num_encoder_layers=12, num_decoder_layers=12,
     num_sparse_encoder_layers=6, num_sparse_decoder_layers=6,
 )  # fmt: skip
+BASE_4 = dict(  # base-8's width; its depth would not fit beside two others
+    BASE, num_encoder_layers=4, num_decoder_layers=4, num_sparse_encoder_layers=2, num_sparse_decoder_layers=2,
+)  # fmt: skip
 CELLS: dict[str, dict[str, Any]] = {
     "greedy-small-1": dict(model=SMALL, batch=1),
     "greedy-small-8": dict(model=SMALL, batch=8),
@@ -40,6 +45,7 @@ CELLS: dict[str, dict[str, Any]] = {
     "greedy-base-1": dict(model=BASE, batch=1),
     "beams-base-1": dict(model=BASE, batch=1, num_beams=4),
     "train-small": dict(model=SMALL, batch=4, train=True),
+    "train-base": dict(model=BASE_4, batch=2, train=True),
 }
 DEFAULT = [name for name in CELLS if "base" not in name]
 
@@ -56,9 +62,9 @@ def worker() -> None:
         cell = CELLS[name]
         if name not in runs:
             runs = {name: train_run(cell, jax, np) if cell.get("train") else generate_run(cell, jax, np)}
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         result = runs[name]()
-        print(json.dumps({"seconds": time.perf_counter() - start, "result": result}))
+        print(json.dumps({"seconds": time.perf_counter() - start, "cpu": time.process_time() - cpu, "result": result}))
 
 
 def generate_run(cell: dict[str, Any], jax, np):
@@ -139,17 +145,49 @@ class Worker:
         self.process.wait()
 
 
-def measure(workers: dict[str, Worker], cell: str, pairs: int, warm_up: int) -> dict[str, Any]:
+@contextlib.contextmanager
+def started(folders: dict[str, Path]) -> Iterator[dict[str, Worker]]:
+    """Yields a worker in every folder."""
+    workers = {name: Worker(folder) for name, folder in folders.items()}
+    try:
+        yield workers
+    finally:
+        for one in workers.values():
+            one.stop()
+
+
+def first_runs(workers: dict[str, Worker], cell: str, number: int) -> dict[str, dict[str, Any]]:
+    """What the first run of every worker took, and its result; the order is turned round each time."""
+    return {name: workers[name].run(cell) for name in list(workers)[:: -1 if number % 2 else 1]}
+
+
+def measure(folders: dict[str, Path], cell: str, pairs: int, warm_up: int, starts: int) -> dict[str, Any]:
     """Seconds of all workers by turns, and their ratios."""
-    first = {name: worker.run(cell) for name, worker in workers.items()}
+    firsts = []
+    for number in range(1, starts):
+        with started(folders) as workers:
+            firsts.append(first_runs(workers, cell, number))
+    with started(folders) as workers:
+        firsts.append(first_runs(workers, cell, 0))
+        return compare(workers, cell, pairs, warm_up, firsts)
+
+
+def compare(workers: dict[str, Worker], cell: str, pairs: int, warm_up: int, firsts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Runs warm workers by turns and puts the figures together."""
+    first = firsts[-1]
     seconds: dict[str, list[float]] = {name: [] for name in workers}
+    cpu: dict[str, list[float]] = {name: [] for name in workers}
     for number in range(warm_up + pairs):
         for name in list(workers)[:: 1 if number % 2 else -1]:
-            seconds[name].append(workers[name].run(cell)["seconds"])
+            run = workers[name].run(cell)
+            seconds[name].append(run["seconds"])
+            cpu[name].append(run["cpu"])
     seconds = {name: values[warm_up:] for name, values in seconds.items()}
     middle = {name: statistics.median(values) for name, values in seconds.items()}
     ratios = {name: statistics.median(a / b for a, b in zip(seconds["A"], seconds[name], strict=True)) for name in ("control", "B")}
-    compile_seconds = {name: first[name]["seconds"] - middle[name] for name in workers}
+    compile_seconds = {
+        name: statistics.median(run[name]["cpu"] for run in firsts) - statistics.median(cpu[name]) for name in workers
+    }
     return dict(
         cell=cell,
         ratio=ratios["B"],
@@ -169,6 +207,7 @@ def main() -> None:
     parser.add_argument("after", type=Path, nargs="?", help="folder of checkout B")
     parser.add_argument("--cells", nargs="+", default=DEFAULT, choices=CELLS)
     parser.add_argument("--pairs", type=int, default=20)
+    parser.add_argument("--starts", type=int, default=3, help="fresh processes whose first runs are timed")
     parser.add_argument("--warm-up", type=int, default=2)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/compare_checkouts.json"))
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -180,15 +219,11 @@ def main() -> None:
         parser.error("two checkouts are compared: give the folders of A and B.")
     import run_record
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     print(f"{'cell':18}  B through A  control  ms A   ms B   compile s A  B   same results")
     for cell in args.cells:
-        workers = {name: Worker(folder) for name, folder in (("A", args.before), ("control", args.before), ("B", args.after))}
-        try:
-            row = measure(workers, cell, args.pairs, args.warm_up)
-        finally:
-            for one in workers.values():
-                one.stop()
+        folders = {"A": args.before, "control": args.before, "B": args.after}
+        row = measure(folders, cell, args.pairs, args.warm_up, args.starts)
         rows.append(row)
         times, compiled = row["milliseconds"], row["compile_seconds"]
         print(

@@ -29,6 +29,7 @@ COMMANDS = {
     "inspect": "say what is in a checkpoint, without loading it",
     "plan": "say what a run would need and do on a machine, without the machine",
     "report": "write the HTML report of a run, or compare several",
+    "push": "put a model on the Hugging Face hub, with a model card",
     "routing": "follow the routing of a run from checkpoint to checkpoint",
     "recipes": "list the recipes that come with the package",
     "presets": "list the models of the papers, with their sizes",

@@ -17,6 +17,8 @@ from flax_switch.training.loop import RunResult
 from flax_switch.training.metrics import read_metrics
 from flax_switch.workflows.report import write_report
 
+Lines = list[dict[str, Any]]  # of metrics.jsonl
+
 
 @dataclasses.dataclass(frozen=True)
 class Inline:
@@ -49,36 +51,47 @@ class Result(RunResult):
     def plot(self) -> Any:
         """Returns matplotlib's figure of training and held-out cross-entropy by step. Needs the extra `plots`."""
         check(importlib.util.find_spec("matplotlib") is not None, "Plots need matplotlib: pip install 'flax_switch[plots]'.")
-        from matplotlib.figure import Figure
-
-        figure: Any = Figure(figsize=(8, 3.4), layout="constrained")
-        axis = figure.subplots()
-        for kind, name, style in (("train", "training", "-"), ("eval", "held-out", "o-")):
-            if points := self._points(kind):
-                axis.plot(*zip(*points, strict=True), style, ms=3, lw=1.2, label=name)
-        axis.set(xlabel="step", ylabel="nats per token", title=f"Cross-entropy of {self.workdir.name}")
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False)
-        figure._repr_png_ = functools.partial(_png, figure)  # without pyplot no notebook knows how to show a figure
+        figure = curves_figure(*self._lines(), self.workdir.name)
+        figure._repr_png_ = functools.partial(png, figure)  # without pyplot no notebook knows how to show a figure
         return figure
 
     def report(self) -> Inline:
         """Writes the run's report anew and returns it; a notebook shows it inline. Needs the extra `plots`."""
         return Inline(write_report(self.workdir))
 
-    def _points(self, kind: str) -> list[tuple[int, float]]:
+    def _lines(self) -> list[list[dict[str, Any]]]:
         lines = read_metrics(self.workdir)
-        return [(line["step"], line["cross_entropy"]) for line in lines if line["kind"] == kind and "cross_entropy" in line]
+        return [[line for line in lines if line["kind"] == kind] for kind in ("train", "eval")]
 
     def __repr__(self) -> str:
         steps = self.run.config.train.steps
         return f"{self.workdir}: {'finished' if self.finished else 'stopped'} at step {self.step:,} of {steps:,}"
 
     def _repr_html_(self) -> str:
-        return f"<div>{html.escape(repr(self))}</div>{draw({kind: self._points(kind) for kind in ('train', 'eval')})}"
+        return f"<div>{html.escape(repr(self))}</div>{draw(dict(zip(('train', 'eval'), map(_points, self._lines()), strict=True)))}"
 
 
-def _png(figure: Any) -> bytes:
+def curves_figure(train: Lines, evals: Lines, name: str) -> Any:
+    """Returns matplotlib's figure of the cross-entropy of a run's lines by step."""
+    from matplotlib.figure import Figure
+
+    figure: Any = Figure(figsize=(8, 3.4), layout="constrained")
+    axis = figure.subplots()
+    for lines, label, style in ((train, "training", "-"), (evals, "held-out", "o-")):
+        if points := _points(lines):
+            axis.plot(*zip(*points, strict=True), style, ms=3, lw=1.2, label=label)
+    axis.set(xlabel="step", ylabel="nats per token", title=f"Cross-entropy of {name}")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False)
+    return figure
+
+
+def png(figure: Any) -> bytes:
+    """Returns matplotlib's figure as a picture."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
+
+
+def _points(lines: Lines) -> list[tuple[int, float]]:
+    return [(line["step"], line["cross_entropy"]) for line in lines if "cross_entropy" in line]

@@ -1,4 +1,4 @@
-"""A hub on this machine that huggingface_hub uploads to: the few addresses of the Hugging Face hub's API that an upload asks for."""
+"""A hub on this machine for uploads: the few addresses of the Hugging Face hub's API that huggingface_hub then asks for."""
 
 import base64
 import contextlib

@@ -25,6 +25,7 @@ WRONG = {
     "inspect": (["--plot", "{folder}"], ["--set", "d_model=x"], ["--target", "a"], ["--x"]),
     "plan": (["--topology", "x:1"], ["--mesh", "data=0"], ["--json", "{folder}"], ["--json", "{absent}/x"], ["--effort", "x"]),
     "report": (["{absent}"], ["{folder}"], ["--output", "{folder}"]),
+    "push": (["{absent}", "a/b", "--dry-run"], ["{folder}", "x", "--dry-run"], ["{folder}", "a/b", "--dtype", "int3", "--dry-run"]),
     "routing": (["{absent}"], ["{folder}"], ["--x"]),
     "recipes": (["absent"], ["--x"]),
     "presets": (["absent"], ["--x"]),

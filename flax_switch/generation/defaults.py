@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 FILE = "generation_config.json"
 PREFIX = "prefix"  # its entry for what a fine-tuned model wants before every input, such as "summarize: "
-_OURS = {one.name for one in dataclasses.fields(GenerationConfig)} - {"output_scores", "routing", "brevity_penalty"}
+_OURS = {one.name for one in dataclasses.fields(GenerationConfig)} - {"output_scores", "routing", "brevity_penalty", "search"}
 # What says nothing about tokens, and values of what we have not that change none.
 _SILENT = {
     "transformers_version", "_from_model_config", "use_cache", "return_dict_in_generate", "output_scores", "output_logits",

@@ -1,9 +1,9 @@
 """T5X's beam search (`t5x/decoding.beam_search`): live beams beside a set of finished ones, and ties as there.
 
-Unlike Hugging Face's, a beam that is not at its end when the length is used up does not count as finished: live beams are returned,
-with their plain log-probabilities, only for a source none of whose beams has ended. Any of the candidates may end, not only the first
-num_beams; scores are divided by ((5 + length) / 6)**alpha with the prefix's tokens counted (the start token not); and the search goes on
-until no live beam could be better than the worst finished one, at the greatest length.
+Unlike Hugging Face's, a beam that is not at its end when the length is used up does not count as finished: live beams are
+returned, with their plain log-probabilities, only for a source none of whose beams has ended. Any of the candidates may end, not
+only the first num_beams; scores are divided by ((5 + length) / 6)**alpha with the prefix's tokens counted (the start token not);
+and the search goes on until no live beam could be better than the worst finished one, at the greatest length.
 """
 
 import dataclasses

@@ -11,10 +11,12 @@ from flax_switch.config.model import SwitchConfig
 from flax_switch.config.ranges import Natural, Range
 
 ROUTINGS = ("auto", "dropless", "as_trained")
+SEARCHES = ("huggingface", "t5x")
 
 # Neutral values, with which a control changes nothing. Only sampling, or only beams, heed these controls.
 SAMPLING_ONLY = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": None, "typical_p": 1.0}
-BEAMS_ONLY = {"length_penalty": 1.0, "brevity_penalty": None, "early_stopping": False}
+BEAMS_ONLY = {"search": "huggingface", "length_penalty": 1.0, "brevity_penalty": None, "early_stopping": False}
+T5X_ALPHA = 0.6  # T5X's default
 
 _Length = Annotated[int, Range(1, largest=2**20)]
 _Rows = Annotated[int, Range(1, largest=2**16)]
@@ -33,6 +35,7 @@ class GenerationConfig(_Section):
     # --- beams
     num_beams: _Rows = 1  # 1: greedy search, or sampling
     num_return_sequences: _Rows = 1  # of every source: its best beams, or independent samples
+    search: str = "huggingface"  # whose beam search; "t5x": T5X's, with its brevity_penalty (None: 0.6)
     # a beam's score is its summed log-probabilities / length**length_penalty
     length_penalty: Annotated[float, Range(-10, 10)] = 1.0
     # T5X's alpha, in place of length_penalty: / ((5 + length) / 6)**alpha
@@ -71,6 +74,7 @@ class GenerationConfig(_Section):
             f"early_stopping must be False, True or 'never'; it is {self.early_stopping!r}.",
         )
         one_of("routing", self.routing, ROUTINGS)
+        one_of("search", self.search, SEARCHES)
         self._check_together()
 
     def _check_together(self) -> None:
@@ -90,6 +94,11 @@ class GenerationConfig(_Section):
             self.length_penalty == 1.0 or self.brevity_penalty is None,
             "length_penalty and brevity_penalty both say how a beam's length counts; set one of them.",
         )
+        for name, neutral in {"do_sample": False, "length_penalty": 1.0, "early_stopping": False}.items():
+            check(
+                self.search != "t5x" or getattr(self, name) == neutral,
+                f"{name}={getattr(self, name)!r} is none of T5X's beam search; leave it out, or set search='huggingface'.",
+            )
         if self.num_beams > 1:
             check(
                 self.num_return_sequences <= self.num_beams,
@@ -186,7 +195,9 @@ def split_numbers(controls: GenerationConfig) -> tuple[GenerationConfig, dict[st
     base = lengths if controls.brevity_penalty is None else (5.0 + lengths) / 6.0
     numbers["length_divisors"] = (base**alpha).astype(np.float32)
     changes: dict[str, Any] = {name: on for name, on in _ON_VALUES.items() if getattr(controls, name) != _NEUTRAL[name]}
-    changes.update(brevity_penalty=None, length_penalty=1.0 if alpha > 0 else 0.0)
+    changes.update(brevity_penalty=None, length_penalty=1.0 if alpha > 0 or controls.search == "t5x" else 0.0)
+    if controls.search == "t5x":
+        numbers["brevity_penalty"] = np.float32(T5X_ALPHA if controls.brevity_penalty is None else controls.brevity_penalty)
     return dataclasses.replace(controls, **changes), numbers
 
 

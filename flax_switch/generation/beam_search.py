@@ -72,7 +72,7 @@ def extend_beams(
     total = (log_probs.reshape(B, J, -1) + beams.scores[..., None]).reshape(B, -1)
     scores, choice = _candidates(total, beams, controls)
     parent, token = jnp.divmod(choice, log_probs.shape[-1])  # [B, candidates]
-    tokens = _take(beams.tokens, parent)
+    tokens = take(beams.tokens, parent)
     tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[..., None].astype(jnp.int32), beams.length, axis=2)
     new_tokens = beams.length + 1 - history.prefix_length
     last_step = new_tokens >= controls.max_new_tokens
@@ -81,7 +81,7 @@ def extend_beams(
     # The best candidates that do not end go on.
     running_scores, running = jax.lax.top_k(scores + ends * NEVER, J)
     own = jnp.broadcast_to(jnp.arange(J, dtype=jnp.int32)[None, :, None], (B, J, 1))
-    ancestors = _take(beams.ancestors, _take(parent, running))
+    ancestors = take(beams.ancestors, take(parent, running))
     ancestors = jax.lax.dynamic_update_slice_in_dim(ancestors, own, jnp.minimum(beams.length, tokens.shape[2] - 1), axis=2)
 
     beams = _finish(beams, tokens, scores, ends, new_tokens, controls, numbers)
@@ -92,7 +92,7 @@ def extend_beams(
         step_scores = jax.lax.dynamic_update_index_in_dim(step_scores, log_probs, new_tokens - 1, axis=0)
     return dataclasses.replace(
         beams,
-        tokens=_take(tokens, running),
+        tokens=take(tokens, running),
         scores=running_scores,
         ancestors=ancestors,
         improvable=improvable,
@@ -127,10 +127,10 @@ def _finish(beams, tokens, scores, ends, new_tokens, controls: GenerationConfig,
     best_scores, best = jax.lax.top_k(jnp.concatenate([beams.finished_scores, scores], axis=1), J)
     return dataclasses.replace(
         beams,
-        finished_tokens=_take(jnp.concatenate([beams.finished_tokens, tokens], axis=1), best),
+        finished_tokens=take(jnp.concatenate([beams.finished_tokens, tokens], axis=1), best),
         finished_scores=best_scores,
-        finished_lengths=_take(jnp.concatenate([beams.finished_lengths, lengths], axis=1), best),
-        is_finished=_take(jnp.concatenate([beams.is_finished, ends], axis=1), best),
+        finished_lengths=take(jnp.concatenate([beams.finished_lengths, lengths], axis=1), best),
+        is_finished=take(jnp.concatenate([beams.is_finished, ends], axis=1), best),
     )
 
 
@@ -147,7 +147,7 @@ def _may_improve(beams: Beams, running_scores, new_tokens, controls: GenerationC
     return (best_running > worst_finished).any(-1)
 
 
-def _take(x: Array, index: Int[Array, "B N"]) -> Array:
+def take(x: Array, index: Int[Array, "B N"]) -> Array:
     """Returns x[b, index[b, n]]."""
     return jnp.take_along_axis(x, index.reshape(*index.shape, *(1,) * (x.ndim - 2)), axis=1)
 
@@ -161,5 +161,5 @@ def top_k(x: Float[Array, "B M"], k: int, chunk: int = 128) -> tuple[Float[Array
     chunks = jnp.pad(x, ((0, 0), (0, -M % chunk)), constant_values=-jnp.inf).reshape(x.shape[0], -1, chunk)
     _, best = jax.lax.top_k(chunks.max(-1), k)
     best = jnp.sort(best, axis=-1)  # in order, so that of equal values the first still wins
-    values, place = jax.lax.top_k(_take(chunks, best).reshape(x.shape[0], -1), k)
-    return values, _take(best, place // chunk) * chunk + place % chunk
+    values, place = jax.lax.top_k(take(chunks, best).reshape(x.shape[0], -1), k)
+    return values, take(best, place // chunk) * chunk + place % chunk

@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 FILE = "generation_config.json"
 PREFIX = "prefix"  # its entry for what a fine-tuned model wants before every input, such as "summarize: "
-_OURS = {one.name for one in dataclasses.fields(GenerationConfig)} - {"output_scores", "routing", "brevity_penalty"}
+_OURS = {one.name for one in dataclasses.fields(GenerationConfig)} - {"output_scores", "routing", "brevity_penalty", "search"}
 # What says nothing about tokens, and values of what we have not that change none.
 _SILENT = {
     "transformers_version", "_from_model_config", "use_cache", "return_dict_in_generate", "output_scores", "output_logits",
@@ -84,8 +84,8 @@ def with_defaults(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict
     merged = {**defaults, **given}
     if not all(isinstance(merged.get(name, 1), int) for name in _COUNTS):
         return merged  # `GenerationConfig` says what is wrong
-    idle: set[str] = set()
-    if not merged.get("do_sample"):
+    idle = {"do_sample", "length_penalty", "early_stopping"} if given.get("search") == "t5x" else set()
+    if not merged.get("do_sample") or "do_sample" in idle:
         idle |= {*SAMPLING_ONLY}
     if merged.get("num_beams", 1) == 1:
         idle |= {*BEAMS_ONLY} | (set() if merged.get("do_sample") else {"num_return_sequences"})

@@ -15,6 +15,7 @@ from flax_switch.config.generation import GenerationConfig
 from flax_switch.generation.beam_search import extend_beams, start_beams
 from flax_switch.generation.logits import History
 from flax_switch.generation.sampling import Rows, extend_rows, start_rows
+from flax_switch.generation.t5x_search import best_found, extend_live, start_live
 from flax_switch.nn.cache import DecoderCache
 from flax_switch.nn.transformer import SwitchTransformer
 from flax_switch.ops.mlp import expert_dtype
@@ -80,7 +81,8 @@ def run_program(
     # In dropless mode nothing depends on padding; with Hugging Face's capacity n-grams count it too, as there.
     source = (input_ids, None if config.capacity_mode == "fixed" else mask)
     if beams > 1:
-        state, extend = start_beams(prefix, keys, controls, config.vocab_size), extend_beams
+        start, extend = (start_live, extend_live) if controls.search == "t5x" else (start_beams, extend_beams)
+        state = start(prefix, keys, controls, config.vocab_size)
     else:
         n = controls.num_return_sequences
         keys = jax.vmap(lambda key: jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(n)))(keys).reshape(-1)
@@ -106,6 +108,8 @@ def run_program(
     steps = state.length - P
     if isinstance(state, Rows):
         return ProgramOutput(state.tokens, steps, None, steps, state.scores)
+    if controls.search == "t5x":
+        state = best_found(state, P)
     n = controls.num_return_sequences
     return ProgramOutput(
         tokens=state.finished_tokens[:, :n].reshape(B * n, -1),

@@ -4,8 +4,8 @@
     inputs   Thank you <extra_id_0> me to your party <extra_id_1> week </s>
     targets  Thank you for inviting me to your party last week </s>
 
-Most targets can be copied from the inputs, and only through the encoder: a model trained on them needs its encoder. The
-inputs are exactly those of span corruption with the same key.
+Most targets can be copied from the inputs, and only through the encoder: a model trained on them needs its encoder. Spans are
+as many and as long as in span corruption, but a text may begin with a span and end without one, as a line with a gap does.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from flax_switch.data.span_corruption import (
     random_spans_noise_mask,
     settings_of,
     span_corrupt,
+    spans_of_settings,
 )
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def infill(
     `top_sentinel` is `<extra_id_0>`'s id; the next span's is one less.
     """
     lengths = np.asarray(lengths, np.int64)
-    noise = dict(noise_density=noise_density, mean_noise_span_length=mean_noise_span_length)
+    noise = dict(noise_density=noise_density, mean_noise_span_length=mean_noise_span_length, shifted=True)
     corrupted = span_corrupt(tokens, lengths, keys, top_sentinel=top_sentinel, eos_id=eos_id, **noise)
     targets = cut(tokens, np.zeros_like(lengths), lengths, eos_id)
     hidden = np.zeros(targets.shape, bool)
@@ -69,4 +70,5 @@ OBJECTIVE = Objective(
     make=lambda mixture, tokens, lengths, keys, limits: infill(tokens, lengths, keys, **settings_of(mixture)),
     room=_room,
     longest_text=_longest_text,
+    spans=spans_of_settings,
 )

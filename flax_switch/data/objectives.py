@@ -34,6 +34,7 @@ class Mixture:
     eos_id: int
     raw_length: int  # tokens in a full chunk
     last_sentinel: int = 0  # the id of the sentinel with the highest number, which is the lowest of them
+    word_starts: np.ndarray | None = dataclasses.field(default=None, repr=False, compare=False)  # [pieces]
 
     @classmethod
     def of(cls, config: DataConfig, vocabulary: Vocabulary) -> Mixture:
@@ -43,12 +44,13 @@ class Mixture:
         modes = MODES * config.mode_tokens
         check(
             vocabulary.num_sentinels >= modes,
-            f"data.mode_tokens needs {modes} sentinels, but the vocabulary has {vocabulary.num_sentinels}; raise data.num_sentinels.",
+            f"data.mode_tokens needs {modes} sentinels; the vocabulary has {vocabulary.num_sentinels}. Raise data.num_sentinels.",
         )
         spans = max(int(o.spans(config, np.asarray(raw_length))) if o.spans else 0 for o in used)
         check_sentinels(raw_length, spans, vocabulary.num_sentinels - modes)
         top = vocabulary.num_pieces + vocabulary.num_sentinels - 1
-        return cls(config, top, vocabulary.eos_id, raw_length, last_sentinel=vocabulary.num_pieces)
+        words = vocabulary.word_starts if config.infilling_words else None
+        return cls(config, top, vocabulary.eos_id, raw_length, vocabulary.num_pieces, words)
 
     def replace(self, **changes: Any) -> Mixture:
         """Returns a copy with other settings of `config`."""
@@ -65,7 +67,7 @@ class Mixture:
         An objective that has no part in it is not named, but for two: streams of before there were more go on.
         """
         names = ("noise_density", "mean_noise_span_length", "inputs_length", "targets_length")
-        names += ("mode_tokens",) * self.config.mode_tokens
+        names += tuple(name for name in ("mode_tokens", "infilling_words") if getattr(self.config, name))
         rates = {f"{name}_rate": value for name, value in ({"span_corruption": 0.0, "prefix_lm": 0.0} | self.rates).items()}
         made = {name: getattr(self, name) for name in ("top_sentinel", "eos_id", "raw_length")}
         return {**rates, **{name: getattr(self.config, name) for name in names}, **made}

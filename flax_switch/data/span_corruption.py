@@ -174,8 +174,8 @@ def span_corrupt(
 ) -> Examples:
     """Returns inputs with sentinels for the noise spans, and targets that spell the spans out; both end with EOS.
 
-    The spans are those of `random_spans_noise_mask`. `top_sentinel` is `<extra_id_0>`'s id; the next span's is one less. Widths are those of the longest example, as
-    `corrupted_lengths` gives them.
+    The spans are those of `random_spans_noise_mask`. `top_sentinel` is `<extra_id_0>`'s id; the next span's is one less. Widths are
+    those of the longest example, as `corrupted_lengths` gives them.
     """
     lengths = np.asarray(lengths, np.int64)
     spans = _Spans(lengths, keys, noise_density, mean_noise_span_length, shifted)

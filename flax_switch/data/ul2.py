@@ -4,7 +4,7 @@
     S   the last 15 to 35 %, a quarter on average, as one span
     X   half of the tokens in spans of 3, 8 or 64, or 15 % in spans of 64
 
-With `data.mode_tokens` the inputs begin with a token for R, S or X. Spans are drawn as T5 draws them, their lengths around the mean.
+With `data.mode_tokens` the inputs begin with a token for R, S or X. Spans are drawn as T5 draws them, with lengths around the mean.
 """
 
 from __future__ import annotations

@@ -42,6 +42,39 @@ def test_shown_text_and_hidden_text_in_turns_are_the_targets(lengths, density, s
         assert not made.hidden[m, length:].any()
 
 
+@hypothesis.given(st.lists(st.integers(1, 40), min_size=1, max_size=5), st.integers(0, 2**63), st.floats(0.05, 0.7))
+def test_masks_of_whole_words_are_all_words_that_a_span_touches(lengths, seed, density):
+    lengths, random = np.array(lengths), np.random.default_rng(seed)
+    word_starts = np.arange(100) % 3 == 0
+    tokens = random.integers(3, 100, (len(lengths), 40))
+    row_keys = example_keys(seed, np.zeros(len(lengths), np.int64), np.arange(len(lengths)))
+    settings = dict(top_sentinel=TOP, noise_density=density)
+    narrow, wide = (infill(tokens, lengths, row_keys, **settings, word_starts=words) for words in (None, word_starts))
+    np.testing.assert_array_equal(wide.targets, narrow.targets)
+    for m, length in enumerate(lengths):
+        words = [[0]]
+        for i in range(1, length):
+            words = [*words, [i]] if word_starts[tokens[m, i]] else [*words[:-1], [*words[-1], i]]
+        touched = [i for word in words if narrow.hidden[m, word].any() for i in word]
+        expected = touched if len(touched) < length else np.flatnonzero(narrow.hidden[m]).tolist()
+        assert np.flatnonzero(wide.hidden[m]).tolist() == expected
+        inputs, n = [], 0
+        for i in range(length):
+            if not wide.hidden[m, i]:
+                inputs.append(tokens[m, i])
+            elif i == 0 or not wide.hidden[m, i - 1]:
+                inputs, n = [*inputs, TOP - n], n + 1
+        assert wide.inputs[m, : wide.input_lengths[m]].tolist() == [*inputs, 1]
+        assert wide.input_lengths[m] <= narrow.input_lengths[m]
+
+
+def test_pieces_after_a_space_and_marks_begin_words(vocabulary):
+    ids = vocabulary.encode("ba be, bi.")
+    pieces = [vocabulary._pieces.IdToPiece(int(i)) for i in ids]
+    assert [bool(vocabulary.word_starts[i]) for i in ids] == [piece[0] in "▁,." for piece in pieces]
+    assert len(vocabulary.word_starts) == vocabulary.num_pieces and 0 < vocabulary.word_starts.mean() < 1
+
+
 @pytest.fixture(scope="module")
 def mixed(config, vocabulary):
     settings = config.replace(span_corruption_rate=1.0, prefix_lm_rate=1.0, infilling_rate=2.0, targets_length=30)

@@ -71,7 +71,7 @@ def test_masks_of_whole_words_are_all_words_that_a_span_touches(lengths, seed, d
 def test_pieces_after_a_space_and_marks_begin_words(vocabulary):
     ids = vocabulary.encode("ba be, bi.")
     pieces = [vocabulary._pieces.IdToPiece(int(i)) for i in ids]
-    assert [bool(vocabulary.word_starts[i]) for i in ids] == [piece[0] in "▁,." for piece in pieces]
+    assert [bool(vocabulary.word_starts[i]) for i in ids] == [piece[0] in "▁,.<" for piece in pieces]
     assert len(vocabulary.word_starts) == vocabulary.num_pieces and 0 < vocabulary.word_starts.mean() < 1
 
 

@@ -32,11 +32,12 @@ def get_config():
             ),
             data=DataConfig(
                 vocabulary_size=256,
-                inputs_length=62,
+                inputs_length=63,
                 targets_length=77,
                 batch_size=32,
                 packing=True,  # documents by themselves, short ones too: what a line on the command line is like
-                span_corruption_rate=0.5,  # less than infilling: inputs do not say which of the two is wanted
+                span_corruption_rate=0.5,
+                mode_tokens=True,  # span corruption is asked for by its own token: a line with gaps gets the whole text
                 infilling_rate=1.0,
                 noise_density=0.3,
             ),

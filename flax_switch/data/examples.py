@@ -13,6 +13,8 @@ from flax_switch.config import DataConfig
 if TYPE_CHECKING:
     from flax_switch.data.objectives import Mixture
 
+MODES = 3  # UL2's: R (0: few and short spans are masked), S (1: the end), X (2: much, or long spans)
+
 
 class Examples(NamedTuple):
     """M examples; what lies past a length is 0. EOS is part of inputs and targets."""
@@ -35,8 +37,11 @@ class Objective(NamedTuple):
     make: Callable[[Mixture, np.ndarray, np.ndarray, np.ndarray, Lengths], Examples]
     room: Callable[[Mixture, np.ndarray], Lengths]  # lengths of the inputs and targets that texts of these lengths become
     longest_text: Callable[[DataConfig], int]  # the most tokens that fit data.inputs_length and data.targets_length
-    masks: bool = True  # whether the inputs hold sentinels
+    # (config, lengths [M]) -> how many spans of each text are masked by sentinels; None: none
+    spans: Callable[[DataConfig, np.ndarray], np.ndarray] | None = None
     fits_any_room: bool = False  # whether it makes do with the room that other objectives of a mixture need
+    # keys [M] -> which of the last sentinels, counted from the end, inputs begin with under data.mode_tokens; None: with none
+    mode: Callable[[np.ndarray], np.ndarray] | None = None
 
 
 def span_of_each(lengths: Int64[np.ndarray, " M"]) -> tuple[Int64[np.ndarray, " total"], Int64[np.ndarray, " total"]]:

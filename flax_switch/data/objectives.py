@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int8, Int32, Int64, Integer, UInt64
 
-from flax_switch.config import DataConfig
-from flax_switch.data import infilling, prefix_lm, span_corruption
+from flax_switch.config import DataConfig, check
+from flax_switch.data import infilling, prefix_lm, span_corruption, ul2
 from flax_switch.data.cache import TokenStore
-from flax_switch.data.examples import Examples, Lengths, Objective
+from flax_switch.data.examples import MODES, Examples, Lengths, Objective
 from flax_switch.data.random_bits import example_keys, fold_in, uniform
 from flax_switch.data.span_corruption import check_sentinels
 from flax_switch.data.vocabulary import Vocabulary
@@ -21,6 +21,7 @@ OBJECTIVES: dict[str, Objective] = {
     "span_corruption": span_corruption.OBJECTIVE,
     "prefix_lm": prefix_lm.OBJECTIVE,
     "infilling": infilling.OBJECTIVE,
+    "ul2": ul2.OBJECTIVE,
 }
 
 
@@ -32,15 +33,24 @@ class Mixture:
     top_sentinel: int
     eos_id: int
     raw_length: int  # tokens in a full chunk
+    last_sentinel: int = 0  # the id of the sentinel with the highest number, which is the lowest of them
+    word_starts: np.ndarray | None = dataclasses.field(default=None, repr=False, compare=False)  # [pieces]
 
     @classmethod
     def of(cls, config: DataConfig, vocabulary: Vocabulary) -> Mixture:
         """Raises `ConfigError` where the lengths or the number of sentinels do not suffice."""
         used = [objective for name, objective in OBJECTIVES.items() if rate(config, name)]
-        raw_length = min(objective.longest_text(config) for objective in used)
-        if any(objective.masks for objective in used):
-            check_sentinels(raw_length, config.noise_density, config.mean_noise_span_length, vocabulary.num_sentinels)
-        return cls(config, vocabulary.num_pieces + vocabulary.num_sentinels - 1, vocabulary.eos_id, raw_length)
+        raw_length = min(o.longest_text(config.replace(inputs_length=config.inputs_length - marks(config, o))) for o in used)
+        modes = MODES * config.mode_tokens
+        check(
+            vocabulary.num_sentinels >= modes,
+            f"data.mode_tokens needs {modes} sentinels; the vocabulary has {vocabulary.num_sentinels}. Raise data.num_sentinels.",
+        )
+        spans = max(int(o.spans(config, np.asarray(raw_length))) if o.spans else 0 for o in used)
+        check_sentinels(raw_length, spans, vocabulary.num_sentinels - modes)
+        top = vocabulary.num_pieces + vocabulary.num_sentinels - 1
+        words = vocabulary.word_starts if config.infilling_words else None
+        return cls(config, top, vocabulary.eos_id, raw_length, vocabulary.num_pieces, words)
 
     def replace(self, **changes: Any) -> Mixture:
         """Returns a copy with other settings of `config`."""
@@ -57,8 +67,9 @@ class Mixture:
         An objective that has no part in it is not named, but for two: streams of before there were more go on.
         """
         names = ("noise_density", "mean_noise_span_length", "inputs_length", "targets_length")
+        names += tuple(name for name in ("mode_tokens", "infilling_words") if getattr(self.config, name))
         rates = {f"{name}_rate": value for name, value in ({"span_corruption": 0.0, "prefix_lm": 0.0} | self.rates).items()}
-        made = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)[1:]}
+        made = {name: getattr(self, name) for name in ("top_sentinel", "eos_id", "raw_length")}
         return {**rates, **{name: getattr(self.config, name) for name in names}, **made}
 
     def lengths(self, lengths: Integer[np.ndarray, " M"]) -> Lengths:
@@ -66,7 +77,8 @@ class Mixture:
         used = [OBJECTIVES[name] for name in self.rates]
         firm = [objective for objective in used if not objective.fits_any_room] or used
         inputs, targets = zip(*(objective.room(self, lengths) for objective in firm), strict=True)
-        return np.max(inputs, axis=0), np.max(targets, axis=0)
+        marked = [length + marks(self.config, objective) for objective, length in zip(firm, inputs, strict=True)]
+        return np.minimum(np.max(marked, axis=0), self.config.inputs_length), np.max(targets, axis=0)
 
     def __call__(
         self, tokens: Integer[np.ndarray, "M L"], lengths: Integer[np.ndarray, " M"], keys: UInt64[np.ndarray, " M"],
@@ -79,8 +91,9 @@ class Mixture:
         for number in np.unique(chosen) if len(chosen) else (0,):  # a process may have no row of a batch
             rows = np.flatnonzero(chosen == number)
             objective = list(OBJECTIVES.values())[number]
-            made = objective.make(self, tokens[rows], lengths[rows], keys[rows], (limits[0][rows], limits[1][rows]))
-            parts.append((rows, made))
+            marked = marks(self.config, objective)
+            made = objective.make(self, tokens[rows], lengths[rows], keys[rows], (limits[0][rows] - marked, limits[1][rows]))
+            parts.append((rows, _begin_with(self.last_sentinel + objective.mode(keys[rows]), made) if marked else made))
         if len(parts) == 1:
             return parts[0][1]._replace(objective=chosen)
         return _in_order(parts, len(keys))._replace(objective=chosen)
@@ -96,6 +109,17 @@ class Mixture:
 def rate(config: DataConfig, objective: str) -> float:
     """Returns an objective's rate in the mixture that a config asks for."""
     return getattr(config, f"{objective}_rate")
+
+
+def marks(config: DataConfig, objective: Objective) -> bool:
+    """Returns whether an objective's inputs begin with a token that tells it from others."""
+    return config.mode_tokens and objective.mode is not None
+
+
+def _begin_with(tokens: Integer[np.ndarray, " M"], examples: Examples) -> Examples:
+    """Puts a token before the inputs of every example."""
+    inputs = np.column_stack([tokens.astype(np.int32), examples.inputs])
+    return examples._replace(inputs=inputs, input_lengths=examples.input_lengths + 1)
 
 
 def _in_order(parts: list[tuple[np.ndarray, Examples]], count: int) -> Examples:

@@ -61,6 +61,6 @@ OBJECTIVE = Objective(
     make=_make,
     room=_room,
     longest_text=lambda config: config.inputs_length + config.targets_length - 2,
-    masks=False,
+    mode=np.ones_like,  # S
     fits_any_room=True,
 )

@@ -14,18 +14,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Bool, Int32, Int64, Integer, UInt64
+from jaxtyping import Bool, Float, Int32, Int64, Integer, UInt64
 
 from flax_switch.config import ConfigError, DataConfig, check
 from flax_switch.data.examples import Examples, Objective, span_of_each
-from flax_switch.data.random_bits import fold_in, random_words
+from flax_switch.data.random_bits import fold_in, random_words, uniform
 
 if TYPE_CHECKING:
     from flax_switch.data.objectives import Mixture
 
+PerText = float | Float[np.ndarray, " *M"]  # a setting of all M texts, or of each
+
 
 def noise_counts(
-    lengths: Integer[np.ndarray, " *M"], noise_density: float = 0.15, mean_noise_span_length: float = 3.0
+    lengths: Integer[np.ndarray, " *M"], noise_density: PerText = 0.15, mean_noise_span_length: PerText = 3.0
 ) -> tuple[Int64[np.ndarray, " *M"], Int64[np.ndarray, " *M"]]:
     """Returns how many tokens of examples of these lengths are noise, and in how many spans.
 
@@ -33,7 +35,7 @@ def noise_counts(
     """
     lengths = np.asarray(lengths, np.int64)
     # The product in float32, as T5 has it: 190 tokens make 28.500001 there, so 29, where float64 would round 28.5 to 28.
-    wanted = np.round(lengths.astype(np.float32) * np.float32(noise_density)).astype(np.int64)
+    wanted = np.round(lengths.astype(np.float32) * np.asarray(noise_density, np.float32)).astype(np.int64)
     noise = np.clip(wanted, 1, np.maximum(lengths - 1, 1))
     shorter = np.minimum(noise, lengths - noise)  # every span needs a token of each kind
     spans = np.clip(np.round(noise / mean_noise_span_length).astype(np.int64), 1, np.maximum(shorter, 1))
@@ -42,7 +44,7 @@ def noise_counts(
 
 
 def corrupted_lengths(
-    lengths: Integer[np.ndarray, " *M"], noise_density: float = 0.15, mean_noise_span_length: float = 3.0
+    lengths: Integer[np.ndarray, " *M"], noise_density: PerText = 0.15, mean_noise_span_length: PerText = 3.0
 ) -> tuple[Int64[np.ndarray, " *M"], Int64[np.ndarray, " *M"]]:
     """Returns lengths of inputs and targets, sentinels and EOS included, that examples of these lengths become."""
     noise, spans = noise_counts(lengths, noise_density, mean_noise_span_length)
@@ -69,16 +71,16 @@ def derived_raw_length(
         )
     last = int(np.argmin(fits)) - 1 if not fits.all() else len(fits) - 1
     if num_sentinels is not None:
-        check_sentinels(int(lengths[last]), noise_density, mean_noise_span_length, num_sentinels)
+        spans = int(noise_counts(lengths[last], noise_density, mean_noise_span_length)[1])
+        check_sentinels(int(lengths[last]), spans, num_sentinels)
     return int(lengths[last]), int(targets[last])
 
 
-def check_sentinels(length: int, noise_density: float, mean_noise_span_length: float, num_sentinels: int) -> None:
-    """Raises `ConfigError` where a text of this length has more masked spans than there are sentinels."""
-    _, spans = noise_counts(np.asarray(length), noise_density, mean_noise_span_length)
+def check_sentinels(length: int, spans: int, num_sentinels: int) -> None:
+    """Raises `ConfigError` where a text of this length has more masked spans than there are sentinels for them."""
     check(
-        int(spans) <= num_sentinels,
-        f"Span corruption of {length} tokens needs {spans} sentinels, but the vocabulary has {num_sentinels}. Raise "
+        spans <= num_sentinels,
+        f"Masking {length} tokens needs {spans} sentinels, but the vocabulary has {num_sentinels} for that. Raise "
         "data.num_sentinels or data.mean_noise_span_length, or lower data.inputs_length.",
     )
 
@@ -110,8 +112,9 @@ class _Spans:
     """Where the noise spans of M examples lie. A, B: the examples' non-noise and noise tokens, in order; S: all spans."""
 
     def __init__(
-        self, lengths: Int64[np.ndarray, " M"], keys: UInt64[np.ndarray, " M"], noise_density: float, mean_span_length: float
-    ):
+        self, lengths: Int64[np.ndarray, " M"], keys: UInt64[np.ndarray, " M"], noise_density: PerText, mean_span_length: PerText,
+        shifted: bool = False,
+    ):  # fmt: skip
         self.noise, self.spans = noise_counts(lengths, noise_density, mean_span_length)
         self.kept = lengths - self.noise
         kept_begins = _random_segments(self.kept, self.spans, fold_in(keys, 1))
@@ -119,16 +122,22 @@ class _Spans:
         self.row, kept_start = np.nonzero(kept_begins)  # [S] by row, then by span
         _, self.noise_start = np.nonzero(noise_begins)  # [S] where in the row's noise each span begins
         _, self.index = span_of_each(self.spans)  # [S] number of the span within its row
+        self.first = np.cumsum(self.spans) - self.spans  # [M] each row's first span, as an index into S
         last = self.index == self.spans[self.row] - 1
         # A noise span comes after as many kept tokens as the next kept segment's beginning.
         self.kept_before = np.where(last, self.kept[self.row], np.append(kept_start[1:], 0))
-        self.kept_span = np.cumsum(kept_begins, axis=1) - 1  # [M A] the segment that a kept token is in
+        if shifted:
+            before = self.kept_before[self.first[self.row]]  # [S] kept tokens before the row's first span
+            self.kept_before = self.kept_before - ((before + 1) * uniform(fold_in(keys, 4))[self.row]).astype(np.int64)
+        passed = np.zeros((len(lengths), kept_begins.shape[1] + 1), np.int64)
+        passed[self.row, self.kept_before] = 1
+        self.spans_before = np.cumsum(passed, axis=1)  # [M A] spans before each kept token
         self.noise_span = np.cumsum(noise_begins, axis=1) - 1  # [M B]
-        self.first = np.cumsum(self.spans) - self.spans  # [M] each row's first span, as an index into S
 
-    def noise_before(self, row: np.ndarray, span: np.ndarray) -> np.ndarray:
-        """Returns noise tokens before the given kept segments: none in a row without spans."""
-        return np.where(self.spans[row] > 0, np.append(self.noise_start, 0)[self.first[row] + span], 0)
+    def noise_before(self, row: np.ndarray, spans: np.ndarray) -> np.ndarray:
+        """Returns how many noise tokens the first so many spans of the given rows have."""
+        inner = spans < self.spans[row]
+        return np.where(inner, np.append(self.noise_start, 0)[np.where(inner, self.first[row] + spans, -1)], self.noise[row])
 
 
 def random_spans_noise_mask(
@@ -137,10 +146,15 @@ def random_spans_noise_mask(
     *,
     noise_density: float = 0.15,
     mean_noise_span_length: float = 3.0,
+    shifted: bool = False,
 ) -> Bool[np.ndarray, "M L"]:
-    """Returns which tokens are noise. Rows begin with non-noise and end with noise; False past a row's length."""
+    """Returns which tokens are noise; False past a row's length.
+
+    Rows begin with non-noise and end with noise, as T5's do. With `shifted`, a random part of the non-noise at the beginning (none
+    to all of it) is at the end instead.
+    """
     lengths = np.asarray(lengths, np.int64)
-    spans = _Spans(lengths, keys, noise_density, mean_noise_span_length)
+    spans = _Spans(lengths, keys, noise_density, mean_noise_span_length, shifted)
     mask = np.zeros((len(lengths), int(lengths.max(initial=0))), bool)
     row, token = span_of_each(spans.noise)
     mask[row, token + spans.kept_before[spans.first[row] + spans.noise_span[row, token]]] = True
@@ -154,25 +168,25 @@ def span_corrupt(
     *,
     top_sentinel: int,
     eos_id: int = 1,
-    noise_density: float = 0.15,
-    mean_noise_span_length: float = 3.0,
+    noise_density: PerText = 0.15,
+    mean_noise_span_length: PerText = 3.0,
+    shifted: bool = False,
 ) -> Examples:
     """Returns inputs with sentinels for the noise spans, and targets that spell the spans out; both end with EOS.
 
-    `top_sentinel` is `<extra_id_0>`'s id; the next span's is one less. Widths are those of the longest example, as
-    `corrupted_lengths` gives them.
+    The spans are those of `random_spans_noise_mask`. `top_sentinel` is `<extra_id_0>`'s id; the next span's is one less. Widths are
+    those of the longest example, as `corrupted_lengths` gives them.
     """
     lengths = np.asarray(lengths, np.int64)
-    spans = _Spans(lengths, keys, noise_density, mean_noise_span_length)
+    spans = _Spans(lengths, keys, noise_density, mean_noise_span_length, shifted)
     input_lengths, target_lengths = spans.kept + spans.spans + 1, spans.noise + spans.spans + 1
     inputs = np.zeros((len(lengths), int(input_lengths.max(initial=0))), np.int32)
     targets = np.zeros((len(lengths), int(target_lengths.max(initial=0))), np.int32)
 
-    # Before a kept token of segment k stand k sentinels in the inputs, and k spans of noise in the text.
+    # Before a kept token stand, in the inputs, the sentinels of the spans before it, and in the text these spans' noise.
     row, token = span_of_each(spans.kept)
-    segment = spans.kept_span[row, token]
-    segment = np.maximum(segment, 0)  # rows without spans have no segments
-    inputs[row, token + segment] = tokens[row, token + spans.noise_before(row, segment)]
+    before = spans.spans_before[row, token]
+    inputs[row, token + before] = tokens[row, token + spans.noise_before(row, before)]
     # Before a noise token of span k stand k + 1 sentinels in the targets, and k + 1 segments of kept tokens in the text.
     row, token = span_of_each(spans.noise)
     span = spans.noise_span[row, token]
@@ -218,6 +232,11 @@ def settings_of(mixture: Mixture) -> dict[str, Any]:
     return dict(top_sentinel=mixture.top_sentinel, eos_id=mixture.eos_id, **noise)
 
 
+def spans_of_settings(config: DataConfig, lengths: Integer[np.ndarray, " *M"]) -> Int64[np.ndarray, " *M"]:
+    """Returns how many spans of texts of these lengths are masked with the noise of a config."""
+    return noise_counts(lengths, config.noise_density, config.mean_noise_span_length)[1]
+
+
 def _longest_text(config: DataConfig) -> int:
     noise = (config.noise_density, config.mean_noise_span_length)
     return derived_raw_length(config.inputs_length, config.targets_length, *noise)[0]
@@ -225,6 +244,8 @@ def _longest_text(config: DataConfig) -> int:
 
 OBJECTIVE = Objective(
     make=lambda mixture, tokens, lengths, keys, limits: span_corrupt(tokens, lengths, keys, **settings_of(mixture)),
+    mode=np.zeros_like,  # R
     room=lambda mixture, lengths: corrupted_lengths(lengths, mixture.config.noise_density, mixture.config.mean_noise_span_length),
     longest_text=_longest_text,
+    spans=spans_of_settings,
 )

@@ -17,6 +17,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import sentencepiece
 from etils import epath
 
@@ -159,6 +160,12 @@ class Vocabulary:
     @property
     def _end_of_sentinels(self) -> int:
         return self.num_pieces + self.num_sentinels
+
+    @functools.cached_property
+    def word_starts(self) -> np.ndarray:
+        """Which pieces begin a word, [num_pieces]: those after a space, and marks such as a full stop."""
+        pieces = [self._pieces.IdToPiece(i) for i in range(self.num_pieces)]
+        return np.array([not piece[:1].isalnum() for piece in pieces])  # "▁" is no letter
 
     @property
     def padded_size(self) -> int:

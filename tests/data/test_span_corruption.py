@@ -51,6 +51,35 @@ def test_the_original_tokens_are_restored_exactly(lengths, seed, density, mean_l
 
 
 @hypothesis.given(texts, st.integers(0, 2**63), densities, mean_lengths)
+def test_shifted_masks_are_t5s_with_a_part_of_the_first_text_at_the_end(lengths, seed, density, mean_length):
+    lengths = np.array(lengths)
+    tokens = np.random.default_rng(seed).integers(3, 900, (len(lengths), max(lengths.max(), 1)))
+    settings = dict(noise_density=density, mean_noise_span_length=mean_length)
+    masks, shifted = (random_spans_noise_mask(lengths, keys(len(lengths), seed), **settings, shifted=s) for s in (False, True))
+    made = span_corrupt(tokens, lengths, keys(len(lengths), seed), top_sentinel=TOP, **settings, shifted=True)
+    for m, length in enumerate(lengths):
+        mask, moved = masks[m, :length], shifted[m, :length]
+        first = int(mask.argmax()) if mask.any() else 0
+        by = first - int(moved.argmax()) if mask.any() else 0
+        assert 0 <= by <= first
+        np.testing.assert_array_equal(moved, np.roll(mask, -by))
+        assert not shifted[m, length:].any()
+        inputs, targets = row(made.inputs, made.input_lengths, m), row(made.targets, made.target_lengths, m)
+        np.testing.assert_array_equal(restore(inputs, targets, top_sentinel=TOP), tokens[m, :length])
+        assert [i for i in targets[:-1] if i < 900] == tokens[m, :length][moved].tolist()
+
+
+def test_every_shift_from_none_to_all_of_the_first_text_is_as_likely():
+    lengths = np.full(30_000, 12)
+    masks, shifted = (random_spans_noise_mask(lengths, keys(30_000), noise_density=0.5, shifted=s) for s in (False, True))
+    first, by = masks.argmax(1), masks.argmax(1) - shifted.argmax(1)
+    for tokens in range(1, 6):
+        counts = np.bincount(by[first == tokens], minlength=tokens + 1)
+        expected = counts.sum() / (tokens + 1)
+        assert len(counts) == tokens + 1 and abs(counts - expected).max() < 5 * expected**0.5, (tokens, counts)
+
+
+@hypothesis.given(texts, st.integers(0, 2**63), densities, mean_lengths)
 def test_masks_have_the_promised_noise_and_spans_and_begin_with_text(lengths, seed, density, mean_length):
     lengths = np.array(lengths)
     settings = dict(noise_density=density, mean_noise_span_length=mean_length)
@@ -153,7 +182,7 @@ def test_restoring_a_pair_that_does_not_belong_together_is_an_error():
 
 
 def test_too_few_sentinels_or_too_short_lengths_are_errors_that_say_what_to_change():
-    with pytest.raises(ConfigError, match="568 tokens needs 28 sentinels, but the vocabulary has 10"):
+    with pytest.raises(ConfigError, match="Masking 568 tokens needs 28 sentinels, but the vocabulary has 10"):
         derived_raw_length(512, 114, num_sentinels=10)
     with pytest.raises(ConfigError, match="at least 3"):
         derived_raw_length(2, 10)

@@ -21,6 +21,7 @@ from flax_switch.config.flops import train_flops
 from flax_switch.config.generation import GenerationConfig
 from flax_switch.config.presets import PRESETS
 from flax_switch.config.recipes import load_recipe
+from flax_switch.data import Vocabulary, prepare
 from flax_switch.host.peaks import PEAK_FLOPS, peak_flops
 from flax_switch.ops.kernels import checks
 from flax_switch.training import loop, progress
@@ -189,14 +190,30 @@ def compile_cache_as_before():
     jax.config.update("jax_enable_compilation_cache", before)
 
 
-def test_a_dry_run_shows_shapes_memory_and_text_and_writes_nothing(small, tmp_path, capsys, compile_cache_as_before):
-    assert cli.main([*small, "--dry-run"]) == 0
+def test_a_dry_run_shows_shapes_memory_and_text_and_writes_nothing(
+    small, tmp_path, monkeypatch, capsys, compile_cache_as_before
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("FLAX_SWITCH_COMPILE_CACHE", raising=False)
+    assert cli.main([one for one in [*small, "--dry-run"] if one != "--no-compile-cache"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
     text = capsys.readouterr().out
     assert re.search(r"encoder/layers_0/mlp/expert/wi/kernel +float32 +\[8, 16, 32\]", text)
     assert re.search(r"input_ids +\[8, 24\]", text)
     assert re.search(r"total +[\d.]+ MiB", text)
     assert "quick brown" in text[text.index("The first batch begins with") :]
-    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_uses_the_caches_that_are_there(small, tmp_path, monkeypatch, capsys, compile_cache_as_before):
+    args, rest = cli.parse_known(small)
+    cli.take_rest(args, rest)
+    prepare(options.load_config(args).data)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")}
+    monkeypatch.setattr(Vocabulary, "train", Mock(side_effect=AssertionError("trained again")))
+    monkeypatch.setattr("flax_switch.data.cache._write", Mock(side_effect=AssertionError("tokenised again")))
+    assert cli.main([*small, "--dry-run"]) == 0
+    assert "quick brown" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")} == before
 
 
 def test_a_profile_begins_when_compilation_is_over_and_ends_after_its_steps(monkeypatch, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shlex
 import sys
 import time
 import typing
@@ -108,12 +109,20 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _prefix(args: argparse.Namespace, model: Path) -> str:
-    from flax_switch.generation.defaults import read_prefix
+    from flax_switch.generation.defaults import read_prefixes
 
     check(not (args.prefix and args.no_prefix), "--prefix and --no-prefix contradict each other; leave one out.")
     if args.no_prefix or args.prefix is not None:
         return args.prefix or ""
-    prefix = read_prefix(model)
+    prefixes = read_prefixes(model)
+    if len(prefixes) > 1:
+        tell(
+            f"The model was fine-tuned on tasks with {' or '.join(map(repr, prefixes))} before their texts. Yours are taken as they "
+            f"are: begin each as its task does, or name one for all with --prefix={shlex.quote(next(filter(None, prefixes)))}; "
+            "--no-prefix leaves out this note."
+        )
+        return ""
+    prefix = "".join(prefixes)
     if prefix and sys.stderr.isatty():
         tell(f"The model was fine-tuned with {prefix!r} before every text, which is put there; --no-prefix leaves it out.")
     return prefix

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flax_switch.config import check
 
 if TYPE_CHECKING:
+    from flax_switch.config import DataConfig
     from flax_switch.config.kinds import RunConfig
 
 ROWS = 2  # of the first batch that are shown
@@ -20,7 +24,7 @@ def add_look_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--print-config", action="store_true", help="print the effective config and end")
     group.add_argument(
         "--dry-run", action="store_true",
-        help="print shapes, parameters, memory and the first batch as text, and end: nothing is trained, and no workdir is made",
+        help="print shapes, parameters, memory and the first batch as text, and end: nothing is trained, nothing is written",
     )  # fmt: skip
     group.add_argument(
         "--profile", type=int, default=0, metavar="N", help="trace N steps with jax.profiler, into WORKDIR/profile (for xprof)"
@@ -46,6 +50,19 @@ def print_config(config: Any) -> int:
             default = (defaults.get(section) or {}).get(name)
             print(f"{section}.{name} = {value!r}{'' if value == default else f'  # not {default!r}'}")
     return 0
+
+
+@contextlib.contextmanager
+def caches_that_go(data: DataConfig) -> Iterator[DataConfig]:
+    """Yields the settings with a folder for caches that lasts as long as the block; those that are there already are in it, too."""
+    from flax_switch.host.files import cache_folder
+
+    kept = cache_folder(data.cache_dir)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        for entry in kept.glob("[!.]*"):
+            with contextlib.suppress(OSError):  # where there are no links, what is needed is made anew
+                (Path(folder) / entry.name).symlink_to(entry.absolute())
+        yield data.replace(cache_dir=folder)
 
 
 def dry_run(config: RunConfig, prepared: Any) -> int:
@@ -79,7 +96,7 @@ def dry_run(config: RunConfig, prepared: Any) -> int:
     print(f"\nA step: {flops:.3g} FLOPs of the model. The run: {config.train.steps:,} steps.\n\nThe first batch begins with:")
     for line in first_batch(prepared):
         print(line)
-    print("\nDry run: nothing was trained, and no workdir made.")
+    print("\nDry run: nothing was trained, and nothing written.")
     return 0
 
 

@@ -59,7 +59,7 @@ def start_jax(args: argparse.Namespace) -> None:
     """Imports JAX with the cache of compiled programs; call it when everything that can be checked without JAX is."""
     from flax_switch.host.compile_cache import use_compile_cache
 
-    use_compile_cache(off=args.no_compile_cache)
+    use_compile_cache(off=args.no_compile_cache or getattr(args, "dry_run", False))  # a dry run leaves nothing behind
 
 
 def tell(text: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import html
 import numbers
 import types
 import typing
@@ -58,6 +59,14 @@ class _Section:
     def __repr__(self) -> str:
         """Returns the call that makes it, with what differs from the defaults."""
         return f"{type(self).__name__}({_arguments(differences(self, None))})"
+
+    def _repr_html_(self) -> str:
+        """Returns the same for a notebook, over a folded table of every field; what is not the default is bold there."""
+        differing = differences(self, None)
+        names = {f.name: f"<b>{f.name}</b>" if f.name in differing else f.name for f in dataclasses.fields(self)}
+        rows = "".join(f"<tr><td>{shown}</td><td>{_as_html(getattr(self, name))}</td></tr>" for name, shown in names.items())
+        table = f"<details><summary>every field</summary><table>{rows}</table></details>"
+        return f"<div><code>{html.escape(repr(self))}</code>{table}</div>"
 
     if not TYPE_CHECKING:  # type checkers know the fields from each class
 
@@ -119,6 +128,10 @@ def differences(config: _Section, other: _Section | None) -> dict[str, Any]:
         if value != (default if other is None else getattr(other, field.name)):
             differing[field.name] = value
     return differing
+
+
+def _as_html(value: Any) -> str:
+    return value._repr_html_() if isinstance(value, _Section) else f"<code>{html.escape(repr(value))}</code>"
 
 
 def _arguments(values: Mapping[str, Any]) -> str:

@@ -24,7 +24,7 @@ from flax_switch.convert.folder import DEFAULT_SHARD_SIZE, claimed, local_destin
 from flax_switch.convert.mapping import SAME_NAMES, to_canonical
 from flax_switch.convert.scan import stack_layers, unstack_layers
 from flax_switch.convert.tensors import DTYPES, LazyTensor, cast, from_array
-from flax_switch.generation.defaults import defaults_of, read_defaults, with_defaults
+from flax_switch.generation.defaults import defaults_of, read_defaults, read_prefixes, with_defaults
 from flax_switch.nn.init import init_params, logical_axes
 from flax_switch.nn.inputs import SupportsArray, TokenIds, as_array, as_embeddings, as_ids, as_mask, shift_right
 from flax_switch.nn.outputs import EncoderOutput
@@ -45,7 +45,7 @@ class Pretrained:
 
     Calling it runs the model with Hugging Face's argument and output names. `architecture` says what of a model it is: "full",
     "headless" (`SwitchTransformersModel`, which returns hidden states) or "encoder" (`SwitchTransformersEncoderModel`).
-    `generation_defaults` are the controls that its generation_config.json asks for.
+    `generation_defaults` are the controls that its generation_config.json asks for, `prefixes` what its tasks had before inputs.
     """
 
     config: SwitchConfig
@@ -54,6 +54,7 @@ class Pretrained:
     vocabulary: Vocabulary | None = None
     architecture: str = "full"
     generation_defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    prefixes: tuple[str, ...] = ()
 
     def replace(self, **changes: Any) -> Self:
         """Returns a copy with some fields changed: the parameters after an update, for instance."""
@@ -167,12 +168,18 @@ class Pretrained:
         return ids, None if mask is None else as_mask(f"{prefix}attention_mask", mask, shape, of), embeds
 
     def generate(
-        self, input_ids: str | Sequence[str] | TokenIds, attention_mask: TokenIds | None = None, **controls: Any
+        self,
+        input_ids: str | Sequence[str] | TokenIds,
+        attention_mask: TokenIds | None = None,
+        *,
+        prefix: str | None = None,
+        **controls: Any,
     ) -> GenerationOutput:
         """`flax_switch.generate` with this model, its parameters and, where no control is given, its defaults.
 
         Args:
           input_ids: a text, texts, or ids (lists or the arrays of any library).
+          prefix: put before every text that does not begin with it; by default what the model was fine-tuned with, if that is one.
 
         Returns:
           The output; its `texts` are there where the model has a vocabulary.
@@ -183,15 +190,17 @@ class Pretrained:
         from flax_switch.generation.generate import generate
         from flax_switch.generation.text import texts_of
 
-        ids, mask = self._encoded(input_ids, attention_mask)
+        if prefix is None:
+            prefix = self.prefixes[0] if len(self.prefixes) == 1 else ""
+        ids, mask = self._encoded(input_ids, attention_mask, prefix)
         output = generate(self.model, self.params, ids, mask, **with_defaults(self.generation_defaults, controls))
         if self.vocabulary is None:
             return output
         return dataclasses.replace(output, texts=tuple(texts_of(output.sequences, self.vocabulary, self.config)))
 
-    def _encoded(self, source: Any, mask: Any) -> tuple[Any, Any]:
-        """Returns ids and mask of what `generate` is given: texts are encoded, ids stay as they are."""
-        from flax_switch.generation.text import encode_sources
+    def _encoded(self, source: Any, mask: Any, prefix: str) -> tuple[Any, Any]:
+        """Returns ids and mask of what `generate` is given: texts are encoded with their prefix, ids stay as they are."""
+        from flax_switch.generation.text import encode_sources, prefixed
 
         texts = [source] if isinstance(source, str) else source
         if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(text, str) for text in texts):
@@ -201,7 +210,7 @@ class Pretrained:
             "The model has no vocabulary to tokenise text with; put its spiece.model into the folder, or give ids.",
         )
         check(mask is None, "attention_mask is for ids; of a text every token counts. Leave it out.")
-        return encode_sources(texts, self.vocabulary, self.config)
+        return encode_sources([prefixed(text, prefix) for text in texts], self.vocabulary, self.config)
 
     def save_pretrained(self, path: str | Path, format: str = "huggingface", **options: Any) -> Path:
         """Saves it; see `flax_switch.save_pretrained`."""
@@ -300,7 +309,8 @@ def from_checkpoint(opened: checkpoints.Checkpoint, **placed: Any) -> Pretrained
     Arguments are `shardings`, `mesh`, `dtype` and `seed` of `load_pretrained`.
     """
     vocabulary, defaults = tokenizer.load_vocabulary(opened.path), read_defaults(opened.path)
-    return _built(opened.config, opened.architecture, opened.tensors, vocabulary, defaults, **placed)
+    built = _built(opened.config, opened.architecture, opened.tensors, vocabulary, defaults, **placed)
+    return built.replace(prefixes=read_prefixes(opened.path))
 
 
 def _built(

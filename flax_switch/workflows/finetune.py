@@ -12,7 +12,7 @@ from flax_switch.config import check
 from flax_switch.config.finetuning import FinetuneConfig, FinetuneRecipe
 from flax_switch.data.tasks import prepare_tasks
 from flax_switch.data.vocabulary import SETTINGS_FILE
-from flax_switch.generation.defaults import write_prefix
+from flax_switch.generation.defaults import write_prefixes
 from flax_switch.host.files import write_text
 from flax_switch.parallel.mesh import check_batch_size, create_mesh
 from flax_switch.training.checkpoint import claim_workdir
@@ -57,7 +57,7 @@ def finetune(
     workdir = claim_workdir(workdir, config)
     if not (workdir / "vocabulary" / SETTINGS_FILE).exists():
         start.vocabulary.save(workdir / "vocabulary")
-    write_prefix(workdir, config.prefix)
+    write_prefixes(workdir, config.prefixes)
     write_text(workdir / TASKS_FILE, json.dumps(prepared.describe(), indent=2) + "\n")
     if config.optimizer.trainable != ".*":
         trained = trainable_part(run.abstract_state.params, config.optimizer.trainable)

@@ -190,9 +190,7 @@ def compile_cache_as_before():
     jax.config.update("jax_enable_compilation_cache", before)
 
 
-def test_a_dry_run_shows_shapes_memory_and_text_and_writes_nothing(
-    small, tmp_path, monkeypatch, capsys, compile_cache_as_before
-):
+def test_a_dry_run_shows_shapes_memory_and_text_and_writes_nothing(small, tmp_path, monkeypatch, capsys, compile_cache_as_before):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("FLAX_SWITCH_COMPILE_CACHE", raising=False)
     assert cli.main([one for one in [*small, "--dry-run"] if one != "--no-compile-cache"]) == 0

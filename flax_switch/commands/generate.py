@@ -117,9 +117,9 @@ def _prefix(args: argparse.Namespace, model: Path) -> str:
     prefixes = read_prefixes(model)
     if len(prefixes) > 1:
         tell(
-            f"The model was fine-tuned on tasks with {' or '.join(map(repr, prefixes))} before their texts. Yours are taken as they "
-            f"are: begin each as its task does, or name one for all with --prefix={shlex.quote(next(filter(None, prefixes)))}; "
-            "--no-prefix leaves out this note."
+            f"The model was fine-tuned on tasks with {' or '.join(map(repr, prefixes))} before their texts. Yours are taken as "
+            "they are: begin each as its task does, or put one before all, such as "
+            f"--prefix={shlex.quote(next(filter(None, prefixes)))}; --no-prefix leaves out this note."
         )
         return ""
     prefix = "".join(prefixes)

@@ -3,16 +3,15 @@
 import dataclasses
 import functools
 import html
-import importlib.util
 import io
 from typing import Any, Self
 
 from etils import epath
 
-from flax_switch.config import check
+from flax_switch.pages.plots import drawing
 from flax_switch.parallel.placement import ONE_DEVICE
 from flax_switch.pretrained import Pretrained
-from flax_switch.training.live import draw
+from flax_switch.training.live import STYLES, draw
 from flax_switch.training.loop import RunResult
 from flax_switch.training.metrics import read_metrics
 from flax_switch.workflows.report import write_report
@@ -48,22 +47,19 @@ class Result(RunResult):
 
     def plot(self) -> Any:
         """Returns matplotlib's figure of training and held-out cross-entropy by step. Needs the extra `plots`."""
-        check(importlib.util.find_spec("matplotlib") is not None, "Plots need matplotlib: pip install 'flax_switch[plots]'.")
-        from matplotlib.figure import Figure
-
-        figure: Any = Figure(figsize=(8, 3.4), layout="constrained")
-        axis = figure.subplots()
-        for kind, name, style in (("train", "training", "-"), ("eval", "held-out", "o-")):
-            if points := self._points(kind):
-                axis.plot(*zip(*points, strict=True), style, ms=3, lw=1.2, label=name)
-        axis.set(xlabel="step", ylabel="nats per token", title=f"Cross-entropy of {self.workdir.name}")
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False)
+        with drawing(8, 3.4) as figure:
+            axis = figure.subplots()
+            for kind, style in (("train", "-"), ("eval", "o-")):
+                color, name = STYLES[kind]
+                if points := self._points(kind):
+                    axis.plot(*zip(*points, strict=True), style, ms=3, lw=1.2, color=color, label=name)
+            axis.set(xlabel="step", ylabel="nats per token", title=f"Cross-entropy of {self.workdir.name}")
+            axis.legend()
         figure._repr_png_ = functools.partial(_png, figure)  # without pyplot no notebook knows how to show a figure
         return figure
 
     def report(self) -> Inline:
-        """Writes the run's report anew and returns it; a notebook shows it inline. Needs the extra `plots`."""
+        """Writes the run's report anew and returns it; a notebook shows it inline."""
         return Inline(write_report(self.workdir))
 
     def _points(self, kind: str) -> list[tuple[int, float]]:

@@ -73,6 +73,7 @@ def dry_run(config: RunConfig, prepared: Any) -> int:
     from flax_switch.config.sizes import count_parameters, shorten
     from flax_switch.parallel.mesh import check_batch_size, create_mesh
     from flax_switch.plan.memory import batch_structs, train_memory
+    from flax_switch.training.progress import console
     from flax_switch.training.state import build_run
 
     mesh = create_mesh(config.mesh)
@@ -80,8 +81,10 @@ def dry_run(config: RunConfig, prepared: Any) -> int:
     run = build_run(config, mesh)
     size = count_parameters(config.model)
     print(f"\nModel: {shorten(size.total)} parameters, {shorten(size.active)} active per token")
-    for path, leaf in jax.tree_util.tree_leaves_with_path(run.abstract_state.params):
-        print(f"  {jax.tree_util.keystr(path, simple=True, separator='/'):60} {str(leaf.dtype):9} {list(leaf.shape)}")
+    leaves = jax.tree_util.tree_leaves_with_path(run.abstract_state.params)
+    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    for path, (_, leaf) in zip(paths, leaves, strict=True):
+        print(f"  {path:{max(map(len, paths))}} {str(leaf.dtype):9} {list(leaf.shape)}")
     batch = batch_structs(config, mesh)  # pyright: ignore[reportArgumentType] - fine-tuning's has the fields, too
     axes = ", ".join(f"{axis} {ways}" for axis, ways in mesh.shape.items())
     print(f"\nBatch, on {mesh.size} x {jax.devices()[0].device_kind} (mesh {axes}):")
@@ -95,7 +98,7 @@ def dry_run(config: RunConfig, prepared: Any) -> int:
     flops = train_flops(config.model, data.batch_size, data.inputs_length, data.targets_length)
     print(f"\nA step: {flops:.3g} FLOPs of the model. The run: {config.train.steps:,} steps.\n\nThe first batch begins with:")
     for line in first_batch(prepared):
-        print(line)
+        console.print(line)
     print("\nDry run: nothing was trained, and nothing written.")
     return 0
 

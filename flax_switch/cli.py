@@ -51,7 +51,9 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     """Returns the parser; only the named command's module is imported, so that help and light commands start quickly."""
     parser = Parser(prog="flax-switch", description="Switch Transformers in JAX and Flax.")
     parser.add_argument("--version", action="version", version=f"flax_switch {flax_switch.__version__}")
-    parser.epilog = "Begin with flax-switch pretrain --config tiny --workdir runs/tiny; flax-switch COMMAND --help says all of a command."
+    parser.epilog = (
+        "Begin with flax-switch pretrain --config tiny --workdir runs/tiny; flax-switch COMMAND --help says all of a command."
+    )
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, description in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=description, description=description, allow_abbrev=False)

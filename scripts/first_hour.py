@@ -35,7 +35,7 @@ from transformers import AutoTokenizer, SwitchTransformersForConditionalGenerati
 model = SwitchTransformersForConditionalGeneration.from_pretrained("exported")
 tokenizer = AutoTokenizer.from_pretrained("exported")
 inputs = tokenizer("add: 3 plus 4", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=4)[0], skip_special_tokens=True))
+print("transformers says", tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0], skip_special_tokens=True))
 """
 TINY = "--config.train.steps=200 --config.train.eval_every=100 --config.train.eval_batches=10 --config.train.log_every=20"
 TUNE = (
@@ -64,7 +64,8 @@ STEPS = (  # what is typed, why, and what its output must hold
     ),
     ("echo '3 plus 4' | flax-switch generate --checkpoint runs/sums/best", "The model remembers its prefix.", "outputs"),
     ("flax-switch convert runs/sums/best exported --to huggingface", "Take it to transformers.", "Converted"),
-    ("python open_it.py", "It opens there.", ""),
+    ("cat open_it.py", "Five lines for transformers.", "from_pretrained"),
+    ("python open_it.py", "It opens there.", "transformers says"),
 )  # fmt: skip
 
 

@@ -136,7 +136,7 @@ def test_a_recipe_is_described_as_json_and_a_mistyped_name_suggests_the_nearest(
 def test_presets_are_listed_with_their_sizes(capsys):
     lines = printed(capsys, "presets").splitlines()[1:]
     assert [line.split()[0] for line in lines] == list(fs.PRESETS)
-    assert "switch-c-2048            1.57 T  1.75 B 15+15 (15+15)    2080  6144  2048, top 1" in lines
+    assert "switch-c-2048            1.57 T  1.75 B 15+15 (15+15)    2080  6144 2048, top 1" in lines
     found = json.loads(printed(capsys, "presets", "--json"))
     assert {name: fs.SwitchConfig.from_dict(row["config"]) for name, row in found.items()} == fs.PRESETS
     assert found["switch-base-8"]["parameters"] == 619_339_008

@@ -8,7 +8,7 @@ from typing import Any
 
 from etils import epath
 
-from flax_switch.config import ConfigError, check
+from flax_switch.config import ConfigError, SwitchConfig, check
 from flax_switch.config.generation import BEAMS_ONLY, SAMPLING_ONLY, GenerationConfig, tuples
 from flax_switch.host.files import write_text
 from flax_switch.host.json_text import read_json
@@ -78,11 +78,15 @@ def read_prefixes(folder: epath.PathLike) -> tuple[str, ...]:
     return ()
 
 
-def write_prefixes(folder: epath.PathLike, prefixes: Sequence[str]) -> None:
-    """Has a model's folder remember the prefixes of its tasks, which `read_prefixes` finds; where none has one it does nothing."""
+def write_prefixes(folder: epath.PathLike, prefixes: Sequence[str], config: SwitchConfig) -> None:
+    """Has a model's folder remember the prefixes of its tasks, which `read_prefixes` finds; where none has one it does nothing.
+
+    The file holds the model's special tokens, too: where there is one, transformers takes them from nowhere else.
+    """
     if any(prefixes):
+        tokens = {name: getattr(config, name) for name in ("decoder_start_token_id", "eos_token_id", "pad_token_id")}
         entry = prefixes[0] if len(prefixes) == 1 else list(prefixes)
-        write_text(epath.Path(folder) / FILE, json.dumps({PREFIX: entry}, indent=2) + "\n")
+        write_text(epath.Path(folder) / FILE, json.dumps({**tokens, PREFIX: entry}, indent=2) + "\n")
 
 
 def with_defaults(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def finetune(
     workdir = claim_workdir(workdir, config)
     if not (workdir / "vocabulary" / SETTINGS_FILE).exists():
         start.vocabulary.save(workdir / "vocabulary")
-    write_prefixes(workdir, config.prefixes)
+    write_prefixes(workdir, config.prefixes, config.model)
     write_text(workdir / TASKS_FILE, json.dumps(prepared.describe(), indent=2) + "\n")
     if config.optimizer.trainable != ".*":
         trained = trainable_part(run.abstract_state.params, config.optimizer.trainable)

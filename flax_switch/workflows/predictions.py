@@ -84,7 +84,7 @@ class TaskEvaluator:
             write_predictions(self.workdir / PREDICTIONS / f"step_{step}.jsonl", self.predictions)
         if best_of(self.history, finetuning_config(self.run).best)[0] == step:
             save_pretrained(str(self.workdir / BEST), self.run.config.model, params, self.prepared.vocabulary, format="flax_switch")
-            write_prefixes(self.workdir / BEST, finetuning_config(self.run).prefixes)
+            write_prefixes(self.workdir / BEST, finetuning_config(self.run).prefixes, self.run.config.model)
 
 
 def finetuning_config(run: Run) -> FinetuneConfig:

@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 import transformers
 
 from flax_switch import cli
@@ -30,16 +31,16 @@ def model(tmp_path_factory):
     vocabulary = Vocabulary.train([f"summarize: the quick brown fox {i} jumps" for i in range(300)], 40)
     tree = {path: np.zeros(shape, np.float32) for path, shape in canonical_shapes(config).items()}
     save_pretrained(folder, config, unflatten(tree), vocabulary, format="flax_switch")
-    write_prefixes(folder, [PREFIX])
+    write_prefixes(folder, [PREFIX], config)
     return folder
 
 
 def test_a_folder_remembers_its_prefix_and_a_runs_step_has_its_runs(model, tmp_path):
     assert read_prefixes(model) == (PREFIX,)
-    assert read_defaults(model) == {}  # it is no control
+    assert PREFIX not in read_defaults(model).values()  # it is no control
     (tmp_path / "run" / "checkpoints" / "200").mkdir(parents=True)
     assert read_prefixes(tmp_path / "run" / "checkpoints" / "200") == ()
-    write_prefixes(tmp_path / "run", [PREFIX])
+    write_prefixes(tmp_path / "run", [PREFIX], SwitchConfig())
     assert read_prefixes(tmp_path / "run" / "checkpoints" / "200") == (PREFIX,)
     (tmp_path / "run" / "generation_config.json").write_text('{"prefix": 3}')
     with pytest.raises(ConfigError, match="prefix must be a text, or a list of texts; it is 3"):
@@ -47,7 +48,7 @@ def test_a_folder_remembers_its_prefix_and_a_runs_step_has_its_runs(model, tmp_p
 
 
 def test_a_model_without_a_prefix_gets_no_file(tmp_path):
-    write_prefixes(tmp_path, ["", ""])
+    write_prefixes(tmp_path, ["", ""], SwitchConfig())
     assert list(tmp_path.iterdir()) == []
 
 
@@ -55,6 +56,10 @@ def test_it_travels_with_a_conversion_and_transformers_opens_what_it_travelled_w
     convert(str(model), str(tmp_path / "exported"), to="huggingface")
     assert read_prefixes(tmp_path / "exported") == (PREFIX,)
     assert transformers.GenerationConfig.from_pretrained(tmp_path / "exported").prefix == PREFIX
+    theirs = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "exported")
+    tokens = theirs.generate(torch.tensor([[5, 6, 1]]), max_new_tokens=3)  # begins with the model's start token
+    ours = load_pretrained(tmp_path / "exported").generate([[5, 6, 1]], max_new_tokens=3).sequences
+    assert tokens.tolist() == ours.tolist()
 
 
 @pytest.mark.parametrize(
@@ -113,7 +118,7 @@ def test_a_loaded_model_puts_its_prefix_too(model):
 
 def test_of_several_prefixes_none_is_put_and_all_are_named(model, tmp_path, capsys):
     shutil.copytree(model, tmp_path / "mixed")
-    write_prefixes(tmp_path / "mixed", ["", PREFIX, "translate: "])
+    write_prefixes(tmp_path / "mixed", ["", PREFIX, "translate: "], SwitchConfig())
     convert(str(tmp_path / "mixed"), str(tmp_path / "exported"), to="huggingface")
     transformers.GenerationConfig.from_pretrained(tmp_path / "exported").save_pretrained(tmp_path / "again")
     assert read_prefixes(tmp_path / "again") == ("", PREFIX, "translate: ")

@@ -12,10 +12,12 @@ PACKAGE = Path(__file__).parents[2] / "flax_switch"
 def test_colours_and_figures_come_from_pages():
     others = [path for path in PACKAGE.rglob("*.py") if path.parent.name != "pages"]
     found = {
-        path.name: re.findall(r"""["'#]#?[0-9a-fA-F]{6}["'; ]|pyplot|Figure\(|cmap=["']""", path.read_text(encoding="utf-8"))
+        path.name: re.findall(
+            r"""["'#]#?[0-9a-fA-F]{6}["'; ]|matplotlib.pyplot|Figure\(|cmap=["']""", path.read_text(encoding="utf-8")
+        )
         for path in others
     }
-    assert len(found) > 100 and {name: words for name, words in found.items() if words} == {}
+    assert len(found) > 100 and {path: words for path, words in found.items() if words} == {}
 
 
 def test_curves_take_the_palette_in_turn_and_maps_one_that_the_colour_blind_can_read():

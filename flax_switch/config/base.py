@@ -25,6 +25,12 @@ def check(condition: Any, message: str) -> None:
         raise ConfigError(message)
 
 
+def expect(name: str, value: Any, kinds: type | tuple[type, ...], instead: str) -> None:
+    """Raises `ConfigError` unless a value is of one of the kinds; `instead` is a sentence on what to give."""
+    wanted = " or ".join(kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
+    check(isinstance(value, kinds), f"{name} must be of type {wanted}; it is of type {type(value).__name__}. {instead}")
+
+
 def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     """Raises unless `value` is one of `allowed`, and suggests the nearest."""
     if value in allowed:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -15,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, Sharding
 from jaxtyping import Array
 
-from flax_switch.config import SwitchConfig, check, one_of
+from flax_switch.config import SwitchConfig, check, expect, one_of
 from flax_switch.config.presets import PRESETS
 from flax_switch.convert import checkpoint as checkpoints
 from flax_switch.convert import live, tokenizer
@@ -23,10 +24,10 @@ from flax_switch.convert.canonical import canonical_shapes, flatten, is_router, 
 from flax_switch.convert.folder import DEFAULT_SHARD_SIZE, claimed, local_destination
 from flax_switch.convert.mapping import SAME_NAMES, to_canonical
 from flax_switch.convert.scan import stack_layers, unstack_layers
-from flax_switch.convert.tensors import DTYPES, LazyTensor, cast, from_array
+from flax_switch.convert.tensors import DTYPES, LazyTensor, cast, dtype_name, from_array
 from flax_switch.generation.defaults import defaults_of, read_defaults, read_prefixes, with_defaults
 from flax_switch.nn.init import init_params, logical_axes
-from flax_switch.nn.inputs import SupportsArray, TokenIds, as_array, as_embeddings, as_ids, as_mask, shift_right
+from flax_switch.nn.inputs import SupportsArray, TokenIds, as_array, as_embeddings, as_ids, as_mask, check_alive, shift_right
 from flax_switch.nn.outputs import EncoderOutput
 from flax_switch.nn.transformer import SwitchEncoder, SwitchTransformer
 from flax_switch.parallel.mesh import tree_shardings
@@ -149,6 +150,7 @@ class Pretrained:
 
     def _source(self, ids: Any, mask: Any, embeds: Any, encoded: Any = None) -> tuple[Any, Any, Any]:
         """Returns the encoder's ids, mask and embeddings, checked; with its output given, the mask alone."""
+        check_alive("The model's parameters", self.params, "model.replace(params=state.params) is the model after it")
         check(
             ids is not None or embeds is not None or encoded is not None,
             "The encoder has no input: give input_ids, inputs_embeds or encoder_outputs.",
@@ -263,7 +265,7 @@ def load_pretrained(
     *,
     shardings: Shardings | None = None,
     mesh: Mesh | None = None,
-    dtype: str | None = None,
+    dtype: Any = None,
     allow_missing: Sequence[str] = (),
     revision: str | None = None,
     seed: int = 0,
@@ -279,7 +281,7 @@ def load_pretrained(
       shardings: where parameters go: a function from their path ("encoder/layers_0/...", or the scanned path) to a sharding or
         None, or a tree of shardings. By default the default device.
       mesh: instead of shardings: lay parameters out over this mesh by the library's rules.
-      dtype: of the parameters; None keeps each tensor's. Routers keep theirs.
+      dtype: of the parameters, such as "bfloat16" or jnp.bfloat16; None keeps each tensor's. Routers keep theirs.
       allow_missing: patterns of tensors that may be missing; they are freshly initialised (with `seed`).
       verify: of a training run take the newest checkpoint whose parameters have their checksums; without, the newest.
       changes: fields of the config to change, such as scan_layers=True or dropout_rate=0.0.
@@ -294,6 +296,11 @@ def load_pretrained(
         config = checkpoints.changed(config, architecture, tensors, changes, type(path).__name__)
         defaults = defaults_of(live.generation_values(path), f"{type(path).__name__}.generation_config")
         return _built(config, architecture, tensors, None, defaults, **placed)
+    check(
+        isinstance(path, (str, os.PathLike)),
+        f"load_pretrained takes a folder, a model's name on the hub, or a model of transformers, not a {type(path).__name__}. "
+        "For a config of ours fs.init_params(config, key) makes parameters.",
+    )
     check(
         path not in PRESETS or Path(path).exists(),
         f"{path!r} is a preset: a shape without weights. fs.init_params(fs.PRESETS[{path!r}], key) makes parameters for it; to "
@@ -322,10 +329,11 @@ def _built(
     *,
     shardings: Shardings | None = None,
     mesh: Mesh | None = None,
-    dtype: str | None = None,
+    dtype: Any = None,
     seed: int = 0,
 ) -> Pretrained:
     if dtype is not None:
+        dtype = dtype_name(dtype)
         one_of("dtype", dtype, tuple(DTYPES))
         config = config.replace(param_dtype=dtype)
     tensors = {p: t if dtype is None or is_router(p) else cast(t, DTYPES[dtype]) for p, t in tensors.items()}
@@ -363,6 +371,7 @@ def save_pretrained(
       CheckpointError: if the parameters do not fit the config.
     """
     one_of("format", format, checkpoints.FORMATS)
+    expect("config", config, SwitchConfig, "Arguments are save_pretrained(path, config, params, vocabulary=None).")
     destination = local_destination(path)
     flat = {name: from_array(leaf) for name, leaf in flatten(dict(params)).items()}
     if config.scan_layers:

@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from pathlib import Path
 
@@ -29,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "first_hour.md"
 LIMIT = 15 * 60  # seconds on two cores
 OTHERS = ("torch==2.13.0", "transformers")  # for the last step alone
+WIDTH, WHOLE = 120, dict(break_long_words=False, break_on_hyphens=False, replace_whitespace=False)
 LONGEST = 48  # lines of an output that the transcript shows
 OPEN = """\
 from transformers import AutoTokenizer, SwitchTransformersForConditionalGeneration
@@ -133,13 +135,21 @@ def page(told: list[tuple[str, str, str, float]], seconds: float, computed: floa
         "`python scripts/first_hour.py` runs every command again and writes this page; long outputs are shortened.",
     ]
     for typed, why, output, wall in told:
-        lines += ["", f"{why} ({wall:.0f} s)", "", "```text", f"$ {typed}", *shortened(output), "```"]
+        lines += [
+            "",
+            f"{why} ({wall:.0f} s)",
+            "",
+            "```text",
+            "$ " + " \\\n    ".join(textwrap.wrap(typed, WIDTH, **WHOLE)),
+            *shortened(output),
+            "```",
+        ]
     return "\n".join(lines) + "\n"
 
 
 def shortened(output: str) -> list[str]:
     """The beginning and the end of an output."""
-    lines = [line if len(line) <= 160 else f"{line[:157]}..." for line in output.splitlines()]
+    lines = [part for line in output.splitlines() for part in textwrap.wrap(line, WIDTH, **WHOLE) or [""]]
     half = LONGEST // 2
     return lines if len(lines) <= LONGEST else [*lines[:half], f"... {len(lines) - 2 * half} more lines ...", *lines[-half:]]
 

@@ -59,7 +59,7 @@ def _listing() -> str:
 
 def take_overrides(args: argparse.Namespace, rest: list[str]) -> None:
     """Reads the controls, which argparse does not know: `--num-beams 4` or `--num-beams=4`. Raises for what cannot be."""
-    from flax_switch.config.generation import GenerationConfig
+    from flax_switch.config.generation import INSTEAD, GenerationConfig
     from flax_switch.config.values import parse_value
 
     fields = control_options()
@@ -67,6 +67,8 @@ def take_overrides(args: argparse.Namespace, rest: list[str]) -> None:
     args.controls, args.overrides_taken, rest = {}, dict(zip(fields, fields, strict=True)), list(rest)
     while rest:
         name, equals, value = rest[0].partition("=")
+        instead = INSTEAD.get(name.removeprefix("--").replace("-", "_"), "")
+        check(not instead, f"{name} is no control: {instead}.")
         if name not in fields:
             refuse(args, rest[0])
         rest.pop(0)

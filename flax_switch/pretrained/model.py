@@ -17,7 +17,6 @@ from jax.sharding import Mesh, Sharding
 from jaxtyping import Array
 
 from flax_switch.config import SwitchConfig, check, expect, one_of
-from flax_switch.config.presets import PRESETS
 from flax_switch.convert import checkpoint as checkpoints
 from flax_switch.convert import live, tokenizer
 from flax_switch.convert.canonical import canonical_shapes, flatten, is_router, unflatten
@@ -300,11 +299,6 @@ def load_pretrained(
         isinstance(path, (str, os.PathLike)),
         f"load_pretrained takes a folder, a model's name on the hub, or a model of transformers, not a {type(path).__name__}. "
         "For a config of ours fs.init_params(config, key) makes parameters.",
-    )
-    check(
-        path not in PRESETS or Path(path).exists(),
-        f"{path!r} is a preset: a shape without weights. fs.init_params(fs.PRESETS[{path!r}], key) makes parameters for it; to "
-        "load trained ones, name a folder, or a model on the hub with its owner, such as 'google/switch-base-8'.",
     )
     opened = checkpoints.open_checkpoint(path, changes=changes, allow_missing=allow_missing, revision=revision, verify=verify)
     return from_checkpoint(opened, **placed)

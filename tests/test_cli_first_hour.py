@@ -1,5 +1,6 @@
 """What a newcomer types and reads: mistyped words, bare flags, help, looking before a run, the doctor, completion, terminals."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import io
@@ -47,14 +48,37 @@ RECIPE = ["pretrain", "--config", "tiny", "--workdir", "{tmp}/run"]
         (["completion", "bsh"], "Did you mean 'bash'?"),
         (["generate", "--checkpoint", "x", "--do-smaple"], "did you mean --do-sample?"),
         ([*RECIPE, "--profile", "-3"], "--profile takes a number of steps"),
+        (["--verson"], "there is no option '--verson'. Did you mean --version?"),
+        (
+            ["pretrain"],
+            "pretrain: --workdir DIR is missing: where the run lives; the same one continues it. See flax-switch pretrain",
+        ),
+        (["convert", "x"], "DST is missing: a new folder; it appears when the conversion is complete. --to FORMAT is missing"),
+        (["pretrain", "tiny", "--workdir", "{tmp}/run"], "Unknown argument 'tiny'; did you mean --config tiny?"),
+        ([*RECIPE, "train.steps=5"], "did you mean --config.train.steps?"),
+        ([*RECIPE, "--config.steps=5"], "--config.steps lacks the field's section; did you mean --config.train.steps?"),
+        (
+            ["generate", "--checkpoint", "x", "--max_length", "5"],
+            "--max-length is no control: it counts the start token; set max_new",
+        ),
+        (["generate", "--checkpoint", "switch-tiny"], "'switch-tiny' is a preset: a shape without weights"),
     ],
 )
 def test_every_mistyped_word_is_told_the_nearest(argv, message, tmp_path, capsys):
-    assert cli.main([a.format(tmp=tmp_path) for a in argv]) == 2
+    with contextlib.suppress(SystemExit):  # of argparse
+        assert cli.main([a.format(tmp=tmp_path) for a in argv]) == 2
     error = capsys.readouterr().err
-    assert message in error
+    assert message in error and "usage:" not in error
     assert "Traceback" not in error
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("argv", [[], ["help"]])
+def test_no_command_at_all_shows_those_there_are(argv, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(argv)
+    text = capsys.readouterr().out
+    assert ended.value.code == 0 and all(f"\n    {command}" in text for command in cli.COMMANDS)
 
 
 def test_a_mistyped_preset_is_told_the_nearest():

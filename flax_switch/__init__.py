@@ -81,13 +81,14 @@ if not TYPE_CHECKING:  # to a type checker, a module with __getattr__ has every 
             import difflib
 
             near = difflib.get_close_matches(name, _HOME, n=1)
-            raise AttributeError(
-                f"module {__name__!r} has no attribute {name!r}" + (f". Did you mean {near[0]!r}?" if near else "")
-            )
+            hint = f". Did you mean {near[0]!r}?" if near else ""
+            if name.startswith(("SwitchTransformers", "T5", "Auto")):  # transformers' names
+                hint = ". What transformers' classes open, fs.load_pretrained(folder or name on the hub) opens."
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}")
         value = getattr(importlib.import_module(_HOME[name]), name)
         globals()[name] = value  # found directly from now on
         return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__} - {"Any", "TYPE_CHECKING", "importlib"})

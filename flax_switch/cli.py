@@ -10,7 +10,7 @@ import os
 import select
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import flax_switch
 from flax_switch.commands.options import hyphened, refuse, tell
@@ -42,6 +42,19 @@ TRAINING = ("pretrain", "finetune", "distill")
 class Parser(argparse.ArgumentParser):
     """A parser whose help ends with what `set_defaults(listing=...)` makes: fields and controls, which argparse does not know."""
 
+    def error(self, message: str) -> NoReturn:
+        """Says what is missing, and what it is, in a sentence of its own."""
+        missing = message.partition("arguments are required: ")[2].split(", ")
+        about = {"/".join(one.option_strings) or one.metavar or one.dest: one for one in self._actions}
+        said = [
+            f"{name}{f' {about[name].metavar}' if name.startswith('--') and about[name].metavar else ''} is missing"
+            f"{f': {about[name].help}' if about[name].help else ''}."
+            for name in missing
+            if name in about
+        ]
+        tell(f"{self.prog}: {' '.join(said) or f'{message}.'} See {self.prog} --help.")
+        sys.exit(2)
+
     def format_help(self) -> str:
         """Returns the help, wrapped at words."""
         listing = self.get_default("listing")
@@ -52,6 +65,9 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     """Returns the parser; only the named command's module is imported, so that help and light commands start quickly."""
     parser = Parser(prog="flax-switch", description="Switch Transformers in JAX and Flax.")
     parser.add_argument("--version", action="version", version=f"flax_switch {flax_switch.__version__}")
+    parser.epilog = (
+        "Begin with flax-switch pretrain --config tiny --workdir runs/tiny; flax-switch COMMAND --help says all of a command."
+    )
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, description in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=description, description=description, allow_abbrev=False)
@@ -86,10 +102,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None and sys.argv[1:2] and sys.argv[1] in TRAINING:
         keep_freed_memory()
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
-        near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
+    if not argv or argv == ["help"]:
+        argv = ["--help"]
+    known = ("-h", "--help", "--version") if argv[0].startswith("-") else tuple(COMMANDS)
+    if argv[0] not in known:
+        near = difflib.get_close_matches(argv[0], known, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
-        tell(f"flax-switch: there is no command {argv[0]!r}.{hint} flax-switch --help lists them.")
+        what = "option" if argv[0].startswith("-") else "command"
+        tell(f"flax-switch: there is no {what} {argv[0]!r}.{hint} flax-switch --help lists them.")
         return 2
     command = ""
     try:

@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from pathlib import Path
 
@@ -28,13 +29,15 @@ import wheel_test  # noqa: E402
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "first_hour.md"
 LIMIT = 15 * 60  # seconds on two cores
-LONGEST = 14  # lines of an output that the transcript shows
+OTHERS = ("torch==2.13.0", "transformers")  # for the last step alone
+WIDTH, WHOLE = 120, dict(break_long_words=False, break_on_hyphens=False, replace_whitespace=False)
+LONGEST = 48  # lines of an output that the transcript shows
 OPEN = """\
 from transformers import AutoTokenizer, SwitchTransformersForConditionalGeneration
 model = SwitchTransformersForConditionalGeneration.from_pretrained("exported")
 tokenizer = AutoTokenizer.from_pretrained("exported")
 inputs = tokenizer("add: 3 plus 4", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=4)[0], skip_special_tokens=True))
+print("transformers says", tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0], skip_special_tokens=True))
 """
 TINY = "--config.train.steps=200 --config.train.eval_every=100 --config.train.eval_batches=10 --config.train.log_every=20"
 TUNE = (
@@ -63,7 +66,8 @@ STEPS = (  # what is typed, why, and what its output must hold
     ),
     ("echo '3 plus 4' | flax-switch generate --checkpoint runs/sums/best", "The model remembers its prefix.", "outputs"),
     ("flax-switch convert runs/sums/best exported --to huggingface", "Take it to transformers.", "Converted"),
-    ("python open_it.py", "It opens there.", ""),
+    ("cat open_it.py", "Five lines for transformers.", "from_pretrained"),
+    ("python open_it.py", "It opens there.", "transformers says"),
 )  # fmt: skip
 
 
@@ -77,9 +81,10 @@ def main() -> int:
         folder = Path(name)
         started = time.monotonic()
         told = hour(folder, args.beside)
-        seconds = time.monotonic() - started
-    args.output.write_text(page(told, seconds), encoding="utf-8")
-    print(f"{seconds:.0f} s; transcript: {args.output}")
+        seconds, used = time.monotonic() - started, os.times()
+    computed = used.children_user + used.children_system
+    args.output.write_text(page(told, seconds, computed), encoding="utf-8")
+    print(f"{seconds:.0f} s, {computed:.0f} s of CPU time; transcript: {args.output}")
     return 0 if seconds <= LIMIT else 1
 
 
@@ -90,17 +95,15 @@ def hour(folder: Path, beside: bool) -> list[tuple[str, str, str, float]]:
     wheel_test.build(wheel_test.copy_of_checkout(folder / "source"), dist, isolated=not beside)
     (wheel,) = dist.glob("*.whl")
     began = time.monotonic()
-    extras = "" if beside else "[hub,eval]"
-    scripts = wheel_test.environment(folder / "environment", f"{wheel}{extras}", not beside)
-    if not beside:
-        pip = [str(scripts / "python"), "-m", "pip", "install", "--quiet", "torch", "transformers"]
-        subprocess.run(pip, check=True)
-    told = [(f"pip install '{wheel.name}[hub,eval]' torch transformers", "In a fresh environment.", "", time.monotonic() - began)]
+    needed = (str(wheel),) if beside else (*OTHERS, f"{wheel}[eval]")
+    scripts = wheel_test.environment(folder / "environment", needed[-1], not beside, *needed[:-1])
+    typed = f"pip install '{wheel.name}[eval]' {' '.join(OTHERS)}"
+    told = [(typed, "In a fresh environment.", "", time.monotonic() - began)]
     rows = "".join(f"{a} plus {b},{a + b}\n" for a in range(10) for b in range(40))
     (place / "sums.csv").write_text(f"question,answer\n{rows}")
     (place / "open_it.py").write_text(OPEN)
     shell = {**os.environ, "HOME": str(folder), "XDG_CACHE_HOME": str(folder / "cache"), "JAX_PLATFORMS": "cpu", "COLUMNS": "100"}
-    shell = {key: value for key, value in shell.items() if not key.startswith(("PYTHON", "FLAX_SWITCH"))}
+    shell = {key: value for key, value in shell.items() if not key.startswith(("PYTHON", "FLAX_SWITCH", "XLA_", "NPROC"))}
     shell["PATH"] = f"{scripts}{os.pathsep}{shell['PATH']}"
     for typed, why, expected in STEPS:
         began = time.monotonic()
@@ -120,25 +123,33 @@ def clean(output: str, folder: Path) -> str:
     return re.sub(r"\x1b\[[\d;]*[A-Za-z]", "", output).strip("\n")
 
 
-def page(told: list[tuple[str, str, str, float]], seconds: float) -> str:
+def page(told: list[tuple[str, str, str, float]], seconds: float, computed: float) -> str:
     """The transcript as a page."""
     cpus, python = os.cpu_count(), platform.python_version()
+    took = f"{seconds / 60:.0f} minutes on {cpus} CPU cores ({computed / 60:.0f} minutes of CPU time)"
     lines = [
         "# The first hour",
         "",
         "<!-- written by scripts/first_hour.py -->",
-        f"What a newcomer types and reads, from the wheel in a fresh environment: {seconds / 60:.0f} minutes on {cpus} CPU cores, "
-        f"Python {python}. `python scripts/first_hour.py` runs every command again and writes this page; long outputs are",
-        "shortened.",
+        f"What a newcomer types and reads, from the wheel in a fresh environment: {took}, Python {python}.",
+        "`python scripts/first_hour.py` runs every command again and writes this page; long outputs are shortened.",
     ]
-    for typed, why, output, took in told:
-        lines += ["", f"{why} ({took:.0f} s)", "", "```text", f"$ {typed}", *shortened(output), "```"]
+    for typed, why, output, wall in told:
+        lines += [
+            "",
+            f"{why} ({wall:.0f} s)",
+            "",
+            "```text",
+            "$ " + " \\\n    ".join(textwrap.wrap(typed, WIDTH, **WHOLE)),
+            *shortened(output),
+            "```",
+        ]
     return "\n".join(lines) + "\n"
 
 
 def shortened(output: str) -> list[str]:
     """The beginning and the end of an output."""
-    lines = [line if len(line) <= 160 else f"{line[:157]}..." for line in output.splitlines()]
+    lines = [part for line in output.splitlines() for part in textwrap.wrap(line, WIDTH, **WHOLE) or [""]]
     half = LONGEST // 2
     return lines if len(lines) <= LONGEST else [*lines[:half], f"... {len(lines) - 2 * half} more lines ...", *lines[-half:]]
 

@@ -1,5 +1,6 @@
 """What a newcomer types and reads: mistyped words, bare flags, help, looking before a run, the doctor, completion, terminals."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import io
@@ -21,6 +22,7 @@ from flax_switch.config.flops import train_flops
 from flax_switch.config.generation import GenerationConfig
 from flax_switch.config.presets import PRESETS
 from flax_switch.config.recipes import load_recipe
+from flax_switch.data import Vocabulary, prepare
 from flax_switch.host.peaks import PEAK_FLOPS, peak_flops
 from flax_switch.ops.kernels import checks
 from flax_switch.training import loop, progress
@@ -46,14 +48,37 @@ RECIPE = ["pretrain", "--config", "tiny", "--workdir", "{tmp}/run"]
         (["completion", "bsh"], "Did you mean 'bash'?"),
         (["generate", "--checkpoint", "x", "--do-smaple"], "did you mean --do-sample?"),
         ([*RECIPE, "--profile", "-3"], "--profile takes a number of steps"),
+        (["--verson"], "there is no option '--verson'. Did you mean --version?"),
+        (
+            ["pretrain"],
+            "pretrain: --workdir DIR is missing: where the run lives; the same one continues it. See flax-switch pretrain",
+        ),
+        (["convert", "x"], "DST is missing: a new folder; it appears when the conversion is complete. --to FORMAT is missing"),
+        (["pretrain", "tiny", "--workdir", "{tmp}/run"], "Unknown argument 'tiny'; did you mean --config tiny?"),
+        ([*RECIPE, "train.steps=5"], "did you mean --config.train.steps?"),
+        ([*RECIPE, "--config.steps=5"], "--config.steps lacks the field's section; did you mean --config.train.steps?"),
+        (
+            ["generate", "--checkpoint", "x", "--max_length", "5"],
+            "--max-length is no control: it counts the start token; set max_new",
+        ),
+        (["generate", "--checkpoint", "switch-tiny"], "'switch-tiny' is a preset: a shape without weights"),
     ],
 )
 def test_every_mistyped_word_is_told_the_nearest(argv, message, tmp_path, capsys):
-    assert cli.main([a.format(tmp=tmp_path) for a in argv]) == 2
+    with contextlib.suppress(SystemExit):  # of argparse
+        assert cli.main([a.format(tmp=tmp_path) for a in argv]) == 2
     error = capsys.readouterr().err
-    assert message in error
+    assert message in error and "usage:" not in error
     assert "Traceback" not in error
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("argv", [[], ["help"]])
+def test_no_command_at_all_shows_those_there_are(argv, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(argv)
+    text = capsys.readouterr().out
+    assert ended.value.code == 0 and all(f"\n    {command}" in text for command in cli.COMMANDS)
 
 
 def test_a_mistyped_preset_is_told_the_nearest():
@@ -189,14 +214,28 @@ def compile_cache_as_before():
     jax.config.update("jax_enable_compilation_cache", before)
 
 
-def test_a_dry_run_shows_shapes_memory_and_text_and_writes_nothing(small, tmp_path, capsys, compile_cache_as_before):
-    assert cli.main([*small, "--dry-run"]) == 0
+def test_a_dry_run_shows_shapes_memory_and_text_and_writes_nothing(small, tmp_path, monkeypatch, capsys, compile_cache_as_before):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("FLAX_SWITCH_COMPILE_CACHE", raising=False)
+    assert cli.main([one for one in [*small, "--dry-run"] if one != "--no-compile-cache"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
     text = capsys.readouterr().out
     assert re.search(r"encoder/layers_0/mlp/expert/wi/kernel +float32 +\[8, 16, 32\]", text)
     assert re.search(r"input_ids +\[8, 24\]", text)
     assert re.search(r"total +[\d.]+ MiB", text)
     assert "quick brown" in text[text.index("The first batch begins with") :]
-    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_uses_the_caches_that_are_there(small, tmp_path, monkeypatch, capsys, compile_cache_as_before):
+    args, rest = cli.parse_known(small)
+    cli.take_rest(args, rest)
+    prepare(options.load_config(args).data)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")}
+    monkeypatch.setattr(Vocabulary, "train", Mock(side_effect=AssertionError("trained again")))
+    monkeypatch.setattr("flax_switch.data.cache._write", Mock(side_effect=AssertionError("tokenised again")))
+    assert cli.main([*small, "--dry-run"]) == 0
+    assert "quick brown" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")} == before
 
 
 def test_a_profile_begins_when_compilation_is_over_and_ends_after_its_steps(monkeypatch, tmp_path):

@@ -19,10 +19,10 @@ ALLOWED = {
     "data": {"config", "host"},
     "convert": {"config", "data", "host"},
     "generation": {"config", "convert", "host", "nn", "ops", "parallel"},
-    "training": {"config", "data", "host", "nn", "ops", "parallel"},
+    "training": {"config", "data", "host", "nn", "ops", "pages", "parallel"},
     "pretrained": {"config", "convert", "data", "generation", "nn", "ops", "parallel"},
     "plan": {"config", "generation", "host", "nn", "ops", "parallel", "training"},
-    "pages": set(),
+    "pages": {"config"},
     "inspection": {"config", "convert", "data", "host", "nn", "ops", "pages", "pretrained", "training"},
     "workflows": {"config", "convert", "data", "generation", "host", "nn", "ops", "pages", "parallel", "pretrained", "training"},
 }

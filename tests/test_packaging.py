@@ -16,6 +16,7 @@ import yaml
 
 import flax_switch as fs
 from flax_switch import cli
+from flax_switch.commands.options import command_of
 from flax_switch.config import ConfigError, recipes, shipped
 from flax_switch.config.sizes import count_parameters, shorten
 
@@ -104,16 +105,29 @@ def test_recipes_are_listed_with_purpose_size_and_hardware(capsys):
     assert (rows["tiny"]["parameters"], rows["tiny"]["active_parameters"]) == (3_264_896, 1_429_888)
 
 
-def test_the_listing_for_people_has_every_name_and_fits_a_terminal(capsys):
+def test_the_listing_for_people_has_every_name_and_fits_a_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     text = printed(capsys, "recipes")
     assert all(f"\n{name} " in f"\n{text}" for name in shipped.names())
-    assert "tiny                               pretrain  3.26 M parameters, 1.43 M active per token\n" in text
+    assert "tiny                               pretrain  3.26 M parameters, 1.43 M active\n" in text
     assert "Hardware: 2 CPU cores." in text
-    assert max(map(len, text.splitlines())) <= 100
+    assert max(map(len, text.splitlines())) <= 80
+    assert max(map(len, printed(capsys, "presets").splitlines())) <= 80
 
 
-def test_a_recipes_docstring_is_shown_by_name_and_a_mistyped_name_suggests_the_nearest(capsys):
-    assert "--config configs/tiny.py --workdir runs/tiny" in printed(capsys, "recipes", "tiny")
+@pytest.mark.parametrize("name", shipped.names())
+def test_a_recipes_docstring_is_shown_by_name_with_commands_that_can_be_copied(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    told, text = printed(capsys, "recipes", name), re.sub(r"configs/(\w+)\.py", r"\1", shipped.describe(name).text)
+    assert told.replace("\\\n", " ").split() == text.split()
+    assert f"flax-switch {command_of(recipes.load_recipe(name))} --config {name} " in told
+    commands = [line for line in told.splitlines() if re.match(r"(Command:)? +(flax-switch|python|--) *\S*", line)]
+    assert [line for line in told.splitlines() if len(line) > 80 and line not in commands] == []
+    joined = [line.split() for line in told.replace("\\\n", " ").splitlines()]
+    assert all(line.split() in joined for line in text.splitlines() if re.match(r"(Command:)? +(flax-switch|python) ", line))
+
+
+def test_a_recipe_is_described_as_json_and_a_mistyped_name_suggests_the_nearest(capsys):
     assert json.loads(printed(capsys, "recipes", "tiny", "--json"))["name"] == "tiny"
     assert cli.main(["recipes", "tinny"]) == 2
     assert "Did you mean 'tiny'?" in capsys.readouterr().err
@@ -122,7 +136,7 @@ def test_a_recipes_docstring_is_shown_by_name_and_a_mistyped_name_suggests_the_n
 def test_presets_are_listed_with_their_sizes(capsys):
     lines = printed(capsys, "presets").splitlines()[1:]
     assert [line.split()[0] for line in lines] == list(fs.PRESETS)
-    assert "switch-c-2048              1.57 T   1.75 B  15+15 (15+15)      2080   6144  2048, top 1" in lines
+    assert "switch-c-2048            1.57 T  1.75 B 15+15 (15+15)    2080  6144 2048, top 1" in lines
     found = json.loads(printed(capsys, "presets", "--json"))
     assert {name: fs.SwitchConfig.from_dict(row["config"]) for name, row in found.items()} == fs.PRESETS
     assert found["switch-base-8"]["parameters"] == 619_339_008

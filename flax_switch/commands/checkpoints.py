@@ -50,21 +50,22 @@ def changes_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def explain_missing_extras(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
-    """Turns the ImportError of an optional dependency into one message, and shows what the library logs."""
+    """Turns the ImportError of an optional dependency into one message; shows warnings, and what conversion says, each once."""
 
     @functools.wraps(run)
     def wrapped(args: argparse.Namespace) -> int:
         handler = logging.StreamHandler(sys.stderr)
-        logger = logging.getLogger("flax_switch")
-        level = logger.level
+        logger, told = logging.getLogger("flax_switch"), logging.getLogger("flax_switch.convert")
+        before = logger.propagate, told.level
         logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
+        logger.propagate = False  # other libraries put handlers of their own at the root
+        told.setLevel(logging.INFO)
         try:
             return run(args)
         except ImportError as error:
             raise ConfigError(str(error)) from error
         finally:
             logger.removeHandler(handler)
-            logger.setLevel(level)
+            logger.propagate, told.level = before
 
     return wrapped

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from flax_switch.commands.checkpoints import FORMATS, add_verify_argument
-from flax_switch.commands.look import add_look_arguments, check_look, dry_run, print_config
+from flax_switch.commands.look import add_look_arguments, caches_that_go, check_look, dry_run, print_config
 from flax_switch.commands.options import add_compile_cache_argument, add_recipe_arguments, load_config, start_jax, take_overrides
 
 __all__ = ["add_arguments", "run", "take_overrides"]
@@ -33,7 +33,8 @@ def run(args: argparse.Namespace) -> int:
         from flax_switch.convert.checkpoint import open_checkpoint
         from flax_switch.convert.tokenizer import load_vocabulary
 
-        return dry_run(config, data.prepare(config.data, vocabulary=load_vocabulary(open_checkpoint(args.teacher).path)))
+        with caches_that_go(config.data) as settings:
+            return dry_run(config, data.prepare(settings, vocabulary=load_vocabulary(open_checkpoint(args.teacher).path)))
     from flax_switch.workflows.distill import distill
     from flax_switch.workflows.finish import finish
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shlex
 import sys
 import time
 import typing
@@ -58,7 +59,7 @@ def _listing() -> str:
 
 def take_overrides(args: argparse.Namespace, rest: list[str]) -> None:
     """Reads the controls, which argparse does not know: `--num-beams 4` or `--num-beams=4`. Raises for what cannot be."""
-    from flax_switch.config.generation import GenerationConfig
+    from flax_switch.config.generation import INSTEAD, GenerationConfig
     from flax_switch.config.values import parse_value
 
     fields = control_options()
@@ -66,6 +67,8 @@ def take_overrides(args: argparse.Namespace, rest: list[str]) -> None:
     args.controls, args.overrides_taken, rest = {}, dict(zip(fields, fields, strict=True)), list(rest)
     while rest:
         name, equals, value = rest[0].partition("=")
+        instead = INSTEAD.get(name.removeprefix("--").replace("-", "_"), "")
+        check(not instead, f"{name} is no control: {instead}.")
         if name not in fields:
             refuse(args, rest[0])
         rest.pop(0)
@@ -108,12 +111,20 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _prefix(args: argparse.Namespace, model: Path) -> str:
-    from flax_switch.generation.defaults import read_prefix
+    from flax_switch.generation.defaults import read_prefixes
 
     check(not (args.prefix and args.no_prefix), "--prefix and --no-prefix contradict each other; leave one out.")
     if args.no_prefix or args.prefix is not None:
         return args.prefix or ""
-    prefix = read_prefix(model)
+    prefixes = read_prefixes(model)
+    if len(prefixes) > 1:
+        tell(
+            f"The model was fine-tuned on tasks with {' or '.join(map(repr, prefixes))} before their texts. Yours are taken as "
+            "they are: begin each as its task does, or put one before all, such as "
+            f"--prefix={shlex.quote(next(filter(None, prefixes)))}; --no-prefix leaves out this note."
+        )
+        return ""
+    prefix = "".join(prefixes)
     if prefix and sys.stderr.isatty():
         tell(f"The model was fine-tuned with {prefix!r} before every text, which is put there; --no-prefix leaves it out.")
     return prefix

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flax_switch.config import check
 
 if TYPE_CHECKING:
+    from flax_switch.config import DataConfig
     from flax_switch.config.kinds import RunConfig
 
 ROWS = 2  # of the first batch that are shown
@@ -20,7 +24,7 @@ def add_look_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--print-config", action="store_true", help="print the effective config and end")
     group.add_argument(
         "--dry-run", action="store_true",
-        help="print shapes, parameters, memory and the first batch as text, and end: nothing is trained, and no workdir is made",
+        help="print shapes, parameters, memory and the first batch as text, and end: nothing is trained, nothing is written",
     )  # fmt: skip
     group.add_argument(
         "--profile", type=int, default=0, metavar="N", help="trace N steps with jax.profiler, into WORKDIR/profile (for xprof)"
@@ -48,6 +52,19 @@ def print_config(config: Any) -> int:
     return 0
 
 
+@contextlib.contextmanager
+def caches_that_go(data: DataConfig) -> Iterator[DataConfig]:
+    """Yields the settings with a folder for caches that lasts as long as the block; those that are there already are in it, too."""
+    from flax_switch.host.files import cache_folder
+
+    kept = cache_folder(data.cache_dir)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        for entry in kept.glob("[!.]*"):
+            with contextlib.suppress(OSError):  # where there are no links, what is needed is made anew
+                (Path(folder) / entry.name).symlink_to(entry.absolute())
+        yield data.replace(cache_dir=folder)
+
+
 def dry_run(config: RunConfig, prepared: Any) -> int:
     """Prints what a run of this config on this data is made of. Nothing is allocated on devices, and nothing compiled."""
     import jax
@@ -56,6 +73,7 @@ def dry_run(config: RunConfig, prepared: Any) -> int:
     from flax_switch.config.sizes import count_parameters, shorten
     from flax_switch.parallel.mesh import check_batch_size, create_mesh
     from flax_switch.plan.memory import batch_structs, train_memory
+    from flax_switch.training.progress import console
     from flax_switch.training.state import build_run
 
     mesh = create_mesh(config.mesh)
@@ -63,8 +81,10 @@ def dry_run(config: RunConfig, prepared: Any) -> int:
     run = build_run(config, mesh)
     size = count_parameters(config.model)
     print(f"\nModel: {shorten(size.total)} parameters, {shorten(size.active)} active per token")
-    for path, leaf in jax.tree_util.tree_leaves_with_path(run.abstract_state.params):
-        print(f"  {jax.tree_util.keystr(path, simple=True, separator='/'):60} {str(leaf.dtype):9} {list(leaf.shape)}")
+    leaves = jax.tree_util.tree_leaves_with_path(run.abstract_state.params)
+    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    for path, (_, leaf) in zip(paths, leaves, strict=True):
+        print(f"  {path:{max(map(len, paths))}} {str(leaf.dtype):9} {list(leaf.shape)}")
     batch = batch_structs(config, mesh)  # pyright: ignore[reportArgumentType] - fine-tuning's has the fields, too
     axes = ", ".join(f"{axis} {ways}" for axis, ways in mesh.shape.items())
     print(f"\nBatch, on {mesh.size} x {jax.devices()[0].device_kind} (mesh {axes}):")
@@ -78,8 +98,8 @@ def dry_run(config: RunConfig, prepared: Any) -> int:
     flops = train_flops(config.model, data.batch_size, data.inputs_length, data.targets_length)
     print(f"\nA step: {flops:.3g} FLOPs of the model. The run: {config.train.steps:,} steps.\n\nThe first batch begins with:")
     for line in first_batch(prepared):
-        print(line)
-    print("\nDry run: nothing was trained, and no workdir made.")
+        console.print(line)
+    print("\nDry run: nothing was trained, and nothing written.")
     return 0
 
 

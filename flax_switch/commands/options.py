@@ -11,7 +11,7 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from flax_switch.config import ConfigError, SwitchConfig, one_of
+from flax_switch.config import ConfigError, SwitchConfig, check, one_of, shipped
 from flax_switch.config.kinds import RECIPES, Recipe
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def start_jax(args: argparse.Namespace) -> None:
     """Imports JAX with the cache of compiled programs; call it when everything that can be checked without JAX is."""
     from flax_switch.host.compile_cache import use_compile_cache
 
-    use_compile_cache(off=args.no_compile_cache)
+    use_compile_cache(off=args.no_compile_cache or getattr(args, "dry_run", False))  # a dry run leaves nothing behind
 
 
 def tell(text: str) -> None:
@@ -94,6 +94,8 @@ def take_overrides(args: argparse.Namespace, rest: list[str]) -> None:
         place = {"--config": args.overrides, "--gin": args.bindings}.get(option)
         if place is None:
             refuse(args, rest[0])
+        meant = args.overrides_taken.get(hyphened(f"--{field}"), "").replace("--config", option)
+        check(not meant, f"{name} lacks the field's section; did you mean {meant}?")
         one_of(f"The section of {name}", field.partition(".")[0], (*args.sections, *(["recipe"] if option == "--gin" else [])))
         rest.pop(0)
         if not equals and rest and not rest[0].startswith("--"):
@@ -106,6 +108,9 @@ def take_overrides(args: argparse.Namespace, rest: list[str]) -> None:
 def refuse(args: argparse.Namespace, argument: str) -> NoReturn:
     """Raises `ConfigError` for an argument that the command does not take, with the nearest that it takes."""
     taken = {name: name for action in args.parser._actions for name in action.option_strings} | args.overrides_taken
+    taken |= {option.removeprefix("--config."): option for option in args.overrides_taken.values()}
+    if "--config" in taken:
+        taken |= {name: f"--config {name}" for name in shipped.names()}
     near = difflib.get_close_matches(argument.partition("=")[0], taken, n=1)
     hint = f"; did you mean {taken[near[0]]}?" if near else "."
     raise ConfigError(f"Unknown argument {argument!r}{hint} See flax-switch {args.command} --help.")

@@ -23,10 +23,10 @@ def run(args: argparse.Namespace) -> int:
         counts = {name: {"parameters": size.total, "active_parameters": size.active} for name, size in sizes.items()}
         print(json.dumps({name: counts[name] | {"config": config.to_dict()} for name, config in PRESETS.items()}, indent=1))
         return 0
-    print(f"{'preset':22} {'parameters':>10} {'active':>8}  {'layers (sparse)':17} {'D':>5} {'F':>6}  experts")
+    print(f"{'preset':20} {'parameters':>10} {'active':>7} {'layers (sparse)':15} {'width':>5} {'MLP':>5} experts")
     for name, config in PRESETS.items():
         total, active = shorten(sizes[name].total), shorten(sizes[name].active)
-        print(f"{name:22} {total:>10} {active:>8}  {_layers(config):17} {config.d_model:5} {config.d_ff:6}  {_experts(config)}")
+        print(f"{name:20} {total:>10} {active:>7} {_layers(config):15} {config.d_model:5} {config.d_ff:5} {_experts(config)}")
     return 0
 
 
@@ -40,5 +40,5 @@ def _experts(config: SwitchConfig) -> str:
     if not config.is_sparse:
         return "dense"
     if config.router_type == "experts_choose":
-        return f"{config.num_experts}, experts choose"
+        return f"{config.num_experts}, choosing"
     return f"{config.num_experts}, top {config.num_selected_experts}"

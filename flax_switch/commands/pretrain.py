@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from flax_switch.commands.checkpoints import add_verify_argument
-from flax_switch.commands.look import add_look_arguments, check_look, dry_run, print_config
+from flax_switch.commands.look import add_look_arguments, caches_that_go, check_look, dry_run, print_config
 from flax_switch.commands.options import (
     add_compile_cache_argument,
     add_distributed_arguments,
@@ -41,7 +41,8 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         from flax_switch import data
 
-        return dry_run(config, data.prepare(config.data))
+        with caches_that_go(config.data) as settings:
+            return dry_run(config, data.prepare(settings))
     from flax_switch.parallel import processes
     from flax_switch.training.checkpoint import OtherRunError
     from flax_switch.workflows.finish import finish

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 import textwrap
 from typing import Any
 
@@ -13,7 +14,8 @@ from flax_switch.config import one_of, recipes, shipped
 from flax_switch.config.finetuning import FinetuneRecipe
 from flax_switch.config.sizes import count_parameters, shorten
 
-WIDTH = 100
+WIDTH = 100  # at most; on a narrower terminal its own
+_KEY, _COMMAND = re.compile(r"(\w+: )?\s*"), re.compile(r"(\w+:)?\s*(flax-switch|python) ")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     """Prints the recipes that come with the package, or the docstring of one."""
     if args.name is not None:
         one_of("NAME", args.name, tuple(shipped.names()))
-        print(json.dumps(_row(args.name), indent=1) if args.json else shipped.describe(args.name).text)
+        print(json.dumps(_row(args.name), indent=1) if args.json else _told(shipped.describe(args.name).text))
         return 0
     rows = [_row(name) for name in shipped.names()]
     print(json.dumps(rows, indent=1) if args.json else "\n".join(_shown(row) for row in rows))
@@ -53,8 +55,31 @@ def _row(name: str) -> dict[str, Any]:
 def _shown(row: dict[str, Any]) -> str:
     size = "the checkpoint's parameters"
     if row["parameters"]:
-        size = f"{shorten(row['parameters'])} parameters, {shorten(row['active_parameters'])} active per token"
+        size = f"{shorten(row['parameters'])} parameters, {shorten(row['active_parameters'])} active"
     hardware = re.split(r"(?<=\.)\s", row["hardware"])[0]
-    lines = (row["purpose"], f"Hardware: {hardware}")
-    wrapped = (textwrap.fill(line, WIDTH, initial_indent="    ", subsequent_indent="    ") for line in lines)
+    wrapped = (_filled(line, "    ", "    ") for line in (row["purpose"], f"Hardware: {hardware}"))
     return "\n".join((f"{row['name']:34} {row['command']:9} {size}", *wrapped))
+
+
+def _told(docstring: str) -> str:
+    """Returns a docstring with its prose wrapped anew; its commands can be copied, and name recipes, which need no file."""
+    shown: list[str] = []
+    prose: list[str] = []
+    for line in [*re.sub(r"configs/(\w+)\.py", r"\1", docstring).splitlines(), ""]:
+        command = _COMMAND.match(line)
+        if prose and (command or not line or re.match(r"\w+: ", line)):
+            column = _KEY.match(prose[0]).end()  # pyright: ignore[reportOptionalMemberAccess] - it matches anything
+            words = " ".join([prose[0][column:], *(other.strip() for other in prose[1:])])
+            shown.append(_filled(words, prose[0][:column], " " * column))
+            prose = []
+        if command or not line:
+            shown.append(re.sub(r" {2,}(?=--)", f" \\\\\n{' ' * 15}", line))  # where the docstring had its line end
+        else:
+            prose.append(line)
+    return "\n".join(shown).rstrip("\n")
+
+
+def _filled(text: str, first: str, others: str) -> str:
+    width = min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns)
+    options: Any = dict(break_long_words=False, break_on_hyphens=False)
+    return textwrap.fill(text, width, initial_indent=first, subsequent_indent=others, **options)

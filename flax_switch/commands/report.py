@@ -9,7 +9,9 @@ from flax_switch.commands.options import show
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the workdirs, and where the page goes."""
-    parser.add_argument("workdir", nargs="+", help="of a run, finished or not; several are compared on one page")
+    parser.add_argument(
+        "workdir", metavar="WORKDIR", nargs="+", help="a run's folder, finished or not; several are compared on one page"
+    )
     parser.add_argument("--output", metavar="FILE", help="default: WORKDIR/report.html; of several runs, comparison.html")
     parser.add_argument("--open", action="store_true", help="show the page in a browser")
 

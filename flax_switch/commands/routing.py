@@ -12,7 +12,7 @@ from flax_switch.commands.checkpoints import explain_missing_extras
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the run, and what is written."""
     parser.add_argument("run", metavar="RUN", help="the workdir of a pre-training run, finished or not")
-    parser.add_argument("--output", metavar="FILE", help="default: RUN/routing.html, with a PNG of the same name beside it")
+    parser.add_argument("--output", metavar="FILE", help="an HTML page; default: RUN/routing.html")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON and draw no page")
 
 

@@ -5,7 +5,7 @@ The dataclasses are the truth: ml_collections and gin files are read into them b
 standard library, so that data preparation and tools can read a config without starting JAX.
 """
 
-from flax_switch.config.base import ConfigError, check, one_line, one_of, reject_unknown_keys
+from flax_switch.config.base import ConfigError, check, expect, one_line, one_of, reject_unknown_keys
 from flax_switch.config.model import EXECUTORS, ROUTERS, StackConfig, SwitchConfig, sparse_layers
 from flax_switch.config.run import BatchConfig, DataConfig, ExperimentConfig, MeshConfig, OptimizerConfig, TrainConfig
 
@@ -22,6 +22,7 @@ __all__ = [
     "SwitchConfig",
     "TrainConfig",
     "check",
+    "expect",
     "one_line",
     "one_of",
     "reject_unknown_keys",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import html
 import numbers
 import types
 import typing
@@ -22,6 +23,12 @@ def check(condition: Any, message: str) -> None:
     """Raises `ConfigError(message)` unless `condition` holds."""
     if not condition:
         raise ConfigError(message)
+
+
+def expect(name: str, value: Any, kinds: type | tuple[type, ...], instead: str) -> None:
+    """Raises `ConfigError` unless a value is of one of the kinds; `instead` is a sentence on what to give."""
+    wanted = " or ".join(kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
+    check(isinstance(value, kinds), f"{name} must be of type {wanted}; it is of type {type(value).__name__}. {instead}")
 
 
 def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
@@ -58,6 +65,14 @@ class _Section:
     def __repr__(self) -> str:
         """Returns the call that makes it, with what differs from the defaults."""
         return f"{type(self).__name__}({_arguments(differences(self, None))})"
+
+    def _repr_html_(self) -> str:
+        """Returns the same for a notebook, over a folded table of every field; what is not the default is bold there."""
+        differing = differences(self, None)
+        names = {f.name: f"<b>{f.name}</b>" if f.name in differing else f.name for f in dataclasses.fields(self)}
+        rows = "".join(f"<tr><td>{shown}</td><td>{_as_html(getattr(self, name))}</td></tr>" for name, shown in names.items())
+        table = f"<details><summary>every field</summary><table>{rows}</table></details>"
+        return f"<div><code>{html.escape(repr(self))}</code>{table}</div>"
 
     if not TYPE_CHECKING:  # type checkers know the fields from each class
 
@@ -119,6 +134,10 @@ def differences(config: _Section, other: _Section | None) -> dict[str, Any]:
         if value != (default if other is None else getattr(other, field.name)):
             differing[field.name] = value
     return differing
+
+
+def _as_html(value: Any) -> str:
+    return value._repr_html_() if isinstance(value, _Section) else f"<code>{html.escape(repr(value))}</code>"
 
 
 def _arguments(values: Mapping[str, Any]) -> str:

@@ -182,10 +182,9 @@ class FinetuneConfig(_Section):
         return self.evaluation.best or next(iter(self.scores), LOSS)
 
     @property
-    def prefix(self) -> str:
-        """What stands before every input; '' where the tasks of a mixture differ in it."""
-        prefixes = {task.prefix for task in self.data.mixture}
-        return prefixes.pop() if len(prefixes) == 1 else ""
+    def prefixes(self) -> tuple[str, ...]:
+        """What stands before the inputs of the tasks, each text once."""
+        return tuple(dict.fromkeys(task.prefix for task in self.data.mixture))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -171,6 +171,8 @@ _FIXED = {
     "min_length": (None, "it counts the start token; set min_new_tokens, one less"),
 }
 
+INSTEAD = {name: instead for name, (_, instead) in _FIXED.items()}  # what is no control here -> what to do
+
 
 def make_controls(values: Mapping[str, Any], config: SwitchConfig) -> GenerationConfig:
     """Returns controls for a model, from keyword arguments; an unknown name is an error that suggests the nearest one."""

@@ -13,13 +13,13 @@ import functools
 import importlib.util
 import runpy
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ml_collections
 
-from flax_switch.config import ConfigError, one_line, shipped
+from flax_switch.config import ConfigError, check, one_line, shipped
 from flax_switch.config.kinds import RECIPES, Recipe, kind_of
 from flax_switch.config.values import parse_assignment
 
@@ -42,6 +42,8 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 
     Recipes inherit with it: `load_recipe("tiny").replace(...)` is the one that comes with the package, changed.
     """
+    listed = not isinstance(overrides, (str, Mapping))
+    check(listed, f"Overrides are a list of texts, such as ['train.steps=500']; this is a {type(overrides).__name__}.")
     return from_config_dict(override(_config_dict(path), overrides))
 
 

@@ -243,8 +243,9 @@ def export_config(checkpoint: Checkpoint) -> tuple[dict[str, Any], str]:
     and that still says the same is written back as it was.
     """
     config, differing = config_huggingface.with_huggingface_semantics(checkpoint.config)
-    for name, (before, after) in differing.items():
-        log.info("Hugging Face runs the model with %s=%r; it was %r", name, after, before)
+    if differing:
+        listed = "\n".join(f"  {name} is {after!r} there, {before!r} here" for name, (before, after) in differing.items())
+        log.info("transformers has no choice in some settings, so that its results may differ a little:\n%s", listed)
     values = config.to_huggingface()
     values["architectures"] = [huggingface.class_name(values["model_type"], checkpoint.architecture)]
     came_with = checkpoint.huggingface

@@ -8,6 +8,7 @@ from typing import Any
 
 from etils import epath
 
+from flax_switch.config.presets import PRESETS
 from flax_switch.convert.tensors import CheckpointError
 from flax_switch.host.files import in_store
 from flax_switch.host.swap import set_aside
@@ -39,6 +40,12 @@ def local_folder(source: str | Path, revision: str | None = None) -> Path:
             f"{folder} was being replaced when the conversion was killed. Run that again; the old model is in {set_aside(folder)}."
         )
     name = str(source)
+    if name in PRESETS:
+        raise CheckpointError(
+            f"{name!r} is a preset: a shape without weights. fs.init_params(fs.PRESETS[{name!r}], key) makes parameters for it, "
+            f"--init random:{name} begins fine-tuning with fresh ones. To load trained ones, name a folder, or a model on the hub "
+            "with its owner, such as 'google/switch-base-8'."
+        )
     if isinstance(source, Path) or not _NAME.fullmatch(name):
         raise CheckpointError(f"{source} does not exist, and is no name of a model on the Hugging Face hub (owner/model).")
     try:

@@ -9,7 +9,7 @@ import numpy as np
 
 from flax_switch.config import SwitchConfig
 from flax_switch.convert import huggingface
-from flax_switch.convert.tensors import DTYPES, CheckpointError, Index, LazyTensor
+from flax_switch.convert.tensors import DTYPES, CheckpointError, Index, LazyTensor, dtype_name
 from flax_switch.host.foreign_arrays import from_torch
 
 
@@ -23,7 +23,7 @@ def read_live(model: Any, *, allow_missing: Sequence[str] = ()) -> tuple[SwitchC
 
     Raises `ConfigError` for a model that is neither SwitchTransformers nor T5, and `CheckpointError` for tensors that do not fit.
     """
-    values = {**model.config.to_dict(), "architectures": [type(model).__name__], "dtype": _name(model.dtype)}
+    values = {**model.config.to_dict(), "architectures": [type(model).__name__], "dtype": dtype_name(model.dtype)}
     tensors = {name: _lazy(name, tensor) for name, tensor in model.state_dict().items()}
     return huggingface.assemble(SwitchConfig.from_huggingface(values), values, tensors, allow_missing=allow_missing)
 
@@ -34,12 +34,8 @@ def generation_values(model: Any) -> Mapping[str, Any]:
     return {} if config is None else config.to_diff_dict()
 
 
-def _name(dtype: Any) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def _lazy(name: str, tensor: Any) -> LazyTensor:
-    dtype = DTYPES.get(_name(tensor.dtype))
+    dtype = DTYPES.get(dtype_name(tensor.dtype))
     if dtype is None:
         raise CheckpointError(f"{name} of the model has dtype {tensor.dtype}; known are {', '.join(DTYPES)}.")
 

@@ -34,6 +34,14 @@ DTYPES = {
 }
 
 
+def dtype_name(dtype: Any) -> str:
+    """Returns the name of a dtype of numpy, jax or torch, or of what is one already; of what is none, how it is written."""
+    try:
+        return dtype if isinstance(dtype, str) else np.dtype(dtype).name
+    except TypeError:
+        return str(dtype).removeprefix("torch.")
+
+
 @dataclasses.dataclass(frozen=True)
 class LazyTensor:
     """A tensor somewhere else: `read(index)` fetches a block, `index` holding one slice for each axis."""

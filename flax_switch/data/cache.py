@@ -31,7 +31,7 @@ class TokenStore:
     """One split of a cache: documents as ids in a memory-mapped file. Pickles as its path, for worker processes."""
 
     def __init__(self, folder: Path, split: str):
-        self.folder, self.split = Path(folder), split
+        self.folder, self.split = Path(folder).resolve(), split
         try:
             meta = read_json(self.folder / "meta.json")
             counts = field(field(meta, "splits", dict, "meta.json"), split, dict, "meta.json")

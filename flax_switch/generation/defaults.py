@@ -3,12 +3,12 @@
 import dataclasses
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
-from flax_switch.config import ConfigError, check
+from flax_switch.config import ConfigError, SwitchConfig, check
 from flax_switch.config.generation import BEAMS_ONLY, SAMPLING_ONLY, GenerationConfig, tuples
 from flax_switch.host.files import write_text
 from flax_switch.host.json_text import read_json
@@ -16,7 +16,7 @@ from flax_switch.host.json_text import read_json
 log = logging.getLogger(__name__)
 
 FILE = "generation_config.json"
-PREFIX = "prefix"  # its entry for what a fine-tuned model wants before every input, such as "summarize: "
+PREFIX = "prefix"  # its entry for what a fine-tuned model wants before inputs, such as "summarize: "; of several tasks, a list
 _OURS = {one.name for one in dataclasses.fields(GenerationConfig)} - {"output_scores", "routing", "brevity_penalty", "search"}
 # What says nothing about tokens, and values of what we have not that change none.
 _SILENT = {
@@ -60,23 +60,33 @@ def defaults_of(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     return found
 
 
-def read_prefix(folder: epath.PathLike) -> str:
-    """Returns what a model's folder wants before every input; '' for most. A run's step has it in the run's folder."""
+def read_prefixes(folder: epath.PathLike) -> tuple[str, ...]:
+    """Returns what a model's folder wants before inputs: nothing for most, a text, or one of several where tasks were mixed.
+
+    A run's step has it in the run's folder.
+    """
     for place in (epath.Path(folder), epath.Path(folder).parent.parent):
         path = place / FILE
         if path.is_file():
-            prefix = read_json(path).get(PREFIX) or ""
-            check(isinstance(prefix, str), f"{path}: {PREFIX} must be a text; it is {prefix!r}.")
-            return prefix
+            found = read_json(path).get(PREFIX) or []
+            prefixes = found if isinstance(found, list) else [found]
+            right = all(isinstance(prefix, str) for prefix in prefixes)
+            check(right, f"{path}: {PREFIX} must be a text, or a list of texts; it is {found!r}.")
+            return tuple(prefixes)
         if place.parent.name != "checkpoints":
             break
-    return ""
+    return ()
 
 
-def write_prefix(folder: epath.PathLike, prefix: str) -> None:
-    """Has a model's folder remember a prefix, which `read_prefix` finds; for '' it does nothing."""
-    if prefix:
-        write_text(epath.Path(folder) / FILE, json.dumps({PREFIX: prefix}, indent=2) + "\n")
+def write_prefixes(folder: epath.PathLike, prefixes: Sequence[str], config: SwitchConfig) -> None:
+    """Has a model's folder remember the prefixes of its tasks, which `read_prefixes` finds; where none has one it does nothing.
+
+    The file holds the model's special tokens, too: where there is one, transformers takes them from nowhere else.
+    """
+    if any(prefixes):
+        tokens = {name: getattr(config, name) for name in ("decoder_start_token_id", "eos_token_id", "pad_token_id")}
+        entry = prefixes[0] if len(prefixes) == 1 else list(prefixes)
+        write_text(epath.Path(folder) / FILE, json.dumps({**tokens, PREFIX: entry}, indent=2) + "\n")
 
 
 def with_defaults(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,12 +9,12 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Bool, Float, Int
 
-from flax_switch.config import SwitchConfig, check
+from flax_switch.config import SwitchConfig, check, expect
 from flax_switch.config.generation import GenerationConfig, make_controls, split_numbers
 from flax_switch.convert.scan import unstack_layers
 from flax_switch.generation.program import run_program
 from flax_switch.nn.fields import Fields
-from flax_switch.nn.inputs import TokenIds, as_ids, as_mask
+from flax_switch.nn.inputs import TokenIds, as_ids, as_mask, check_alive
 from flax_switch.nn.transformer import SwitchEncoder, SwitchTransformer
 from flax_switch.ops.kernels.few_rows import unstacked_experts
 from flax_switch.parallel.mesh import batch_sharding, batch_ways, replicated
@@ -66,11 +66,14 @@ def generate(
     Raises:
       ConfigError: before anything is compiled, naming the control or the input that cannot be.
     """
+    expect("model", model, SwitchEncoder, "Call generate(model, params, input_ids), or the .generate(input_ids) of a loaded model.")
     config = model.config
     check(
         isinstance(model, SwitchTransformer) and model.head,
         f"generate needs a model with a decoder and a head; this is a {type(model).__name__} without one.",
     )
+    check_alive("The parameters", params, "take those of the state that it returned")
+    check("decoder" in params, f"params must be a model's parameters; these are {', '.join(params)}. Take what is inside 'params'.")
     settings = make_controls(controls, config)
     ids = np.asarray(as_ids("input_ids", input_ids, config))
     mask = check_mask(attention_mask, ids, settings)

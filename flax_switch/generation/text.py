@@ -87,8 +87,7 @@ def generate_lines(
     results: dict[int, dict[str, Any]] = {}
     sources: list[tuple[int, list[int]]] = []
     for i, line in enumerate(lines):
-        whole = line.text if line.text.startswith(prefix) else prefix + line.text
-        ids = [] if line.error else [*vocabulary.encode(whole), config.eos_token_id]
+        ids = [] if line.error else [*vocabulary.encode(prefixed(line.text, prefix)), config.eos_token_id]
         error = line.error
         if len(ids) > max_source_length:
             error = f"its {len(ids)} tokens exceed max_source_length={max_source_length}"
@@ -119,6 +118,11 @@ def generate_lines(
         on_results([results[i] for i in batch])
         on_batch(len(batch), int((rows != config.pad_token_id).sum()))
     return [results[i] for i in range(len(lines))]
+
+
+def prefixed(text: str, prefix: str) -> str:
+    """Returns a text with a prefix before it, once."""
+    return text if text.startswith(prefix) else prefix + text
 
 
 def generate_batches(

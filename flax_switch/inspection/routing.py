@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ from flax_switch.config import ConfigError, StackConfig, SwitchConfig, check
 from flax_switch.nn.transformer import SwitchEncoder, SwitchTransformer
 from flax_switch.ops.moe.routing import RouterOutput
 from flax_switch.pages.page import expert_color, ink_on
+from flax_switch.pages.plots import drawing
 
 if TYPE_CHECKING:
     from flax_switch.pretrained import Pretrained
@@ -201,45 +201,46 @@ def plot(exploration: Exploration, path: str | Path) -> Path:
 
     In a map, a cell shows a token's first choice and a cross marks a choice that was dropped. Needs matplotlib (extra `plots`).
     """
-    check(
-        importlib.util.find_spec("matplotlib") is not None,
-        "Plots need matplotlib: pip install 'flax_switch[plots]', or leave the plot out.",
-    )
-    import matplotlib
-    import matplotlib.colors
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     maps, loads = [stack for stacks in exploration.texts for stack in stacks], exploration.loads()
-    E = exploration.config.num_experts
-    colors = matplotlib.colors.ListedColormap([expert_color(expert) for expert in range(E)])
     longest = max(len(stack.tokens) for stack in maps)
     heights = [1.2 + 0.4 * len(stack.layers) for stack in maps] + [1.6] * len(loads)
-    figure, axes = plt.subplots(
-        len(heights), squeeze=False, figsize=(max(6.0, 0.35 * longest), sum(heights)), height_ratios=heights, layout="constrained"
-    )
-    for axis, stack in zip(axes[:, 0], maps, strict=False):
-        first = np.asarray([[experts[0] if experts else np.nan for experts in layer.chosen] for layer in stack.layers], float)
-        axis.imshow(first, cmap=colors, vmin=-0.5, vmax=E - 0.5, aspect="auto", interpolation="nearest")
-        places = [(t, i) for i, layer in enumerate(stack.layers) for t, kept in enumerate(layer.kept) if not all(kept)]
-        if places:
-            axis.scatter(*zip(*places, strict=True), marker="x", color="black", s=25)
-        for i, layer in enumerate(stack.layers):
-            for t, experts in enumerate(layer.chosen):
-                above = dict(xytext=(0, 4), textcoords="offset points", ha="center", va="bottom")
-                ink = ink_on(expert_color(experts[0])) if experts else "black"
-                axis.annotate(str(experts[0]) if experts else "-", (t, i), fontsize=6, color=ink, **above)
-        axis.set_xticks(range(len(stack.tokens)), stack.tokens, rotation=90, fontsize=7)
-        axis.set_yticks(range(len(stack.layers)), [f"layer {layer.layer}" for layer in stack.layers], fontsize=7)
-        axis.set_title(f"{stack.stack}: expert of each token (x: dropped)", fontsize=9)
-    for axis, ((stack, layer), (kept, dropped)) in zip(axes[len(maps) :, 0], loads.items(), strict=True):
-        axis.bar(range(E), kept, color=[expert_color(expert) for expert in range(E)], label="processed")
-        axis.bar(range(E), dropped, bottom=kept, color="white", edgecolor="black", hatch="////", label="dropped")
-        axis.set_title(f"{stack} layer {layer}: choices by expert", fontsize=9)
-        axis.legend(fontsize=7)
     path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    with drawing(max(6.0, 0.35 * longest), sum(heights)) as figure:
+        axes = figure.subplots(len(heights), squeeze=False, height_ratios=heights)[:, 0]
+        for axis, stack in zip(axes, maps, strict=False):
+            _draw_choices(axis, stack, exploration.config.num_experts)
+        for axis, (where, counts) in zip(axes[len(maps) :], loads.items(), strict=True):
+            _draw_load(axis, "{} layer {}".format(*where), *counts)
+        figure.savefig(path)
     return path
+
+
+def _draw_choices(axis: Any, stack: StackRouting, experts: int) -> None:
+    """Draws a map of tokens and layers, coloured by a token's first choice."""
+    from matplotlib.colors import ListedColormap
+
+    colors = ListedColormap([expert_color(expert) for expert in range(experts)])
+    first = np.asarray([[chosen[0] if chosen else np.nan for chosen in layer.chosen] for layer in stack.layers], float)
+    axis.imshow(first, cmap=colors, vmin=-0.5, vmax=experts - 0.5, aspect="auto", interpolation="nearest")
+    places = [(t, i) for i, layer in enumerate(stack.layers) for t, kept in enumerate(layer.kept) if not all(kept)]
+    if places:
+        axis.scatter(*zip(*places, strict=True), marker="x", color="black", s=25)
+    for i, layer in enumerate(stack.layers):
+        for t, chosen in enumerate(layer.chosen):
+            above = dict(xytext=(0, 4), textcoords="offset points", ha="center", va="bottom")
+            ink = ink_on(expert_color(chosen[0])) if chosen else "black"
+            axis.annotate(str(chosen[0]) if chosen else "-", (t, i), fontsize=6, color=ink, **above)
+    axis.set_xticks(range(len(stack.tokens)), stack.tokens, rotation=90, fontsize=7)
+    axis.set_yticks(range(len(stack.layers)), [f"layer {layer.layer}" for layer in stack.layers], fontsize=7)
+    axis.grid(visible=False)
+    axis.set_title(f"{stack.stack}: expert of each token (x: dropped)")
+
+
+def _draw_load(axis: Any, name: str, kept: np.ndarray, dropped: np.ndarray) -> None:
+    """Draws what a layer's experts processed, and what was dropped."""
+    experts = range(len(kept))
+    axis.bar(experts, kept, color=[expert_color(expert) for expert in experts], label="processed")
+    axis.bar(experts, dropped, bottom=kept, color="white", edgecolor="black", hatch="////", label="dropped")
+    axis.set_title(f"{name}: choices by expert")
+    axis.legend(fontsize=7)

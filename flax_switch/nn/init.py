@@ -8,15 +8,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from flax_switch.config import SwitchConfig
+from flax_switch.config import SwitchConfig, check, expect
 from flax_switch.nn.transformer import SwitchEncoder, SwitchTransformer
 
 
 def init_params(model: SwitchEncoder | SwitchConfig, rng: Array) -> dict[str, Any]:
     """Makes parameters as plain nested dicts of arrays, of a model or of the `SwitchTransformer` of a config.
 
-    Compiled; inside another jit it can lay them straight into their shardings.
+    Compiled; inside another jit it can lay them straight into their shardings. Raises `ConfigError` for what is neither, or no key.
     """
+    expect("model", model, (SwitchConfig, SwitchEncoder), "Give a config, such as fs.PRESETS['switch-tiny'].")
+    check(hasattr(rng, "dtype"), f"rng must be a key, such as jax.random.key(0); it is of type {type(rng).__name__}.")
     return _init_params(SwitchTransformer(model) if isinstance(model, SwitchConfig) else model, rng)
 
 

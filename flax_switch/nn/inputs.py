@@ -78,6 +78,13 @@ def as_mask(name: str, value: Any, shape: Sequence[int], of: str = "input_ids") 
     return mask.astype(bool)
 
 
+def check_alive(name: str, tree: Any, instead: str) -> None:
+    """Raises `ConfigError` for arrays that a step took over, whose memory is its result's; `instead` says what to use."""
+    first = next(iter(jax.tree.leaves(tree)), None)
+    used = isinstance(first, jax.Array) and not isinstance(first, jax.core.Tracer) and first.is_deleted()
+    check(not used, f"{name} were used up by a train step, which writes its result in their place; {instead}.")
+
+
 def as_embeddings(name: str, value: Any, config: SwitchConfig) -> AnyArray:
     """Returns embeddings as an array of floats [rows, tokens, D]; raises `ConfigError` for another shape or kind."""
     embeds = as_array(name, value)

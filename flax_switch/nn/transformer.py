@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from flax_switch.config import StackConfig, SwitchConfig
+from flax_switch.config import StackConfig, SwitchConfig, check, expect
 from flax_switch.nn.cache import DecoderCache, KeyValueCache, LayerCache
 from flax_switch.nn.layer import LayerInputs
 from flax_switch.nn.layers import Embedding, Linear, scaled_init
@@ -42,6 +43,7 @@ class SwitchEncoder(nn.Module):
         def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any: ...
 
     def setup(self) -> None:
+        expect("config", self.config, SwitchConfig, "Give one such as fs.PRESETS['switch-tiny'] or fs.SwitchConfig(d_model=256).")
         self.token_embedder = Embedding(self.config)
         self.encoder = Stack(self.config, self.config.encoder)
 
@@ -76,6 +78,7 @@ class SwitchEncoder(nn.Module):
         """
         x = self._embed(self.encoder, input_ids, inputs_embeds)
         mask = _as_mask(attention_mask)
+        _check_mask("attention_mask", mask, x)
         inputs = LayerInputs(
             bias=None,
             mask=self_attention_mask(self.config, mask, _as_array(segment_ids)),
@@ -103,6 +106,10 @@ class SwitchEncoder(nn.Module):
         if ids is None:
             raise ValueError(f"The {stack.stack.name} needs token ids, or embeddings in their place; neither was given.")
         ids = jnp.asarray(ids)
+        check(
+            ids.ndim == 2 and jnp.issubdtype(ids.dtype, jnp.integer),
+            f"The {stack.stack.name} takes ids as integers [rows, tokens]; these are {ids.dtype}{list(ids.shape)}.",
+        )
         shared = self.token_embedder(ids)
         # With tables of their own the shared one serves nothing, but stays a parameter: Hugging Face's files hold it.
         return stack.token_embedder(ids) if self.config.separate_embeddings else shared
@@ -181,6 +188,7 @@ class SwitchTransformer(SwitchEncoder):
         padding_mask = _as_mask(decoder_padding_mask)
         source_segments, target_segments = _as_array(segment_ids), _as_array(decoder_segment_ids)
         if cache is None:
+            _check_mask("decoder_attention_mask", mask, x)
             if padding_mask is None:
                 padding_mask = mask
             self_mask = self_attention_mask(config, mask, target_segments, causal=True, length=x.shape[1])
@@ -257,6 +265,13 @@ class SwitchTransformer(SwitchEncoder):
         )
         if encoder_output is None:
             encoder_output = self.encode(input_ids, attention_mask, inputs_embeds=inputs_embeds, segment_ids=segment_ids, **options)
+        sources = encoder_output.last_hidden_state.shape[0]
+        targets = np.shape(decoder_input_ids if decoder_inputs_embeds is None else decoder_inputs_embeds)[:1]
+        check(
+            targets in ((), (sources,)),
+            f"The encoder has {sources} rows and the decoder {targets and targets[0]}: a row of inputs needs one of labels "
+            "(decoder_input_ids), and the other way round.",
+        )
         decoded = self.decode(
             decoder_input_ids,
             encoder_output.last_hidden_state,
@@ -299,6 +314,13 @@ class Decoder(Stack):
 
 def _as_array(x: AnyArray | None) -> Array | None:
     return None if x is None else jnp.asarray(x)
+
+
+def _check_mask(name: str, mask: Array | None, x: Float[Array, "B L D"]) -> None:
+    check(
+        mask is None or mask.shape == x.shape[:2],
+        f"{name} must have the shape of the ids, {list(x.shape[:2])}; it is {list(np.shape(mask))}.",
+    )
 
 
 def _as_mask(x: AnyArray | None) -> Array | None:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from flax_switch.config import SwitchConfig
+from flax_switch.config import SwitchConfig, check
 from flax_switch.ops import AnyArray
 from flax_switch.ops.ids import check_ids
 from flax_switch.ops.moe.routing import RouterOutput
@@ -117,6 +117,11 @@ def seq2seq_loss(
       segment_ids: of packed targets; only loss_normalizer="average_per_sequence" needs them.
       divisor: what the weighted sum is divided by, where this is a part of a larger batch; by default this batch's own.
     """
+    check(
+        hasattr(output, "encoder_router") and hasattr(output, "logits"),
+        f"output must be what SwitchTransformer's apply returns; this is a {type(output).__name__}. A loaded model that is called "
+        "with labels has its loss already: .loss.",
+    )
     check_ids("labels", labels, output.logits.shape[-1], besides=IGNORED_LABEL)
     labels = jnp.asarray(labels)
     segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)

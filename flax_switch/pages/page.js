@@ -124,7 +124,8 @@ function curves(figure, chart) {
 function heat(figure, chart) {
   const plot = element("div", { class: "plot" }, figure), canvas = element("canvas", { role: "img", "aria-label": chart.title }, plot);
   const box = tip(plot), rows = chart.values.length, columns = chart.values[0].length;
-  const left = 8 + 7 * Math.max(...chart.rows.map((name) => name.length)), bottom = 20, height = Math.max(72, Math.min(260, rows * (chart.tall || 14)));
+  const axis = chart.axis || "step", brief = chart.rows.map((name) => name.length > 18 ? `${name.slice(0, 17)}…` : name);
+  const left = 8 + 7 * Math.max(...brief.map((name) => name.length)), bottom = 20, height = Math.max(72, Math.min(260, rows * (chart.tall || 14)));
   function draw() {
     const W = plot.clientWidth, ratio = window.devicePixelRatio || 1, paint = canvas.getContext("2d"), soft = getComputedStyle(canvas).getPropertyValue("--soft");
     canvas.width = W * ratio; canvas.height = (height + bottom) * ratio; canvas.style.height = `${height + bottom}px`;
@@ -136,8 +137,8 @@ function heat(figure, chart) {
     }));
     paint.fillStyle = soft; paint.font = "11px system-ui, sans-serif"; paint.textAlign = "right"; paint.textBaseline = "middle";
     const every = Math.ceil(14 / h);
-    chart.rows.forEach((name, r) => r % every === 0 && paint.fillText(name, left - 5, (r + 0.5) * h));
-    paint.textBaseline = "alphabetic"; paint.textAlign = "left"; paint.fillText(`step ${shown(chart.x[0])}`, left, height + 15);
+    brief.forEach((name, r) => r % every === 0 && paint.fillText(name, left - 5, (r + 0.5) * h));
+    paint.textBaseline = "alphabetic"; paint.textAlign = "left"; paint.fillText(`${axis} ${shown(chart.x[0])}`, left, height + 15);
     paint.textAlign = "right"; paint.fillText(shown(chart.x[columns - 1]), W - 1, height + 15);
   }
   plot.onpointermove = (event) => {
@@ -145,7 +146,7 @@ function heat(figure, chart) {
     const r = Math.floor((event.clientY - at.top) / height * rows);
     if (c < 0 || c >= columns || r < 0 || r >= rows) { box.hidden = true; return; }
     box.replaceChildren();
-    element("div", { class: "soft" }, box, `step ${shown(chart.x[c])}`);
+    element("div", { class: "soft" }, box, `${axis} ${shown(chart.x[c])}`);
     row(box, color(chart.values[r][c] / chart.high), `${chart.row} ${chart.rows[r]}:`, `${shown(chart.values[r][c])} ${chart.unit}`);
     place(box, plot, event.clientX - at.left, event.clientY - at.top);
   };

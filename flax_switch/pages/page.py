@@ -11,7 +11,10 @@ HERE = Path(__file__).parent
 LONGEST = 2000  # points of a curve: more than a screen shows
 # Okabe and Ito's colours, which the colour-blind tell apart; beyond them experts repeat with another brightness.
 PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#8c8c8c")
+TRAINING, HELD_OUT = PALETTE[4], PALETTE[0]  # curves of a run, outside of its report
 SHADES = (0.0, 0.45, -0.35, 0.7, -0.6)  # towards white where positive, towards black where negative
+
+SCALE = '<div class="scale"><span>{low}</span><i></i><span>{high}</span></div>'  # of the maps below it
 
 
 def page(title: str, body: str) -> str:
@@ -63,7 +66,10 @@ def curves(title: str, unit: str, series: Sequence[Mapping[str, Any]], *, wide: 
 
 
 def heat(title: str, row: str, rows: Sequence[str], x: Sequence[int], values: Sequence[Sequence[float]], **options: Any) -> str:
-    """Returns a map of values [row][place in x], drawn from 0 to `high`; options: high, unit and tall, the pixels of a row."""
+    """Returns a map of values [row][place in x], drawn from 0 to `high`.
+
+    options: high, unit, `tall`, the pixels of a row, and `axis`, what x counts if not steps.
+    """
     stride = -(-len(x) // 160)
     thin = [[_short(value) for value in line[::stride]] for line in values]
     return _figure(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -15,18 +16,17 @@ import numpy as np
 from jax.sharding import Mesh, Sharding
 from jaxtyping import Array
 
-from flax_switch.config import SwitchConfig, check, one_of
-from flax_switch.config.presets import PRESETS
+from flax_switch.config import SwitchConfig, check, expect, one_of
 from flax_switch.convert import checkpoint as checkpoints
 from flax_switch.convert import live, tokenizer
 from flax_switch.convert.canonical import canonical_shapes, flatten, is_router, unflatten
 from flax_switch.convert.folder import DEFAULT_SHARD_SIZE, claimed, local_destination
 from flax_switch.convert.mapping import SAME_NAMES, to_canonical
 from flax_switch.convert.scan import stack_layers, unstack_layers
-from flax_switch.convert.tensors import DTYPES, LazyTensor, cast, from_array
-from flax_switch.generation.defaults import defaults_of, read_defaults, with_defaults
+from flax_switch.convert.tensors import DTYPES, LazyTensor, cast, dtype_name, from_array
+from flax_switch.generation.defaults import defaults_of, read_defaults, read_prefixes, with_defaults
 from flax_switch.nn.init import init_params, logical_axes
-from flax_switch.nn.inputs import SupportsArray, TokenIds, as_array, as_embeddings, as_ids, as_mask, shift_right
+from flax_switch.nn.inputs import SupportsArray, TokenIds, as_array, as_embeddings, as_ids, as_mask, check_alive, shift_right
 from flax_switch.nn.outputs import EncoderOutput
 from flax_switch.nn.transformer import SwitchEncoder, SwitchTransformer
 from flax_switch.parallel.mesh import tree_shardings
@@ -45,7 +45,7 @@ class Pretrained:
 
     Calling it runs the model with Hugging Face's argument and output names. `architecture` says what of a model it is: "full",
     "headless" (`SwitchTransformersModel`, which returns hidden states) or "encoder" (`SwitchTransformersEncoderModel`).
-    `generation_defaults` are the controls that its generation_config.json asks for.
+    `generation_defaults` are the controls that its generation_config.json asks for, `prefixes` what its tasks had before inputs.
     """
 
     config: SwitchConfig
@@ -54,6 +54,7 @@ class Pretrained:
     vocabulary: Vocabulary | None = None
     architecture: str = "full"
     generation_defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    prefixes: tuple[str, ...] = ()
 
     def replace(self, **changes: Any) -> Self:
         """Returns a copy with some fields changed: the parameters after an update, for instance."""
@@ -148,6 +149,7 @@ class Pretrained:
 
     def _source(self, ids: Any, mask: Any, embeds: Any, encoded: Any = None) -> tuple[Any, Any, Any]:
         """Returns the encoder's ids, mask and embeddings, checked; with its output given, the mask alone."""
+        check_alive("The model's parameters", self.params, "model.replace(params=state.params) is the model after it")
         check(
             ids is not None or embeds is not None or encoded is not None,
             "The encoder has no input: give input_ids, inputs_embeds or encoder_outputs.",
@@ -167,12 +169,18 @@ class Pretrained:
         return ids, None if mask is None else as_mask(f"{prefix}attention_mask", mask, shape, of), embeds
 
     def generate(
-        self, input_ids: str | Sequence[str] | TokenIds, attention_mask: TokenIds | None = None, **controls: Any
+        self,
+        input_ids: str | Sequence[str] | TokenIds,
+        attention_mask: TokenIds | None = None,
+        *,
+        prefix: str | None = None,
+        **controls: Any,
     ) -> GenerationOutput:
         """`flax_switch.generate` with this model, its parameters and, where no control is given, its defaults.
 
         Args:
           input_ids: a text, texts, or ids (lists or the arrays of any library).
+          prefix: put before every text that does not begin with it; by default what the model was fine-tuned with, if that is one.
 
         Returns:
           The output; its `texts` are there where the model has a vocabulary.
@@ -183,15 +191,17 @@ class Pretrained:
         from flax_switch.generation.generate import generate
         from flax_switch.generation.text import texts_of
 
-        ids, mask = self._encoded(input_ids, attention_mask)
+        if prefix is None:
+            prefix = self.prefixes[0] if len(self.prefixes) == 1 else ""
+        ids, mask = self._encoded(input_ids, attention_mask, prefix)
         output = generate(self.model, self.params, ids, mask, **with_defaults(self.generation_defaults, controls))
         if self.vocabulary is None:
             return output
         return dataclasses.replace(output, texts=tuple(texts_of(output.sequences, self.vocabulary, self.config)))
 
-    def _encoded(self, source: Any, mask: Any) -> tuple[Any, Any]:
-        """Returns ids and mask of what `generate` is given: texts are encoded, ids stay as they are."""
-        from flax_switch.generation.text import encode_sources
+    def _encoded(self, source: Any, mask: Any, prefix: str) -> tuple[Any, Any]:
+        """Returns ids and mask of what `generate` is given: texts are encoded with their prefix, ids stay as they are."""
+        from flax_switch.generation.text import encode_sources, prefixed
 
         texts = [source] if isinstance(source, str) else source
         if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(text, str) for text in texts):
@@ -201,7 +211,7 @@ class Pretrained:
             "The model has no vocabulary to tokenise text with; put its spiece.model into the folder, or give ids.",
         )
         check(mask is None, "attention_mask is for ids; of a text every token counts. Leave it out.")
-        return encode_sources(texts, self.vocabulary, self.config)
+        return encode_sources([prefixed(text, prefix) for text in texts], self.vocabulary, self.config)
 
     def save_pretrained(self, path: str | Path, format: str = "huggingface", **options: Any) -> Path:
         """Saves it; see `flax_switch.save_pretrained`."""
@@ -254,7 +264,7 @@ def load_pretrained(
     *,
     shardings: Shardings | None = None,
     mesh: Mesh | None = None,
-    dtype: str | None = None,
+    dtype: Any = None,
     allow_missing: Sequence[str] = (),
     revision: str | None = None,
     seed: int = 0,
@@ -270,7 +280,7 @@ def load_pretrained(
       shardings: where parameters go: a function from their path ("encoder/layers_0/...", or the scanned path) to a sharding or
         None, or a tree of shardings. By default the default device.
       mesh: instead of shardings: lay parameters out over this mesh by the library's rules.
-      dtype: of the parameters; None keeps each tensor's. Routers keep theirs.
+      dtype: of the parameters, such as "bfloat16" or jnp.bfloat16; None keeps each tensor's. Routers keep theirs.
       allow_missing: patterns of tensors that may be missing; they are freshly initialised (with `seed`).
       verify: of a training run take the newest checkpoint whose parameters have their checksums; without, the newest.
       changes: fields of the config to change, such as scan_layers=True or dropout_rate=0.0.
@@ -286,9 +296,9 @@ def load_pretrained(
         defaults = defaults_of(live.generation_values(path), f"{type(path).__name__}.generation_config")
         return _built(config, architecture, tensors, None, defaults, **placed)
     check(
-        path not in PRESETS or Path(path).exists(),
-        f"{path!r} is a preset: a shape without weights. fs.init_params(fs.PRESETS[{path!r}], key) makes parameters for it; to "
-        "load trained ones, name a folder, or a model on the hub with its owner, such as 'google/switch-base-8'.",
+        isinstance(path, (str, os.PathLike)),
+        f"load_pretrained takes a folder, a model's name on the hub, or a model of transformers, not a {type(path).__name__}. "
+        "For a config of ours fs.init_params(config, key) makes parameters.",
     )
     opened = checkpoints.open_checkpoint(path, changes=changes, allow_missing=allow_missing, revision=revision, verify=verify)
     return from_checkpoint(opened, **placed)
@@ -300,7 +310,8 @@ def from_checkpoint(opened: checkpoints.Checkpoint, **placed: Any) -> Pretrained
     Arguments are `shardings`, `mesh`, `dtype` and `seed` of `load_pretrained`.
     """
     vocabulary, defaults = tokenizer.load_vocabulary(opened.path), read_defaults(opened.path)
-    return _built(opened.config, opened.architecture, opened.tensors, vocabulary, defaults, **placed)
+    built = _built(opened.config, opened.architecture, opened.tensors, vocabulary, defaults, **placed)
+    return built.replace(prefixes=read_prefixes(opened.path))
 
 
 def _built(
@@ -312,10 +323,11 @@ def _built(
     *,
     shardings: Shardings | None = None,
     mesh: Mesh | None = None,
-    dtype: str | None = None,
+    dtype: Any = None,
     seed: int = 0,
 ) -> Pretrained:
     if dtype is not None:
+        dtype = dtype_name(dtype)
         one_of("dtype", dtype, tuple(DTYPES))
         config = config.replace(param_dtype=dtype)
     tensors = {p: t if dtype is None or is_router(p) else cast(t, DTYPES[dtype]) for p, t in tensors.items()}
@@ -353,6 +365,7 @@ def save_pretrained(
       CheckpointError: if the parameters do not fit the config.
     """
     one_of("format", format, checkpoints.FORMATS)
+    expect("config", config, SwitchConfig, "Arguments are save_pretrained(path, config, params, vocabulary=None).")
     destination = local_destination(path)
     flat = {name: from_array(leaf) for name, leaf in flatten(dict(params)).items()}
     if config.scan_layers:

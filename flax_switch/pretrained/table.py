@@ -66,7 +66,8 @@ def in_bytes(size: int) -> str:
 def _facts(pretrained: Pretrained) -> list[tuple[str, str]]:
     name = type(pretrained.model).__name__ + ("" if pretrained.architecture == "full" else f", {pretrained.architecture}")
     vocabulary = "none" if pretrained.vocabulary is None else str(pretrained.vocabulary)
-    return [("model", name), ("config", repr(pretrained.config)), ("vocabulary", vocabulary)]
+    facts = [("model", name), ("config", repr(pretrained.config)), ("vocabulary", vocabulary)]
+    return [*facts, ("prefix", " or ".join(map(repr, pretrained.prefixes)))] if pretrained.prefixes else facts
 
 
 def _stack(path: str) -> str:

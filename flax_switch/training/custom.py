@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flax_switch.config import ExperimentConfig, MeshConfig, OptimizerConfig, SwitchConfig, check
+from flax_switch.config import ExperimentConfig, MeshConfig, OptimizerConfig, SwitchConfig, check, expect
 from flax_switch.nn.init import logical_axes
-from flax_switch.nn.inputs import as_ids, as_mask, shift_right
+from flax_switch.nn.inputs import as_ids, as_mask, check_alive, shift_right
 from flax_switch.nn.transformer import SwitchTransformer
 from flax_switch.ops.losses import IGNORED_LABEL
 from flax_switch.parallel.mesh import create_mesh
@@ -30,6 +30,7 @@ def optimizer(config: SwitchConfig, steps: int = 10_000, **settings: Any) -> opt
     Raises:
       ConfigError: naming the setting that cannot be.
     """
+    expect("config", config, SwitchConfig, "Arguments are optimizer(config, steps, **settings).")
     chosen = OptimizerConfig(**settings)
     check(
         chosen.trainable == ".*",
@@ -55,6 +56,8 @@ def train_step(
     Raises:
       ConfigError: naming what the batch lacks, or an input that cannot be.
     """
+    expect("config", config, SwitchConfig, "Arguments are train_step(config, optimizer, state, batch).")
+    check_alive("This state's parameters", state.params, "go on with the state that it returned")
     return _compiled(config, optimizer, state, complete(batch, config))
 
 

@@ -96,10 +96,9 @@ def perplexity(nats: float) -> float:
 
 def describe(evaluation: dict[str, Any]) -> str:
     """Returns an evaluation of pre-training as a sentence."""
+    text, alone, better = (evaluation[name] for name in ("text_cross_entropy", "unigram_entropy", "nats_below_unigram"))
     return (
-        f"held-out cross-entropy {evaluation['cross_entropy']:.3f} nats/token over all targets "
-        f"(perplexity {evaluation['perplexity']:.2f}, accuracy {100 * evaluation['accuracy']:.1f} %), "
-        f"{evaluation['text_cross_entropy']:.3f} over text (perplexity {evaluation['text_perplexity']:.2f}); text unigram entropy "
-        f"{evaluation['unigram_entropy']:.3f}, so {evaluation['nats_below_unigram']:.3f} nats below it.\n"
-        f"{describe_probe(evaluation)}"
+        f"held-out cross-entropy {evaluation['cross_entropy']:.3f} nats/token (perplexity {evaluation['perplexity']:.2f}, "
+        f"{100 * evaluation['accuracy']:.1f} % of tokens right); over text alone {text:.3f}, where guessing by how frequent tokens "
+        f"are has {alone:.3f}: {abs(better):.3f} {'better' if better >= 0 else 'worse'}.\n{describe_probe(evaluation)}"
     ).rstrip()

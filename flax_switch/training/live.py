@@ -6,8 +6,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from flax_switch.pages.page import HELD_OUT, TRAINING
+
 WIDTH, HEIGHT, LEFT, BOTTOM = 640, 220, 44, 24
-STYLES = {"train": ("#5a8fc7", "training"), "eval": ("#c0392b", "held-out")}  # kind of line -> colour, what it is called
+STYLES = {"train": (TRAINING, "training"), "eval": (HELD_OUT, "held-out")}  # kind of line -> colour, what it is called
 
 
 def notebook_display() -> Any:

@@ -137,8 +137,7 @@ def describe(probed: dict[str, float]) -> str:
         return ""
     listed = ", ".join(f"{name.replace('_', ' ')} {gain:.2f}" for name, gain in gains.items())
     return (
-        f"What the encoder is worth, in nats a token: {listed}. Masked text: {100 * probed['masked_accuracy']:.1f} % of tokens "
-        f"(the most frequent one is {100 * probed['masked_accuracy_of_most_frequent']:.1f} %) and "
-        f"{100 * probed['masked_spans_exact']:.1f} % of whole spans right, {probed['masked_nats_below_unigram']:.2f} nats below "
-        "their unigram entropy."
+        f"The inputs' worth, in nats/token that another text's inputs cost: {listed}. In masked text "
+        f"{100 * probed['masked_accuracy']:.1f} % of tokens are right (always the most frequent one: "
+        f"{100 * probed['masked_accuracy_of_most_frequent']:.1f} %) and {100 * probed['masked_spans_exact']:.1f} % of whole spans."
     )

@@ -7,12 +7,11 @@ from typing import Any
 import numpy as np
 
 from flax_switch.config.finetuning import LOSS
-from flax_switch.pages.page import curves, heat
+from flax_switch.pages.page import SCALE, curves, heat
 from flax_switch.training.findings import sparse_layer_names
 from flax_switch.workflows.record import RunRecord
 
 FEW = 8  # layers that a chart of curves tells apart
-SCALE = '<div class="scale"><span>{low}</span><i></i><span>{high}</span></div>'
 
 
 def series(lines: Sequence[dict[str, Any]], metric: str, name: str, scale: float = 1.0, **options: Any) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """`finetune` and `evaluate_checkpoint`: what the commands of these names do."""
 
 import json
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,11 +9,11 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from flax_switch.config import check
+from flax_switch.config import check, expect
 from flax_switch.config.finetuning import FinetuneConfig, FinetuneRecipe
 from flax_switch.data.tasks import prepare_tasks
 from flax_switch.data.vocabulary import SETTINGS_FILE
-from flax_switch.generation.defaults import write_prefix
+from flax_switch.generation.defaults import write_prefixes
 from flax_switch.host.files import write_text
 from flax_switch.parallel.mesh import check_batch_size, create_mesh
 from flax_switch.training.checkpoint import claim_workdir
@@ -47,6 +48,13 @@ def finetune(
     Raises:
       ConfigError: for settings, files or metrics that cannot be used, before anything is compiled.
     """
+    expect("recipe", recipe, FinetuneRecipe, "Give one such as fs.load_recipe('finetune_summarization').")
+    expect(
+        "init",
+        init,
+        (str, os.PathLike),
+        "Give what load_pretrained opens; model.save_pretrained(FOLDER) makes a folder.",
+    )
     require_trackers(recipe.train.log_to)
     start = open_start(init, recipe.model, vocabulary, verify)
     config = recipe.resolve(start.config, init)
@@ -57,7 +65,7 @@ def finetune(
     workdir = claim_workdir(workdir, config)
     if not (workdir / "vocabulary" / SETTINGS_FILE).exists():
         start.vocabulary.save(workdir / "vocabulary")
-    write_prefix(workdir, config.prefix)
+    write_prefixes(workdir, config.prefixes, config.model)
     write_text(workdir / TASKS_FILE, json.dumps(prepared.describe(), indent=2) + "\n")
     if config.optimizer.trainable != ".*":
         trained = trainable_part(run.abstract_state.params, config.optimizer.trainable)

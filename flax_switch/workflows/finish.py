@@ -171,6 +171,7 @@ def finish_finetuning(result: RunResult, workdir: epath.PathLike) -> None:
         console.print(f"\nBest by {config.best}, step {step}: {describe_scores(config, history[step])}")
     model = workdir / BEST if history else workdir
     quoted = shlex.quote(str(model))
+    prefix = f" --prefix={shlex.quote(next(filter(None, config.prefixes)))}" if len(config.prefixes) > 1 else ""
     console.print(
         f"\nReport:              {write_report(workdir)}\n"
         f"Metrics:             {workdir / 'metrics.jsonl'}\n"
@@ -178,7 +179,7 @@ def finish_finetuning(result: RunResult, workdir: epath.PathLike) -> None:
         f"Model:               {model}\n\n"
         f"Next: evaluate it on other examples, generate with it, or export it:\n"
         f"  flax-switch evaluate --checkpoint {quoted} --config.data.validation=test.jsonl\n"
-        f"  flax-switch generate --checkpoint {quoted} --input texts.txt --num-beams 4\n"
+        f"  flax-switch generate --checkpoint {quoted} --input texts.txt --num-beams 4{prefix}\n"
         f"  flax-switch convert {quoted} exported --to huggingface"
     )
 

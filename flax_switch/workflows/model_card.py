@@ -28,7 +28,7 @@ def model_card(
     encoder_only: bool = False,
     record: RunRecord | None = None,
     languages: tuple[str, ...] = (),
-    prefix: str = "",
+    prefixes: tuple[str, ...] = (),
     curves: bool = False,
 ) -> str:
     """Returns the text of README.md.
@@ -38,14 +38,14 @@ def model_card(
       licence: an identifier that the hub knows, such as "apache-2.0".
       record: the run that made the model, for what it was trained on and what it scores.
       languages: codes of the text's languages, such as "en".
-      prefix: what a fine-tuned model wants before every input.
+      prefixes: what a fine-tuned model wants before its inputs, one of several where tasks were mixed.
       curves: whether there is a picture of the curves beside the card.
     """
     made = _MADE[record.config.kind] if record else "stored"
     parts = [
         _head(name, config, licence, encoder_only, record, languages),
         f"# {name.rpartition('/')[2]}\n\nA {_kind(config, encoder_only)}, {made} with flax_switch. {_size(config)}\n",
-        _use(name, config, encoder_only, prefix),
+        _use(name, config, encoder_only, prefixes),
     ]
     if record is not None:
         parts += [_results(record), _training(record, curves), _experts(record), _settings(record)]
@@ -93,8 +93,8 @@ def _size(config: SwitchConfig) -> str:
     )
 
 
-def _use(name: str, config: SwitchConfig, encoder_only: bool, prefix: str) -> str:
-    example = f"{prefix}A text of yours." if prefix else "A <extra_id_0> walks into a bar."
+def _use(name: str, config: SwitchConfig, encoder_only: bool, prefixes: tuple[str, ...]) -> str:
+    example = f"{prefixes[0]}A text of yours." if prefixes else "A <extra_id_0> walks into a bar."
     classes = ("SwitchTransformersEncoderModel", "T5EncoderModel") if encoder_only else _FULL
     model = classes[0 if config.is_sparse else 1]
     last = (

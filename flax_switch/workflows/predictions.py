@@ -11,7 +11,7 @@ from etils import epath
 
 from flax_switch.config.finetuning import LOSS, FinetuneConfig
 from flax_switch.data.tasks import PreparedTask, PreparedTasks, spread
-from flax_switch.generation.defaults import write_prefix
+from flax_switch.generation.defaults import write_prefixes
 from flax_switch.generation.text import generate_batches
 from flax_switch.host.files import write_text
 from flax_switch.parallel.mesh import batch_rows
@@ -84,7 +84,7 @@ class TaskEvaluator:
             write_predictions(self.workdir / PREDICTIONS / f"step_{step}.jsonl", self.predictions)
         if best_of(self.history, finetuning_config(self.run).best)[0] == step:
             save_pretrained(str(self.workdir / BEST), self.run.config.model, params, self.prepared.vocabulary, format="flax_switch")
-            write_prefix(self.workdir / BEST, finetuning_config(self.run).prefix)
+            write_prefixes(self.workdir / BEST, finetuning_config(self.run).prefixes, self.run.config.model)
 
 
 def finetuning_config(run: Run) -> FinetuneConfig:

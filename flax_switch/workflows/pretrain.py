@@ -7,7 +7,7 @@ import jax
 from etils import epath
 
 from flax_switch import data
-from flax_switch.config import ExperimentConfig
+from flax_switch.config import ExperimentConfig, expect
 from flax_switch.parallel import processes
 from flax_switch.parallel.mesh import check_batch_size, create_mesh
 from flax_switch.training.checkpoint import claim_workdir, flat_fields
@@ -31,6 +31,7 @@ def pretrain(
     `verify`: compare every file of a checkpoint with its checksum before it is used. `profile` steps are traced by jax.profiler
     into `workdir/profile`; functions in `log` get (step, kind, metrics) of every line.
     """
+    expect("config", config, ExperimentConfig, "Give a recipe's, such as fs.load_recipe('tiny').")
     console.quiet = jax.process_index() != 0
     processes.require_same({"workdir": str(workdir), "jax": jax.__version__, **flat_fields(config)})
     require_trackers(config.train.log_to)

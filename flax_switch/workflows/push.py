@@ -12,7 +12,7 @@ from etils import epath
 from flax_switch.config import SwitchConfig, check, one_line
 from flax_switch.convert.checkpoint import convert, open_checkpoint
 from flax_switch.convert.tensors import CheckpointError
-from flax_switch.generation.defaults import read_prefix
+from flax_switch.generation.defaults import read_prefixes
 from flax_switch.host.files import write_bytes, write_text
 from flax_switch.training.metrics import METRICS_FILE
 from flax_switch.workflows.model_card import CURVES, model_card
@@ -73,7 +73,7 @@ def make_repository(
         write_bytes(folder / CURVES, png(curves_figure(record.train, record.evals, name.rpartition("/")[2])))
     config: SwitchConfig = opened.config
     card = model_card(
-        name, config, licence=licence, languages=tuple(languages), record=record, prefix=read_prefix(opened.path),
+        name, config, licence=licence, languages=tuple(languages), record=record, prefixes=read_prefixes(opened.path),
         encoder_only=opened.architecture == "encoder", curves=drawn,
     )  # fmt: skip
     write_text(folder / CARD, card)

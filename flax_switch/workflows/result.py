@@ -3,16 +3,15 @@
 import dataclasses
 import functools
 import html
-import importlib.util
 import io
 from typing import Any, Self
 
 from etils import epath
 
-from flax_switch.config import check
+from flax_switch.pages.plots import drawing
 from flax_switch.parallel.placement import ONE_DEVICE
 from flax_switch.pretrained import Pretrained
-from flax_switch.training.live import draw
+from flax_switch.training.live import STYLES, draw
 from flax_switch.training.loop import RunResult
 from flax_switch.training.metrics import read_metrics
 from flax_switch.workflows.report import write_report
@@ -50,13 +49,12 @@ class Result(RunResult):
 
     def plot(self) -> Any:
         """Returns matplotlib's figure of training and held-out cross-entropy by step. Needs the extra `plots`."""
-        check(importlib.util.find_spec("matplotlib") is not None, "Plots need matplotlib: pip install 'flax_switch[plots]'.")
         figure = curves_figure(*self._lines(), self.workdir.name)
         figure._repr_png_ = functools.partial(png, figure)  # without pyplot no notebook knows how to show a figure
         return figure
 
     def report(self) -> Inline:
-        """Writes the run's report anew and returns it; a notebook shows it inline. Needs the extra `plots`."""
+        """Writes the run's report anew and returns it; a notebook shows it inline."""
         return Inline(write_report(self.workdir))
 
     def _lines(self) -> list[list[dict[str, Any]]]:
@@ -73,16 +71,14 @@ class Result(RunResult):
 
 def curves_figure(train: Lines, evals: Lines, name: str) -> Any:
     """Returns matplotlib's figure of the cross-entropy of a run's lines by step."""
-    from matplotlib.figure import Figure
-
-    figure: Any = Figure(figsize=(8, 3.4), layout="constrained")
-    axis = figure.subplots()
-    for lines, label, style in ((train, "training", "-"), (evals, "held-out", "o-")):
-        if points := _points(lines):
-            axis.plot(*zip(*points, strict=True), style, ms=3, lw=1.2, label=label)
-    axis.set(xlabel="step", ylabel="nats per token", title=f"Cross-entropy of {name}")
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False)
+    with drawing(8, 3.4) as figure:
+        axis = figure.subplots()
+        for lines, kind, style in ((train, "train", "-"), (evals, "eval", "o-")):
+            color, label = STYLES[kind]
+            if points := _points(lines):
+                axis.plot(*zip(*points, strict=True), style, ms=3, lw=1.2, color=color, label=label)
+        axis.set(xlabel="step", ylabel="nats per token", title=f"Cross-entropy of {name}")
+        axis.legend()
     return figure
 
 

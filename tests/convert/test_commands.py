@@ -1,13 +1,16 @@
 """flax-switch convert, upcycle and inspect, and what they print."""
 
 import json
+import logging
 import math
+import sys
 
 import numpy as np
 import pytest
 
 from flax_switch import SwitchConfig, save_pretrained
 from flax_switch.cli import main
+from flax_switch.commands.checkpoints import explain_missing_extras
 from flax_switch.convert import open_checkpoint
 from flax_switch.convert.canonical import canonical_shapes
 from flax_switch.inspection.checkpoint import collapse_layers, describe
@@ -60,8 +63,26 @@ def test_an_export_says_which_behaviour_becomes_hugging_faces(tmp_path, capsys):
     save_pretrained(tmp_path / "ours", config, zeros(config), format="flax_switch")
     arguments = ["convert", str(tmp_path / "ours"), str(tmp_path / "theirs"), "--to", "huggingface", "--expert-capacity", "9"]
     assert main(arguments) == 0
-    assert "capacity_mode='fixed'; it was 'factor'" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert (
+        said.startswith("transformers has no choice in some settings")
+        and "  capacity_mode is 'fixed' there, 'factor' here\n" in said
+    )
     assert json.loads((tmp_path / "theirs" / "config.json").read_text())["expert_capacity"] == 9
+
+
+def test_commands_show_what_conversion_says_once_and_no_choice_of_executors(capsys, monkeypatch):
+    @explain_missing_extras
+    def run(args):
+        logging.getLogger("flax_switch.convert.checkpoint").info("converted somehow")
+        logging.getLogger("flax_switch.ops.kernels.choice").info("an executor was chosen")
+        logging.getLogger("flax_switch.ops.kernels.choice").warning("careful")
+        return 0
+
+    monkeypatch.setattr(logging.getLogger(), "handlers", [logging.StreamHandler(sys.stderr)])  # as absl does it
+    assert run(None) == 0
+    assert capsys.readouterr().err == "converted somehow\ncareful\n"
+    assert logging.getLogger("flax_switch").propagate and logging.getLogger("flax_switch.convert").level == logging.NOTSET
 
 
 def test_settings_of_a_t5x_checkpoint_are_set_from_the_command_line(tmp_path):

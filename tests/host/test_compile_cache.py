@@ -117,7 +117,11 @@ print(len(hits))
 
 
 def python(code, cache, **environment):
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("JAX_") and name != compile_cache.ENVIRONMENT}
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("JAX_", "XLA_")) and name != compile_cache.ENVIRONMENT
+    }
     clean |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), compile_cache.ENVIRONMENT: str(cache)} | environment
     done = subprocess.run([sys.executable, *code], capture_output=True, text=True, env=clean, cwd=ROOT, timeout=600)
     assert done.returncode == 0, done.stderr

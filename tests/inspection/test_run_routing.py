@@ -1,14 +1,21 @@
 """The routing of a run is followed through its checkpoints, printed and drawn."""
 
+import dataclasses
 import json
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from flax_switch.cli import main
 from flax_switch.config import DataConfig, ExperimentConfig, SwitchConfig, TrainConfig
+from flax_switch.inspection.routing_page import write_page
 from flax_switch.inspection.run_routing import RunRouting, Tokens, follow, measure, render
 from flax_switch.workflows.pretrain import pretrain
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "pages"))
+from browser import Browser  # noqa: E402
 
 MODEL = SwitchConfig(
     vocab_size=128, d_model=16, num_heads=2, d_kv=8, d_ff=16, num_encoder_layers=1, num_decoder_layers=2,
@@ -75,11 +82,32 @@ def test_a_run_is_followed_over_its_checkpoints_and_kinds_are_its_files(run):
 def test_the_command_prints_and_draws(run, capsys):
     assert main(["routing", str(run)]) == 0
     assert "encoder 0" in capsys.readouterr().out
-    page = (run / "routing.html").read_text()
-    assert "data:image/png;base64," in page and "left.txt" not in page.split("<img")[0]
-    assert (run / "routing.png").read_bytes()[:4] == b"\x89PNG"
+    assert '"rows":["left.txt","right.txt"]' in (run / "routing.html").read_text()
     assert main(["routing", str(run), "--json"]) == 0
     assert list(json.loads(capsys.readouterr().out)["layers"]) == ["encoder 0", "decoder 0", "decoder 1"]
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [400, 1400])
+def test_the_page_fits_its_window_and_shows_each_layer(width, dark, tmp_path):
+    routing = dataclasses.replace(made_up(), kinds=["a/very/long/name/of/a/file/of/text.txt", "<b>"])
+    page = write_page(routing, measure(routing), tmp_path / "routing.html")
+    with Browser() as browser:
+        browser.show(page, width, dark)
+        assert browser.value("document.documentElement.scrollWidth") <= width
+        titles = json.loads(browser.value('JSON.stringify([...document.querySelectorAll("figure h3")].map((e) => e.innerText))'))
+        assert [title.partition(":")[2] for title in titles[1:]] == [
+            " experts of a kind of document", " experts of the next sparse layer", " experts of a kind of document",
+        ]  # fmt: skip
+        assert browser.value('document.querySelectorAll("figure svg, figure canvas").length') == len(titles)
+        box = json.loads(
+            browser.value("""(() => { const plot = document.querySelectorAll("figure .plot")[2];
+            plot.scrollIntoView({block: "center"}); return JSON.stringify(plot.getBoundingClientRect()); })()""")
+        )
+        browser.point(box["x"] + box["width"] - 5, box["y"] + 5)
+        shown = browser.value('document.querySelectorAll("figure .tip")[2].innerText')
+        assert "next layer's expert 3" in shown and "expert 0: 1 of its tokens" in shown  # the made-up 3 - first
+        assert browser.complaints() == []
 
 
 def test_what_is_no_run_is_one_sentence(tmp_path, capsys):

@@ -87,10 +87,10 @@ class Browser:
         message, _, self._left = self._left.partition(b"\0")
         return json.loads(message)
 
-    def show(self, path, width, dark=False):
+    def show(self, path, width, dark=False, scale=1):
         """Opens a page at a width in CSS pixels, and waits until it is drawn."""
         self.events.clear()
-        self.ask("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
+        self.ask("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=scale, mobile=False)
         self.ask("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
         self.ask("Page.navigate", url=Path(path).absolute().as_uri())
         deadline = time.monotonic() + 60
@@ -105,9 +105,10 @@ class Browser:
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
 
-    def screenshot(self, path):
-        """Writes the whole page as a PNG."""
-        shot = self.ask("Page.captureScreenshot", captureBeyondViewport=True, format="png")
+    def screenshot(self, path, clip=None):
+        """Writes the whole page, or a rectangle of it, as a PNG."""
+        part = {} if clip is None else {"clip": clip}
+        shot = self.ask("Page.captureScreenshot", captureBeyondViewport=True, format="png", **part)
         Path(path).write_bytes(base64.b64decode(shot["data"]))
 
     def point(self, x, y):

@@ -1,6 +1,8 @@
 """What a person sees of configs, models and states: lines, and a table, not arrays."""
 
+import dataclasses
 import re
+import xml.etree.ElementTree as ElementTree
 
 import jax
 import numpy as np
@@ -67,6 +69,21 @@ def test_a_notebook_shows_the_same_as_a_table_of_html():
     assert page.count("<tr>") == len(table.rows(small.params)) + 1
     assert "<script" not in page and "&#x27;switch-tiny&#x27;" in page
     assert all(f"<td>{cell}</td>" in page for row in table.rows(small.params) for cell in row)
+
+
+def test_a_notebook_shows_a_config_as_its_line_over_every_field():
+    config = ExperimentConfig(model=SMALL, data=DataConfig(source="<b>.txt", batch_size=8))
+    page = config._repr_html_()
+    root = ElementTree.fromstring(page)  # tags are closed, and values are no tags
+    assert root.find("code").text == repr(config) and "<b>.txt" not in page
+    shown = {"".join(row[0].itertext()): row[1] for row in root.iter("tr")}
+    for section in (config, config.data, SMALL):
+        assert {field.name for field in dataclasses.fields(section)} <= shown.keys()
+    assert shown["batch_size"].find("code").text == "8"
+    (model,) = [row[1] for row in root.find("details/table") if row[0].find("b") is not None and row[0][0].text == "model"]
+    assert model.find(".//code").text == repr(SMALL)
+    bold = {"".join(row[0].itertext()) for row in root.iter("tr") if row[0].find("b") is not None}
+    assert {"data", "batch_size", "source", "d_model"} <= bold and not {"packing", "optimizer"} & bold
 
 
 def test_a_linen_module_and_a_state_are_short_too():

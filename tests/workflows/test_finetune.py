@@ -105,6 +105,12 @@ def test_evaluate_prints_and_writes_what_the_run_measured(run, one_device, tmp_p
     assert (output / "predictions.jsonl").read_text() == (run / PREDICTIONS / "step_2.jsonl").read_text()
 
 
+def test_evaluation_without_an_example_asks_for_a_validation_or_test_file(run, one_device, tmp_path, capsys):
+    none = ["--config.data.validation=None", "--config.data.validation_fraction=0"]
+    assert cli.main(["evaluate", "--checkpoint", str(run / BEST), "--output", str(tmp_path), *none]) == 2
+    assert "nothing to evaluate on; name a validation or test file with data.validation=FILE." in capsys.readouterr().err
+
+
 def test_the_result_is_exported_to_hugging_face(run, tmp_path):
     assert cli.main(["convert", str(run / BEST), str(tmp_path / "hf"), "--to", "huggingface", "--no-progress"]) == 0
     ours, theirs = (flatten_dict(load_pretrained(path).params) for path in (run / BEST, tmp_path / "hf"))

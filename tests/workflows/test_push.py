@@ -157,4 +157,4 @@ def test_cards_of_dense_models_and_encoders_name_their_classes():
     dense = SwitchConfig(num_sparse_encoder_layers=0, num_sparse_decoder_layers=0)
     assert "T5ForConditionalGeneration" in (card := model_card(NAME, dense, licence="mit")) and "mixture" not in card
     assert "SwitchTransformersEncoderModel" in model_card(NAME, SwitchConfig(), licence="mit", encoder_only=True)
-    assert '"summarize: A text of yours."' in model_card(NAME, dense, licence="mit", prefix="summarize: ")
+    assert '"summarize: A text of yours."' in model_card(NAME, dense, licence="mit", prefixes=("summarize: ", "x: "))

@@ -28,7 +28,7 @@ from flax_switch.host.json_text import field, read_json, valid_text
 
 MODEL_FILE = "spiece.model"
 SETTINGS_FILE = "vocabulary.json"
-_SPECIAL = re.compile(r"<extra_id_(0|[1-9]\d{0,5})>|</s>|<pad>|<unk>")
+_SPECIAL = re.compile(r"<extra_id_(0|[1-9][0-9]{0,5})>|</s>|<pad>|<unk>")
 MOST_SENTINELS = 100_000  # T5 has 100
 _TRAINING_CHARACTERS = 20_000_000  # more text does not change a vocabulary, only the time it takes
 _TRAINING_LINE = 4000  # characters; SentencePiece leaves longer lines out
@@ -104,7 +104,7 @@ class Vocabulary:
         Raises `ConfigError` where the file cannot be read, is no such model, or its ids are not T5's.
         """
         if not isinstance(model, bytes):
-            model = files.read_bytes(epath.Path(model).expanduser())
+            model = files.read_bytes(model if files.in_store(model) else files.expanded(model))
         return cls(model, num_sentinels, added)
 
     @classmethod

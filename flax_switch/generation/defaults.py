@@ -10,8 +10,9 @@ from etils import epath
 
 from flax_switch.config import ConfigError, check
 from flax_switch.config.generation import BEAMS_ONLY, SAMPLING_ONLY, GenerationConfig, tuples
+from flax_switch.config.ranges import shown
 from flax_switch.host.files import write_text
-from flax_switch.host.json_text import read_json
+from flax_switch.host.json_text import field, read_json
 
 log = logging.getLogger(__name__)
 
@@ -45,13 +46,15 @@ def defaults_of(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Returns the controls that a generation_config.json's values ask for, as `read_defaults`; messages name `source`."""
     values = {name: value for name, value in values.items() if value is not None and name not in _SILENT}
     for old, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-        length = values.pop(old, None)
-        if isinstance(length, int) and length > 0:
-            values.setdefault(new, max(length - 1, int(old == "max_length")))
+        if old in values:
+            length = field(values, old, int, source)
+            check(length >= 0, f"{source}: {old} must not be negative; it is {shown(length)}.")
+            if values.pop(old):
+                values.setdefault(new, max(length - 1, int(old == "max_length")))
     unknown = {name: value for name, value in values.items() if name not in _OURS and _NEUTRAL.get(name) != value}
     if unknown:
-        shown = ", ".join(f"{name}={value!r}" for name, value in unknown.items())
-        log.warning("%s asks for what is not followed: %s.", source, shown)
+        listed = ", ".join(f"{name}={shown(value)}" for name, value in unknown.items())
+        log.warning("%s asks for what is not followed: %s.", source, listed)
     found = {name: tuples(value) for name, value in values.items() if name in _OURS}
     try:
         GenerationConfig(**with_defaults(found, {}))
@@ -65,9 +68,7 @@ def read_prefix(folder: epath.PathLike) -> str:
     for place in (epath.Path(folder), epath.Path(folder).parent.parent):
         path = place / FILE
         if path.is_file():
-            prefix = read_json(path).get(PREFIX) or ""
-            check(isinstance(prefix, str), f"{path}: {PREFIX} must be a text; it is {prefix!r}.")
-            return prefix
+            return field(read_json(path), PREFIX, (str, type(None)), str(path), None) or ""
         if place.parent.name != "checkpoints":
             break
     return ""

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from flax_switch.config import ConfigError, StackConfig, SwitchConfig, check
+from flax_switch.host.files import expanded
 from flax_switch.nn.transformer import SwitchEncoder, SwitchTransformer
 from flax_switch.ops.moe.routing import RouterOutput
 from flax_switch.pages.page import expert_color, ink_on
@@ -238,7 +239,7 @@ def plot(exploration: Exploration, path: str | Path) -> Path:
         axis.bar(range(E), dropped, bottom=kept, color="white", edgecolor="black", hatch="////", label="dropped")
         axis.set_title(f"{stack} layer {layer}: choices by expert", fontsize=9)
         axis.legend(fontsize=7)
-    path = Path(path).expanduser()
+    path = expanded(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)

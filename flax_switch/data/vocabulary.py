@@ -329,16 +329,18 @@ class Vocabulary:
             settings = read_json(path)
             sentinels = field(settings, "num_sentinels", int, str(path))
             added = added_tokens(field(settings, "added_tokens", list, str(path), []), str(path))
+            if "file" in settings:
+                from flax_switch.data.byte_vocabulary import ByteVocabulary
+                from flax_switch.data.foreign_vocabulary import ForeignVocabulary
+
+                kind = ByteVocabulary if settings["file"] == ByteVocabulary.file_name else ForeignVocabulary
+                vocabulary = kind(files.read_bytes(epath.Path(folder) / kind.file_name))
+            else:
+                vocabulary = cls.from_sentencepiece(epath.Path(folder) / MODEL_FILE, sentinels, added)
+        except OtherTokenizerError:
+            raise
         except ConfigError as error:
             raise ConfigError(f"{folder} holds no saved vocabulary: {error}") from error
-        if "file" in settings:
-            from flax_switch.data.byte_vocabulary import ByteVocabulary
-            from flax_switch.data.foreign_vocabulary import ForeignVocabulary
-
-            kind = ByteVocabulary if settings["file"] == ByteVocabulary.file_name else ForeignVocabulary
-            vocabulary = kind(files.read_bytes(epath.Path(folder) / kind.file_name))
-        else:
-            vocabulary = cls.from_sentencepiece(epath.Path(folder) / MODEL_FILE, sentinels, added)
         check(
             vocabulary.fingerprint == settings.get("fingerprint"),
             f"{folder}: {vocabulary.file_name} and {SETTINGS_FILE} do not belong together; copy both from the same run.",

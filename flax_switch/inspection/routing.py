@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from flax_switch.config import ConfigError, StackConfig, SwitchConfig, check
-from flax_switch.host.files import expanded
+from flax_switch.host.files import expanded, write_bytes
 from flax_switch.nn.transformer import SwitchEncoder, SwitchTransformer
 from flax_switch.ops.moe.routing import RouterOutput
 from flax_switch.pages.page import expert_color, ink_on
@@ -239,8 +240,8 @@ def plot(exploration: Exploration, path: str | Path) -> Path:
         axis.bar(range(E), dropped, bottom=kept, color="white", edgecolor="black", hatch="////", label="dropped")
         axis.set_title(f"{stack} layer {layer}: choices by expert", fontsize=9)
         axis.legend(fontsize=7)
-    path = expanded(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    path, picture = expanded(path), io.BytesIO()
+    figure.savefig(picture, format=path.suffix.removeprefix("."), dpi=130)
     plt.close(figure)
+    write_bytes(path, picture.getvalue())
     return path

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from flax_switch.config import check
+from flax_switch.host.files import write_bytes, write_text
 from flax_switch.inspection import specialisation
 from flax_switch.inspection.run_routing import RunRouting
 
@@ -32,7 +33,7 @@ def write_page(routing: RunRouting, measured: Mapping[str, Mapping[str, Any]], p
     """Writes the page, and its picture as a PNG of the same name beside it. Needs the extra `plots`."""
     path = Path(path)
     png = draw(routing, measured)
-    path.with_suffix(".png").write_bytes(png)
+    write_bytes(path.with_suffix(".png"), png)
     liked = "".join(
         f"<h3>{name}</h3><table>"
         + "".join(
@@ -42,12 +43,12 @@ def write_page(routing: RunRouting, measured: Mapping[str, Mapping[str, Any]], p
         + "</table>"
         for name, found in measured.items()
     )
-    path.write_text(
+    write_text(
+        path,
         f"<!doctype html><html lang=en><meta charset=utf-8><title>Routing</title><style>{_STYLE}</style><h1>Routing</h1>"
         f"<p>{_EXPLAINED}</p>{_table(measured)}<img alt='pictures of routing' src='data:image/png;base64,"
         f"{base64.b64encode(png).decode()}'><h2>Tokens of which an expert takes the largest share</h2>"
         f"<p>Expert, its share of all tokens, and its tokens.</p>{liked}</html>",
-        encoding="utf-8",
     )
     return path
 

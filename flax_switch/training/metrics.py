@@ -79,6 +79,7 @@ def read_metrics(workdir: epath.PathLike) -> Iterable[dict[str, Any]]:
     for text in read_bytes(path, _LARGEST).splitlines():
         with contextlib.suppress(ConfigError):
             line = json_object(text, METRICS_FILE)
-            field(line, "step", int, METRICS_FILE), field(line, "kind", str, METRICS_FILE)
+            for name, kind in (("step", int), ("kind", str)):
+                field(line, name, kind, METRICS_FILE)
             lines.append(line)
     return lines

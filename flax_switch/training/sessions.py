@@ -47,7 +47,8 @@ def read_sessions(workdir: epath.PathLike) -> list[dict[str, Any]]:
     for text in read_bytes(path).splitlines() if path.exists() else ():
         with contextlib.suppress(ConfigError):
             line = json_object(text, SESSIONS_FILE)
-            field(line, "event", str, SESSIONS_FILE), field(line, "time", str, SESSIONS_FILE)
+            for name in ("event", "time"):
+                field(line, name, str, SESSIONS_FILE)
             found.append(line)
     return found
 

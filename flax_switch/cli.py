@@ -6,6 +6,7 @@ import argparse
 import difflib
 import errno
 import importlib
+import io
 import os
 import select
 import sys
@@ -14,7 +15,7 @@ from typing import Any, NoReturn
 
 import flax_switch
 from flax_switch.commands.options import hyphened, refuse, tell
-from flax_switch.config import ConfigError
+from flax_switch.config import ConfigError, one_line
 from flax_switch.host.memory import keep_freed_memory
 
 # Command -> what it does; each is a module in flax_switch.commands with add_arguments(parser) and run(args) -> exit status.
@@ -99,6 +100,7 @@ def take_rest(args: argparse.Namespace, rest: list[str]) -> Any:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; errors a user can mend are one message and exit status 2, without a traceback."""
+    _open_streams()
     if argv is None and sys.argv[1:2] and sys.argv[1] in TRAINING:
         keep_freed_memory()
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -122,20 +124,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"flax-switch{command}: interrupted.", file=sys.stderr)
         return 130
-    except (ConfigError, OSError, MemoryError) as error:
+    except (ConfigError, OSError, MemoryError, ImportError, RuntimeError) as error:
+        said = _explained(error)
+        if said is None:
+            raise
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             return 141  # as shells have it of a program that SIGPIPE ended
-        tell(f"flax-switch{command}: {_explained(error)}")
+        tell(f"flax-switch{command}: {said}")
+        _drop_unprinted()
         return 2
 
 
-def _explained(error: ConfigError | OSError | MemoryError) -> str:
+def _open_streams() -> None:
+    """Has every standard stream be there, one that was closed as an empty one, and take every text: paths need not be UTF-8."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - it lives as long as the process
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _explained(error: Exception) -> str | None:
+    """Returns what is said of an error that a user can mend; None for any other."""
+    if isinstance(error, ConfigError):
+        return str(error)
     if isinstance(error, OSError):
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return "no space left on the disk. What was complete is kept; free some and run it again."
         where = "" if error.filename is None else f"{error.filename}: "
         return f"{where}{error.strerror or error}."
-    return str(error) if isinstance(error, ConfigError) else f"this machine's memory is not enough ({error or 'of the host'})."
+    if isinstance(error, MemoryError):
+        return f"this machine's memory is not enough ({error or 'of the host'})."
+    text = one_line(error)
+    if "pip install" in text or text.startswith("Unable to initialize backend"):  # an extra, or JAX_PLATFORMS without its device
+        return f"{text}."
+    return f"a device's memory is not enough ({text})." if "RESOURCE_EXHAUSTED" in text else None
 
 
 def _nobody_reads() -> bool:
@@ -146,8 +169,16 @@ def _nobody_reads() -> bool:
     pipe.register(1, select.POLLOUT)
     gone = any(event & select.POLLERR for _, event in pipe.poll(0))
     if gone:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        _drop_unprinted()
     return gone
+
+
+def _drop_unprinted() -> None:
+    """Lets go of what standard output does not take, on a full disk for instance, for Python would try again at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 if __name__ == "__main__":

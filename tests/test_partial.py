@@ -1,6 +1,10 @@
 """`flax-switch generate --output`: nothing is touched before all is checked, and what was finished outlives a kill."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +13,7 @@ from flax_switch.cli import main
 from flax_switch.commands.partial import Partial
 from flax_switch.config import ConfigError
 
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
 RESULTS = [{"line": n, "input": f"text {n}", "outputs": [f"output é\u2028 \x85{n}"]} for n in (1, 2, 4, 5)]
 
 
@@ -117,7 +122,20 @@ def test_the_command_continues_after_a_kill(command, tmp_path, capsys):
 def test_the_input_is_not_the_output(command, tmp_path, capsys):
     run, state = command
     (tmp_path / "link.txt").symlink_to(tmp_path / "in.txt")
-    for name in ("in.txt", "link.txt"):
+    (tmp_path / "hard.txt").hardlink_to(tmp_path / "in.txt")
+    for name in ("in.txt", "link.txt", "hard.txt"):
         assert run(output=name) == 2
         assert "is the input" in capsys.readouterr().err
     assert (tmp_path / "in.txt").read_text().startswith("a\nb") and not state.seen
+
+
+@pytest.mark.skipif(not Path("/dev/stdin").exists(), reason="standard input has no name here")
+def test_standard_input_may_be_the_output_s_file_too(tmp_path, capsys):
+    (tmp_path / "in.txt").write_text("a\n")
+    code = "from flax_switch.host.files import check_writable; check_writable('in.txt', reads=['/dev/stdin'])"
+    command, options = [sys.executable, "-c", code], dict(cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+    with open(tmp_path / "in.txt") as given:
+        ended = subprocess.run(command, stdin=given, **options)
+    assert "it is the input" in ended.stderr
+    ended = subprocess.run(command, input="a", **options)
+    assert ended.returncode == 0, ended.stderr

@@ -39,6 +39,9 @@ def run(args: argparse.Namespace) -> int:
     for name in ("metrics.json", "predictions.jsonl"):
         check_writable(output / name, make_folders=True)
     recipe = _recipe(args)
+    examples = [task.validation or task.train or () for task in recipe.data.mixture]
+    read = [name for names in examples for name in ([names] if isinstance(names, str) else names)]
+    check_writable(output / "predictions.jsonl", reads=read, make_folders=True)
     start_jax(args)
     from flax_switch.workflows.finetune import evaluate_checkpoint
     from flax_switch.workflows.predictions import describe, finetuning_config, write_predictions

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import shlex
+import stat
 import sys
 import time
 import typing
@@ -16,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from flax_switch.commands.checkpoints import add_verify_argument
 from flax_switch.commands.options import add_compile_cache_argument, hyphened, refuse, start_jax, tell
 from flax_switch.config import ConfigError, check
+from flax_switch.config.ranges import shown
 
 if TYPE_CHECKING:
     from flax_switch.generation.text import Line
@@ -87,7 +90,9 @@ def run(args: argparse.Namespace) -> int:
     from flax_switch.generation.generate import check_seeds
     from flax_switch.pretrained import from_checkpoint
 
-    check(args.batch_size >= 1, f"--batch-size must be at least 1; it is {args.batch_size}.")
+    for name in ("batch_size", "max_source_length"):
+        value = getattr(args, name)
+        check(1 <= value <= 2**20, f"{hyphened(f'--{name}')} must lie in [1, {2**20}]; it is {shown(value)}.")
     check_seeds(args.seed, 1)
     opened = open_checkpoint(args.checkpoint, verify=not args.no_verify)
     GenerationConfig(**with_defaults(read_defaults(opened.path), args.controls)).for_model(opened.config)
@@ -100,8 +105,9 @@ def run(args: argparse.Namespace) -> int:
     if args.output is None:
         check(not args.resume, "--resume continues an --output; standard output is not kept.")
         results = _results(from_checkpoint(opened, dtype=args.dtype), lines, options)
+        escaped = not (sys.stdout.encoding or "").lower().startswith("utf")
         for result in results:
-            sys.stdout.write(json.dumps(result, ensure_ascii=False) + "\n")
+            sys.stdout.write(json.dumps(result, ensure_ascii=escaped) + "\n")
     else:
         results = _to_file(args, opened, lines, options)
     bad = [result for result in results if "error" in result]
@@ -135,6 +141,8 @@ def _lines(args: argparse.Namespace) -> list[Line]:
 
     try:
         with open(args.input, "rb") if args.input != "-" else sys.stdin.buffer as file:  # bytes: a bad line is one line's error
+            endless = args.input != "-" and stat.S_ISCHR(os.fstat(file.fileno()).st_mode) and not file.isatty()
+            check(not endless, f"{args.input} is a device; --input takes a file or a pipe.")
             return read_lines(file, args.field)
     except OSError as error:
         raise ConfigError(f"Cannot read {args.input}: {error}.") from error
@@ -147,7 +155,7 @@ def _to_file(args: argparse.Namespace, opened: Any, lines: list[Line], options: 
     from flax_switch.pretrained import from_checkpoint
 
     output = Path(args.output)
-    check_writable(output, reads=[] if args.input == "-" else [args.input])
+    check_writable(output, reads=["/dev/stdin" if args.input == "-" else args.input])
     run = {**options, "batch_size": None, "checkpoint": str(absolute(opened.path)), "dtype": args.dtype}
     run["lines"] = [dataclasses.astuple(line) for line in lines]
     with Partial(output, run, resume=args.resume) as partial:
@@ -193,6 +201,9 @@ def _converse(pretrained: Any, options: dict[str, Any]) -> int:
             text = input("> ").strip()
         except EOFError:
             return 0
+        except UnicodeDecodeError as problem:
+            print(f"That is not {problem.encoding.upper()}: {problem.reason}.")
+            continue
         if not text:
             return 0
         number += 1

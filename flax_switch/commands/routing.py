@@ -19,8 +19,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 @explain_missing_extras
 def run(args: argparse.Namespace) -> int:
     """Measures the routing of the run's checkpoints, prints a table and writes the page."""
+    from flax_switch.host.files import check_writable
     from flax_switch.inspection.run_routing import follow, measure, render
 
+    page = Path(args.output or Path(args.run) / "routing.html")
+    if not args.json:
+        check_writable(page, make_folders=True)
+        check_writable(page.with_suffix(".png"), make_folders=True)
     routing = follow(args.run)
     measured = measure(routing)
     if args.json:
@@ -29,5 +34,5 @@ def run(args: argparse.Namespace) -> int:
     from flax_switch.inspection.routing_page import write_page
 
     print(render(measured))
-    print(f"Page: {write_page(routing, measured, args.output or Path(args.run) / 'routing.html')}")
+    print(f"Page: {write_page(routing, measured, page)}")
     return 0

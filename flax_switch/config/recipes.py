@@ -66,7 +66,7 @@ def load_gin(paths: Sequence[str | Path], bindings: Iterable[str] = ()) -> Recip
         try:
             gin.parse_config_files_and_bindings([str(p) for p in paths], list(bindings))
             bound = {name: section() for name, section in sections.items()}
-        except Exception as error:  # gin raises whatever an import or a reference in the file raises
+        except (Exception, SystemExit) as error:  # gin raises whatever an import or a reference in the file raises
             raise ConfigError(
                 f"The gin configuration cannot be read: {one_line(error)}. Here a gin file names a recipe (recipe.base = "
                 "'tiny') and binds fields of its sections (train.steps = 500); T5X's own files, which import and include its "
@@ -121,7 +121,7 @@ def _config_dict(given: str | Path) -> ml_collections.ConfigDict:
         values = module["get_config"]()
     except ConfigError:
         raise
-    except Exception as error:  # a recipe is code, and raises what it likes
+    except (Exception, SystemExit) as error:  # a recipe is code, and raises what it likes
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         where = f", line {lines[-1]}" if lines else ""
         raise ConfigError(f"The recipe {path}{where} raises {type(error).__name__}: {one_line(error)}.") from error

@@ -10,7 +10,7 @@ from etils import epath
 
 from flax_switch.config.presets import PRESETS
 from flax_switch.convert.tensors import CheckpointError
-from flax_switch.host.files import in_store
+from flax_switch.host.files import expanded, in_store
 from flax_switch.host.swap import set_aside
 
 _NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -32,7 +32,7 @@ def local_folder(source: str | Path, revision: str | None = None) -> Path:
         if not folder.exists():
             raise CheckpointError(f"{source} does not exist, or may not be read from here.")
         return folder
-    folder = Path(source).expanduser()
+    folder = expanded(source)
     if folder.exists():
         return folder
     if set_aside(folder).is_dir():

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flax_switch.config import SwitchConfig
+from flax_switch.config import ConfigError, SwitchConfig, one_of
 from flax_switch.convert.canonical import ARCHITECTURES, canonical_shapes
 from flax_switch.convert.doors import check_counts, config_of
 from flax_switch.convert.folder import join_parts, read_folder
@@ -23,6 +23,7 @@ from flax_switch.convert.huggingface import read_json
 from flax_switch.convert.mapping import SAME_NAMES, to_canonical
 from flax_switch.convert.safetensors_file import read_safetensors
 from flax_switch.convert.tensors import CheckpointError, LazyTensor
+from flax_switch.host.json_text import field
 
 CONFIG_FILE = "flax_switch.json"
 STEM = "params"
@@ -46,21 +47,22 @@ def config_file(config: SwitchConfig, architecture: str, huggingface: Mapping[st
 
 def read_native(folder: Path, *, allow_missing: Sequence[str] = ()) -> tuple[SwitchConfig, str, dict[str, LazyTensor], dict | None]:
     """Returns a folder's config, architecture, canonical tensors and, where it came from Hugging Face, that config.json."""
-    values = read_json(folder / CONFIG_FILE)
-    version, architecture = values.get("format_version"), values.get("architecture")
+    values, where = read_json(folder / CONFIG_FILE), str(folder / CONFIG_FILE)
+    try:
+        version, architecture = field(values, "format_version", int, where), field(values, "architecture", str, where)
+        settings, came_with = field(values, "config", dict, where), field(values, "huggingface", (dict, type(None)), where, None)
+        one_of(f"{where}: architecture", architecture, tuple(ARCHITECTURES))
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from error
     if version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{folder / CONFIG_FILE} has format_version {version!r}; this release reads {FORMAT_VERSION}. Upgrade flax_switch."
-        )
-    if architecture not in ARCHITECTURES or not isinstance(values.get("config"), dict):
-        raise CheckpointError(f"{folder / CONFIG_FILE} is damaged: it needs an architecture {ARCHITECTURES} and a config")
+        raise CheckpointError(f"{where} has format_version {version}; this release reads {FORMAT_VERSION}. Upgrade flax_switch.")
     tensors = join_parts(read_folder(folder, STEM, read_safetensors, "safetensors"))
-    check_counts(values["config"], tensors, folder / CONFIG_FILE)
+    check_counts(settings, tensors, folder / CONFIG_FILE)
     with config_of(folder / CONFIG_FILE):
-        config = SwitchConfig.from_dict(values["config"])
+        config = SwitchConfig.from_dict(settings)
     expected = canonical_shapes(config, architecture)
     try:
         canonical = to_canonical(tensors, SAME_NAMES, expected, allow_missing=allow_missing)
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from None
-    return config, architecture, canonical, values.get("huggingface")
+    return config, architecture, canonical, came_with

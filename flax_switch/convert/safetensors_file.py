@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from flax_switch.config import ConfigError
+from flax_switch.config.ranges import shown
 from flax_switch.convert.tensors import CheckpointError, Index, LazyTensor, contiguous
 from flax_switch.host.files import in_store
 from flax_switch.host.json_text import parse_json
@@ -89,7 +90,7 @@ def _check_entry(path: Path, name: str, entry: Any) -> tuple[np.dtype, tuple[int
         dtype, shape, (start, stop) = _DTYPES.get(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
         sane = all(type(n) is int and n >= 0 for n in (*shape, start, stop)) and start <= stop
     except (TypeError, KeyError, ValueError):
-        raise CheckpointError(f"{path} is corrupt: the header's entry for {name!r} is {entry!r}") from None
+        raise CheckpointError(f"{path} is corrupt: the header's entry for {name!r} is {shown(entry)}") from None
     if dtype is None:
         raise CheckpointError(f"{path}: tensor {name!r} has dtype {entry['dtype']!r}; known are {', '.join(_DTYPES)}")
     if not sane or stop - start != math.prod(shape) * dtype.itemsize:

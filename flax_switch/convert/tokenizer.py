@@ -61,14 +61,47 @@ def _vocabulary_in(folder: Path) -> Vocabulary | None:
             f"{settings.name} names ByT5Tokenizer, whose tokens are bytes, beside a spiece.model: one of them is another model's.",
         )
         return ByteVocabulary(read_bytes(settings))
-    values = read_json(tokenizer) if tokenizer.is_file() else None
-    if values is not None and (strange := strange_parts(values)):
-        log.info("The tokenizer in %s is run by the package tokenizers: it has %s.", folder, ", ".join(strange))
-        return ForeignVocabulary(read_bytes(tokenizer))
-    if spiece.is_file():
-        added = () if values is None else users_tokens(values)
-        return Vocabulary.from_sentencepiece(spiece, count_sentinels(folder), added)
-    return None if values is None else Vocabulary(*sentencepiece_model(values), users_tokens(values))
+    if not tokenizer.is_file():
+        return Vocabulary.from_sentencepiece(spiece, count_sentinels(folder)) if spiece.is_file() else None
+    values = read_json(tokenizer)
+    strange, vocabulary = strange_parts(values), None
+    if not strange:
+        vocabulary = _unigram(values, spiece if spiece.is_file() else None, folder)
+        strange = [f"the token {content!r} with the id {number}" for content, number in other_ids(values, vocabulary)]
+    if not strange:
+        return vocabulary
+    log.info("The tokenizer in %s is run by the package tokenizers: it has %s.", folder, ", ".join(strange[:5]))
+    return ForeignVocabulary(read_bytes(tokenizer))
+
+
+def _unigram(values: Mapping[str, Any], spiece: Path | None, folder: Path) -> Vocabulary:
+    """Returns the vocabulary of a `tokenizer.json`, with the model of the `spiece.model` beside it where the two are the same."""
+    from flax_switch.data.vocabulary import Vocabulary
+
+    model, sentinels = sentencepiece_model(values)
+    if spiece is not None:
+        beside = Vocabulary.from_sentencepiece(spiece, 0)
+        if _pieces(beside.model) == _pieces(model):
+            model, sentinels = beside.model, sentinels or count_sentinels(folder)
+        else:
+            log.warning("In %s tokenizer.json is another tokenizer than spiece.model, which is not used.", folder)
+    return Vocabulary(model, sentinels, users_tokens(values))
+
+
+def _pieces(model: bytes) -> tuple[list[str], bytes]:
+    """Returns a SentencePiece model's pieces, and how it replaces characters."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto: Any = sentencepiece_model_pb2
+    proto = proto.ModelProto.FromString(model)
+    return [piece.piece for piece in proto.pieces], proto.normalizer_spec.precompiled_charsmap
+
+
+def other_ids(tokenizer: Mapping[str, Any], vocabulary: Vocabulary) -> list[tuple[str, int]]:
+    """Returns the tokens in a `tokenizer.json`'s list that have other ids there than in a vocabulary."""
+    entries = [entry for entry in field(tokenizer, "added_tokens", list, "tokenizer.json", []) if isinstance(entry, dict)]
+    found = [(entry["content"], entry["id"]) for entry in entries if isinstance(entry.get("content"), str) and "id" in entry]
+    return [(content, number) for content, number in found if vocabulary.encode(content) != [number]]
 
 
 def users_tokens(tokenizer: Mapping[str, Any]) -> list[AddedToken]:
@@ -101,10 +134,29 @@ def strange_parts(tokenizer: Mapping[str, Any]) -> list[str]:
     )
     strange = [f"a normaliser {_shown(p)}" for p in normalizers if p.get("type") != "Precompiled" and p not in _NORMALIZERS]
     strange += [f"a pre-tokeniser {_shown(part)}" for part in cutters if part != _WHITESPACE and not _is_t5s(part)]
+    if not strange and is_unigram(tokenizer):
+        strange = _strange_blanks([part.get("type") for part in normalizers], cutters)
+        number = field(tokenizer, "model", dict, "tokenizer.json", {}).get("unk_id", 2)
+        strange += [f"unk_id={_shown(number)}"] if number not in (2, None) else []
     for token in field(tokenizer, "added_tokens", list, "tokenizer.json", []):
         flags = [flag for flag in ("lstrip", "rstrip", "single_word") if isinstance(token, Mapping) and token.get(flag)]
         strange += [f"the added token {token['content']!r} with {flag}" for flag in flags]
     return strange
+
+
+def _strange_blanks(normalizers: Sequence[Any], cutters: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns what treats blanks otherwise than T5, which cuts at them, all kinds made one by the character map; or joins them."""
+    if [part == _WHITESPACE for part in cutters] not in ([False], [True, False]):
+        return [f"the pre-tokenisers {_shown(cutters)}"]
+    wanted = ("Precompiled",) if len(cutters) == 2 else ("Replace", "Strip")
+    return [f"no normaliser {kind}, so that it keeps blanks" for kind in wanted if kind not in normalizers]
+
+
+def is_unigram(tokenizer: Mapping[str, Any]) -> bool:
+    """Returns whether a `tokenizer.json`'s model is of the kind of T5's."""
+    model = field(tokenizer, "model", dict, "tokenizer.json", {})
+    vocab = model.get("vocab")
+    return model.get("type", "Unigram") == "Unigram" and isinstance(vocab, list) and len(vocab) >= 3
 
 
 def _is_t5s(part: Mapping[str, Any]) -> bool:
@@ -195,11 +247,10 @@ def sentencepiece_model(tokenizer: Mapping[str, Any]) -> tuple[bytes, int]:
 
     proto: Any = sentencepiece_model_pb2  # protocol buffers make its classes when it is imported
     model = field(tokenizer, "model", dict, "tokenizer.json", {})
-    vocab = model.get("vocab")
-    if model.get("type", "Unigram") != "Unigram" or not isinstance(vocab, list) or len(vocab) < 3:
+    if not is_unigram(tokenizer):
         raise OtherTokenizerError("tokenizer.json holds no unigram model, which T5's tokenizer is")
     try:
-        pieces = [(valid_text(str(piece)), float(score)) for piece, score in vocab]
+        pieces = [(valid_text(str(piece)), float(score)) for piece, score in model["vocab"]]
     except (TypeError, ValueError, OverflowError) as error:
         raise ConfigError(f"tokenizer.json: the vocabulary must be pairs of text and score ({error})") from error
     entries = field(tokenizer, "added_tokens", list, "tokenizer.json", [])

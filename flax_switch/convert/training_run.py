@@ -37,7 +37,7 @@ def _checkpoints(folder: Path) -> list[Path]:
     if (folder / "params" / _METADATA).is_file():
         return [folder]
     for parent in (folder / "checkpoints", folder):
-        steps = [path for path in parent.glob("*") if path.name.isdigit() and (path / "params" / _METADATA).is_file()]
+        steps = [path for path in parent.glob("*") if path.name.isdecimal() and (path / "params" / _METADATA).is_file()]
         if steps:
             return sorted(steps, key=lambda path: int(path.name), reverse=True)
     return []

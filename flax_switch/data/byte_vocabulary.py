@@ -7,12 +7,13 @@ import re
 from collections.abc import Iterable, Sequence
 
 from flax_switch.config import check
-from flax_switch.data.vocabulary import Vocabulary
-from flax_switch.host.json_text import field, parse_json, valid_text
+from flax_switch.config.ranges import shown
+from flax_switch.data.vocabulary import MOST_SENTINELS, Vocabulary
+from flax_switch.host.json_text import field, json_object, valid_text
 
 CONFIG_FILE = "tokenizer_config.json"
 BYTES, OFFSET = 256, 3  # byte b has the id b + 3, behind pad, EOS and unk
-_SPECIAL = re.compile(r"\s*(?P<control><pad>|</s>|<unk>)\s*|<extra_id_(?P<sentinel>0|[1-9]\d*)>")
+_SPECIAL = re.compile(r"\s*(?P<control><pad>|</s>|<unk>)\s*|<extra_id_(?P<sentinel>0|[1-9][0-9]{0,5})>")
 _CONTROLS = ("<pad>", "</s>", "<unk>")
 
 
@@ -23,15 +24,17 @@ class ByteVocabulary(Vocabulary):
 
     def __init__(self, model: bytes) -> None:
         """Takes the contents of a `tokenizer_config.json` that names ByT5Tokenizer: it says how many sentinels (125)."""
-        values = parse_json(model, CONFIG_FILE)
+        values = json_object(model, CONFIG_FILE)
         self.model, self.added, self.num_pieces = model, (), BYTES + OFFSET
-        named = [values.get(name) for name in ("extra_special_tokens", "additional_special_tokens") if values.get(name)]
-        texts = [token if isinstance(token, str) else str(token.get("content")) for token in (named[0] if named else [])]
+        names = ("extra_special_tokens", "additional_special_tokens")
+        named = [found for name in names if (found := field(values, name, (list, dict, type(None)), CONFIG_FILE, None))]
+        texts = [str(token.get("content") if isinstance(token, dict) else token) for token in (named[0] if named else [])]
         sentinels = [text for text in texts if re.fullmatch(r"<extra_id_\d+>", text)]
         self.num_sentinels = len(sentinels) if named else field(values, "extra_ids", int, CONFIG_FILE, 125)
         check(
-            len(sentinels) == len(texts) and self.num_sentinels >= 0,
-            f"{CONFIG_FILE}: sentinels, <extra_id_0> and on, are the only extra tokens of ByT5 that are read; they are {texts}.",
+            len(sentinels) == len(texts) and 0 <= self.num_sentinels <= MOST_SENTINELS,
+            f"{CONFIG_FILE}: sentinels, <extra_id_0> and on, at most {MOST_SENTINELS} of them, are the only extra tokens of ByT5 "
+            f"that are read; they are {shown(texts or self.num_sentinels)}.",
         )
 
     @classmethod

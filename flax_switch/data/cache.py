@@ -130,7 +130,7 @@ def _write(
                     opened[split].write(content)
                     ends[split].append(ends[split][-1] + len(ids))
     for split in SPLITS:
-        np.asarray(ends[split], np.int64).tofile(folder / f"{split}.offsets")
+        (folder / f"{split}.offsets").write_bytes(np.asarray(ends[split], np.int64).tobytes())  # tofile does not say a disk is full
     check(ends["train"][-1] > 0, "The corpus is empty: no document of it has any text.")
     meta = {
         "fingerprint": digest.hexdigest(),

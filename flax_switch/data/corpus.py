@@ -46,7 +46,7 @@ _SKIPPED_FOLDERS = {
 _LONG_STRING = re.compile(rb'''"""(.*?)"""''', re.DOTALL)
 _DOCUMENTED = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 _Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-_VERSION = 1  # of the extraction; raise it when cleaning changes
+_VERSION = 2  # of the extraction and its file; raise it when either changes
 
 
 def default_corpus(cache_dir: Path, say: Callable[[str], None] = lambda _: None) -> list[str]:
@@ -64,8 +64,18 @@ def default_corpus(cache_dir: Path, say: Callable[[str], None] = lambda _: None)
             "This Python carries almost no documentation (its standard library's source files are missing), so there is no "
             "embedded corpus to train on; set data.source to files of your own.",
         )
-        files.write_text(path, "".join(f"{document}\n" for document in documents))
-    return path.read_text(encoding="utf-8").splitlines()
+        text = "\n".join(documents)
+        files.write_text(path, f"{_digest(text.encode())}\n{text}")
+    digest, _, text = files.read_bytes(path).partition(b"\n")
+    check(
+        digest.decode(errors="replace") == _digest(text),
+        f"The contents of {path} have changed; delete that file and it is made anew.",
+    )
+    return text.decode().split("\n")
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def extract() -> list[str]:

@@ -44,6 +44,8 @@ def encode_texts(
         one or odd is None,
         f"A vocabulary takes a text or a list of texts; this is a {type(texts).__name__}{odd and f' with a {odd} in it'}.",
     )
+    multiple = pad_to_multiple_of or 1
+    check(multiple >= 1, f"pad_to_multiple_of must be at least 1; it is {multiple}.")
     cut, pad_to = _lengths(padding, truncation, max_length)
     end = [] if eos_id is None else [eos_id]
     rows = [encode(text) for text in ([texts] if one else texts)]
@@ -54,7 +56,7 @@ def encode_texts(
     masks = [[1] * len(ids) for ids in rows]
     if pad_to is not None:
         length = max(map(len, rows), default=0) if pad_to < 0 else pad_to
-        length = -(-length // (pad_to_multiple_of or 1)) * (pad_to_multiple_of or 1)
+        length = -(-length // multiple) * multiple
         rows, masks = ([row + [fill] * (length - len(row)) for row in part] for part, fill in ((rows, pad_id), (masks, 0)))
     return (rows[0], masks[0]) if one else (rows, masks)
 
@@ -88,6 +90,7 @@ def _lengths(padding: bool | str, truncation: bool | str, max_length: int | None
         cuts or truncation in (False, None, "do_not_truncate"),
         f"truncation must be True or False; it is {truncation!r}. True cuts texts to max_length, EOS included.",
     )
+    check(max_length is None or max_length >= 0, f"max_length must not be negative; it is {max_length}.")
     check(
         max_length is not None or (not cuts and pads != "max_length"),
         f"{'truncation' if cuts else 'padding'} to which length? Give max_length, a number of tokens.",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from flax_switch.config import ConfigError, check
+from flax_switch.config.ranges import shown
 from flax_switch.data.packed import COMPRESSIONS, ending_of, explained, lines, opened
 from flax_switch.host.files import in_store
 from flax_switch.host.json_text import json_object, parse_json
@@ -96,6 +97,8 @@ def table_rows(path: Path, *, header: bool = True) -> Records:
             continue
         if names is None:
             names = row if header else list(range(len(row)))
+            twice = sorted({name for name in names if name and names.count(name) > 1}) if header else []
+            check(not twice, f"{where}: the first row names columns twice: {shown(', '.join(twice), str)}. Give each its own name.")
             if header:
                 continue
         check(

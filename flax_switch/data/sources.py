@@ -63,7 +63,7 @@ def fingerprint(paths: list[Path], text_field: str, separator: str) -> str:
     for path in paths:
         stat: Any = path.stat()  # in object storage etils' own
         size, time = (stat.length, stat.mtime) if in_store(path) else (stat.st_size, stat.st_mtime_ns)
-        digest.update(f"\n{absolute(path)} {size} {time}".encode())
+        digest.update(os.fsencode(f"\n{absolute(path)} {size} {time}"))  # names of files need not be UTF-8
     return digest.hexdigest()
 
 

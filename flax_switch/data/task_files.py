@@ -10,6 +10,7 @@ from flax_switch.config import ConfigError, check
 from flax_switch.config.finetuning import TaskConfig
 from flax_switch.data import formats, packed, sources
 from flax_switch.data.formats import Records
+from flax_switch.host.files import expanded
 from flax_switch.host.json_text import field, read_json
 
 
@@ -24,7 +25,7 @@ def task_records(source: str | tuple[str, ...], task: TaskConfig, split: str, se
       ConfigError: for what is missing or cannot be read, naming file and line.
     """
     for pattern in (source,) if isinstance(source, str) else source:
-        path = Path(os.path.expanduser(pattern))
+        path = expanded(pattern)
         if is_saved_dataset(path):
             yield from _saved_dataset(path, split, setting)
         elif beside := _endings_beside(path):

@@ -29,7 +29,7 @@ from flax_switch.host.json_text import field, read_json, valid_text
 
 MODEL_FILE = "spiece.model"
 SETTINGS_FILE = "vocabulary.json"
-_SPECIAL = re.compile(r"<extra_id_(0|[1-9]\d{0,5})>|</s>|<pad>|<unk>")
+_SPECIAL = re.compile(r"<extra_id_(0|[1-9][0-9]{0,5})>|</s>|<pad>|<unk>")
 MOST_SENTINELS = 100_000  # T5 has 100
 _TRAINING_CHARACTERS = 20_000_000  # more text does not change a vocabulary, only the time it takes
 _TRAINING_LINE = 4000  # characters; SentencePiece leaves longer lines out
@@ -105,7 +105,7 @@ class Vocabulary:
         Raises `ConfigError` where the file cannot be read, is no such model, or its ids are not T5's.
         """
         if not isinstance(model, bytes):
-            model = files.read_bytes(epath.Path(model).expanduser())
+            model = files.read_bytes(model if files.in_store(model) else files.expanded(model))
         return cls(model, num_sentinels, added)
 
     @classmethod
@@ -336,16 +336,18 @@ class Vocabulary:
             settings = read_json(path)
             sentinels = field(settings, "num_sentinels", int, str(path))
             added = added_tokens(field(settings, "added_tokens", list, str(path), []), str(path))
+            if "file" in settings:
+                from flax_switch.data.byte_vocabulary import ByteVocabulary
+                from flax_switch.data.foreign_vocabulary import ForeignVocabulary
+
+                kind = ByteVocabulary if settings["file"] == ByteVocabulary.file_name else ForeignVocabulary
+                vocabulary = kind(files.read_bytes(epath.Path(folder) / kind.file_name))
+            else:
+                vocabulary = cls.from_sentencepiece(epath.Path(folder) / MODEL_FILE, sentinels, added)
+        except OtherTokenizerError:
+            raise
         except ConfigError as error:
             raise ConfigError(f"{folder} holds no saved vocabulary: {error}") from error
-        if "file" in settings:
-            from flax_switch.data.byte_vocabulary import ByteVocabulary
-            from flax_switch.data.foreign_vocabulary import ForeignVocabulary
-
-            kind = ByteVocabulary if settings["file"] == ByteVocabulary.file_name else ForeignVocabulary
-            vocabulary = kind(files.read_bytes(epath.Path(folder) / kind.file_name))
-        else:
-            vocabulary = cls.from_sentencepiece(epath.Path(folder) / MODEL_FILE, sentinels, added)
         check(
             vocabulary.fingerprint == settings.get("fingerprint"),
             f"{folder}: {vocabulary.file_name} and {SETTINGS_FILE} do not belong together; copy both from the same run.",

@@ -10,8 +10,9 @@ from etils import epath
 
 from flax_switch.config import ConfigError, SwitchConfig, check
 from flax_switch.config.generation import BEAMS_ONLY, SAMPLING_ONLY, GenerationConfig, tuples
+from flax_switch.config.ranges import shown
 from flax_switch.host.files import write_text
-from flax_switch.host.json_text import read_json
+from flax_switch.host.json_text import field, read_json
 
 log = logging.getLogger(__name__)
 
@@ -45,13 +46,15 @@ def defaults_of(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Returns the controls that a generation_config.json's values ask for, as `read_defaults`; messages name `source`."""
     values = {name: value for name, value in values.items() if value is not None and name not in _SILENT}
     for old, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-        length = values.pop(old, None)
-        if isinstance(length, int) and length > 0:
-            values.setdefault(new, max(length - 1, int(old == "max_length")))
+        if old in values:
+            length = field(values, old, int, source)
+            check(length >= 0, f"{source}: {old} must not be negative; it is {shown(length)}.")
+            if values.pop(old):
+                values.setdefault(new, max(length - 1, int(old == "max_length")))
     unknown = {name: value for name, value in values.items() if name not in _OURS and _NEUTRAL.get(name) != value}
     if unknown:
-        shown = ", ".join(f"{name}={value!r}" for name, value in unknown.items())
-        log.warning("%s asks for what is not followed: %s.", source, shown)
+        listed = ", ".join(f"{name}={shown(value)}" for name, value in unknown.items())
+        log.warning("%s asks for what is not followed: %s.", source, listed)
     found = {name: tuples(value) for name, value in values.items() if name in _OURS}
     try:
         GenerationConfig(**with_defaults(found, {}))
@@ -68,10 +71,10 @@ def read_prefixes(folder: epath.PathLike) -> tuple[str, ...]:
     for place in (epath.Path(folder), epath.Path(folder).parent.parent):
         path = place / FILE
         if path.is_file():
-            found = read_json(path).get(PREFIX) or []
+            found = field(read_json(path), PREFIX, (str, list, type(None)), str(path), None) or []
             prefixes = found if isinstance(found, list) else [found]
             right = all(isinstance(prefix, str) for prefix in prefixes)
-            check(right, f"{path}: {PREFIX} must be a text, or a list of texts; it is {found!r}.")
+            check(right, f"{path}: {PREFIX} must be a text, or a list of texts; it is {shown(found)}.")
             return tuple(prefixes)
         if place.parent.name != "checkpoints":
             break

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 
 from flax_switch.config import SwitchConfig, check, expect
 from flax_switch.config.generation import GenerationConfig, make_controls, split_numbers
+from flax_switch.config.ranges import shown
 from flax_switch.convert.scan import unstack_layers
 from flax_switch.generation.program import run_program
 from flax_switch.nn.fields import Fields
@@ -127,8 +128,8 @@ def check_seeds(seed: int | Sequence[int], batch: int) -> np.ndarray:
     """Returns [B, 2]: the seed of each source's draws, and a number that tells apart sources with the same seed."""
     seeds = np.asarray(seed)
     check(
-        np.issubdtype(seeds.dtype, np.integer) and seeds.shape in ((), (batch,)) and (seeds >= 0).all(),
-        f"seed must be an integer of at least 0, or one for each of the {batch} sources; it is {seed!r}.",
+        np.issubdtype(seeds.dtype, np.integer) and seeds.shape in ((), (batch,)) and ((seeds >= 0) & (seeds < 2**32)).all(),
+        f"seed must be an integer of at least 0 and below 2**32, or one for each of the {batch} sources; it is {shown(seed)}.",
     )
     number = np.arange(batch) if seeds.ndim == 0 else np.zeros(batch, np.int64)
     return np.stack([np.broadcast_to(seeds, batch), number], axis=1).astype(np.uint32)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from flax_switch.config import ConfigError
-from flax_switch.host.files import cache_folder, write_bytes
+from flax_switch.host.files import cache_folder, expanded, write_bytes
 
 ENVIRONMENT = "FLAX_SWITCH_COMPILE_CACHE"  # names another folder
 LIMIT = 2 * 2**30  # bytes of all entries together
@@ -42,13 +42,13 @@ def use_compile_cache(off: bool = False) -> Path | None:
         return None
     if jax.config.jax_compilation_cache_dir is not None:  # pyright: ignore[reportAttributeAccessIssue]
         return None
-    folder = compile_cache_folder()
     try:  # JAX has no public place for the files of a cache
+        folder = compile_cache_folder()
         inner: Any = importlib.import_module("jax._src.compilation_cache")
         inner.get_file_cache  # noqa: B018 - there, or no cache
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         entries = CompileCache(folder)
-    except (ImportError, AttributeError, OSError) as error:
+    except (ImportError, AttributeError, OSError, ConfigError) as error:
         log.info("Programs are compiled anew in every run: %s", error)
         return None
     inner.get_file_cache = lambda path: (entries, path)
@@ -62,7 +62,7 @@ def use_compile_cache(off: bool = False) -> Path | None:
 def compile_cache_folder() -> Path:
     """Returns the folder of compiled programs: the environment variable's, else `xla` in the user's cache folder."""
     named = os.environ.get(ENVIRONMENT)
-    return Path(named).expanduser() if named else cache_folder(None) / "xla"
+    return expanded(named) if named else cache_folder(None) / "xla"
 
 
 class CompileCache:

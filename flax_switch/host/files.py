@@ -32,27 +32,33 @@ def in_store(path: epath.PathLike) -> bool:
 
 def absolute(path: epath.PathLike) -> epath.Path:
     """Returns the path from the root; one in object storage always is (and pathlib's rules would break its name)."""
-    path = epath.Path(path)
-    return path if in_store(path) else path.expanduser().resolve()
+    return epath.Path(path) if in_store(path) else epath.Path(expanded(path)).resolve()
+
+
+def expanded(path: epath.PathLike) -> Path:
+    """Returns a local path with the home folder in place of a `~`; of a user who is not known here it stays as it is."""
+    return Path(os.path.expanduser(path))
 
 
 def cache_folder(configured: str | None) -> Path:
     """Returns the folder for caches: the configured one, else `flax_switch` in the user's cache directory.
 
-    Raises `ConfigError` for one in object storage.
+    Raises `ConfigError` for one in object storage, and where there is no home folder.
     """
     if configured is not None:
         if in_store(configured):
             raise ConfigError(
                 f"data.cache_dir ({configured}) must be a folder on this machine: what is in it is mapped into memory."
             )
-        return Path(configured).expanduser()
+        return expanded(configured)
     if sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
+        base = expanded("~/Library/Caches")
     elif os.name == "nt":
-        base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
+        base = Path(os.environ.get("LOCALAPPDATA", expanded("~/AppData/Local")))
     else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        base = Path(os.environ.get("XDG_CACHE_HOME") or expanded("~/.cache"))
+    if base.parts[0] == "~":
+        raise ConfigError("This user has no home folder, where caches would be: set data.cache_dir, or HOME in the environment.")
     return base / "flax_switch"
 
 
@@ -121,7 +127,7 @@ def check_writable(path: epath.PathLike, *, reads: Iterable[epath.PathLike] = ()
     """
     if in_store(path):
         return
-    path = Path(path).expanduser()
+    path = expanded(path)
     folder = path.absolute().parent
     while make_folders and not folder.exists() and folder != folder.parent:
         folder = folder.parent
@@ -141,7 +147,7 @@ def check_writable(path: epath.PathLike, *, reads: Iterable[epath.PathLike] = ()
 
 def write_text(path: epath.PathLike, text: str) -> None:
     """Writes a text file that is complete or absent; see `write_bytes`."""
-    write_bytes(path, text.encode())
+    write_bytes(path, text.encode(errors="replace"))  # paths in a text need not be UTF-8
 
 
 def write_bytes(path: epath.PathLike, content: bytes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import os
 import re
@@ -11,6 +12,7 @@ from typing import Any
 from etils import epath
 
 from flax_switch.config import ConfigError, check
+from flax_switch.config.ranges import shown
 from flax_switch.host.files import read_bytes
 
 LARGEST_FILE = 1 << 28  # bytes of a settings file or an index; the largest real ones, of a million tensors, have half of it
@@ -61,9 +63,9 @@ def parse_json(content: str | bytes, where: str, hint: str = "") -> Any:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        raise ValueError(f"keys are there twice: {', '.join(twice)}")
+        counts = collections.Counter(name for name, _ in pairs)
+        twice = sorted(name for name, count in counts.items() if count > 1)
+        raise ValueError(f"keys are there twice: {shown(', '.join(twice), str)}")
     return values
 
 

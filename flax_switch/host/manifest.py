@@ -54,7 +54,7 @@ def damage(step: epath.PathLike, part: str = "", share: tuple[int, int] = (0, 1)
     try:
         if not has_manifest(step):
             return f"{MANIFEST} is missing" if _version(step) >= SINCE_VERSION else None
-        files = read_json(step / MANIFEST)["files"]
+        files = field(read_json(step / MANIFEST), "files", dict, MANIFEST)
         as_written = (step / MANIFEST).read_text(encoding="utf-8") == _text(files)
         check(as_written and all(len(entry) == 2 for entry in files.values()), "it is another text")
     except (ConfigError, OSError, AttributeError, KeyError, TypeError, ValueError) as error:

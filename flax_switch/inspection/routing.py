@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from flax_switch.config import ConfigError, StackConfig, SwitchConfig, check
+from flax_switch.host.files import expanded, write_bytes
 from flax_switch.nn.transformer import SwitchEncoder, SwitchTransformer
 from flax_switch.ops.moe.routing import RouterOutput
 from flax_switch.pages.page import expert_color, ink_on
@@ -204,15 +206,15 @@ def plot(exploration: Exploration, path: str | Path) -> Path:
     maps, loads = [stack for stacks in exploration.texts for stack in stacks], exploration.loads()
     longest = max(len(stack.tokens) for stack in maps)
     heights = [1.2 + 0.4 * len(stack.layers) for stack in maps] + [1.6] * len(loads)
-    path = Path(path).expanduser()
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path, picture = expanded(path), io.BytesIO()
     with drawing(max(6.0, 0.35 * longest), sum(heights)) as figure:
         axes = figure.subplots(len(heights), squeeze=False, height_ratios=heights)[:, 0]
         for axis, stack in zip(axes, maps, strict=False):
             _draw_choices(axis, stack, exploration.config.num_experts)
         for axis, (where, counts) in zip(axes[len(maps) :], loads.items(), strict=True):
             _draw_load(axis, "{} layer {}".format(*where), *counts)
-        figure.savefig(path)
+        figure.savefig(picture, format=path.suffix.removeprefix("."))
+    write_bytes(path, picture.getvalue())
     return path
 
 

@@ -8,13 +8,16 @@ JAX connects the processes, moves the arrays and notices the dead; here are the 
 
 Nothing hangs. A process that fails leaves a note with JAX's coordination service, which lives in process 0; every process waits
 for that note in a thread and ends with it. A process that was killed leaves none: those that exchange data with it see the
-connection break, and the service misses its heartbeats within `heartbeat_timeout` seconds and ends the rest.
+connection break, and the service misses its heartbeats within `heartbeat_timeout` seconds and ends the rest. Where the service
+itself is gone, or ends a process, JAX would abort it with a report of its own; `_ended_in_words` has it say a sentence instead.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -39,6 +42,7 @@ _NOTE = "flax_switch/failed"
 _LONG = 7 * 24 * 3600 * 1000  # milliseconds; waiting for a process that lives is no error, and JAX ends us when it does not
 _SHUTDOWN = 20  # seconds for all processes to leave after the last barrier
 _RESUME = "Start every process again with the same command: the run continues from its last checkpoint."
+_last_word = threading.Lock()  # the thread that has it says why the process ends, and ends it
 _calls = itertools.count()  # agreements are numbered; all processes make the same ones in the same order
 
 
@@ -137,14 +141,15 @@ def connect(connection: Connection) -> None:
         )
     timer.start()
     try:
-        jax.distributed.initialize(
-            connection.coordinator_address,
-            connection.num_processes,
-            connection.process_id,
-            initialization_timeout=connection.connect_timeout + 60,  # the timer comes first
-            heartbeat_timeout_seconds=connection.heartbeat_timeout,
-            shutdown_timeout_seconds=_SHUTDOWN,
-        )
+        with _ended_in_words():
+            jax.distributed.initialize(
+                connection.coordinator_address,
+                connection.num_processes,
+                connection.process_id,
+                initialization_timeout=connection.connect_timeout + 60,  # the timer comes first
+                heartbeat_timeout_seconds=connection.heartbeat_timeout,
+                shutdown_timeout_seconds=_SHUTDOWN,
+            )
     except ValueError as error:
         missing = [
             f"--{name.replace('_', '-')}"
@@ -157,6 +162,37 @@ def connect(connection: Connection) -> None:
         ) from error
     finally:
         timer.cancel()
+
+
+@contextlib.contextmanager
+def _ended_in_words() -> Iterator[None]:
+    """Has the client that is made in the block call `_service_is_gone` where it would abort the process.
+
+    `jax.distributed.initialize` does not pass such a function on. What it tells the function, jaxlib 0.10 and 0.12 cannot turn into
+    a Python value: they throw in a thread that nobody catches in, so that C++ calls what `std::set_terminate` was given.
+    """
+    inner: Any = _runtime
+    make = inner._jax.get_distributed_runtime_client
+    inner._jax.get_distributed_runtime_client = functools.partial(make, missed_heartbeat_callback=_service_is_gone)
+    with contextlib.suppress(OSError, AttributeError):  # no such library: JAX reports and aborts, as it does without this
+        library = ctypes.CDLL("libc++.1.dylib" if sys.platform == "darwin" else "libstdc++.so.6")
+        library._ZSt13set_terminatePFvvE(_TERMINATE)
+    try:
+        yield
+    finally:
+        inner._jax.get_distributed_runtime_client = make
+
+
+def _service_is_gone(*_: Any) -> NoReturn:
+    _last_word.acquire()
+    _print_error(
+        f"Process {_process()} lost process 0, or process 0 another one: it died or hangs, or the network between them does. "
+        f"{_RESUME}"
+    )
+    _exit(LOST_ANOTHER)
+
+
+_TERMINATE = ctypes.CFUNCTYPE(None)(_service_is_gone)
 
 
 def require_same(values: Mapping[str, Any]) -> None:
@@ -241,14 +277,18 @@ def _print_error(text: str) -> None:
 
 def _end_with_the_others(leaving: threading.Event) -> None:
     """Waits for the note of a process that failed, and ends this one with it."""
-    note = _client().blocking_key_value_get(_NOTE, 52 * _LONG)
+    note = ""
+    with contextlib.suppress(Exception):  # the service is gone, or ends this process: `_service_is_gone` says so
+        note = _client().blocking_key_value_get(_NOTE, 52 * _LONG)
     if note and not leaving.wait(2):  # where all find the same error, each says its own
+        _last_word.acquire()
         _print_error(f"{note} So process {_process()} ends too. {_RESUME}")
         _exit(LOST_ANOTHER)
 
 
 def _fail(error: BaseException) -> NoReturn:
     """Says what went wrong, tells the other processes, and exits at once: a process that waits at its end makes the others hang."""
+    _last_word.acquire()
     me = _process()
     if isinstance(error, ConfigError):
         status, reason = 2, str(error)

@@ -124,7 +124,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Returns the steps of the complete checkpoints, in order."""
-        found = (path for path in self._folder.iterdir() if path.name.isdecimal())
+        found = (path for path in self._folder.iterdir() if re.fullmatch("0|[1-9][0-9]*", path.name))
         return sorted(int(path.name) for path in found if ((path / _COMMITTED).exists() if self._stored else path.is_dir()))
 
     def latest_step(self) -> int | None:

@@ -8,6 +8,8 @@ from typing import Any, Self
 import numpy as np
 
 from flax_switch.data import Prepared, Vocabulary, text_token_mask
+from flax_switch.ops.ids import check_ids
+from flax_switch.ops.losses import IGNORED_LABEL
 from flax_switch.parallel.mesh import batch_rows, shard_batch
 from flax_switch.training.metrics import plain
 from flax_switch.training.probe import Probe
@@ -68,11 +70,14 @@ def mean_metrics(
     """Returns cross-entropy (nats a token), perplexity and accuracy over all targets, cross-entropy over text, router metrics.
 
     Of tokens the means are over all batches' tokens, however many each has; routers' means are over batches.
+    Raises `ConfigError` for an id that the model has not.
     """
     totals: dict[str, float] = {}
     routers: list[dict[str, Any]] = []
     for batch in batches:
         mask = text_token_mask(batch["labels"], vocabulary.num_pieces, vocabulary.eos_id)
+        check_ids("input_ids", batch["input_ids"], run.config.model.vocab_size)
+        check_ids("labels", batch["labels"], run.config.model.vocab_size, besides=IGNORED_LABEL)
         batch = {**batch, "text_mask": mask.astype(np.float32)}
         sums = plain(eval_step(params, shard_batch(batch, run.mesh)))
         routers.append({k: np.asarray(v) for k, v in sums.items() if k.startswith("routers/")})

@@ -11,7 +11,7 @@ from etils import epath
 
 from flax_switch.config import ConfigError
 from flax_switch.host.files import in_store, read_bytes, write_text
-from flax_switch.host.json_text import json_object
+from flax_switch.host.json_text import field, json_object
 
 METRICS_FILE = "metrics.jsonl"
 _LARGEST = 1 << 32  # bytes of it
@@ -78,5 +78,8 @@ def read_metrics(workdir: epath.PathLike) -> Iterable[dict[str, Any]]:
     lines = []
     for text in read_bytes(path, _LARGEST).splitlines():
         with contextlib.suppress(ConfigError):
-            lines.append(json_object(text, METRICS_FILE))
+            line = json_object(text, METRICS_FILE)
+            for name, kind in (("step", int), ("kind", str)):
+                field(line, name, kind, METRICS_FILE)
+            lines.append(line)
     return lines

@@ -15,8 +15,8 @@ import jax
 from etils import epath
 
 from flax_switch.config import ConfigError
-from flax_switch.host.files import write_text
-from flax_switch.host.json_text import json_object
+from flax_switch.host.files import read_bytes, write_text
+from flax_switch.host.json_text import field, json_object
 
 SESSIONS_FILE = "sessions.jsonl"
 _PACKAGES = ("flax_switch", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -44,9 +44,12 @@ def read_sessions(workdir: epath.PathLike) -> list[dict[str, Any]]:
     """Returns the lines of a workdir's sessions; a run of an earlier version has none."""
     path = epath.Path(workdir) / SESSIONS_FILE
     found = []
-    for text in path.read_text().splitlines() if path.exists() else ():
+    for text in read_bytes(path).splitlines() if path.exists() else ():
         with contextlib.suppress(ConfigError):
-            found.append(json_object(text, SESSIONS_FILE))
+            line = json_object(text, SESSIONS_FILE)
+            for name in ("event", "time"):
+                field(line, name, str, SESSIONS_FILE)
+            found.append(line)
     return found
 
 

@@ -1,7 +1,8 @@
 """A run as one HTML page that needs no network, and several runs compared on one."""
 
+import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from etils import epath
@@ -11,10 +12,11 @@ from flax_switch.config.finetuning import FinetuneConfig
 from flax_switch.config.sizes import count_parameters, shorten
 from flax_switch.host.files import check_writable, write_text
 from flax_switch.pages.page import cards, definitions, page, table, text
-from flax_switch.training.checkpoint import flat_fields, read_config
+from flax_switch.training.checkpoint import CONFIG_FILE, flat_fields, read_config
 from flax_switch.training.findings import findings, run_findings
 from flax_switch.training.metrics import METRICS_FILE
 from flax_switch.training.progress import duration
+from flax_switch.training.sessions import SESSIONS_FILE
 from flax_switch.workflows.charts import comparison, routing, run_charts
 from flax_switch.workflows.record import SAMPLES_FILE, Result, RunRecord
 
@@ -30,23 +32,40 @@ def write_report(workdir: epath.PathLike, output: epath.PathLike | None = None) 
     """
     read_config(workdir)
     path = epath.Path(workdir) / "report.html" if output is None else epath.Path(output)
-    check_writable(path)
+    check_writable(path, reads=_sources(workdir))
     record = RunRecord.read(workdir)
-    try:
+    with _undamaged(workdir):
         body = _report(record)
-    except (LookupError, TypeError, ValueError, AttributeError) as error:  # what a line lacks, or has of another kind
-        what = f"{type(error).__name__}: {one_line(error)}"
-        raise ConfigError(f"{workdir}: {METRICS_FILE} or {SAMPLES_FILE} is damaged ({what}); mend or remove it.") from error
     write_text(path, page(f"{record.workdir.name} · flax_switch", body))
     return path
+
+
+def _sources(workdir: epath.PathLike) -> list[epath.Path]:
+    """Returns what a report is made from."""
+    return [epath.Path(workdir) / name for name in (CONFIG_FILE, METRICS_FILE, SAMPLES_FILE, SESSIONS_FILE)]
 
 
 def compare_runs(workdirs: Sequence[epath.PathLike], output: epath.PathLike) -> epath.Path:
     """Writes one page on several runs: their curves over each other, and what differs in their configs and results."""
     records = dict(zip(_names(workdirs), map(RunRecord.read, workdirs), strict=True))
     path = epath.Path(output)
-    write_text(path, page(f"{' · '.join(records)} · flax_switch", _comparison(records)))
+    check_writable(path, reads=[file for workdir in workdirs for file in _sources(workdir)])
+    with _undamaged(", ".join(records)):
+        body = _comparison(records)
+    write_text(path, page(f"{' · '.join(records)} · flax_switch", body))
     return path
+
+
+@contextlib.contextmanager
+def _undamaged(runs: object) -> Iterator[None]:
+    """Turns what a damaged line of a run's files raises into `ConfigError`."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError) as error:  # what a line lacks, or has of another kind
+        what = f"{type(error).__name__}: {one_line(error)}"
+        raise ConfigError(
+            f"{runs}: {METRICS_FILE}, {SAMPLES_FILE} or {SESSIONS_FILE} is damaged ({what}); mend or remove it."
+        ) from error
 
 
 def _names(workdirs: Sequence[epath.PathLike]) -> list[str]:

@@ -3,7 +3,6 @@
 import dataclasses
 import difflib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,6 +12,7 @@ from flax_switch.config.presets import PRESETS
 from flax_switch.convert.checkpoint import open_checkpoint
 from flax_switch.convert.tokenizer import load_vocabulary
 from flax_switch.data.vocabulary import Vocabulary
+from flax_switch.host.files import expanded
 from flax_switch.pretrained import load_pretrained
 from flax_switch.training.state import Run, TrainState, init_state, state_shardings
 
@@ -83,7 +83,7 @@ def open_start(init: str, changes: Mapping[str, Any], vocabulary: str | None = N
 
 def read_vocabulary(path: str) -> Vocabulary:
     """Reads the vocabulary in a SentencePiece model's file or a folder (a run's, a model's); raises `ConfigError` for none."""
-    folder = Path(path).expanduser()
+    folder = expanded(path)
     if not folder.is_dir():
         return Vocabulary.from_sentencepiece(path)
     for place in (folder, folder / "vocabulary"):

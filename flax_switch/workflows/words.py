@@ -1,7 +1,6 @@
 """What counts as a word in ROUGE and BLEU: by the script that references are written in, or as a setting says."""
 
 import logging
-import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 
@@ -12,7 +11,6 @@ log = logging.getLogger(__name__)
 # Scripts that put no blanks between words, by the beginning of their characters' names.
 _WITHOUT_BLANKS = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "JAVANESE", "BALINESE")
 _BLEU = {"latin": "13a", "unicode": "intl", "characters": "char"}  # sacreBLEU's names
-_WORD = re.compile(r"[^\W_]+")
 
 
 def resolve(tokenizer: str, references: Iterable[Sequence[str]]) -> str:
@@ -33,14 +31,14 @@ def bleu_tokenizer(tokenizer: str) -> str:
 
 
 class RougeWords:
-    """Cuts texts for rouge-score: into words of letters and digits of any script, or into single characters."""
+    """Cuts texts for rouge-score: into words of letters, their marks and digits of any script, or into single characters."""
 
     def __init__(self, tokenizer: str) -> None:
         self.characters = tokenizer == "characters"
 
     def tokenize(self, text: str) -> list[str]:
         """Returns the words of a text in lower case."""
-        words = _WORD.findall(text.lower())
+        words = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in text.lower()).split()
         return [c for word in words for c in word] if self.characters else words
 
 

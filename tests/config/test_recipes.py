@@ -114,6 +114,7 @@ def test_gin_files_of_t5x_are_one_message(text, tmp_path):
     ("code", "message"),
     [
         ("raise KeyError('x')\n", "a.py, line 1 raises KeyError: 'x'"),
+        ("import sys\nsys.exit('enough')\n", "a.py, line 2 raises SystemExit: enough"),
         ("def get_config():\n    return 1 / 0\n", "a.py, line 2 raises ZeroDivisionError"),
         ("def get_config(:\n", "raises SyntaxError"),
         ("def get_config():\n    return {'model': 1}\n", "returns dict, not to_config_dict"),

@@ -152,3 +152,14 @@ def test_a_runs_config_is_compared_with_its_tensors_before_anything_is_built(tmp
     monkeypatch.setattr(training_run, "read_params", lambda folder: tensors)
     with pytest.raises(CheckpointError, match="num_encoder_layers=1000000000, and 1 tensors"):
         training_run.read_run(step)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("huggingface", 5), ("huggingface", []), ("architecture", []), ("config", None), ("format_version", True)]
+)
+def test_a_folder_of_ours_whose_fields_are_of_another_kind_is_refused_by_their_names(tmp_path, name, value):
+    source = model(tmp_path / "source", "flax_switch")
+    values = json.loads((source / "flax_switch.json").read_text())
+    (source / "flax_switch.json").write_text(json.dumps(values | {name: value}))
+    with pytest.raises(CheckpointError, match=f"flax_switch.json: (field '{name}'|{name}) must be"):
+        convert(source, tmp_path / "out", to="huggingface")

@@ -148,6 +148,9 @@ def test_added_tokens_survive_our_files_and_open_in_transformers(extended, tmp_p
         assert opened(text, add_special_tokens=False).input_ids == again.encode(text) == ours.encode(text), text
 
 
+MARK = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": True}
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -156,9 +159,28 @@ def test_added_tokens_survive_our_files_and_open_in_transformers(extended, tmp_p
         lambda t: t.update(pre_tokenizer={"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "never", "split": True}),
         lambda t: t["pre_tokenizer"]["pretokenizers"].append({"type": "Digits", "individual_digits": True}),
         lambda t: t["added_tokens"][-1].update(lstrip=True),
+        lambda t: t["added_tokens"][3].update(rstrip=True),
+        lambda t: t["added_tokens"][3].update(single_word=True),
+        lambda t: t.update(pre_tokenizer=MARK | {"prepend_scheme": "first"}),
+        lambda t: t.update(pre_tokenizer=MARK | {"split": False}),
+        lambda t: t.update(pre_tokenizer=t["pre_tokenizer"]["pretokenizers"][1]),
+        lambda t: t.update(pre_tokenizer=t["pre_tokenizer"]["pretokenizers"][0]),
+        lambda t: t.update(pre_tokenizer=None),
+        lambda t: t["pre_tokenizer"]["pretokenizers"].reverse(),
+        lambda t: t.update(normalizer=None),
+        lambda t: t.update(normalizer={"type": "NFKC"}),
+        lambda t: t.update(normalizer={"type": "Prepend", "prepend": "\u2581"}),
+        lambda t: t.update(normalizer={"type": "Replace", "pattern": {"String": "fox"}, "content": "dog"}),
+        lambda t: t["model"].update(unk_id=3),
+        lambda t: t["added_tokens"][3].update(id=t["added_tokens"][4]["id"], content="<extra_id_1>")
+        or t["added_tokens"][4].update(id=t["added_tokens"][4]["id"] - 1, content="<extra_id_2>"),
     ],
-    ids=["lowercase", "more lowercase", "no prefix", "digits", "a token that takes blanks"],
-)
+    ids=[
+        "lowercase", "more lowercase", "no prefix", "digits", "a token that takes blanks", "blanks after it", "whole words",
+        "a prefix at the beginning", "words that are not split", "blanks kept", "no mark", "no pre-tokeniser", "marks first",
+        "no normaliser", "NFKC", "a mark as normaliser", "another word", "another unknown token", "other ids of sentinels",
+    ],
+)  # fmt: skip
 def test_parts_that_sentencepiece_has_not_give_the_tokenizers_own_ids(extended, tmp_path, change):
     from tokenizers import Tokenizer
 
@@ -169,11 +191,23 @@ def test_parts_that_sentencepiece_has_not_give_the_tokenizers_own_ids(extended, 
     oracle, ours = Tokenizer.from_file(str(tmp_path / "tokenizer.json")), tokenizer.load_vocabulary(tmp_path)
     for text in TEXTS:
         assert ours.encode(text) == oracle.encode(text, add_special_tokens=False).ids, text
-    assert (ours.num_sentinels, ours.sentinel_id(0)) == (SENTINELS, oracle.token_to_id("<extra_id_0>"))
+    assert ours.encode("<extra_id_0>") == [oracle.token_to_id("<extra_id_0>")]
     ours.save(tmp_path / "saved")
     again = Vocabulary.load(tmp_path / "saved")
     assert again.encode("The quick 37 fox") == ours.encode("The quick 37 fox")
     assert again.decode(ours.encode("quick fox")) == oracle.decode(ours.encode("quick fox"))
+
+
+def test_of_two_tokenizers_in_a_folder_the_one_that_transformers_takes_is_used(vocabulary, theirs, tmp_path, caplog):
+    theirs.save_pretrained(tmp_path)
+    (tmp_path / "spiece.model").write_bytes(vocabulary.model)
+    assert tokenizer.load_vocabulary(tmp_path).fingerprint == vocabulary.fingerprint, "they are the same"
+    other = Vocabulary.train([f"Another text of {i} words." for i in range(90)], 30, num_sentinels=SENTINELS)
+    (tmp_path / "spiece.model").write_bytes(other.model)
+    found, opened = tokenizer.load_vocabulary(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert "another tokenizer than spiece.model" in caplog.text
+    for text in TEXTS:
+        assert found.encode(text) == opened(text, add_special_tokens=False).input_ids == vocabulary.encode(text)
 
 
 def test_byte_pieces_are_decoded_as_sentencepiece_does():

@@ -19,6 +19,21 @@ from flax_switch.nn.transformer import SwitchTransformer
 
 THEIRS = transformers.ByT5Tokenizer()
 OURS = ByteVocabulary.with_sentinels()
+MALFORMED = ([], {"extra_ids": 10**9}, {"extra_ids": -1}, {"extra_special_tokens": 5}, {"additional_special_tokens": {"a": 1}})
+
+
+@pytest.mark.parametrize("values", [*MALFORMED, {"additional_special_tokens": [3, None]}], ids=str)
+def test_settings_that_cannot_be_are_one_error(values, tmp_path):
+    with pytest.raises(ConfigError, match="tokenizer_config.json"):
+        ByteVocabulary(json.dumps(values).encode())
+
+
+def test_a_sentinel_of_thousands_of_digits_is_text():
+    for text in ("<extra_id_" + "1" * 5000 + ">", "<extra_id_1\u0661>"):
+        assert OURS.decode(OURS.encode(text)) == text
+        assert len(OURS.encode(text)) == len(text.encode())
+
+
 PIECES = (
     "</s>",
     "<pad>",

@@ -144,6 +144,16 @@ def test_the_default_corpus_is_extracted_once_and_always_the_same(extracted, mon
     assert topics == [text for text, _ in zip(corpus._texts(), range(200), strict=False)]
 
 
+def test_one_changed_byte_of_the_kept_corpus_is_noticed(extracted, tmp_path):
+    (kept,) = extracted[2].iterdir()
+    for place, byte in ((1000, b"\xff"), (1000, b"Q"), (3, b"Q")):
+        content = bytearray(kept.read_bytes())
+        content[place : place + 1] = byte
+        (tmp_path / kept.name).write_bytes(content)
+        with pytest.raises(ConfigError, match="have changed; delete that file and it is made anew"):
+            corpus.default_corpus(tmp_path)
+
+
 def test_nothing_is_imported_to_read_documentation(tmp_path, monkeypatch):
     package = tmp_path / "explosive"
     package.mkdir()

@@ -56,6 +56,20 @@ def test_a_single_text_gives_a_single_row(spoken, theirs, options):
     assert spoken(TEXTS[0], text_target="fox").labels == spoken("fox").input_ids
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (dict(padding="max_length", max_length=-1), "max_length must not be negative"),
+        (dict(truncation=True, max_length=-1), "max_length must not be negative"),
+        (dict(padding=True, pad_to_multiple_of=-8), "pad_to_multiple_of must be at least 1"),
+    ],
+    ids=str,
+)
+def test_a_length_that_cannot_be_is_refused_by_name(spoken, options, words):
+    with pytest.raises(ConfigError, match=words):
+        spoken(TEXTS, **options)
+
+
 def test_arrays_are_what_lists_say(spoken, theirs):
     found = spoken(TEXTS, text_target=TARGETS, padding=True, return_tensors="np")
     expected = theirs(TEXTS, text_target=TARGETS, padding=True, return_tensors="np")

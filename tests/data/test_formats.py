@@ -180,6 +180,7 @@ def test_an_empty_array_and_a_table_of_names_alone_have_no_documents(tmp_path):
         ("a.json", b'[{"text": "\xff"}]', r"a.json, line 1: byte 12 of the line \(0xff\) is not UTF-8"),
         ("a.csv", b"text,n\nx,1\ny,2,3\n", r"a.csv, line 3: the row has 3 columns, but the first one has 2"),
         ("a.csv", b'text,n\n"never closed,1\n', r"a.csv, line 2: this is no row of a .csv file \(unexpected end of data\)"),
+        ("a.csv", b"text,n,,,text\nx,1,,,y\n", r"a.csv, line 1: the first row names columns twice: text. Give each its own name"),
         ("a.tsv", b"text\tn\nx\n", r"a.tsv, line 2: the row has 1 columns, but the first one has 2"),
         ("a.parquet", b"", r"Cannot read .*a.parquet.* as parquet"),
     ],

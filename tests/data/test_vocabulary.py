@@ -76,6 +76,9 @@ def test_files_of_two_vocabularies_are_refused(vocabulary, documents, tmp_path):
         Vocabulary.load(tmp_path)
     with pytest.raises(ConfigError, match="holds no saved vocabulary"):
         Vocabulary.load(tmp_path / "nowhere")
+    (tmp_path / MODEL_FILE).write_bytes(vocabulary.model[:100])
+    with pytest.raises(ConfigError, match=f"{tmp_path} holds no saved vocabulary: .* damaged one"):
+        Vocabulary.load(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,14 @@
 """Every field of every foreign JSON takes every kind of value, one at a time: it is used, or refused by its name."""
 
+import ast
 import copy
 import json
 import logging
+from pathlib import Path
 
 import pytest
 
+import flax_switch
 from flax_switch.config import ConfigError, SwitchConfig
 from flax_switch.config.huggingface import check_schema, with_huggingface_semantics
 from flax_switch.convert.doors import check_counts
@@ -93,9 +96,13 @@ def test_every_field_of_generation_config_json(tmp_path):
         logging.disable(logging.NOTSET)
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "vocabulary.json"])
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "vocabulary.json", "byt5/tokenizer_config.json"])
 def test_every_field_of_a_tokenizers_files(tmp_path, name):
-    if name == "tokenizer.json":
+    if name.startswith("byt5"):
+        name = "tokenizer_config.json"
+        values = {"tokenizer_class": "ByT5Tokenizer", "extra_ids": 4, "additional_special_tokens": ["<extra_id_0>"]}
+        (tmp_path / name).write_text(json.dumps(values | {"extra_special_tokens": [{"content": "<extra_id_0>"}]}))
+    elif name == "tokenizer.json":
         _tokenizer_json(tmp_path)
         (tmp_path / "vocabulary.json").unlink(missing_ok=True)
     else:
@@ -117,3 +124,68 @@ def test_every_field_of_a_tokenizers_files(tmp_path, name):
         assert never_raw(read, good) == []
     finally:
         logging.disable(logging.NOTSET)
+
+
+# --- and in the source
+READS = ("read_json", "json_object", "parse_json")  # what gives the value of a foreign text
+PACKAGE = Path(flax_switch.__file__).parent
+
+
+def name_of(function):
+    return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", None)
+
+
+def fields_of(function):
+    """(expression, field, how it is used) of what a function takes by [...] or .get(...) out of a value that it has read."""
+    is_read = lambda node: isinstance(node, ast.Call) and name_of(node.func) in READS  # noqa: E731
+    nodes = list(ast.walk(function))
+    given = [(node.targets[0] if isinstance(node, ast.Assign) else node.target, node.value)
+             for node in nodes if isinstance(node, ast.Assign | ast.NamedExpr)]  # fmt: skip
+    for target, value in given:
+        if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
+            given += zip(target.elts, value.elts, strict=True)
+    given = [(target, value.body if isinstance(value, ast.IfExp) else value) for target, value in given]
+    names = {target.id for target, value in given if isinstance(target, ast.Name) and is_read(value)}
+    user = {child: node for node in nodes for child in ast.iter_child_nodes(node)}
+    for node in nodes:
+        holder = key = None
+        if isinstance(node, ast.Subscript):
+            holder, key = node.value, node.slice
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("get", "pop") and node.args:
+            holder, key = node.func.value, node.args[0]
+        if isinstance(key, ast.Constant | ast.Name) and (is_read(holder) or (isinstance(holder, ast.Name) and holder.id in names)):
+            yield ast.unparse(node), ast.unparse(key), user[node]
+
+
+def unchecked(source):
+    """The fields of what functions have read that are neither compared, nor asked for their type where they are used."""
+    found = []
+    for function in ast.walk(ast.parse(source)):
+        if isinstance(function, ast.FunctionDef):
+            fields = list(fields_of(function))
+            asked = {key for _, key, use in fields if isinstance(use, ast.Call) and name_of(use.func) == "isinstance"}
+            found += [text for text, key, use in fields if key not in asked and not isinstance(use, ast.Compare)]
+    return found
+
+
+def test_no_field_of_a_foreign_json_is_used_unchecked():
+    found = {path.relative_to(PACKAGE).as_posix(): unchecked(path.read_text()) for path in PACKAGE.rglob("*.py")}
+    del found["parallel/processes.py"]  # settings of another process of this run, which are shown
+    assert {name: fields for name, fields in found.items() if fields} == {}, "take it with host.json_text.field"
+
+
+@pytest.mark.parametrize(
+    ("line", "names"),
+    [
+        ("size = values['size']", ["values['size']"]),
+        ("size = values.get('size', 3)", ["values.get('size', 3)"]),
+        ("size = read_json(path)['size']", ["read_json(path)['size']"]),
+        ("other, again = 3, read_json(path); size = again['size']", ["again['size']"]),
+        ("again = read_json(path) if path else {}; size = again['size']", ["again['size']"]),
+        ("size = field(values, 'size', int, 'x')", []),
+        ("same = values.get('kind') == 'a'", []),
+        ("size = values['size'] if isinstance(values.get('size'), int) else 0", []),
+    ],
+)
+def test_the_search_finds_what_is_used_unchecked(line, names):
+    assert unchecked(f"def read(path):\n    values = read_json(path)\n    {line}\n") == names

@@ -81,5 +81,13 @@ def test_a_value_that_cannot_be_names_the_file(tmp_path, values):
         read_defaults(write(tmp_path, **values))
 
 
+@pytest.mark.parametrize(
+    "values", [dict(max_length="20"), dict(max_length=True), dict(min_length=-3), dict(max_length=2.5)], ids=str
+)
+def test_a_length_that_counts_the_start_token_is_checked_as_those_that_do_not(tmp_path, values):
+    with pytest.raises(ConfigError, match=f"generation_config.json: .*{next(iter(values))}"):
+        read_defaults(write(tmp_path, **values))
+
+
 def test_a_folder_without_the_file_has_no_defaults(tmp_path):
     assert read_defaults(tmp_path) == {}

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,13 @@ def test_bad_json_is_one_error_that_says_where(case, tmp_path):
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ConfigError, match=f"(?s)config.json.*{message}"):
         read_json(path)
+
+
+def test_many_keys_of_which_one_is_there_twice_are_no_work():
+    began = time.monotonic()
+    with pytest.raises(ConfigError, match="twice: k0, k1, k10, k100") as refused:
+        parse_json("{" + ", ".join(f'"k{i % 100_000}": 0' for i in range(200_000)) + "}", "here")
+    assert time.monotonic() - began < 5 and len(str(refused.value)) < 300
 
 
 def test_a_byte_order_mark_is_no_text_and_half_an_emoji_becomes_a_replacement_character():

@@ -29,7 +29,6 @@ from flax_switch.workflows.pretrain import pretrain
 
 ROOT = Path(__file__).parents[2]
 HEARTBEAT = 10  # seconds
-ABORTED = -signal.SIGABRT  # how JAX ends a process whose service or whose peers are silent
 TIMING = ("seconds_per_step", "tokens_per_second", "data_wait_fraction")
 
 
@@ -301,11 +300,11 @@ def test_when_one_process_dies_the_other_ends_and_the_run_resumes(config, undist
         wait_for(lambda: any(line["step"] >= 60 for line in read_metrics(workdir)), processes)
         processes.running[victim].send_signal(number)
         died = time.monotonic()
-        assert processes.running[survivor].wait(HEARTBEAT + 30) in (LOST_ANOTHER, ABORTED), processes.text(survivor)
+        assert processes.running[survivor].wait(HEARTBEAT + 30) == LOST_ANOTHER, processes.text(survivor)
         took = time.monotonic() - died
         assert took < HEARTBEAT + 15
         assert processes.running[victim].poll() == (-signal.SIGKILL if number == signal.SIGKILL else None), "killed, or still hung"
-    assert "lost another process" in processes.text(survivor) or "another task died" in processes.text(survivor)
+    assert re.search(r"Process \d lost (another process|process 0)", processes.text(survivor))
     steps = [line["step"] for line in read_metrics(workdir)]
     assert 60 <= max(steps) < 150
     with start(config, workdir, tmp_path / "second") as processes:

@@ -1,6 +1,7 @@
 """What can be refused is refused before work begins: destinations that cannot be written, settings that cannot be."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from flax_switch.host.files import check_writable
 from flax_switch.training.checkpoint import CONFIG_FILE
 
 ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "flax_switch"
 
 
 @pytest.fixture
@@ -61,17 +63,26 @@ def test_every_command_refuses_its_output_before_it_works(places, monkeypatch, c
     monkeypatch.setattr(flax_switch.workflows.finetune, "evaluate_checkpoint", begun)
     monkeypatch.setattr("flax_switch.pretrained.load_pretrained", begun)
     monkeypatch.setattr("flax_switch.commands.plan.load_config", begun)
+    monkeypatch.setattr("flax_switch.inspection.run_routing.follow", begun)
     (places / "config.json").write_text('{"kind": "pretraining"}')
     path = str(places / kind)
     for arguments in (
         ["report", str(places), "--output", path],
         ["plan", "--config", "tiny", "--topology", "cpu:1", "--json", path],
+        *([] if kind == "absent/x" else [["routing", str(places), "--output", path]]),
         *([] if kind == "absent/x" else [["inspect", "model", "--text", "a", "--plot", f"{path}.png" if "/" in kind else path]]),
         *([] if kind != "file/x" else [["evaluate", "--config", "finetune_summarization", "--checkpoint", "x", "--output", path]]),
     ):
         assert main(arguments) == 2, arguments
         said = capsys.readouterr().err
         assert "Cannot write" in said or "ending of a plot" in said, (arguments, said)
+
+
+def test_files_are_written_beside_and_renamed_in_one_place():
+    """Others write into a folder that is not there yet under its name: a cache's, a conversion's."""
+    writers = re.compile(r"(?<!files)\.write_(text|bytes)\(|savefig\(path|open\([^)]*\"[wx]b?\"")
+    found = {path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py") if writers.search(path.read_text())}
+    assert found == {"host/files.py", "data/cache.py", "convert/folder.py", "convert/safetensors_file.py"}
 
 
 def test_a_workdir_is_not_claimed_by_settings_that_are_refused_after_the_claim(tmp_path, capsys):

@@ -85,6 +85,13 @@ def test_words_of_every_script_count(kind, caplog):
     assert not caplog.records
 
 
+def test_the_signs_of_vowels_are_part_of_a_word():
+    same, other = "\u0915\u0940 \u0939\u093f\u0928", "\u0915\u093e \u0939\u0941\u0928"  # the same consonants with other vowels
+    assert words.RougeWords("unicode").tokenize(same) == same.split()
+    assert score("rouge", [same], [[same]])["rouge1"] == pytest.approx(100.0)
+    assert score("rouge", [same], [[other]])["rouge1"] == 0.0
+
+
 def test_a_reference_without_a_word_is_warned_of(caplog):
     score("rouge", ["маленькая лиса"], [["маленькая лиса"]], tokenizer="latin")
     assert "1 references have no word under evaluation.tokenizer='latin'" in caplog.text

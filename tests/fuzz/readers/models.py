@@ -56,8 +56,22 @@ def _tokenizer_json(folder: Path, **parts: Any) -> None:
     pieces = [[piece, -float(i)] for i, piece in enumerate(("<pad>", "</s>", "<unk>", "\u2581", "a", "b", "\u2581the"))]
     values = {
         "version": "1.0",
-        "added_tokens": [{"id": 7, "content": "<new>", "special": False, "normalized": True, "lstrip": False}],
-        "normalizer": None,
+        "added_tokens": [
+            {
+                "id": 7,
+                "content": "<new>",
+                "special": False,
+                "normalized": True,
+                **dict.fromkeys(("lstrip", "rstrip", "single_word"), False),
+            }
+        ],
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": [
+                {"type": "Strip", "strip_left": False, "strip_right": True},
+                {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": "\u2581"},
+            ],
+        },
         "pre_tokenizer": {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": True},
         "decoder": {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": True},
         "model": {"type": "Unigram", "unk_id": 2, "vocab": pieces, "byte_fallback": False},

@@ -74,6 +74,7 @@ def upcycle(
 
 def upcycled(dense: Checkpoint, config: SwitchConfig, *, noise: float = 0.0, seed: int = 0) -> Checkpoint:
     """Returns the checkpoint of `config` whose experts are copies of `dense`'s MLPs; unread, like any other."""
+    dense.config.check_trainable()  # copies of integers could not be trained
     check(not dense.config.is_sparse, f"{dense.path} is sparse already; upcycling starts from a dense model.")
     check(config.is_sparse, "no layer would become sparse; raise the number of sparse layers.")
     check(

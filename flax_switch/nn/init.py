@@ -15,9 +15,11 @@ from flax_switch.nn.transformer import SwitchEncoder, SwitchTransformer
 def init_params(model: SwitchEncoder | SwitchConfig, rng: Array) -> dict[str, Any]:
     """Makes parameters as plain nested dicts of arrays, of a model or of the `SwitchTransformer` of a config.
 
-    Compiled; inside another jit it can lay them straight into their shardings.
+    Compiled; inside another jit it can lay them straight into their shardings. Raises `ConfigError` for quantised weights.
     """
-    return _init_params(SwitchTransformer(model) if isinstance(model, SwitchConfig) else model, rng)
+    model = SwitchTransformer(model) if isinstance(model, SwitchConfig) else model
+    model.config.check_trainable()
+    return _init_params(model, rng)
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)

@@ -54,6 +54,7 @@ class Run:
 
 def build_run(config: ExperimentConfig | FinetuneConfig, mesh: AnyMesh) -> Run:
     """Returns model, optimiser and the abstract state with its shardings, without allocating an array."""
+    config.model.check_trainable()
     model = SwitchTransformer(config.model, devices=placed_on(mesh))
     axes = logical_axes(model)
     trained_axes = trainable_part(axes, config.optimizer.trainable)

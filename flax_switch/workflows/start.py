@@ -71,6 +71,7 @@ def open_start(init: str, changes: Mapping[str, Any], vocabulary: str | None = N
             f"--init {init}: text-to-text tasks need a decoder and a head; this checkpoint is {opened.architecture!r}.",
         )
         config = opened.config
+        config.check_trainable()
         found = load_vocabulary(opened.path) if vocabulary is None else None
     if vocabulary is not None:
         found = read_vocabulary(vocabulary)

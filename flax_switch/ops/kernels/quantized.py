@@ -1,0 +1,124 @@
+"""Multiplies rows by a quantised kernel (`config/weights.py`).
+
+reference      the weights as float32 numbers, and their plain product
+rounded_rows   int8 only: each row is rounded to 8 bits by a scale of its own, so that integers are multiplied. For CPUs, which
+               multiply those several times as fast as float32
+dequantized    the weights in the rows' dtype, and their product. Accelerators make them on the way to it, and read a quarter or an
+               eighth of the bytes; the scales of int8 are left to the end
+"""
+
+from typing import Any, Self
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32, Int8, Int32, Integer
+
+from flax_switch.ops.kernels import platforms
+
+ROWS = 8  # a CPU multiplies fewer rows of integers no faster than these
+
+
+@flax.struct.dataclass
+class Quantized:
+    """A kernel, or a stack of them, in int8 or int4: used where an array [..., D, F] would be."""
+
+    values: Integer[Array, "..."]  # int8 [..., D, F], or uint8 [..., D / 64, 32, F]
+    scale: Float32[Array, "..."]  # [..., 1, F], or [..., D / 64, 1, F]
+
+    @property
+    def packed(self) -> bool:
+        """Whether it is int4."""
+        return self.values.dtype == jnp.uint8
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weights."""
+        if not self.packed:
+            return self.values.shape
+        *lead, groups, half, outputs = self.values.shape
+        return (*lead, 2 * groups * half, outputs)
+
+    def astype(self, dtype: DTypeLike) -> Self:
+        """Returns it as it is: products have the dtype of their rows."""
+        return self
+
+    def __getitem__(self, index: Any) -> Self:
+        """Returns some kernels of a stack."""
+        return jax.tree.map(lambda leaf: leaf[index], self)
+
+
+Kernel = Array | Quantized
+
+
+def multiply(x: Float[Array, "*B D"], kernel: Kernel) -> Float[Array, "*B F"]:
+    """Returns `x @ kernel` for an array or a quantised kernel; as there, stacks of both are multiplied member by member."""
+    return multiply_quantized(x, kernel) if isinstance(kernel, Quantized) else x @ kernel
+
+
+def multiply_quantized(x: Float[Array, "*B D"], kernel: Quantized, *, implementation: str | None = None) -> Float[Array, "*B F"]:
+    """Returns `x @ kernel` in x's dtype, exactly or with rows rounded to 8 bits: then by at most max|row| / 254 * sum|weights|.
+
+    implementation: one of IMPLEMENTATIONS; by default "rounded_rows" for int8 on a CPU, and "dequantized" elsewhere.
+    """
+    default = {"other": "dequantized"} if kernel.packed else {"cpu": "rounded_rows", "other": "dequantized"}
+    return platforms.run(IMPLEMENTATIONS, default, implementation, x, kernel)
+
+
+def dequantized(kernel: Quantized, dtype: DTypeLike = jnp.float32) -> Float[Array, "... D F"]:
+    """Returns the weights as numbers."""
+    return (_integers(kernel).astype(jnp.float32) * kernel.scale).reshape(kernel.shape).astype(dtype)
+
+
+def _integers(kernel: Quantized) -> Array:
+    """Returns the integers that scales multiply: [..., D, F], or of int4 [..., D / 64, 64, F]."""
+    if not kernel.packed:
+        return kernel.values
+    return jnp.concatenate([kernel.values & 15, kernel.values >> 4], axis=-2).astype(jnp.int8) - 8
+
+
+def _reference(x: Array, kernel: Quantized) -> Array:
+    return (x.astype(jnp.float32) @ dequantized(kernel)).astype(x.dtype)
+
+
+def _dequantized(x: Array, kernel: Quantized) -> Array:
+    if kernel.packed:
+        return x @ dequantized(kernel, x.dtype)
+    product = jnp.matmul(x, kernel.values.astype(x.dtype), preferred_element_type=jnp.float32)
+    return (product * _channel_scale(kernel)).astype(x.dtype)
+
+
+def _rounded_rows(x: Array, kernel: Quantized) -> Array:
+    assert not kernel.packed, "int4 has a scale for each group of inputs, which no product of whole rows can be given"
+    rows, row_scale = round_rows(x)
+    product = _integer_product(rows, kernel.values).astype(jnp.float32)
+    return (product * row_scale * _channel_scale(kernel)).astype(x.dtype)
+
+
+def round_rows(x: Float[Array, "*B D"]) -> tuple[Int8[Array, "*B D"], Float32[Array, "*B 1"]]:
+    """Returns each row as integers from -127 to 127, and the scale that makes them the row again; zeros where it is zero."""
+    x = x.astype(jnp.float32)
+    scale = jnp.abs(x).max(-1, keepdims=True) / 127
+    return jnp.round(x / jnp.where(scale > 0, scale, 1)).astype(jnp.int8), scale
+
+
+def _channel_scale(kernel: Quantized) -> Array:
+    """Returns int8's scales in the shape that products have: those of one kernel for rows of any number of axes."""
+    return kernel.scale[0] if kernel.scale.ndim == 2 else kernel.scale
+
+
+def _integer_product(rows: Int8[Array, "*B D"], values: Int8[Array, "... D F"]) -> Int32[Array, "*B F"]:
+    if values.ndim == 2:
+        flat = rows.reshape(-1, rows.shape[-1])
+        return _padded_product(flat, values).reshape(*rows.shape[:-1], values.shape[-1])
+    return _padded_product(rows, values)
+
+
+def _padded_product(rows: Int8[Array, "*E R D"], values: Int8[Array, "*E D F"]) -> Int32[Array, "*E R F"]:
+    missing = max(0, ROWS - rows.shape[-2])
+    padded = jnp.pad(rows, [(0, 0)] * (rows.ndim - 2) + [(0, missing), (0, 0)])
+    return jnp.matmul(padded, values, preferred_element_type=jnp.int32)[..., : rows.shape[-2], :]
+
+
+IMPLEMENTATIONS = {"reference": _reference, "rounded_rows": _rounded_rows, "dequantized": _dequantized}

@@ -223,7 +223,9 @@ def write_checkpoint(
     """Writes a checkpoint's tensors in one of the `FORMATS`, with `files` beside them; see `convert`."""
     size = parse_size(max_shard_size)
     if to == "huggingface":
-        checkpoint = _dequantized(checkpoint)
+        if checkpoint.config.weights != "float":
+            log.info("Hugging Face's files hold no %s weights: the numbers that they mean are written", checkpoint.config.weights)
+        checkpoint = as_floats(checkpoint)
         values, model_type = export_config(checkpoint)
         tensors = huggingface.huggingface_tensors(checkpoint.config, checkpoint.architecture, model_type, checkpoint.tensors)
         shards, stem = split_into_shards(tensors, size), "model"
@@ -240,17 +242,11 @@ def write_checkpoint(
     return destination
 
 
-def _dequantized(checkpoint: Checkpoint) -> Checkpoint:
-    """Returns the float model of a quantised one, and says so in the log."""
-    config = checkpoint.config
-    if config.weights == "float":
+def as_floats(checkpoint: Checkpoint) -> Checkpoint:
+    """Returns the float model that a quantised one computes with; a float one as it is."""
+    if checkpoint.config.weights == "float":
         return checkpoint
-    log.info(
-        "Hugging Face's files hold no %s weights; written are the %s numbers that they mean",
-        config.weights,
-        config.param_dtype,
-    )
-    config, tensors = dequantized(config, checkpoint.architecture, checkpoint.tensors)
+    config, tensors = dequantized(checkpoint.config, checkpoint.architecture, checkpoint.tensors)
     return dataclasses.replace(checkpoint, config=config, tensors=tensors)
 
 

@@ -124,9 +124,7 @@ def _scale(path: str, kernel: np.ndarray, form: str) -> np.ndarray:
     """
     low, high = kernel.min(1, keepdims=True), kernel.max(1, keepdims=True)
     if not (np.isfinite(low) & np.isfinite(high)).all():
-        raise CheckpointError(
-            f"{path} holds a weight that is no finite number, for which no integer stands. Repair the float model."
-        )
+        raise CheckpointError(f"{path} holds a number that is not finite, for which no integer stands; repair the float model.")
     if form == "int8":
         return np.maximum(-low, high) / np.float32(127)
     return np.where(-low > high, low, high) / np.float32(-8)

@@ -12,7 +12,14 @@ import numpy as np
 
 from flax_switch.config import StackConfig, SwitchConfig, check
 from flax_switch.convert.canonical import canonical_shapes, is_expert, is_router
-from flax_switch.convert.checkpoint import Checkpoint, companion_files, open_checkpoint, source_identity, write_checkpoint
+from flax_switch.convert.checkpoint import (
+    Checkpoint,
+    as_floats,
+    companion_files,
+    open_checkpoint,
+    source_identity,
+    write_checkpoint,
+)
 from flax_switch.convert.folder import DEFAULT_SHARD_SIZE, claimed, local_destination
 from flax_switch.convert.tensors import DTYPES, CheckpointError, Index, LazyTensor, from_array, repeat
 
@@ -56,7 +63,7 @@ def upcycle(
     """
     destination = local_destination(destination)
     with claimed(destination):
-        dense = open_checkpoint(source, allow_missing=allow_missing, revision=revision, verify=verify)
+        dense = as_floats(open_checkpoint(source, allow_missing=allow_missing, revision=revision, verify=verify))
         fields = dict(
             changes or {},
             num_experts=num_experts,
@@ -74,7 +81,6 @@ def upcycle(
 
 def upcycled(dense: Checkpoint, config: SwitchConfig, *, noise: float = 0.0, seed: int = 0) -> Checkpoint:
     """Returns the checkpoint of `config` whose experts are copies of `dense`'s MLPs; unread, like any other."""
-    dense.config.check_trainable()  # copies of integers could not be trained
     check(not dense.config.is_sparse, f"{dense.path} is sparse already; upcycling starts from a dense model.")
     check(config.is_sparse, "no layer would become sparse; raise the number of sparse layers.")
     check(

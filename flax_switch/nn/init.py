@@ -49,6 +49,11 @@ def with_copying_heads(params: dict, config: SwitchConfig) -> dict:
     return begin(params)
 
 
+def abstract_params(model: SwitchEncoder) -> dict[str, Any]:
+    """Returns the tree of parameters as shapes and dtypes; allocates nothing."""
+    return jax.eval_shape(lambda rng: model.init({"params": rng}, *example_inputs(model))["params"], jax.random.key(0))
+
+
 def logical_axes(model: SwitchEncoder) -> dict:
     """Returns the tree of parameters with each leaf replaced by its tuple of logical axis names; allocates nothing."""
     boxed = jax.eval_shape(lambda rng: model.init_boxed({"params": rng}, *example_inputs(model))["params"], jax.random.key(0))

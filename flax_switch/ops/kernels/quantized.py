@@ -60,10 +60,11 @@ def multiply(x: Float[Array, "*B D"], kernel: Kernel) -> Float[Array, "*B F"]:
 def multiply_quantized(x: Float[Array, "*B D"], kernel: Quantized, *, implementation: str | None = None) -> Float[Array, "*B F"]:
     """Returns `x @ kernel` in x's dtype, exactly or with rows rounded to 8 bits: then by at most max|row| / 254 * sum|weights|.
 
-    implementation: one of IMPLEMENTATIONS; by default "rounded_rows" for int8 on a CPU, and "dequantized" elsewhere.
+    implementation: one of INT8 or INT4; by default DEFAULT's for the platform.
     """
-    default = {"other": "dequantized"} if kernel.packed else {"cpu": "rounded_rows", "other": "dequantized"}
-    return platforms.run(IMPLEMENTATIONS, default, implementation, x, kernel)
+    table = INT4 if kernel.packed else INT8
+    default = {platform: name for platform, name in DEFAULT.items() if name in table}
+    return platforms.run(table, default, implementation, x, kernel)
 
 
 def dequantized(kernel: Quantized, dtype: DTypeLike = jnp.float32) -> Float[Array, "... D F"]:
@@ -90,7 +91,6 @@ def _dequantized(x: Array, kernel: Quantized) -> Array:
 
 
 def _rounded_rows(x: Array, kernel: Quantized) -> Array:
-    assert not kernel.packed, "int4 has a scale for each group of inputs, which no product of whole rows can be given"
     rows, row_scale = round_rows(x)
     product = _integer_product(rows, kernel.values).astype(jnp.float32)
     return (product * row_scale * _channel_scale(kernel)).astype(x.dtype)
@@ -121,4 +121,9 @@ def _padded_product(rows: Int8[Array, "*E R D"], values: Int8[Array, "*E D F"]) 
     return jnp.matmul(padded, values, preferred_element_type=jnp.int32)[..., : rows.shape[-2], :]
 
 
-IMPLEMENTATIONS = {"reference": _reference, "rounded_rows": _rounded_rows, "dequantized": _dequantized}
+INT4 = {
+    "reference": _reference,
+    "dequantized": _dequantized,
+}  # its scales differ along a row, so that no whole product is of integers
+INT8 = {**INT4, "rounded_rows": _rounded_rows}
+DEFAULT = {"cpu": "rounded_rows", "other": "dequantized"}

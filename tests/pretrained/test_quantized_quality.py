@@ -25,7 +25,8 @@ def batch(rng, rows):
 
 @pytest.fixture(scope="module")
 def trained():
-    optimizer, rng = fs.optimizer(CONFIG, name="adamw_rms", learning_rate=2e-2, schedule="linear", steps=400), np.random.default_rng(0)
+    rng = np.random.default_rng(0)
+    optimizer = fs.optimizer(CONFIG, name="adamw_rms", learning_rate=2e-2, schedule="linear", steps=400)
     state = fs.TrainState.create(fs.init_params(CONFIG, jax.random.key(0)), optimizer)
     for _ in range(400):
         state, _ = fs.train_step(CONFIG, optimizer, state, batch(rng, 32))

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from flax_switch.nn.outputs import ModelOutput
     from flax_switch.nn.transformer import SwitchEncoder, SwitchTransformer
     from flax_switch.ops.losses import LossOutput, seq2seq_loss
-    from flax_switch.pretrained import Pretrained, load_pretrained, save_pretrained
+    from flax_switch.pretrained import Pretrained, load_pretrained, quantize, save_pretrained
     from flax_switch.training.custom import optimizer, train_step
     from flax_switch.training.state import TrainState
     from flax_switch.workflows.finetune import finetune
@@ -39,6 +39,7 @@ _HOME = {
     "CheckpointError": "flax_switch.convert",
     "Pretrained": "flax_switch.pretrained",
     "load_pretrained": "flax_switch.pretrained",
+    "quantize": "flax_switch.pretrained",
     "save_pretrained": "flax_switch.pretrained",
     "init_params": "flax_switch.nn.init",
     "optimizer": "flax_switch.training.custom",
@@ -69,6 +70,7 @@ __all__ = [
     "load_recipe",
     "optimizer",
     "pretrain",
+    "quantize",
     "save_pretrained",
     "seq2seq_loss",
     "train_step",

@@ -14,6 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", required=True, metavar="FORMAT", help="huggingface or flax_switch")
     parser.add_argument("--dtype", help="of the written tensors: float32, bfloat16 or float16; routers keep theirs")
     parser.add_argument(
+        "--weights", metavar="FORM", help="of kernels alone: int8, int4, bfloat16 or float16; --dtype is of all else"
+    )
+    parser.add_argument(
         "--expert-capacity", type=int, metavar="C", help="tokens an expert takes of a sequence, where Hugging Face must be told"
     )
     add_write_arguments(parser)
@@ -28,6 +31,8 @@ def run(args: argparse.Namespace) -> int:
     changes = changes_of(args)
     if args.expert_capacity is not None:
         changes["expert_capacity"] = args.expert_capacity
+    if args.weights is not None:
+        changes["weights"] = args.weights
     with progress_bar("Converting", enabled=not args.no_progress) as callbacks:
         destination = convert(
             args.source,

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from flax_switch.config.base import _Section, check, differences, may_change, one_of
 from flax_switch.config.ranges import Count, Epsilon, Layers, Natural, NotNegative, Positive, Range, Rate, Seed
+from flax_switch.config.weights import GROUP, WEIGHTS
 
 ACTIVATIONS = ("relu", "gelu", "gelu_new", "silu", "swish", "linear", "tanh")
 LAYOUTS = ("bottom", "middle", "mixed", "top", "huggingface")
@@ -157,6 +158,8 @@ class SwitchConfig(_Section):
     copying_heads: Natural = 0  # heads of every cross-attention that begin by attending to the token's like in the inputs
     dtype: str = "float32"  # of activations and matrix products; routers, norms, softmax and losses stay float32
     param_dtype: str = "float32"
+    # How kernels are held, but the routers': "float" is param_dtype; "int8" or "int4" (`config/weights`) cannot be trained.
+    weights: str = "float"
     expert_dtype: str | None = None  # of activations inside the experts; None: dtype
     scan_layers: bool = False  # one compiled block repeated, where the layout repeats
     remat_policy: str = may_change("none")  # "none", "minimal" (save matrix products) or "full"
@@ -180,6 +183,7 @@ class SwitchConfig(_Section):
         if isinstance(self.loss_normalizer, str):
             one_of("loss_normalizer", self.loss_normalizer, LOSS_NORMALIZERS)
         one_of("remat_policy", self.remat_policy, ("none", "minimal", "full"))
+        one_of("weights", self.weights, WEIGHTS)
         for name in ("dtype", "param_dtype", "router_dtype", "expert_dtype"):
             if getattr(self, name) is not None:
                 one_of(name, getattr(self, name), DTYPES)
@@ -187,6 +191,12 @@ class SwitchConfig(_Section):
             isinstance(self.mlp_activations, tuple) and 1 <= len(self.mlp_activations) <= 2,
             f"mlp_activations must be one name, or two for a gated MLP; it is {self.mlp_activations!r}.",
         )
+        widths = {"d_model": self.d_model, "num_heads * d_kv": self.num_heads * self.d_kv, "d_ff": self.d_ff}
+        for name, width in {**widths, "expert_d_ff": self.expert_width}.items():
+            check(
+                self.weights != "int4" or width % GROUP == 0,
+                f"weights='int4' needs a multiple of {GROUP}, which share a scale, as {name}; it is {width}. Take 'int8'.",
+            )
         for name in self.mlp_activations:
             one_of("mlp_activations", name, ACTIVATIONS)
         check(
@@ -263,7 +273,25 @@ class SwitchConfig(_Section):
             written.append(f"PRESETS[{name!r}]" + (f".replace({changes})" if changes else ""))
         return min(written, key=len)
 
+    def check_trainable(self) -> None:
+        """Raises `ConfigError` where the weights are integers, which have no gradients."""
+        check(
+            self.weights == "float",
+            f"A model with {self.weights} weights cannot be trained: integers have no gradients. Train the float model that it was "
+            "made of, and quantise what comes out.",
+        )
+
     # --- derived
+    @property
+    def head_weights(self) -> str:
+        """The form of the output head: of a quantised model int8, as logits are the last to be made coarse."""
+        return "float" if self.weights == "float" else "int8"
+
+    @property
+    def copied_head(self) -> bool:
+        """Whether the head, though tied, is in memory a parameter of its own: quantised from the embeddings, which stay float."""
+        return self.tie_word_embeddings and self.weights != "float"
+
     @property
     def encoder(self) -> StackConfig:
         """The layers of the encoder."""

@@ -162,6 +162,7 @@ class ExperimentConfig(_Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_microbatches(self.data, self.train)
+        self.model.check_trainable()
 
 
 def check_microbatches(data: BatchConfig, train: TrainConfig) -> None:

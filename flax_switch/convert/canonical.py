@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Sequence
 
 from flax_switch.config import StackConfig, SwitchConfig
+from flax_switch.config.weights import SCALE, stored
 
+HEAD = "decoder/logits_dense/kernel"
 ARCHITECTURES = ("full", "headless", "encoder")  # with its head; without; and the encoder alone
 
 
 def canonical_shapes(config: SwitchConfig, architecture: str = "full") -> dict[str, tuple[int, ...]]:
     """Returns every parameter of the unscanned model by its path, with its shape.
 
-    Axes: V vocabulary, D model, H heads, K head, F MLP, E experts. `architecture` is one of `ARCHITECTURES`; a model with tied
+    Axes: V vocabulary, D model, H heads, K head, F MLP, E experts. A quantised model's kernels have the shapes of their values, and
+    scales beside them (`config/weights.py`). `architecture` is one of `ARCHITECTURES`; a model with tied
     embeddings has no head of its own, so "full" and "headless" hold the same tensors then.
     """
     V, D = config.vocab_size, config.d_model
@@ -32,8 +37,37 @@ def canonical_shapes(config: SwitchConfig, architecture: str = "full") -> dict[s
                 shapes[f"{layer}/{name}"] = shape
         shapes[f"{stack}/{stack}_norm/scale"] = (D,)
     if architecture == "full" and not config.tie_word_embeddings:
-        shapes["decoder/logits_dense/kernel"] = (D, V)
-    return shapes
+        shapes[HEAD] = (D, V)
+    return _as_stored(shapes, config)
+
+
+def _as_stored(shapes: dict[str, tuple[int, ...]], config: SwitchConfig) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of what stands in for the kernels of a quantised model."""
+    result: dict[str, tuple[int, ...]] = {}
+    for path, shape in shapes.items():
+        weights = weights_of(path, config)
+        if weights == "float":
+            result[path] = shape
+        else:
+            result[path], result[path + SCALE] = stored(shape, weights)[:2]
+    return result
+
+
+def weights_of(path: str, config: SwitchConfig) -> str:
+    """Returns the form that a parameter has in a model: one of `config.weights.WEIGHTS`."""
+    if not is_kernel(path):
+        return "float"
+    return config.head_weights if path == HEAD else config.weights
+
+
+def is_kernel(path: str) -> bool:
+    """Returns whether a path is a kernel that may be quantised: any but the routers', which are sensitive (2101.03961)."""
+    return path.endswith("/kernel") and not is_router(path)
+
+
+def parameters_of(path: str, shape: Sequence[int], dtype: object) -> int:
+    """Returns how many parameters of the model an array holds: two in each byte of int4, none in scales."""
+    return 0 if path.endswith(SCALE) else math.prod(shape) * (2 if str(dtype) == "uint8" else 1)
 
 
 def layer_shapes(config: SwitchConfig, stack: StackConfig, *, sparse: bool) -> dict[str, tuple[int, ...]]:

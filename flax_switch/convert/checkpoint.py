@@ -15,7 +15,7 @@ from typing import Any
 from flax_switch.config import SwitchConfig, check, one_of
 from flax_switch.config import huggingface as config_huggingface
 from flax_switch.convert import hub, huggingface, native, t5x, tokenizer, training_run
-from flax_switch.convert.canonical import canonical_shapes, is_router
+from flax_switch.convert.canonical import canonical_shapes
 from flax_switch.convert.doors import check_folder, read_companion, readable
 from flax_switch.convert.folder import (
     COMPANIONS,
@@ -26,7 +26,8 @@ from flax_switch.convert.folder import (
     split_into_shards,
     write_folder,
 )
-from flax_switch.convert.tensors import DTYPES, CheckpointError, LazyTensor, cast
+from flax_switch.convert.quantize import dequantized, in_dtype, with_weights
+from flax_switch.convert.tensors import CheckpointError, LazyTensor
 from flax_switch.host.files import in_store
 from flax_switch.host.memory import freed_memory_returned
 
@@ -88,7 +89,8 @@ def open_checkpoint(
 
     Args:
       source: a folder, or the name of a model on the Hugging Face hub (with the extra `hub`).
-      changes: fields of the config to change; for a T5X checkpoint, those that shapes cannot tell.
+      changes: fields of the config to change; for a T5X checkpoint, those that shapes cannot tell. "weights" is a form to read
+        kernels in (`convert.quantize.with_weights`).
       allow_missing: patterns of tensors that may be missing, or be left over.
       revision: of a model on the hub.
       verify: of a training run take the newest checkpoint whose parameters have their checksums; without, the newest.
@@ -104,7 +106,8 @@ def open_checkpoint(
 
 def _opened(folder: Path, changes: Mapping[str, Any], allow_missing: Sequence[str], verify: bool) -> Checkpoint:
     format = detect_format(folder)
-    raw = None
+    changes, raw = dict(changes), None
+    weights = changes.pop("weights", None)
     if format == "huggingface":
         config, architecture, tensors, raw = huggingface.read_huggingface(folder, allow_missing=allow_missing)
     elif format == "flax_switch":
@@ -116,7 +119,9 @@ def _opened(folder: Path, changes: Mapping[str, Any], allow_missing: Sequence[st
         config, architecture, tensors = training_run.read_run(folder, allow_missing=allow_missing)
     else:
         config, architecture, tensors = t5x.read_t5x(folder, changes=changes, allow_missing=allow_missing)
-    config = changed(config, architecture, tensors, changes or {}, folder)
+    config = changed(config, architecture, tensors, changes, folder)
+    if weights is not None:
+        config, tensors = with_weights(config, tensors, weights)
     return Checkpoint(format, folder, config, architecture, tensors, raw)
 
 
@@ -198,9 +203,8 @@ def convert(
 
 
 def with_dtype(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
-    """Casts all tensors of a checkpoint but the routers' when they are read."""
-    one_of("dtype", dtype, tuple(DTYPES))
-    tensors = {p: t if is_router(p) else cast(t, DTYPES[dtype]) for p, t in checkpoint.tensors.items()}
+    """Casts all tensors of a checkpoint but the routers' and integers with their scales when they are read."""
+    tensors = in_dtype(checkpoint.tensors, dtype)
     return dataclasses.replace(checkpoint, tensors=tensors, config=checkpoint.config.replace(param_dtype=dtype))
 
 
@@ -219,6 +223,9 @@ def write_checkpoint(
     """Writes a checkpoint's tensors in one of the `FORMATS`, with `files` beside them; see `convert`."""
     size = parse_size(max_shard_size)
     if to == "huggingface":
+        if checkpoint.config.weights != "float":
+            log.info("Hugging Face's files hold no %s weights: the numbers that they mean are written", checkpoint.config.weights)
+        checkpoint = as_floats(checkpoint)
         values, model_type = export_config(checkpoint)
         tensors = huggingface.huggingface_tensors(checkpoint.config, checkpoint.architecture, model_type, checkpoint.tensors)
         shards, stem = split_into_shards(tensors, size), "model"
@@ -233,6 +240,14 @@ def write_checkpoint(
     with freed_memory_returned():
         write_folder(destination, shards, stem, files, source=source, overwrite=overwrite, on_bytes=on_bytes)
     return destination
+
+
+def as_floats(checkpoint: Checkpoint) -> Checkpoint:
+    """Returns the float model that a quantised one computes with; a float one as it is."""
+    if checkpoint.config.weights == "float":
+        return checkpoint
+    config, tensors = dequantized(checkpoint.config, checkpoint.architecture, checkpoint.tensors)
+    return dataclasses.replace(checkpoint, config=config, tensors=tensors)
 
 
 def export_config(checkpoint: Checkpoint) -> tuple[dict[str, Any], str]:

@@ -21,6 +21,7 @@ from flax_switch.convert.doors import check_counts, config_of
 from flax_switch.convert.folder import join_parts, read_folder
 from flax_switch.convert.huggingface import read_json
 from flax_switch.convert.mapping import SAME_NAMES, to_canonical
+from flax_switch.convert.quantize import check_dtypes
 from flax_switch.convert.safetensors_file import read_safetensors
 from flax_switch.convert.tensors import CheckpointError, LazyTensor
 from flax_switch.host.json_text import field
@@ -63,6 +64,7 @@ def read_native(folder: Path, *, allow_missing: Sequence[str] = ()) -> tuple[Swi
     expected = canonical_shapes(config, architecture)
     try:
         canonical = to_canonical(tensors, SAME_NAMES, expected, allow_missing=allow_missing)
+        check_dtypes(config, canonical)
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from None
     return config, architecture, canonical, came_with

@@ -12,7 +12,14 @@ import numpy as np
 
 from flax_switch.config import StackConfig, SwitchConfig, check
 from flax_switch.convert.canonical import canonical_shapes, is_expert, is_router
-from flax_switch.convert.checkpoint import Checkpoint, companion_files, open_checkpoint, source_identity, write_checkpoint
+from flax_switch.convert.checkpoint import (
+    Checkpoint,
+    as_floats,
+    companion_files,
+    open_checkpoint,
+    source_identity,
+    write_checkpoint,
+)
 from flax_switch.convert.folder import DEFAULT_SHARD_SIZE, claimed, local_destination
 from flax_switch.convert.tensors import DTYPES, CheckpointError, Index, LazyTensor, from_array, repeat
 
@@ -56,7 +63,7 @@ def upcycle(
     """
     destination = local_destination(destination)
     with claimed(destination):
-        dense = open_checkpoint(source, allow_missing=allow_missing, revision=revision, verify=verify)
+        dense = as_floats(open_checkpoint(source, allow_missing=allow_missing, revision=revision, verify=verify))
         fields = dict(
             changes or {},
             num_experts=num_experts,

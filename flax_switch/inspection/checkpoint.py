@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from flax_switch.config import SwitchConfig
-from flax_switch.convert.canonical import KINDS, is_expert, is_router, kind_of
+from flax_switch.convert.canonical import KINDS, is_expert, is_router, kind_of, parameters_of
 from flax_switch.convert.checkpoint import open_checkpoint
 
 
@@ -54,7 +53,7 @@ def describe(
     Arguments and errors are `open_checkpoint`'s.
     """
     opened = open_checkpoint(source, changes=changes, allow_missing=allow_missing, revision=revision, verify=verify)
-    config, sizes = opened.config, {path: math.prod(tensor.shape) for path, tensor in opened.tensors.items()}
+    config, sizes = opened.config, {path: parameters_of(path, t.shape, t.dtype) for path, t in opened.tensors.items()}
     by_kind, by_dtype = dict.fromkeys((kind for kind, _ in KINDS), 0), {}
     for path, tensor in opened.tensors.items():
         by_kind[kind_of(path)] += sizes[path]

@@ -46,7 +46,7 @@ class Attention(nn.Module):
         config = self.config
 
         def linear(features, axes, factor=1.0):
-            return Linear(features, axes, scaled_init(config, factor=factor), config.dtype, config.param_dtype)
+            return Linear(features, axes, scaled_init(config, factor=factor), config.dtype, config.param_dtype, config.weights)
 
         joined = config.num_heads * config.d_kv
         # Logits are not scaled by 1/sqrt(K); the queries' initialisation is.

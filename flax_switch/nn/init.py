@@ -15,11 +15,14 @@ from flax_switch.nn.transformer import SwitchEncoder, SwitchTransformer
 def init_params(model: SwitchEncoder | SwitchConfig, rng: Array) -> dict[str, Any]:
     """Makes parameters as plain nested dicts of arrays, of a model or of the `SwitchTransformer` of a config.
 
-    Compiled; inside another jit it can lay them straight into their shardings. Raises `ConfigError` for what is neither, or no key.
+    Compiled; inside another jit it can lay them straight into their shardings. Raises `ConfigError` for what is neither, for no
+    key, or for quantised weights.
     """
     expect("model", model, (SwitchConfig, SwitchEncoder), "Give a config, such as fs.PRESETS['switch-tiny'].")
     check(hasattr(rng, "dtype"), f"rng must be a key, such as jax.random.key(0); it is of type {type(rng).__name__}.")
-    return _init_params(SwitchTransformer(model) if isinstance(model, SwitchConfig) else model, rng)
+    model = SwitchTransformer(model) if isinstance(model, SwitchConfig) else model
+    model.config.check_trainable()
+    return _init_params(model, rng)
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
@@ -47,6 +50,11 @@ def with_copying_heads(params: dict, config: SwitchConfig) -> dict:
         return tree
 
     return begin(params)
+
+
+def abstract_params(model: SwitchEncoder) -> dict[str, Any]:
+    """Returns the tree of parameters as shapes and dtypes; allocates nothing."""
+    return jax.eval_shape(lambda rng: model.init({"params": rng}, *example_inputs(model))["params"], jax.random.key(0))
 
 
 def logical_axes(model: SwitchEncoder) -> dict:

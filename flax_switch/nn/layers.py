@@ -15,9 +15,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from flax_switch.config import SwitchConfig
+from flax_switch.config.weights import SCALE, stored
 from flax_switch.ops.dropout import dropout
 from flax_switch.ops.ids import check_ids
 from flax_switch.ops.kernels.projection import project, project_transposed
+from flax_switch.ops.kernels.quantized import Kernel, Quantized
 
 Initializer = Callable[..., Any]
 Fan = Literal["fan_in", "fan_avg"]
@@ -41,6 +43,19 @@ def scaled_init(
     return jax.nn.initializers.variance_scaling(config.init_scale * factor**2, mode, distribution)
 
 
+def kernel_of(module: nn.Module, init: Initializer, shape: Sequence[int], axes: Sequence[str], dtype: Any, weights: str) -> Kernel:
+    """Declares a module's parameter "kernel" with its logical axes and returns it; a quantised one has its scales beside it."""
+
+    def declare(name: str, init: Initializer, shape: Sequence[int], axes: Sequence[str | None], dtype: Any) -> Any:
+        return module.param(name, nn.with_logical_partitioning(init, tuple(axes)), tuple(shape), jnp.dtype(dtype))
+
+    if weights == "float":
+        return declare("kernel", init, shape, axes, dtype)
+    form, zeros = stored(shape, weights, axes), nn.initializers.zeros_init()  # it is read from a checkpoint, never drawn
+    values = declare("kernel", zeros, form.values, form.axes, form.dtype)
+    return Quantized(values, declare(f"kernel{SCALE}", zeros, form.scale, form.axes, "float32"))
+
+
 class Linear(nn.Module):
     """x @ kernel, in `dtype`; no bias (T5 has none)."""
 
@@ -49,11 +64,12 @@ class Linear(nn.Module):
     kernel_init: Callable
     dtype: str
     param_dtype: str
+    weights: str = "float"
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B F"]:
-        init: Initializer = nn.with_logical_partitioning(self.kernel_init, self.axes)
-        kernel = self.param("kernel", init, (x.shape[-1], self.features), jnp.dtype(self.param_dtype))
+        shape = (x.shape[-1], self.features)
+        kernel = kernel_of(self, self.kernel_init, shape, self.axes, self.param_dtype, self.weights)
         return project(x.astype(self.dtype), kernel.astype(self.dtype))
 
 
@@ -115,10 +131,10 @@ class MLP(nn.Module):
         config = self.config
         activations = config.mlp_activations
         names = [f"wi_{i}" for i in range(len(activations))] if config.is_gated else ["wi"]
-        init = scaled_init(config, distribution="truncated_normal")
+        init, numerics = scaled_init(config, distribution="truncated_normal"), (config.dtype, config.param_dtype, config.weights)
         branches = []
         for name, activation in zip(names, activations, strict=True):
-            linear = Linear(self.features or config.d_ff, ("embed", "mlp"), init, config.dtype, config.param_dtype, name=name)
+            linear = Linear(self.features or config.d_ff, ("embed", "mlp"), init, *numerics, name=name)
             branches.append(ACTIVATION_FUNCTIONS[activation](linear(x)))
         hidden = Dropout(config.dropout_rate)(functools.reduce(operator.mul, branches), deterministic=deterministic)
-        return Linear(x.shape[-1], ("mlp", "embed"), init, config.dtype, config.param_dtype, name="wo")(hidden)
+        return Linear(x.shape[-1], ("mlp", "embed"), init, *numerics, name="wo")(hidden)

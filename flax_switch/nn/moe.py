@@ -8,14 +8,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from flax_switch.config import SwitchConfig
-from flax_switch.nn.layers import Initializer
+from flax_switch.nn.layers import Initializer, kernel_of
+from flax_switch.ops.kernels.quantized import Kernel, Quantized
 from flax_switch.ops.moe.block import MoEParams, moe_block
 from flax_switch.ops.moe.groups import flaxformer_replicas
 from flax_switch.ops.moe.routing import RouterOutput
 from flax_switch.parallel.placement import ONE_DEVICE, Placement
 
 
-class Kernel(nn.Module):
+class KernelParam(nn.Module):
     """One parameter called "kernel" (and with `bias`, one called "bias"), declared with its logical axes."""
 
     shape: tuple[int, ...]
@@ -23,12 +24,12 @@ class Kernel(nn.Module):
     initializer: Initializer
     dtype: Any
     bias: bool = False
+    weights: str = "float"
 
     @nn.compact
-    def __call__(self) -> tuple[Array, Array | None]:
+    def __call__(self) -> tuple[Kernel, Array | None]:
         """Returns the kernel, and the bias over its last axis or None."""
-        init: Initializer = nn.with_logical_partitioning(self.initializer, self.axes)
-        kernel = self.param("kernel", init, self.shape, self.dtype)
+        kernel = kernel_of(self, self.initializer, self.shape, self.axes, self.dtype, self.weights)
         if not self.bias:
             return kernel, None
         zeros: Initializer = nn.with_logical_partitioning(nn.initializers.zeros_init(), self.axes[-1:])
@@ -52,7 +53,7 @@ class MLPKernels(nn.Module):
     num_experts: int | None = None
 
     @nn.compact
-    def __call__(self) -> dict[str, Array]:
+    def __call__(self) -> dict[str, Kernel]:
         """Returns {"wi" | "wi_0", "wi_1": [(E,) D, F], "wo": [(E,) F, D]}."""
         config = self.config
         D, F = config.d_model, config.expert_width
@@ -61,9 +62,9 @@ class MLPKernels(nn.Module):
         if self.num_experts is not None:
             lead, lead_axis, init = (self.num_experts,), ("expert",), each_expert(init)
         names = ("wi_0", "wi_1") if config.is_gated else ("wi",)
-        dtype = config.param_dtype
-        kernels = {n: Kernel((*lead, D, F), (*lead_axis, "embed", "mlp"), init, dtype, name=n)()[0] for n in names}
-        kernels["wo"] = Kernel((*lead, F, D), (*lead_axis, "mlp", "embed"), init, dtype, name="wo")()[0]
+        numerics = (config.param_dtype, False, config.weights)
+        kernels = {n: KernelParam((*lead, D, F), (*lead_axis, "embed", "mlp"), init, *numerics, name=n)()[0] for n in names}
+        kernels["wo"] = KernelParam((*lead, F, D), (*lead_axis, "mlp", "embed"), init, *numerics, name="wo")()[0]
         return kernels
 
 
@@ -77,7 +78,9 @@ class RouterWeights(nn.Module):
         """Returns (kernel, bias or None)."""
         config = self.config
         shape, init = (config.d_model, config.num_experts), nn.initializers.normal(config.router_init_std)
-        return Kernel(shape, ("embed", "unmodeled"), init, config.param_dtype, config.router_bias, name="w")()
+        kernel, bias = KernelParam(shape, ("embed", "unmodeled"), init, config.param_dtype, config.router_bias, name="w")()
+        assert not isinstance(kernel, Quantized)  # a router stays float in every model
+        return kernel, bias
 
 
 class Router(nn.Module):

@@ -210,7 +210,8 @@ class SwitchTransformer(SwitchEncoder):
         x, outputs, hidden_states = self.decoder(x, inputs, cache=cache, output_hidden_states=output_hidden_states)
         logits = None
         if self.head:
-            logits = self.token_embedder.attend(x) if config.tie_word_embeddings else self.decoder.logits(x)
+            tied = config.tie_word_embeddings and not config.copied_head
+            logits = self.token_embedder.attend(x) if tied else self.decoder.logits(x)
         if cache is not None:
             cache = cache.advanced(tuple(o.cache for o in outputs if o.cache is not None), x.shape[1])
         cross_attentions = tuple(o.cross_attention for o in outputs if o.cross_attention is not None)
@@ -298,18 +299,21 @@ class SwitchTransformer(SwitchEncoder):
 
 
 class Decoder(Stack):
-    """The decoder's stack, which also holds an untied head."""
+    """The decoder's stack, which also holds a head that is not the embeddings themselves."""
 
     def setup(self) -> None:
         super().setup()
-        if not self.config.tie_word_embeddings:
-            init = scaled_init(self.config, distribution="truncated_normal")
+        config = self.config
+        if not config.tie_word_embeddings or config.copied_head:
+            init = scaled_init(config, distribution="truncated_normal")
             # float32 throughout, as the tied head: bfloat16 logits make training unstable.
-            self.logits_dense = Linear(self.config.vocab_size, ("embed", "vocab"), init, "float32", self.config.param_dtype)
+            self.logits_dense = Linear(
+                config.vocab_size, ("embed", "vocab"), init, "float32", config.param_dtype, config.head_weights
+            )
 
     def logits(self, x: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
-        """Returns logits of the untied head, in float32, without scaling."""
-        return self.logits_dense(x)
+        """Returns logits of the head in float32: without scaling if it is its own, else as `Embedding.attend` does."""
+        return self.logits_dense(x.astype(jnp.float32) * self.config.d_model**-0.5 if self.config.copied_head else x)
 
 
 def _as_array(x: AnyArray | None) -> Array | None:

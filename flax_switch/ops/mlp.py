@@ -3,6 +3,7 @@
 import functools
 import operator
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,9 @@ from jaxtyping import Array, PRNGKeyArray
 
 from flax_switch.config import SwitchConfig
 from flax_switch.ops.dropout import dropout
+from flax_switch.ops.kernels.quantized import Kernel
 
-ExpertKernels = Mapping[str, Array]  # {"wi" | "wi_0", "wi_1": [E, D, F], "wo": [E, F, D]}
+ExpertKernels = Mapping[str, Kernel]  # {"wi" | "wi_0", "wi_1": [E, D, F], "wo": [E, F, D]}
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
@@ -33,7 +35,7 @@ def mlp(
     x: Array,
     kernels: ExpertKernels,
     activations: tuple[str, ...],
-    matmul: Callable[[Array, Array], Array],
+    matmul: Callable[[Array, Any], Array],
     *,
     dropout_rate: float = 0.0,
     dropout_rng: PRNGKeyArray | None = None,

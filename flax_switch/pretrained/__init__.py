@@ -1,5 +1,5 @@
 """Any checkpoint in, a model with its parameters out, and back."""
 
-from flax_switch.pretrained.model import Pretrained, from_checkpoint, load_pretrained, save_pretrained
+from flax_switch.pretrained.model import Pretrained, from_checkpoint, load_pretrained, quantize, save_pretrained
 
-__all__ = ["Pretrained", "from_checkpoint", "load_pretrained", "save_pretrained"]
+__all__ = ["Pretrained", "from_checkpoint", "load_pretrained", "quantize", "save_pretrained"]

@@ -13,17 +13,19 @@ from typing import TYPE_CHECKING, Any, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, Sharding
+from jax.sharding import Mesh, NamedSharding, Sharding
 from jaxtyping import Array
 
 from flax_switch.config import SwitchConfig, check, expect, one_of
+from flax_switch.config.weights import SCALE
 from flax_switch.convert import checkpoint as checkpoints
 from flax_switch.convert import live, tokenizer
-from flax_switch.convert.canonical import canonical_shapes, flatten, is_router, unflatten
+from flax_switch.convert.canonical import HEAD, canonical_shapes, flatten, unflatten
 from flax_switch.convert.folder import DEFAULT_SHARD_SIZE, claimed, local_destination
 from flax_switch.convert.mapping import SAME_NAMES, to_canonical
+from flax_switch.convert.quantize import in_dtype, quantized, with_copied_head, with_weights
 from flax_switch.convert.scan import stack_layers, unstack_layers
-from flax_switch.convert.tensors import DTYPES, LazyTensor, cast, dtype_name, from_array
+from flax_switch.convert.tensors import DTYPES, LazyTensor, dtype_name, from_array
 from flax_switch.generation.defaults import defaults_of, read_defaults, read_prefixes, with_defaults
 from flax_switch.nn.init import init_params, logical_axes
 from flax_switch.nn.inputs import SupportsArray, TokenIds, as_array, as_embeddings, as_ids, as_mask, check_alive, shift_right
@@ -283,7 +285,8 @@ def load_pretrained(
       dtype: of the parameters, such as "bfloat16" or jnp.bfloat16; None keeps each tensor's. Routers keep theirs.
       allow_missing: patterns of tensors that may be missing; they are freshly initialised (with `seed`).
       verify: of a training run take the newest checkpoint whose parameters have their checksums; without, the newest.
-      changes: fields of the config to change, such as scan_layers=True or dropout_rate=0.0.
+      changes: fields of the config to change, such as scan_layers=True or dropout_rate=0.0. weights="int8" or "int4" quantises a
+        float checkpoint while it is read, and a float dtype there is that of kernels alone: see docs/quantisation.md.
 
     Raises:
       CheckpointError: naming what is wrong with the checkpoint.
@@ -292,7 +295,9 @@ def load_pretrained(
     placed: dict[str, Any] = dict(shardings=shardings, mesh=mesh, dtype=dtype, seed=seed)
     if live.is_live(path):
         config, architecture, tensors = live.read_live(path, allow_missing=allow_missing)
+        weights = changes.pop("weights", None)
         config = checkpoints.changed(config, architecture, tensors, changes, type(path).__name__)
+        config, tensors = (config, tensors) if weights is None else with_weights(config, tensors, weights)
         defaults = defaults_of(live.generation_values(path), f"{type(path).__name__}.generation_config")
         return _built(config, architecture, tensors, None, defaults, **placed)
     check(
@@ -329,11 +334,12 @@ def _built(
     if dtype is not None:
         dtype = dtype_name(dtype)
         one_of("dtype", dtype, tuple(DTYPES))
-        config = config.replace(param_dtype=dtype)
-    tensors = {p: t if dtype is None or is_router(p) else cast(t, DTYPES[dtype]) for p, t in tensors.items()}
+        config, tensors = config.replace(param_dtype=dtype), in_dtype(tensors, dtype)
     model = SwitchEncoder(config) if architecture == "encoder" else SwitchTransformer(config, head=architecture == "full")
     missing = canonical_shapes(config, architecture).keys() - tensors.keys()
-    tensors |= _fresh(model, missing, seed)
+    tensors = {**tensors, **_fresh(model, missing, seed)}
+    if config.copied_head and architecture == "full":
+        tensors = with_copied_head(config, tensors)
     if config.scan_layers:
         tensors = stack_layers(tensors, config)
     place = _placement(shardings, mesh, model, tensors)
@@ -367,14 +373,12 @@ def save_pretrained(
     one_of("format", format, checkpoints.FORMATS)
     expect("config", config, SwitchConfig, "Arguments are save_pretrained(path, config, params, vocabulary=None).")
     destination = local_destination(path)
-    flat = {name: from_array(leaf) for name, leaf in flatten(dict(params)).items()}
-    if config.scan_layers:
-        flat = unstack_layers(flat, config)
+    flat = _unscanned(config, params)
     if not any(name.startswith("decoder/") for name in flat):
         architecture = "encoder"
     else:
         untied = not config.tie_word_embeddings
-        architecture = "headless" if untied and "decoder/logits_dense/kernel" not in flat else "full"
+        architecture = "headless" if untied and HEAD not in flat else "full"
     tensors = to_canonical(flat, SAME_NAMES, canonical_shapes(config, architecture))
     saved = checkpoints.Checkpoint(format, destination, config, architecture, tensors)
     files = {} if vocabulary is None else tokenizer.vocabulary_files(vocabulary)
@@ -384,13 +388,40 @@ def save_pretrained(
         )
 
 
+def quantize(pretrained: Pretrained, weights: str) -> Pretrained:
+    """Returns a model with its kernels rounded to integers with scales, or to a float dtype; the given one stays as it is.
+
+    Embeddings, norms, biases and routers keep their dtype. To load a model so without ever holding its floats, give
+    `load_pretrained` the same `weights`. See docs/quantisation.md.
+
+    Args:
+      weights: "int8" (a scale for each output channel), "int4" (one for every 64 inputs, too), "bfloat16" or "float16".
+
+    Raises:
+      ConfigError: for another name, a model quantised already, or sizes that "int4" does not divide.
+      CheckpointError: for a weight that is no finite number.
+    """
+    config, tensors = with_weights(pretrained.config, _unscanned(pretrained.config, pretrained.params), weights)
+    where = getattr(jax.tree.leaves(pretrained.params)[0], "sharding", None)
+    mesh = where.mesh if isinstance(where, NamedSharding) and isinstance(where.mesh, Mesh) else None
+    return _built(config, pretrained.architecture, tensors, pretrained.vocabulary, pretrained.generation_defaults, mesh=mesh)
+
+
+def _unscanned(config: SwitchConfig, params: Mapping[str, Any]) -> dict[str, LazyTensor]:
+    """Returns a model's parameters by the names that files have, without a head that is a copy."""
+    flat = {name: from_array(leaf) for name, leaf in flatten(dict(params)).items()}
+    if config.copied_head:
+        flat = {name: tensor for name, tensor in flat.items() if name.removesuffix(SCALE) != HEAD}
+    return unstack_layers(flat, config) if config.scan_layers else flat
+
+
 def _fresh(model: SwitchEncoder, paths: set[str], seed: int) -> dict[str, LazyTensor]:
     """Returns freshly initialised parameters for paths a checkpoint lacks; nothing else of the model is computed."""
     if not paths:
         return {}
-    unscanned = model.clone(config=model.config.replace(scan_layers=False))
+    unscanned = model.clone(config=model.config.replace(scan_layers=False, weights="float"))
     pick = jax.jit(lambda rng: {path: leaf for path, leaf in flatten(init_params(unscanned, rng)).items() if path in paths})
-    return {path: from_array(leaf) for path, leaf in pick(jax.random.key(seed)).items()}
+    return quantized(model.config, {path: from_array(leaf) for path, leaf in pick(jax.random.key(seed)).items()})
 
 
 def _placement(

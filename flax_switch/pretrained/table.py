@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flax_switch.convert.canonical import KINDS, flatten, kind_of
+from flax_switch.convert.canonical import KINDS, flatten, kind_of, parameters_of
 
 if TYPE_CHECKING:
     from flax_switch.pretrained.model import Pretrained
@@ -31,7 +31,7 @@ def rows(params: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
         size, dtype = math.prod(leaf.shape), np.dtype(leaf.dtype)
         for part in (f"{_stack(path)} {kind_of(path)}".strip(), "all"):
             count = counts.setdefault(part, [0, 0])
-            count[:] = count[0] + size, count[1] + size * dtype.itemsize
+            count[:] = count[0] + parameters_of(path, leaf.shape, dtype), count[1] + size * dtype.itemsize
             dtypes.setdefault(part, set()).add(dtype.name)
     parts = [*(part for part in counts if part != "all"), "all"]
     return [(part, f"{counts[part][0]:,}", in_bytes(counts[part][1]), ", ".join(sorted(dtypes[part]))) for part in parts]

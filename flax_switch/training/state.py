@@ -12,7 +12,7 @@ import optax
 from flax_switch.config import ExperimentConfig
 from flax_switch.config.finetuning import FinetuneConfig
 from flax_switch.nn.fields import shown
-from flax_switch.nn.init import init_params, logical_axes
+from flax_switch.nn.init import abstract_params, init_params, logical_axes
 from flax_switch.nn.transformer import SwitchTransformer
 from flax_switch.parallel.mesh import AnyMesh, tree_shardings
 from flax_switch.parallel.placement import placed_on
@@ -58,7 +58,7 @@ def build_run(config: ExperimentConfig | FinetuneConfig, mesh: AnyMesh) -> Run:
     axes = logical_axes(model)
     trained_axes = trainable_part(axes, config.optimizer.trainable)
     optimizer = build_optimizer(config.optimizer, trained_axes, config.train.steps)
-    abstract = jax.eval_shape(lambda: _fresh(config, model, optimizer))
+    abstract = jax.eval_shape(lambda params: _fresh(config, model, optimizer, params), abstract_params(model))
     trained = trainable_part(abstract.params, config.optimizer.trainable)
     state_axes = dataclasses.replace(
         abstract,

@@ -17,7 +17,7 @@ from flax_switch import data
 from flax_switch.config import SwitchConfig, check
 from flax_switch.config.distillation import DistillConfig
 from flax_switch.convert.canonical import canonical_shapes, is_expert, is_router
-from flax_switch.convert.checkpoint import Checkpoint, open_checkpoint
+from flax_switch.convert.checkpoint import Checkpoint, as_floats, open_checkpoint
 from flax_switch.convert.tensors import LazyTensor
 from flax_switch.data import Vocabulary
 from flax_switch.nn.outputs import ModelOutput
@@ -121,11 +121,11 @@ def copied_weights(teacher: Checkpoint, student: SwitchConfig) -> dict[str, Lazy
     A student's layer is the teacher's layer of the same number. Raises `ConfigError` for a parameter, outside of the MLPs that
     are experts in the teacher, that the teacher lacks or has in another shape.
     """
-    copied = {}
+    copied, tensors = {}, as_floats(teacher).tensors
     for path, shape in canonical_shapes(student).items():
         if is_expert(path) or is_router(path) or _is_sparse_mlp(path, teacher.config):
             continue
-        tensor = teacher.tensors.get(path)
+        tensor = tensors.get(path)
         check(
             tensor is not None and tuple(tensor.shape) == tuple(shape),
             f"The student's {path} has the shape {tuple(shape)}, the teacher's "

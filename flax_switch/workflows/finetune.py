@@ -57,6 +57,7 @@ def finetune(
     )
     require_trackers(recipe.train.log_to)
     start = open_start(init, recipe.model, vocabulary, verify)
+    start.config.check_trainable()
     config = recipe.resolve(start.config, init)
     mesh = _checked(config, mesh)
     check_vocabulary(config, start.vocabulary)
@@ -86,7 +87,7 @@ def evaluate_checkpoint(
     prepared = prepare_tasks(config.data, start.vocabulary, train=False, say=console.print)
     check(prepared.num_validation > 0, "There is nothing to evaluate on; name a validation or test file with data.validation=FILE.")
     run = build_run(config, mesh)
-    return run, *evaluate(run, prepared, compile_eval_step(run), start.state(run).params)
+    return run, *evaluate(run, prepared, compile_eval_step(run), start.params(run))
 
 
 def _checked(config: FinetuneConfig, mesh: Mesh | None) -> Mesh:

@@ -30,9 +30,10 @@ class Start:
     verify: bool = True
 
     def params(self, run: Run) -> Any:
-        """Returns the checkpoint's parameters in the run's shardings and dtypes; each process reads what its devices hold."""
+        """Returns parameters in the run's shardings and dtypes; of a checkpoint each process reads what its devices hold."""
+        if self.source is None:
+            return init_state(run).params
         shardings, dtype = state_shardings(run).params, run.config.model.param_dtype
-        assert self.source is not None  # random parameters are made, not read
         loaded = load_pretrained(self.source, shardings=shardings, dtype=dtype, verify=self.verify, **self.changes).params
         abstract = run.abstract_state.params
         return jax.tree.map(lambda p, a: p if p.dtype == a.dtype else p.astype(a.dtype), loaded, abstract)

@@ -15,8 +15,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from flax_switch.config import one_of
+from flax_switch.config.weights import SCALE
+from flax_switch.ops.kernels.quantized import Kernel, Quantized, multiply
 
-Kernels = Mapping[str, Array]
+Kernels = Mapping[str, Kernel]
 MLP = Callable[..., Array]  # `ops.mlp.mlp` with all but rows, kernels and product settled
 
 BLOCK = 16  # choices of the same expert that go together; reading its kernels costs as much as their product
@@ -31,12 +33,18 @@ def unstacked_experts(params: Mapping[str, Any], sparse_layers: Sequence[int], n
         return None
 
     def split(layer: Mapping[str, Any]) -> tuple[Kernels, ...]:
-        stacked = {name: np.asarray(leaf["kernel"]) for name, leaf in layer["mlp"]["expert"].items()}
-        alone = lambda e: {name: jax.device_put(kernel[e], may_alias=True) for name, kernel in stacked.items()}  # noqa: E731
+        stacked = {name: jax.tree.map(np.asarray, as_kernel(leaf)) for name, leaf in layer["mlp"]["expert"].items()}
+        alone = lambda e: jax.tree.map(lambda kernel: jax.device_put(kernel[e], may_alias=True), stacked)  # noqa: E731
         return tuple(alone(e) for e in range(num_experts))
 
     names = [f"layers_{i}" for i in sparse_layers]
     return {"decoder": {name: {"mlp": {"experts": split(params["decoder"][name])}} for name in names}}
+
+
+def as_kernel(params: Mapping[str, Any]) -> Kernel:
+    """Returns the kernel among a layer's parameters, with its scales if it is quantised."""
+    kernel, scale = params["kernel"], params.get(f"kernel{SCALE}")
+    return kernel if scale is None else Quantized(kernel, scale)
 
 
 def _on_one_cpu(params: Mapping[str, Any]) -> bool:
@@ -68,7 +76,7 @@ def few_rows(
 
 def _reference(x: Array, expert: Array, mlp: MLP, stacked: Kernels, unstacked: Sequence[Kernels] | None) -> Array:
     """Sends every row through every expert."""
-    every = jax.vmap(lambda kernels: mlp(x, kernels, matmul=jnp.matmul), out_axes=1)(stacked)  # [R, E, D]
+    every = jax.vmap(lambda kernels: mlp(x, kernels, matmul=multiply), out_axes=1)(stacked)  # [R, E, D]
     return jnp.take_along_axis(every, expert[..., None], axis=1)
 
 
@@ -76,7 +84,7 @@ def _gather(x: Array, expert: Array, mlp: MLP, stacked: Kernels, unstacked: Sequ
     """Copies the kernels of each choice."""
     hit = {name: kernel[expert] for name, kernel in stacked.items()}
     x = jnp.broadcast_to(x[:, None], (*expert.shape, x.shape[-1]))
-    return mlp(x, hit, matmul=lambda x, kernel: jnp.einsum("RND,RNDF->RNF", x, kernel))
+    return mlp(x, hit, matmul=lambda x, kernel: multiply(x[..., None, :], kernel)[..., 0, :])
 
 
 def _switch(x: Array, expert: Array, mlp: MLP, stacked: Kernels, unstacked: Sequence[Kernels] | None) -> Array:
@@ -88,7 +96,7 @@ def _switch(x: Array, expert: Array, mlp: MLP, stacked: Kernels, unstacked: Sequ
     assert unstacked is not None, "experts have to be arrays of their own"
     R, N = expert.shape
     size = min(R * N, BLOCK)
-    run = [lambda rows, kernels=kernels: mlp(rows, kernels, matmul=jnp.matmul) for kernels in unstacked]
+    run = [lambda rows, kernels=kernels: mlp(rows, kernels, matmul=multiply) for kernels in unstacked]
     if size == 1:
         return jax.lax.switch(expert[0, 0], run, x)[:, None]
     alone = [lambda rows, output=output: jnp.zeros_like(rows).at[:1].set(output(rows[:1])) for output in run]

@@ -22,11 +22,18 @@ from jaxtyping import Array, Bool, Float, Int
 
 from flax_switch.ops.kernels import platforms
 from flax_switch.ops.kernels.grouped_blocks import block_gradients, block_rows
+from flax_switch.ops.kernels.quantized import Quantized, dequantized, multiply_quantized
+
+
+def batched_matmul(x: Float[Array, "G E C D"], kernel: Float[Array, "E D F"] | Quantized) -> Float[Array, "G E C F"]:
+    """Multiplies the rows of each expert's buffer by its kernel."""
+    if not isinstance(kernel, Quantized):
+        return _batched_matmul(x, kernel)
+    return _buffers(multiply_quantized(_rows_by_expert(x), kernel), x)
 
 
 @jax.custom_vjp
-def batched_matmul(x: Float[Array, "G E C D"], kernel: Float[Array, "E D F"]) -> Float[Array, "G E C F"]:
-    """Multiplies the rows of each expert's buffer by its kernel."""
+def _batched_matmul(x: Float[Array, "G E C D"], kernel: Float[Array, "E D F"]) -> Float[Array, "G E C F"]:
     return _by_expert(x, kernel, transpose=False)
 
 
@@ -37,8 +44,7 @@ def _by_expert(x: Float[Array, "G E C D"], kernel: Array, *, transpose: bool) ->
         product = jnp.einsum("EFD,ERD->EFR", kernel, rows).swapaxes(1, 2)
     else:
         product = jnp.einsum("ERD,EDF->ERF", rows, kernel)
-    G, E, C, _ = x.shape  # not -1, which has no value for a batch without rows
-    return product.reshape(E, G, C, product.shape[2]).swapaxes(0, 1)
+    return _buffers(product, x)
 
 
 def _rows_by_expert(x: Float[Array, "G E C D"]) -> Float[Array, "E R D"]:
@@ -47,8 +53,14 @@ def _rows_by_expert(x: Float[Array, "G E C D"]) -> Float[Array, "E R D"]:
     return x.swapaxes(0, 1).reshape(E, G * C, D)
 
 
+def _buffers(rows: Float[Array, "E R F"], x: Float[Array, "G E C D"]) -> Float[Array, "G E C F"]:
+    """Returns the inverse of `_rows_by_expert`, for what was made of the rows of x."""
+    G, E, C, _ = x.shape  # not -1, which has no value for a batch without rows
+    return rows.reshape(E, G, C, rows.shape[2]).swapaxes(0, 1)
+
+
 def _batched_forward(x, kernel):
-    return batched_matmul(x, kernel), (x, kernel)
+    return _batched_matmul(x, kernel), (x, kernel)
 
 
 def _batched_backward(residuals, gradient):
@@ -56,23 +68,32 @@ def _batched_backward(residuals, gradient):
     return _by_expert(gradient, kernel, transpose=True), jnp.einsum("ERD,ERF->EDF", _rows_by_expert(x), _rows_by_expert(gradient))
 
 
-batched_matmul.defvjp(_batched_forward, _batched_backward)
+_batched_matmul.defvjp(_batched_forward, _batched_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def grouped_matmul(
-    x: Float[Array, "R D"], kernel: Float[Array, "E D F"], group_sizes: Int[Array, " E"], implementation: str | None = None
+    x: Float[Array, "R D"],
+    kernel: Float[Array, "E D F"] | Quantized,
+    group_sizes: Int[Array, " E"],
+    implementation: str | None = None,
 ) -> Float[Array, "R F"]:
     """Multiplies row r by the kernel of the expert in whose group it is; rows beyond the sum of the groups come out zero.
 
     group_sizes: the first group_sizes[0] rows are expert 0's, and so on. implementation: one of IMPLEMENTATIONS; by default
-    DEFAULT's for the platform.
+    DEFAULT's for the platform. A quantised kernel is given to "blocks" as it is, and to the others as floats.
     """
+    if isinstance(kernel, Quantized):
+        return _quantized_rows(x, kernel, group_sizes, implementation)
+    return _grouped_matmul(x, kernel, group_sizes, implementation)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _grouped_matmul(x: Array, kernel: Array, group_sizes: Array, implementation: str | None) -> Array:
     return _grouped_rows(x, kernel, group_sizes, implementation, transpose=False)
 
 
 def _grouped_forward(x, kernel, group_sizes, implementation):
-    return grouped_matmul(x, kernel, group_sizes, implementation), (x, kernel, group_sizes)
+    return _grouped_matmul(x, kernel, group_sizes, implementation), (x, kernel, group_sizes)
 
 
 def _grouped_backward(implementation, residuals, gradient):
@@ -85,13 +106,23 @@ def _grouped_backward(implementation, residuals, gradient):
     )
 
 
-grouped_matmul.defvjp(_grouped_forward, _grouped_backward)
+_grouped_matmul.defvjp(_grouped_forward, _grouped_backward)
 
 
 def _grouped_rows(x: Array, kernel: Array, group_sizes: Array, implementation: str | None, *, transpose: bool) -> Array:
     """Multiplies rows by their experts' kernels, or by the kernels' transposes."""
     products = {name: functools.partial(pair[0], transpose=transpose) for name, pair in IMPLEMENTATIONS.items()}
     return platforms.run(products, DEFAULT, implementation, x, kernel, group_sizes)
+
+
+def _quantized_rows(x: Array, kernel: Quantized, group_sizes: Array, implementation: str | None) -> Array:
+    """Multiplies rows by their experts' quantised kernels."""
+
+    def of_floats(name: str) -> Callable[..., Array]:
+        rows = functools.partial(IMPLEMENTATIONS[name][0], transpose=False)
+        return rows if name == "blocks" else lambda x, kernel, sizes: rows(x, dequantized(kernel, x.dtype), sizes)
+
+    return platforms.run({name: of_floats(name) for name in IMPLEMENTATIONS}, DEFAULT, implementation, x, kernel, group_sizes)
 
 
 def _triton(name: str) -> Callable[..., Array]:

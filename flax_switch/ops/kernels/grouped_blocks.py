@@ -4,12 +4,14 @@ import math
 from collections.abc import Iterator
 
 import flax.struct
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Int
 
 from flax_switch.ops.kernels.projection import kernel_gradient
+from flax_switch.ops.kernels.quantized import Kernel, multiply
 
 # Row counts of the blocks that loops take: these times a unit, a quarter of the mean group and no fewer than MIN_UNIT rows.
 # Reading an expert's kernel costs as much as some 64 rows, so that a group takes one block of the smallest size that holds it. A
@@ -74,8 +76,8 @@ def _zeros(shape: tuple[int, ...], dtype: DTypeLike, group_sizes: Int[Array, " E
     return jnp.full(shape, jnp.minimum(group_sizes[0], 0).astype(dtype))
 
 
-def block_rows(x: Array, kernel: Array, group_sizes: Array, *, transpose: bool) -> Array:
-    """Multiplies sorted rows by their experts' kernels in loops over blocks."""
+def block_rows(x: Array, kernel: Kernel, group_sizes: Array, *, transpose: bool) -> Array:
+    """Multiplies sorted rows by their experts' kernels, or the transposes of those that are floats, in loops over blocks."""
     num_rows = x.shape[0]
     out = _zeros((num_rows, kernel.shape[1 if transpose else 2]), x.dtype, group_sizes)
     for blocks in row_blocks(group_sizes, num_rows, cut=True):
@@ -83,8 +85,8 @@ def block_rows(x: Array, kernel: Array, group_sizes: Array, *, transpose: bool) 
         def step(index, out, blocks=blocks):
             expert, first, own = blocks.block(index, num_rows)
             rows = lax.dynamic_slice_in_dim(x, first, blocks.size)
-            matrix = lax.dynamic_index_in_dim(kernel, expert, keepdims=False)
-            product = rows @ (matrix.T if transpose else matrix)
+            matrix = jax.tree.map(lambda stack: lax.dynamic_index_in_dim(stack, expert, keepdims=False), kernel)
+            product = multiply(rows, matrix.T if transpose else matrix)
             others = lax.dynamic_slice_in_dim(out, first, blocks.size)
             return lax.dynamic_update_slice_in_dim(out, jnp.where(own, product, others), first, 0)
 

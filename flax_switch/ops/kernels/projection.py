@@ -10,13 +10,18 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from flax_switch.ops.kernels import platforms
+from flax_switch.ops.kernels.quantized import Quantized, multiply_quantized
 
 FEW_ROWS = 64
 
 
+def project(x: Float[Array, "*B D"], kernel: Float[Array, "D F"] | Quantized) -> Float[Array, "*B F"]:
+    """Returns `x @ kernel`; its gradient is `kernel_gradient`, of a quantised kernel there is none."""
+    return multiply_quantized(x, kernel) if isinstance(kernel, Quantized) else _project(x, kernel)
+
+
 @jax.custom_vjp
-def project(x: Float[Array, "*B D"], kernel: Float[Array, "D F"]) -> Float[Array, "*B F"]:
-    """Returns `x @ kernel`; its gradient is `kernel_gradient`."""
+def _project(x: Float[Array, "*B D"], kernel: Float[Array, "D F"]) -> Float[Array, "*B F"]:
     return x @ kernel
 
 
@@ -29,7 +34,7 @@ def _backward(residuals, gradient):
     return gradient @ kernel.T, kernel_gradient(x, gradient, x.dtype)
 
 
-project.defvjp(_forward, _backward)
+_project.defvjp(_forward, _backward)
 
 
 def kernel_gradient(

@@ -14,6 +14,7 @@ from flax_switch.ops.kernels.choice import choose, of_buffers, run_chosen
 from flax_switch.ops.kernels.exchange import Peers
 from flax_switch.ops.kernels.few_rows import few_rows
 from flax_switch.ops.kernels.grouped import batched_matmul, grouped_matmul
+from flax_switch.ops.kernels.quantized import Kernel, multiply
 from flax_switch.ops.mlp import expert_dtype, expert_function
 from flax_switch.ops.moe.executors import ExpertFunction, SortedExperts, execute_buffers, execute_hit, execute_ragged
 from flax_switch.ops.moe.expert_parallel import exchange_buffers, execute_dropless, fits_mesh, over_mesh, own_groups, pmap_peers
@@ -29,9 +30,9 @@ class MoEParams:
 
     router_kernel: Float[Array, "D E"] | None  # None, as the bias, where the router learns nothing
     router_bias: Float[Array, " E"] | None
-    expert: Mapping[str, Array]  # {"wi" | "wi_0", "wi_1": [E, D, F], "wo": [E, F, D]}
-    shared_expert: Mapping[str, Array] | None = None  # the same without E
-    unstacked: tuple[Mapping[str, Array], ...] | None = None  # `expert` once more, each an array of its own
+    expert: Mapping[str, Kernel]  # {"wi" | "wi_0", "wi_1": [E, D, F], "wo": [E, F, D]}
+    shared_expert: Mapping[str, Kernel] | None = None  # the same without E
+    unstacked: tuple[Mapping[str, Kernel], ...] | None = None  # `expert` once more, each an array of its own
 
 
 def moe_block(
@@ -72,7 +73,7 @@ def moe_block(
         y, routed = body(*arrays, grouping=grouping, split=isinstance(devices, LaidOutByCompiler))
     if params.shared_expert is not None:
         experts = expert_function(config, None if dropout_rng is None else jax.random.fold_in(dropout_rng, 1))
-        y = y + experts(x.astype(expert_dtype(config)), params.shared_expert, matmul=jnp.matmul).astype(x.dtype)
+        y = y + experts(x.astype(expert_dtype(config)), params.shared_expert, matmul=multiply).astype(x.dtype)
     return y, report(routed, grouping, with_logits=with_logits, total=devices.sum)
 
 
@@ -157,11 +158,11 @@ ROUTERS = {"tokens_choose": _learned, "experts_choose": _learned, "hash": _hashe
 def execute(
     plan: RoutingPlan,
     x: Float[Array, "G S D"],
-    kernels: Mapping[str, Array],
+    kernels: Mapping[str, Kernel],
     experts,
     *,
     executor: str,
-    unstacked: Sequence[Mapping[str, Array]] | None = None,
+    unstacked: Sequence[Mapping[str, Kernel]] | None = None,
 ) -> Float[Array, "G S D"]:
     """Runs the plan with one of the executors; `experts` is `ops.mlp.mlp` without kernels and `matmul`."""
     if executor == "ragged":
@@ -171,11 +172,11 @@ def execute(
     return execute_buffers(plan, x, buffered_experts(experts, kernels), executor=executor)
 
 
-def grouped_experts(experts, kernels: Mapping[str, Array]) -> SortedExperts:
+def grouped_experts(experts, kernels: Mapping[str, Kernel]) -> SortedExperts:
     """Returns `experts` as a function of sorted rows and their group sizes."""
     return lambda rows, sizes: experts(rows, kernels, matmul=functools.partial(grouped_matmul, group_sizes=sizes))
 
 
-def buffered_experts(experts, kernels: Mapping[str, Array]) -> ExpertFunction:
+def buffered_experts(experts, kernels: Mapping[str, Kernel]) -> ExpertFunction:
     """Returns `experts` as a function of buffers of equal size."""
     return functools.partial(experts, kernels=kernels, matmul=batched_matmul)

@@ -25,7 +25,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from flax_switch.config import check
+from flax_switch.config.weights import stored
 from flax_switch.ops.kernels.exchange import Peers, locate, send_rows, starts
+from flax_switch.ops.kernels.quantized import Kernel, Quantized
 from flax_switch.ops.moe.executors import ExpertFunction, SortedExperts, execute_ragged
 from flax_switch.ops.moe.groups import Grouping
 from flax_switch.ops.moe.routing import RoutingPlan
@@ -150,11 +152,10 @@ def over_mesh(
     params, *others = arrays
     # Cast before they are handed over: what fsdp gathers, and what gradients add up over data, is in the experts' dtype.
     params = dataclasses.replace(params, expert={name: kernel.astype(dtype) for name, kernel in params.expert.items()})
-    kernels = {
-        name: partition_spec(("expert", "mlp", "embed") if name == "wo" else ("expert", "embed", "mlp"), kernel.shape, mesh)
-        for name, kernel in params.expert.items()
-    }
-    sliced = "model" in kernels["wo"]
+    kernels = {name: _kernel_specs(name, kernel, mesh) for name, kernel in params.expert.items()}
+    sliced = "model" in jax.tree.leaves(kernels["wo"])[0]
+    if not sliced:  # int4 may have too few groups of inputs to be cut; then nothing of an expert is
+        kernels = jax.tree.map(lambda spec: PartitionSpec(*spec[:1]), kernels)
     batch, whole = PartitionSpec(BATCH_AXES), PartitionSpec()
     peers = Peers("expert", mesh.shape["expert"])
     own = grouping.part(math.prod(mesh.shape[a] for a in BATCH_AXES))
@@ -183,6 +184,13 @@ def over_mesh(
         check_vma=False,
     )(params, *others)
     return lax.reduce_sum(y, (0,)), routed  # jnp.sum would send bfloat16 as float32
+
+
+def _kernel_specs(name: str, kernel: Kernel, mesh: AnyMesh) -> Any:
+    """Returns how each array of the experts' kernels of a name is cut."""
+    axes = ("expert", "mlp", "embed") if name == "wo" else ("expert", "embed", "mlp")
+    held = stored(kernel.shape, kernel.weights, axes).axes if isinstance(kernel, Quantized) else axes
+    return jax.tree.map(lambda array: partition_spec(held, array.shape, mesh), kernel)
 
 
 def own_groups(grouping: Grouping, ways: int) -> Grouping:

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from grouped_oracle import GROUPS, operands
 from jax.sharding import PartitionSpec as P
+from quantized_kernels import draw_int4, draw_int8, whole_rows
 
 from flax_switch.config import ConfigError, MeshConfig
-from flax_switch.ops.kernels import attention, exchange, few_rows, grouped, projection, updates
+from flax_switch.ops.kernels import attention, exchange, few_rows, grouped, projection, quantized, updates
 from flax_switch.ops.mlp import mlp
 from flax_switch.parallel.mesh import create_mesh
 
@@ -53,6 +54,25 @@ def grouped_products(implementation, sizes):
     sizes = jnp.asarray(sizes, jnp.int32)
     products = (rows(x, kernel, sizes, transpose=False), rows(cotangent, kernel, sizes, transpose=True))
     return *products, gradient(x, cotangent, sizes)
+
+
+def quantized_product(implementation, case):
+    """Rows that 8 bits hold exactly: then whoever rounds them multiplies what the others do."""
+    draw, rows, shape = case
+    rng = np.random.default_rng(3)
+    kernel = draw(rng, *shape)
+    x = whole_rows(rng, *rows, kernel.shape[-2]) / 256
+    return jax.jit(functools.partial(quantized.multiply_quantized, implementation=implementation))(x, kernel)
+
+
+def quantized_groups(implementation, case):
+    draw, sizes = case
+    rng = np.random.default_rng(4)
+    x = whole_rows(rng, sum(sizes) + 5, 64) / 256
+    rows = functools.partial(grouped.grouped_matmul, implementation=implementation)
+    if implementation == "triton":
+        pytest.skip("it is interpreted in the test of floats, which it is given here, too")
+    return jax.jit(rows)(x, draw(rng, len(sizes), 64, 40), jnp.asarray(sizes, jnp.int32))
 
 
 def outputs_of_few(implementation, expert):
@@ -116,6 +136,7 @@ ATTENTION = {
     "dropout, a bias for all heads": dict(bias=(1, 1), mask=True, dropout=True, probs=0.0),
     "gradient through the probabilities": dict(bias=(1, 2), mask=True, dropout=True, probs=1.0),
 }
+PRODUCTS = {"one row": ((1,), (64, 24)), "rows": ((2, 7), (128, 8)), "experts": ((3, 5), (3, 64, 24))}
 COUNTS = {
     "uneven": [[3, 0, 2, 4], [0, 0, 0, 0], [5, 1, 1, 0], [2, 2, 2, 3]],
     "nothing": [[0] * 4] * 4,
@@ -124,6 +145,10 @@ COUNTS = {
 OPERATIONS = {  # its implementations, how to run one on a case, its cases
     "send_rows": (exchange.IMPLEMENTATIONS, exchanged, COUNTS),
     "grouped_matmul": (grouped.IMPLEMENTATIONS, grouped_products, GROUPS),
+    "int8 product": (quantized.INT8, quantized_product, {name: (draw_int8, *case) for name, case in PRODUCTS.items()}),
+    "int4 product": (quantized.INT4, quantized_product, {name: (draw_int4, *case) for name, case in PRODUCTS.items()}),
+    "int8 groups": (grouped.IMPLEMENTATIONS, quantized_groups, {name: (draw_int8, case) for name, case in GROUPS.items()}),
+    "int4 groups": (grouped.IMPLEMENTATIONS, quantized_groups, {"uneven": (draw_int4, [0, 3, 70, 1])}),
     "few_rows": (few_rows.IMPLEMENTATIONS, outputs_of_few, HIT),
     "kernel_gradient": (projection.KERNEL_GRADIENTS, gradient_of_kernel, {"wide": (4, 9), "narrow": (9, 4)}),
     "attend": (attention.IMPLEMENTATIONS, attended, ATTENTION),

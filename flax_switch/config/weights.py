@@ -1,0 +1,37 @@
+"""The forms that a model's kernels are held in: floats, or integers with scales (`SwitchConfig.weights`).
+
+int8    one scale for each output: values [..., F, D] from -127 to 127, scales [..., F, 1]
+int4    one scale for each output and group of 64 inputs: values from -8 to 7, plus 8, two in a byte of [..., F, D / 64, 32], and
+        scales [..., F, D / 64, 1]. Byte i of a group has its input i in the low half, and input i + 32 in the high half
+
+A kernel of floats [..., D, F] has its inputs first; integers have them last, which CPUs multiply faster. Scales are float32. A
+weight is its value times its scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+WEIGHTS = ("float", "int8", "int4")
+GROUP = 64  # inputs that share a scale in int4
+SCALE = "_scale"  # what the name of a kernel's scales ends with
+
+
+class Stored(NamedTuple):
+    """Shapes of a quantised kernel's values and scales, the values' dtype, and the logical axes of both."""
+
+    values: tuple[int, ...]
+    scale: tuple[int, ...]
+    dtype: str
+    axes: tuple[str | None, ...]
+
+
+def stored(shape: Sequence[int], weights: str, axes: Sequence[str | None] | None = None) -> Stored:
+    """Returns how a kernel [..., D, F] with some logical axes is held in "int8" or "int4"."""
+    *lead, inputs, outputs = shape
+    *before, input_axis, output_axis = axes or [None] * len(shape)
+    if weights == "int8":
+        return Stored((*lead, outputs, inputs), (*lead, outputs, 1), "int8", (*before, output_axis, input_axis))
+    rows = (*lead, outputs, inputs // GROUP)
+    return Stored((*rows, GROUP // 2), (*rows, 1), "uint8", (*before, output_axis, input_axis, None))

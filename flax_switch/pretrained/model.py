@@ -16,15 +16,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, Sharding
 from jaxtyping import Array
 
-from flax_switch.config import SwitchConfig, check, expect, one_of
-from flax_switch.config.weights import SCALE
+from flax_switch.config import SwitchConfig, check, one_of
 from flax_switch.convert import checkpoint as checkpoints
 from flax_switch.convert import live, tokenizer
-from flax_switch.convert.canonical import HEAD, canonical_shapes, flatten, unflatten
-from flax_switch.convert.folder import DEFAULT_SHARD_SIZE, claimed, local_destination
-from flax_switch.convert.mapping import SAME_NAMES, to_canonical
+from flax_switch.convert.canonical import canonical_shapes, flatten, unflatten
 from flax_switch.convert.quantize import in_dtype, quantized, with_copied_head, with_weights
-from flax_switch.convert.scan import stack_layers, unstack_layers
+from flax_switch.convert.scan import stack_layers
 from flax_switch.convert.tensors import DTYPES, LazyTensor, dtype_name, from_array
 from flax_switch.generation.defaults import defaults_of, read_defaults, read_prefixes, with_defaults
 from flax_switch.nn.init import init_params, logical_axes
@@ -33,6 +30,7 @@ from flax_switch.nn.outputs import EncoderOutput
 from flax_switch.nn.transformer import SwitchEncoder, SwitchTransformer
 from flax_switch.parallel.mesh import tree_shardings
 from flax_switch.pretrained import outputs, table
+from flax_switch.pretrained.saving import save_pretrained, unscanned
 
 if TYPE_CHECKING:
     from flax_switch.data.vocabulary import Vocabulary
@@ -347,47 +345,6 @@ def _built(
     return Pretrained(config, model, params, vocabulary, architecture, defaults)
 
 
-def save_pretrained(
-    path: str | Path,
-    config: SwitchConfig,
-    params: Mapping[str, Any],
-    vocabulary: Vocabulary | None = None,
-    format: str = "huggingface",
-    *,
-    max_shard_size: str | int = DEFAULT_SHARD_SIZE,
-    overwrite: bool = True,
-) -> Path:
-    """Saves a model so that `load_pretrained`, and in the format "huggingface" transformers, opens it.
-
-    Args:
-      path: a folder; it holds the model when the last file is written. A model that is there is replaced, unless overwrite=False.
-      params: the model's parameters, scanned or not as the config says; dtypes are kept. Also those of an encoder alone,
-        or of an untied model without its head.
-      vocabulary: written as `spiece.model` and, for Hugging Face, a tokenizer_config.json so that AutoTokenizer opens it.
-      format: "huggingface" or "flax_switch".
-
-    Raises:
-      ConfigError: naming the fields that Hugging Face cannot represent.
-      CheckpointError: if the parameters do not fit the config.
-    """
-    one_of("format", format, checkpoints.FORMATS)
-    expect("config", config, SwitchConfig, "Arguments are save_pretrained(path, config, params, vocabulary=None).")
-    destination = local_destination(path)
-    flat = _unscanned(config, params)
-    if not any(name.startswith("decoder/") for name in flat):
-        architecture = "encoder"
-    else:
-        untied = not config.tie_word_embeddings
-        architecture = "headless" if untied and HEAD not in flat else "full"
-    tensors = to_canonical(flat, SAME_NAMES, canonical_shapes(config, architecture))
-    saved = checkpoints.Checkpoint(format, destination, config, architecture, tensors)
-    files = {} if vocabulary is None else tokenizer.vocabulary_files(vocabulary)
-    with claimed(destination):
-        return checkpoints.write_checkpoint(
-            saved, destination, to=format, files=files, max_shard_size=max_shard_size, overwrite=overwrite
-        )
-
-
 def quantize(pretrained: Pretrained, weights: str) -> Pretrained:
     """Returns a model with its kernels rounded to integers with scales, or to a float dtype; the given one stays as it is.
 
@@ -401,18 +358,11 @@ def quantize(pretrained: Pretrained, weights: str) -> Pretrained:
       ConfigError: for another name, a model quantised already, or sizes that "int4" does not divide.
       CheckpointError: for a weight that is no finite number.
     """
-    config, tensors = with_weights(pretrained.config, _unscanned(pretrained.config, pretrained.params), weights)
+    config, tensors = with_weights(pretrained.config, unscanned(pretrained.config, pretrained.params), weights)
     where = getattr(jax.tree.leaves(pretrained.params)[0], "sharding", None)
     mesh = where.mesh if isinstance(where, NamedSharding) and isinstance(where.mesh, Mesh) else None
-    return _built(config, pretrained.architecture, tensors, pretrained.vocabulary, pretrained.generation_defaults, mesh=mesh)
-
-
-def _unscanned(config: SwitchConfig, params: Mapping[str, Any]) -> dict[str, LazyTensor]:
-    """Returns a model's parameters by the names that files have, without a head that is a copy."""
-    flat = {name: from_array(leaf) for name, leaf in flatten(dict(params)).items()}
-    if config.copied_head:
-        flat = {name: tensor for name, tensor in flat.items() if name.removesuffix(SCALE) != HEAD}
-    return unstack_layers(flat, config) if config.scan_layers else flat
+    built = _built(config, pretrained.architecture, tensors, pretrained.vocabulary, pretrained.generation_defaults, mesh=mesh)
+    return built.replace(prefixes=pretrained.prefixes)
 
 
 def _fresh(model: SwitchEncoder, paths: set[str], seed: int) -> dict[str, LazyTensor]:

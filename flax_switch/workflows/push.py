@@ -56,7 +56,8 @@ def make_repository(
     dtype: str | None = None,
     verify: bool = True,
     overwrite: bool = False,
-    **callbacks: Callable[[int], None],
+    on_bytes: Callable[[int], None] = lambda n: None,
+    on_open: Callable[[int], None] = lambda n: None,
 ) -> Repository:
     """Converts a model for transformers and puts a card beside it; `source` is what `open_checkpoint` takes.
 
@@ -66,7 +67,9 @@ def make_repository(
     """
     check_name(name)
     opened = open_checkpoint(source, verify=verify)
-    convert(source, folder, to="huggingface", dtype=dtype, verify=verify, overwrite=overwrite, **callbacks)
+    convert(
+        source, folder, to="huggingface", dtype=dtype, verify=verify, overwrite=overwrite, on_bytes=on_bytes, on_open=on_open
+    )  # fmt: skip
     record = _record_of(source)
     drawn = record is not None and importlib.util.find_spec("matplotlib") is not None
     if record is not None and drawn:

@@ -57,9 +57,10 @@ class Result(RunResult):
         """Writes the run's report anew and returns it; a notebook shows it inline."""
         return Inline(write_report(self.workdir))
 
-    def _lines(self) -> list[list[dict[str, Any]]]:
+    def _lines(self) -> tuple[Lines, Lines]:
         lines = read_metrics(self.workdir)
-        return [[line for line in lines if line["kind"] == kind] for kind in ("train", "eval")]
+        train, evals = ([line for line in lines if line["kind"] == kind] for kind in ("train", "eval"))
+        return train, evals
 
     def __repr__(self) -> str:
         steps = self.run.config.train.steps

@@ -1,0 +1,69 @@
+"""A model with its parameters into a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flax_switch.config import SwitchConfig, expect, one_of
+from flax_switch.config.weights import SCALE
+from flax_switch.convert import checkpoint as checkpoints
+from flax_switch.convert import tokenizer
+from flax_switch.convert.canonical import HEAD, canonical_shapes, flatten
+from flax_switch.convert.folder import DEFAULT_SHARD_SIZE, claimed, local_destination
+from flax_switch.convert.mapping import SAME_NAMES, to_canonical
+from flax_switch.convert.scan import unstack_layers
+from flax_switch.convert.tensors import LazyTensor, from_array
+
+if TYPE_CHECKING:
+    from flax_switch.data import Vocabulary
+
+
+def save_pretrained(
+    path: str | Path,
+    config: SwitchConfig,
+    params: Mapping[str, Any],
+    vocabulary: Vocabulary | None = None,
+    format: str = "huggingface",
+    *,
+    max_shard_size: str | int = DEFAULT_SHARD_SIZE,
+    overwrite: bool = True,
+) -> Path:
+    """Saves a model so that `load_pretrained`, and in the format "huggingface" transformers, opens it.
+
+    Args:
+      path: a folder; it holds the model when the last file is written. A model that is there is replaced, unless overwrite=False.
+      params: the model's parameters, scanned or not as the config says; dtypes are kept. Also those of an encoder alone,
+        or of an untied model without its head.
+      vocabulary: written as `spiece.model` and, for Hugging Face, a tokenizer_config.json so that AutoTokenizer opens it.
+      format: "huggingface" or "flax_switch".
+
+    Raises:
+      ConfigError: naming the fields that Hugging Face cannot represent.
+      CheckpointError: if the parameters do not fit the config.
+    """
+    one_of("format", format, checkpoints.FORMATS)
+    expect("config", config, SwitchConfig, "Arguments are save_pretrained(path, config, params, vocabulary=None).")
+    destination = local_destination(path)
+    flat = unscanned(config, params)
+    if not any(name.startswith("decoder/") for name in flat):
+        architecture = "encoder"
+    else:
+        untied = not config.tie_word_embeddings
+        architecture = "headless" if untied and HEAD not in flat else "full"
+    tensors = to_canonical(flat, SAME_NAMES, canonical_shapes(config, architecture))
+    saved = checkpoints.Checkpoint(format, destination, config, architecture, tensors)
+    files = {} if vocabulary is None else tokenizer.vocabulary_files(vocabulary)
+    with claimed(destination):
+        return checkpoints.write_checkpoint(
+            saved, destination, to=format, files=files, max_shard_size=max_shard_size, overwrite=overwrite
+        )
+
+
+def unscanned(config: SwitchConfig, params: Mapping[str, Any]) -> dict[str, LazyTensor]:
+    """Returns a model's parameters by the names that files have, without a head that is a copy."""
+    flat = {name: from_array(leaf) for name, leaf in flatten(dict(params)).items()}
+    if config.copied_head:
+        flat = {name: tensor for name, tensor in flat.items() if name.removesuffix(SCALE) != HEAD}
+    return unstack_layers(flat, config) if config.scan_layers else flat

@@ -69,7 +69,7 @@ def tables(V, seed):
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def search(logits, numbers, settings, prefix):
-    """The whole search over a table [B, V, V, V]."""
+    """Tokens, scores and counts of new tokens that a whole search over a table [B, V, V, V] finds."""
     B, V, P = len(logits), logits.shape[-1], len(prefix)
 
     def step(state):
@@ -80,7 +80,8 @@ def search(logits, numbers, settings, prefix):
         return extend_live(state, rows, history, settings, numbers)
 
     start = start_live(jnp.tile(jnp.array(prefix, jnp.int32), (B, 1)), jax.random.split(jax.random.key(0), B), settings, V)
-    return best_found(jax.lax.while_loop(lambda state: ~state.done, step, start), P).replace(keys=None)
+    end = best_found(jax.lax.while_loop(lambda state: ~state.done, step, start), P)
+    return end.finished_tokens, end.finished_scores, end.finished_lengths
 
 
 def searched(logits, prefix=(START,), **controls):
@@ -88,11 +89,10 @@ def searched(logits, prefix=(START,), **controls):
     B, V, P = len(logits), logits.shape[-1], len(prefix)
     config = SwitchConfig(vocab_size=V, num_sparse_encoder_layers=0, num_sparse_decoder_layers=0)
     settings, numbers = split_numbers(make_controls(dict(search="t5x", **controls), config))
-    end = jax.device_get(search(logits, numbers, settings, prefix))
+    tokens, scores, lengths = jax.device_get(search(logits, numbers, settings, prefix))
 
     def sequence(b, j):
-        new = int(end.finished_lengths[b, j])
-        return tuple(end.finished_tokens[b, j, : P + new].tolist()) if new else (), float(end.finished_scores[b, j])
+        return tuple(tokens[b, j, : P + lengths[b, j]].tolist()) if lengths[b, j] else (), float(scores[b, j])
 
     return [[sequence(b, j) for j in range(settings.num_beams)] for b in range(B)]
 

@@ -3,7 +3,8 @@
 Unlike Hugging Face's, a beam that is not at its end when the length is used up does not count as finished: live beams are
 returned, with their plain log-probabilities, only for a source none of whose beams has ended. Any of the candidates may end, not
 only the first num_beams; scores are divided by ((5 + length) / 6)**alpha with the prefix's tokens counted (the start token not);
-and the search goes on until no live beam could be better than the worst finished one, at the greatest length.
+and the search goes on until no live beam could be better than the worst finished one, at the greatest length. A source is then left
+as it is; in T5X it goes on with its batch, which can reorder ties, so a row there is that of a batch of one here.
 """
 
 import dataclasses
@@ -58,19 +59,20 @@ def extend_live(
     step_scores, new_tokens = beams.step_scores, beams.length + 1 - history.prefix_length
     if step_scores is not None:
         step_scores = jax.lax.dynamic_update_index_in_dim(step_scores, log_probs, new_tokens - 1, axis=0)
-    beams = _finish(beams, tokens, scores, ends, new_tokens, numbers)
+    extended = dataclasses.replace(beams, tokens=take(tokens, live), scores=live_scores)
+    extended = _settled_left_alone(beams, _finish(extended, tokens, scores, ends, new_tokens, numbers))
     # The greatest length is one more than there are tokens after the start token, as in T5X, where it counts that token.
-    best_live = live_scores[:, -1:] / _penalty(T, numbers)
-    worst = jnp.where(beams.is_finished, beams.finished_scores.min(axis=1, keepdims=True), NEVER)
-    nothing_better, nothing_left = (worst > best_live).all(), (best_live < NEVER / _penalty(T, numbers)).all()
+    best_live = extended.scores[:, -1:] / _penalty(T, numbers)
+    worst = jnp.where(extended.is_finished, extended.finished_scores.min(axis=1, keepdims=True), NEVER)
+    nothing_better, nothing_left = (worst > best_live).all(axis=1), best_live[:, 0] < NEVER / _penalty(T, numbers)
+    improvable = beams.improvable & ~(nothing_better | nothing_left)
     return dataclasses.replace(
-        beams,
-        tokens=take(tokens, live),
-        scores=live_scores,
+        extended,
         ancestors=ancestors,
+        improvable=improvable,
         length=beams.length + 1,
         step_scores=step_scores,
-        done=nothing_better | nothing_left | (new_tokens >= controls.max_new_tokens),
+        done=~improvable.any() | (new_tokens >= controls.max_new_tokens),
     )
 
 
@@ -100,6 +102,14 @@ def _finish(
         finished_lengths=take(jnp.concatenate([beams.finished_lengths, lengths], axis=1), best),
         is_finished=take(jnp.concatenate([beams.is_finished, ends], axis=1), best),
     )
+
+
+def _settled_left_alone(beams: Beams, extended: Beams) -> Beams:
+    """Returns the extended beams, but of sources whose search is over what they were: batch mates do not change them."""
+    changed = ("tokens", "scores", "finished_tokens", "finished_scores", "finished_lengths", "is_finished")
+    pairs = {name: (getattr(extended, name), getattr(beams, name)) for name in changed}
+    kept = {name: jnp.where(jnp.expand_dims(beams.improvable, range(1, x.ndim)), x, old) for name, (x, old) in pairs.items()}
+    return dataclasses.replace(extended, **kept)
 
 
 def _penalty(length: Int[Array, ""] | int, numbers: Mapping[str, Array]) -> Float[Array, ""]:

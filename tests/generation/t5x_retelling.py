@@ -1,7 +1,7 @@
 """T5X's beam search told again, one source at a time, in plain Python: what the compiled one is held to.
 
-Told from `beam_search` in google-research/t5x's `t5x/decoding.py`, whose arithmetic in float32 decides ties and is kept. A row stops
-by its own condition here; T5X goes on until all rows of a batch may stop.
+Told from `beam_search` in google-research/t5x's `t5x/decoding.py`, whose arithmetic in float32 decides ties and is kept. A row
+stops by its own condition here, as in a batch of one there; T5X goes on until all rows of a batch may stop.
 """
 
 from typing import NamedTuple

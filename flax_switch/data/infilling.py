@@ -47,8 +47,9 @@ def infill(
     widened to whole words, but for texts that would show nothing then.
     """
     lengths = np.asarray(lengths, np.int64)
-    noise = dict(noise_density=noise_density, mean_noise_span_length=mean_noise_span_length, shifted=True)
-    mask = random_spans_noise_mask(lengths, keys, **noise)
+    mask = random_spans_noise_mask(
+        lengths, keys, noise_density=noise_density, mean_noise_span_length=mean_noise_span_length, shifted=True
+    )
     tokens = tokens[:, : mask.shape[1]]
     if word_starts is not None:
         mask = whole_words(mask, word_starts[tokens], lengths)

@@ -91,9 +91,10 @@ class Mixture:
         for number in np.unique(chosen) if len(chosen) else (0,):  # a process may have no row of a batch
             rows = np.flatnonzero(chosen == number)
             objective = list(OBJECTIVES.values())[number]
-            marked = marks(self.config, objective)
-            made = objective.make(self, tokens[rows], lengths[rows], keys[rows], (limits[0][rows] - marked, limits[1][rows]))
-            parts.append((rows, _begin_with(self.last_sentinel + objective.mode(keys[rows]), made) if marked else made))
+            mode = objective.mode if self.config.mode_tokens else None
+            room = (limits[0][rows] - (mode is not None), limits[1][rows])
+            made = objective.make(self, tokens[rows], lengths[rows], keys[rows], room)
+            parts.append((rows, made if mode is None else _begin_with(self.last_sentinel + mode(keys[rows]), made)))
         if len(parts) == 1:
             return parts[0][1]._replace(objective=chosen)
         return _in_order(parts, len(keys))._replace(objective=chosen)

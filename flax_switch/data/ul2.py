@@ -53,8 +53,10 @@ def most_room(lengths: Integer[np.ndarray, " M"]) -> Lengths:
 
 def _make(mixture: Mixture, tokens: np.ndarray, lengths: np.ndarray, keys: np.ndarray, limits: Lengths) -> Examples:
     density, length = noise(keys)
-    ids = dict(top_sentinel=mixture.top_sentinel, eos_id=mixture.eos_id)
-    return span_corrupt(tokens, lengths, keys, noise_density=density, mean_noise_span_length=length, **ids)
+    top, eos = mixture.top_sentinel, mixture.eos_id
+    return span_corrupt(
+        tokens, lengths, keys, top_sentinel=top, eos_id=eos, noise_density=density, mean_noise_span_length=length
+    )  # fmt: skip
 
 
 def _longest_text(config: DataConfig) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -24,6 +25,7 @@ from flax_switch.convert.folder import DEFAULT_SHARD_SIZE, claimed, local_destin
 from flax_switch.convert.mapping import SAME_NAMES, to_canonical
 from flax_switch.convert.scan import stack_layers, unstack_layers
 from flax_switch.convert.tensors import DTYPES, LazyTensor, cast, from_array
+from flax_switch.generation.defaults import FILE as GENERATION_FILE
 from flax_switch.generation.defaults import defaults_of, read_defaults, with_defaults
 from flax_switch.nn.init import init_params, logical_axes
 from flax_switch.nn.inputs import SupportsArray, TokenIds, as_array, as_embeddings, as_ids, as_mask, shift_right
@@ -204,7 +206,8 @@ class Pretrained:
         return encode_sources(texts, self.vocabulary, self.config)
 
     def save_pretrained(self, path: str | Path, format: str = "huggingface", **options: Any) -> Path:
-        """Saves it; see `flax_switch.save_pretrained`."""
+        """Saves it, with its defaults of generation; see `flax_switch.save_pretrained`."""
+        options = {"generation_defaults": self.generation_defaults, **options}
         return save_pretrained(path, self.config, self.params, self.vocabulary, format, **options)
 
 
@@ -338,6 +341,7 @@ def save_pretrained(
     *,
     max_shard_size: str | int = DEFAULT_SHARD_SIZE,
     overwrite: bool = True,
+    generation_defaults: Mapping[str, Any] | None = None,
 ) -> Path:
     """Saves a model so that `load_pretrained`, and in the format "huggingface" transformers, opens it.
 
@@ -347,6 +351,7 @@ def save_pretrained(
         or of an untied model without its head.
       vocabulary: written as `spiece.model` and, for Hugging Face, a tokenizer_config.json so that AutoTokenizer opens it.
       format: "huggingface" or "flax_switch".
+      generation_defaults: controls of generation, written as `generation_config.json`.
 
     Raises:
       ConfigError: naming the fields that Hugging Face cannot represent.
@@ -365,6 +370,8 @@ def save_pretrained(
     tensors = to_canonical(flat, SAME_NAMES, canonical_shapes(config, architecture))
     saved = checkpoints.Checkpoint(format, destination, config, architecture, tensors)
     files = {} if vocabulary is None else tokenizer.vocabulary_files(vocabulary)
+    if generation_defaults:
+        files[GENERATION_FILE] = (json.dumps(dict(generation_defaults), indent=2) + "\n").encode()
     with claimed(destination):
         return checkpoints.write_checkpoint(
             saved, destination, to=format, files=files, max_shard_size=max_shard_size, overwrite=overwrite

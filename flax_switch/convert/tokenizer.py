@@ -138,6 +138,7 @@ def strange_parts(tokenizer: Mapping[str, Any]) -> list[str]:
         strange = _strange_blanks([part.get("type") for part in normalizers], cutters)
         number = field(tokenizer, "model", dict, "tokenizer.json", {}).get("unk_id", 2)
         strange += [f"unk_id={_shown(number)}"] if number not in (2, None) else []
+        strange += _strange_sentinels(tokenizer)
     for token in field(tokenizer, "added_tokens", list, "tokenizer.json", []):
         flags = [flag for flag in ("lstrip", "rstrip", "single_word") if isinstance(token, Mapping) and token.get(flag)]
         strange += [f"the added token {token['content']!r} with {flag}" for flag in flags]
@@ -150,6 +151,15 @@ def _strange_blanks(normalizers: Sequence[Any], cutters: Sequence[Mapping[str, A
         return [f"the pre-tokenisers {_shown(cutters)}"]
     wanted = ("Precompiled",) if len(cutters) == 2 else ("Replace", "Strip")
     return [f"no normaliser {kind}, so that it keeps blanks" for kind in wanted if kind not in normalizers]
+
+
+def _strange_sentinels(tokenizer: Mapping[str, Any]) -> list[str]:
+    """Returns the sentinels and control tokens that are pieces like others, or that are looked for in text that is normalised."""
+    entries = [entry for entry in field(tokenizer, "added_tokens", list, "tokenizer.json", []) if isinstance(entry, dict)]
+    normalized = {str(entry.get("content")): bool(entry.get("normalized", False)) for entry in entries}
+    pieces = [str(pair[0]) for pair in tokenizer["model"]["vocab"] if isinstance(pair, list) and pair]
+    known = [*pieces[:3], *(piece for piece in pieces[3:] if _SENTINEL.fullmatch(piece))]
+    return [f"{piece} as {'normalised' if piece in normalized else 'plain'} text" for piece in known if normalized.get(piece, True)]
 
 
 def is_unigram(tokenizer: Mapping[str, Any]) -> bool:

@@ -82,14 +82,19 @@ def read_prefixes(folder: epath.PathLike) -> tuple[str, ...]:
 
 
 def write_prefixes(folder: epath.PathLike, prefixes: Sequence[str], config: SwitchConfig) -> None:
-    """Has a model's folder remember the prefixes of its tasks, which `read_prefixes` finds; where none has one it does nothing.
-
-    The file holds the model's special tokens, too: where there is one, transformers takes them from nowhere else.
-    """
+    """Has a model's folder remember the prefixes of its tasks, which `read_prefixes` finds; where none has one it does nothing."""
     if any(prefixes):
-        tokens = {name: getattr(config, name) for name in ("decoder_start_token_id", "eos_token_id", "pad_token_id")}
-        entry = prefixes[0] if len(prefixes) == 1 else list(prefixes)
-        write_text(epath.Path(folder) / FILE, json.dumps({**tokens, PREFIX: entry}, indent=2) + "\n")
+        write_text(epath.Path(folder) / FILE, defaults_file({}, prefixes, config))
+
+
+def defaults_file(defaults: Mapping[str, Any], prefixes: Sequence[str], config: SwitchConfig) -> str:
+    """Returns the text of a `generation_config.json` with defaults and prefixes.
+
+    It holds the model's special tokens, too: where there is one, transformers takes them from nowhere else.
+    """
+    tokens = {name: getattr(config, name) for name in ("decoder_start_token_id", "eos_token_id", "pad_token_id")}
+    entry = {PREFIX: prefixes[0] if len(prefixes) == 1 else list(prefixes)} if any(prefixes) else {}
+    return json.dumps({**tokens, **defaults, **entry}, indent=2) + "\n"
 
 
 def with_defaults(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

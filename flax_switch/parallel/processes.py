@@ -43,6 +43,7 @@ _LONG = 7 * 24 * 3600 * 1000  # milliseconds; waiting for a process that lives i
 _SHUTDOWN = 20  # seconds for all processes to leave after the last barrier
 _RESUME = "Start every process again with the same command: the run continues from its last checkpoint."
 _last_word = threading.Lock()  # the thread that has it says why the process ends, and ends it
+_handlers: list[Any] = []  # what C++ may call, kept for it
 _calls = itertools.count()  # agreements are numbered; all processes make the same ones in the same order
 
 
@@ -174,13 +175,28 @@ def _ended_in_words() -> Iterator[None]:
     inner: Any = _runtime
     make = inner._jax.get_distributed_runtime_client
     inner._jax.get_distributed_runtime_client = functools.partial(make, missed_heartbeat_callback=_service_is_gone)
-    with contextlib.suppress(OSError, AttributeError):  # no such library: JAX reports and aborts, as it does without this
-        library = ctypes.CDLL("libc++.1.dylib" if sys.platform == "darwin" else "libstdc++.so.6")
-        library._ZSt13set_terminatePFvvE(_TERMINATE)
+    with contextlib.suppress(OSError, AttributeError):  # no such library: it is an abort, as without all this
+        _terminate_in_words(ctypes.CDLL("libc++.1.dylib" if sys.platform == "darwin" else "libstdc++.so.6"))
     try:
         yield
     finally:
         inner._jax.get_distributed_runtime_client = make
+
+
+def _terminate_in_words(library: Any) -> None:
+    """Has C++ call `_service_is_gone` where it terminates for such a conversion, and for any other exception what it did before."""
+    handler, thrown = ctypes.CFUNCTYPE(None), library.__cxa_current_exception_type
+    library._ZSt13set_terminatePFvvE.restype = thrown.restype = ctypes.c_void_p
+
+    def terminate() -> None:
+        kind = thrown()  # a std::type_info: a pointer, then its name
+        name = ctypes.c_char_p.from_address(kind + ctypes.sizeof(ctypes.c_void_p)).value if kind else None
+        if name == b"St8bad_cast":
+            _service_is_gone()
+        handler(before)()
+
+    _handlers.append(handler(terminate))
+    before = library._ZSt13set_terminatePFvvE(_handlers[-1])
 
 
 def _service_is_gone(*_: Any) -> NoReturn:
@@ -190,9 +206,6 @@ def _service_is_gone(*_: Any) -> NoReturn:
         f"{_RESUME}"
     )
     _exit(LOST_ANOTHER)
-
-
-_TERMINATE = ctypes.CFUNCTYPE(None)(_service_is_gone)
 
 
 def require_same(values: Mapping[str, Any]) -> None:

@@ -214,7 +214,8 @@ class Pretrained:
         return encode_sources([prefixed(text, prefix) for text in texts], self.vocabulary, self.config)
 
     def save_pretrained(self, path: str | Path, format: str = "huggingface", **options: Any) -> Path:
-        """Saves it; see `flax_switch.save_pretrained`."""
+        """Saves it, with its prefixes and defaults of generation; see `flax_switch.save_pretrained`."""
+        options = {"generation_defaults": self.generation_defaults, "prefixes": self.prefixes, **options}
         return save_pretrained(path, self.config, self.params, self.vocabulary, format, **options)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from flax_switch.convert.folder import DEFAULT_SHARD_SIZE, claimed, local_destin
 from flax_switch.convert.mapping import SAME_NAMES, to_canonical
 from flax_switch.convert.scan import unstack_layers
 from flax_switch.convert.tensors import LazyTensor, from_array
+from flax_switch.generation.defaults import FILE, defaults_file
 
 if TYPE_CHECKING:
     from flax_switch.data import Vocabulary
@@ -29,6 +30,8 @@ def save_pretrained(
     *,
     max_shard_size: str | int = DEFAULT_SHARD_SIZE,
     overwrite: bool = True,
+    generation_defaults: Mapping[str, Any] | None = None,
+    prefixes: Sequence[str] = (),
 ) -> Path:
     """Saves a model so that `load_pretrained`, and in the format "huggingface" transformers, opens it.
 
@@ -38,6 +41,8 @@ def save_pretrained(
         or of an untied model without its head.
       vocabulary: written as `spiece.model` and, for Hugging Face, a tokenizer_config.json so that AutoTokenizer opens it.
       format: "huggingface" or "flax_switch".
+      generation_defaults: controls of generation, written as `generation_config.json`, as are
+      prefixes: what the model wants before its inputs.
 
     Raises:
       ConfigError: naming the fields that Hugging Face cannot represent.
@@ -55,6 +60,8 @@ def save_pretrained(
     tensors = to_canonical(flat, SAME_NAMES, canonical_shapes(config, architecture))
     saved = checkpoints.Checkpoint(format, destination, config, architecture, tensors)
     files = {} if vocabulary is None else tokenizer.vocabulary_files(vocabulary)
+    if generation_defaults or any(prefixes):
+        files[FILE] = defaults_file(generation_defaults or {}, prefixes, config).encode()
     with claimed(destination):
         return checkpoints.write_checkpoint(
             saved, destination, to=format, files=files, max_shard_size=max_shard_size, overwrite=overwrite

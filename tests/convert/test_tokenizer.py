@@ -172,13 +172,16 @@ MARK = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always"
         lambda t: t.update(normalizer={"type": "Prepend", "prepend": "\u2581"}),
         lambda t: t.update(normalizer={"type": "Replace", "pattern": {"String": "fox"}, "content": "dog"}),
         lambda t: t["model"].update(unk_id=3),
+        lambda t: t["added_tokens"][4].update(normalized=True),
+        lambda t: t["added_tokens"].pop(4),
         lambda t: t["added_tokens"][3].update(id=t["added_tokens"][4]["id"], content="<extra_id_1>")
         or t["added_tokens"][4].update(id=t["added_tokens"][4]["id"] - 1, content="<extra_id_2>"),
     ],
     ids=[
         "lowercase", "more lowercase", "no prefix", "digits", "a token that takes blanks", "blanks after it", "whole words",
         "a prefix at the beginning", "words that are not split", "blanks kept", "no mark", "no pre-tokeniser", "marks first",
-        "no normaliser", "NFKC", "a mark as normaliser", "another word", "another unknown token", "other ids of sentinels",
+        "no normaliser", "NFKC", "a mark as normaliser", "another word", "another unknown token", "a sentinel in normalised text",
+        "a sentinel that is a piece", "other ids of sentinels",
     ],
 )  # fmt: skip
 def test_parts_that_sentencepiece_has_not_give_the_tokenizers_own_ids(extended, tmp_path, change):

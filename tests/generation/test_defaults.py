@@ -44,6 +44,23 @@ def test_what_a_folder_asks_for_is_what_transformers_does(theirs, settings, tmp_
     np.testing.assert_array_equal(load_pretrained(tmp_path).generate(IDS, mask).sequences, expected)
 
 
+def test_a_model_that_is_saved_keeps_its_defaults(theirs, tmp_path):
+    theirs.generation_config = transformers.GenerationConfig(
+        decoder_start_token_id=7, num_beams=3, max_new_tokens=6, pad_token_id=0
+    )
+    theirs.generation_config.suppress_tokens = [20, 30]
+    theirs.save_pretrained(tmp_path / "model")
+    loaded = load_pretrained(tmp_path / "model")
+    expected = loaded.generate(IDS).sequences
+    for form in ("huggingface", "flax_switch"):
+        again = load_pretrained(loaded.save_pretrained(tmp_path / form, format=form))
+        assert again.generation_defaults == loaded.generation_defaults
+        np.testing.assert_array_equal(again.generate(IDS).sequences, expected)
+    loaded.save_pretrained(tmp_path / "model")  # over the model that it is of
+    assert load_pretrained(tmp_path / "model").generation_defaults == loaded.generation_defaults
+    assert transformers.GenerationConfig.from_pretrained(tmp_path / "huggingface").num_beams == 3
+
+
 def write(folder, **values):
     (folder / "generation_config.json").write_text(json.dumps(values))
     return folder

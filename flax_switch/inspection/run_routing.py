@@ -72,8 +72,8 @@ def follow(run: str | Path) -> RunRouting:
     batches = heldout_by_kind(config.data, vocabulary, ROWS, FEWEST_ROWS)
     check(
         len(batches) > 0,
-        f"The held-out text of {run} is too little: no kind of document has {FEWEST_ROWS} examples. It takes a run on more text, or "
-        "with a larger data.heldout_fraction.",
+        f"The held-out text of {run} is too little: no kind of document has {FEWEST_ROWS} examples. It takes a run on more text "
+        "or with a larger data.heldout_fraction.",
     )
     tokens = {
         stack: _tokens(list(batches.values()), ids, mask)

@@ -70,7 +70,11 @@ def follow(run: str | Path) -> RunRouting:
     vocabulary = load_pretrained(last).vocabulary
     assert vocabulary is not None  # a run keeps it
     batches = heldout_by_kind(config.data, vocabulary, ROWS, FEWEST_ROWS)
-    check(len(batches) > 0, f"The held-out text of {run} is too little: no kind of document has {FEWEST_ROWS} examples.")
+    check(
+        len(batches) > 0,
+        f"The held-out text of {run} is too little: no kind of document has {FEWEST_ROWS} examples. It takes a run on more text "
+        "or with a larger data.heldout_fraction.",
+    )
     tokens = {
         stack: _tokens(list(batches.values()), ids, mask)
         for stack, ids, mask in (

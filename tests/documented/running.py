@@ -91,7 +91,7 @@ _EVALUATION = {"evaluation.max_examples": 2, "evaluation.batch_size": 2, "data.t
 def _pretraining(config) -> dict[str, object]:
     changed: dict[str, object] = {**_STEPS, "data.batch_size": 16, "data.inputs_length": 32, "data.targets_length": 16}
     if config.data.source == "default":
-        changed["data.source"] = "text.txt"
+        changed |= {"data.source": "text.txt", "data.heldout_fraction": 0.2}  # enough to look at routing
     if config.data.vocabulary is None:
         changed["data.vocabulary_size"] = PIECES
     if config.model.d_model > LARGE:
@@ -176,7 +176,7 @@ def commands_of(text: str) -> list[list[str]]:
     """The arguments of every flax-switch command in a line or a script, whatever is around them."""
     if only := _only_command(text):
         return [only]
-    text = re.sub(r"\\\n\s*", " ", text)
+    text = re.sub(r"\\\n\s*", " ", re.sub(r"[ \t]+# .*$", "", text, flags=re.MULTILINE))
     found = re.findall(r"flax-switch ([a-z][^|&\"`;\n]*)", re.sub(r"\n {2,}(?=--)", " ", text))
     found += re.findall(r"python -m flax_switch\.cli ([a-z][^|&;\n]*)", text)
     found += [f"{name} {rest}" for name, rest in re.findall(r"python scripts/(pretrain|finetune)\.py ([^|&;\n]*)", text)]

@@ -172,6 +172,8 @@ def run(arguments: list[str], phases: list[str], kill: dict[str, Any] | None, no
         for stream in (1, 2):
             os.dup2(log, stream)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        for name in SIGNALS[1:]:  # whoever runs this in the background may have them ignored, which children inherit
+            signal.signal(signal.Signals[name], signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL)
         end_here(lambda: command(arguments, phases, kill, notes))
     end = time.monotonic() + LIMIT
     while time.monotonic() < end:

@@ -1,19 +1,21 @@
-"""Generation beside Hugging Face transformers: tokens per second with the same weights, interleaved in one process.
+"""Generation beside Hugging Face transformers and CTranslate2: tokens per second with the same weights, interleaved in one process.
 
     python benchmarks/generation.py                        # the whole table: minutes per shape
     python benchmarks/generation.py --shapes small --batches 1 --repeats 5
 
-Every cell is a full `generate`: encode 256 tokens, then produce exactly 32 new ones for each row, in evaluation mode. Runs of
-the two alternate, so that whatever else the machine does falls on both; medians are reported. Compilation is told apart.
-Quiet machines only.
+Every cell is a full `generate`: encode 256 tokens, then produce exactly 32 new ones for each row, in evaluation mode. Contenders
+take turns, so that whatever else the machine does falls on all; medians are reported. Compilation is told apart. CTranslate2, which
+has no mixtures of experts, runs dense shapes where it is installed. Quiet machines only.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -22,10 +24,9 @@ import run_record
 import torch
 import transformers
 
-from flax_switch.generation.generate import generate
-from flax_switch.pretrained import load_pretrained
+import flax_switch as fs
 
-SETTLE = 0.3  # seconds: after a run, each library's idle threads spin for a while and would slow the other's
+SETTLE = 0.3  # seconds: after a run, each library's idle threads spin for a while and would slow the others'
 SHAPES = {
     "small": dict(
         vocab_size=8192, d_model=256, d_ff=1024, d_kv=64, num_heads=4, num_layers=4, num_decoder_layers=4,
@@ -39,61 +40,117 @@ SHAPES = {
         vocab_size=128, d_model=32, d_ff=64, d_kv=8, num_heads=4, num_layers=2, num_decoder_layers=2,
         num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, num_experts=4,
     ),
+    "t5-small": dict(vocab_size=32128, d_model=512, d_ff=2048, d_kv=64, num_heads=8, num_layers=6),
+    "t5-base": dict(vocab_size=32128, d_model=768, d_ff=3072, d_kv=64, num_heads=12, num_layers=12),
+    "t5-tiny": dict(vocab_size=128, d_model=64, d_ff=64, d_kv=16, num_heads=4, num_layers=2),
 }  # fmt: skip
 
 
-def models(shape: str):
-    """A transformers model with random weights, and the same weights as ours."""
+Run = Callable[[np.ndarray, dict], np.ndarray]  # source ids [B, S] and controls to sequences [B, T]
+
+
+def contenders(shape: str) -> dict[str, Run]:
+    """Returns every library that runs a shape, by name, with the same random weights."""
     torch.manual_seed(0)
-    config = transformers.SwitchTransformersConfig(**SHAPES[shape], decoder_start_token_id=0)
-    theirs = transformers.SwitchTransformersForConditionalGeneration(config).eval()
+    dense = "num_experts" not in SHAPES[shape]
+    kind = "T5" if dense else "SwitchTransformers"
+    config = getattr(transformers, f"{kind}Config")(**SHAPES[shape], decoder_start_token_id=0)
+    theirs = getattr(transformers, f"{kind}ForConditionalGeneration")(config).eval()
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
-        ours = load_pretrained(folder)
-    return theirs, ours
+        found = {"transformers": _theirs(theirs)}
+        for name, options in (("float32", {}), ("int8", dict(weights="int8"))):
+            found[name] = _ours(fs.load_pretrained(folder, **options))
+        if dense and importlib.util.find_spec("ctranslate2"):
+            for name in ("float32", "int8"):
+                found[f"CTranslate2 {name}"] = _ctranslate2(folder, name)
+    return found
 
 
-def measure(theirs, ours, batch: int, beams: int, source: int, new_tokens: int, repeats: int) -> dict:
-    """Seconds of both, by turns."""
-    ids = np.random.default_rng(0).integers(2, ours.config.vocab_size, (batch, source))
-    tensor = torch.from_numpy(ids)
+def _theirs(model) -> Run:
+    def run(ids: np.ndarray, controls: dict) -> np.ndarray:
+        with torch.inference_mode():
+            return model.generate(torch.from_numpy(ids), do_sample=False, **controls).numpy()
+
+    return run
+
+
+def _ours(model: fs.Pretrained) -> Run:
+    return lambda ids, controls: model.generate(ids, **controls).sequences
+
+
+def _ctranslate2(folder: str, weights: str) -> Run:
+    """Converts the folder and returns its translator. The model has no tokenizer: a token is its number."""
+    import ctranslate2
+    from ctranslate2.converters import transformers as converters
+
+    class Converter(converters.TransformersConverter):
+        def load_tokenizer(self, *args, **options):
+            return _Numbers(transformers.AutoConfig.from_pretrained(folder).vocab_size)
+
+    output = str(Path(folder) / f"ctranslate2_{weights}")
+    Converter(folder).convert(output, quantization=weights)
+    translator = ctranslate2.Translator(output, device="cpu", compute_type=weights, intra_threads=torch.get_num_threads())
+
+    def run(ids: np.ndarray, controls: dict) -> np.ndarray:
+        found = translator.translate_batch(
+            [[_Numbers.token(token) for token in row] for row in ids],
+            beam_size=controls["num_beams"],
+            min_decoding_length=controls["min_new_tokens"],
+            max_decoding_length=controls["max_new_tokens"],
+        )
+        return np.array([[0, *map(_Numbers.number, result.hypotheses[0])] for result in found])
+
+    return run
+
+
+class _Numbers:
+    """What CTranslate2's converter asks of a tokenizer."""
+
+    pad_token, eos_token, unk_token, bos_token = "0", "1", "2", None
+
+    def __init__(self, size: int):
+        self.size = size
+
+    token, number = staticmethod(str), staticmethod(int)
+
+    def get_vocab(self) -> dict[str, int]:
+        return {str(number): number for number in range(self.size)}
+
+
+def measure(runs: dict[str, Run], vocab_size: int, batch: int, beams: int, source: int, new_tokens: int, repeats: int) -> dict:
+    """Seconds of all contenders, by turns, and how many of each one's tokens are transformers'."""
+    ids = np.random.default_rng(0).integers(2, vocab_size, (batch, source))
     controls = dict(max_new_tokens=new_tokens, min_new_tokens=new_tokens, num_beams=beams)
 
-    def run_theirs():
-        with torch.inference_mode():
-            return theirs.generate(tensor, do_sample=False, **controls).numpy()
-
-    def run_ours():
-        return generate(ours.model, ours.params, ids, **controls).sequences
-
-    def timed(run):
+    def timed(run: Run) -> tuple[float, np.ndarray]:
         time.sleep(SETTLE)
         start = time.perf_counter()
-        sequences = run()
+        sequences = run(ids, controls)
         return time.perf_counter() - start, sequences
 
-    first, sequences = timed(run_ours)
-    _, expected = timed(run_theirs)
-    pairs = [(timed(run_theirs)[0], timed(run_ours)[0]) for _ in range(repeats)]
-    tokens = batch * new_tokens
-    their_seconds, our_seconds = (statistics.median(side) for side in zip(*pairs, strict=True))
+    first = {name: timed(run) for name, run in runs.items()}
+    rounds = [{name: timed(run)[0] for name, run in runs.items()} for _ in range(repeats)]
+    seconds = {name: [turn[name] for turn in rounds] for name in runs}
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    expected = first["transformers"][1]
     return dict(
         batch=batch,
         beams=beams,
-        same_tokens=bool(np.array_equal(sequences, expected)),
-        compile_seconds=first - our_seconds,
-        our_tokens_per_second=tokens / our_seconds,
-        their_tokens_per_second=tokens / their_seconds,
-        ratio=statistics.median(theirs / ours for theirs, ours in pairs),
-        our_seconds=[ours for _, ours in pairs],
-        their_seconds=[theirs for theirs, _ in pairs],
+        same_tokens={name: float(np.mean(sequences == expected)) for name, (_, sequences) in first.items()},
+        compile_seconds={name: first[name][0] - medians[name] for name in ("float32", "int8")},
+        tokens_per_second={name: batch * new_tokens / value for name, value in medians.items()},
+        ratio={
+            name: statistics.median(turn["transformers"] / turn[name] for turn in rounds) for name in runs if name != "transformers"
+        },
+        seconds=seconds,
     )
 
 
 def main() -> None:
     """Prints the table and writes it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=["small", "base-8"], choices=SHAPES)
+    parser.add_argument("--shapes", nargs="+", default=["small", "base-8", "t5-small", "t5-base"], choices=SHAPES)
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--beams", nargs="+", type=int, default=[1, 4])
     parser.add_argument("--source", type=int, default=256)
@@ -103,20 +160,22 @@ def main() -> None:
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     rows = []
-    print("shape    batch  beams   ours tok/s  transformers tok/s   ratio  compile s  same tokens")
+    print("shape     batch  beams  contender              tok/s   ratio  same tokens  compile s")
     for shape in args.shapes:
-        theirs, ours = models(shape)
+        runs = contenders(shape)
         for batch in args.batches:
             for beams in args.beams:
-                row = measure(theirs, ours, batch, beams, args.source, args.new_tokens, args.repeats)
+                size = SHAPES[shape]["vocab_size"]
+                row = measure(runs, size, batch, beams, args.source, args.new_tokens, args.repeats)
                 rows.append(dict(shape=shape, **row))
-                print(
-                    f"{shape:8} {batch:5} {beams:6} {row['our_tokens_per_second']:12.1f} "
-                    f"{row['their_tokens_per_second']:19.1f} {row['ratio']:7.2f} {row['compile_seconds']:10.1f}  "
-                    f"{row['same_tokens']}",
-                    flush=True,
-                )
-        del theirs, ours
+                for name, speed in row["tokens_per_second"].items():
+                    compiled = row["compile_seconds"].get(name)
+                    print(
+                        f"{shape:9} {batch:5} {beams:6}  {name:20} {speed:7.1f} {row['ratio'].get(name, 1.0):7.2f} "
+                        f"{row['same_tokens'][name]:12.2f} {'' if compiled is None else f'{compiled:10.1f}'}",
+                        flush=True,
+                    )
+        del runs
     settings = dict(torch_threads=torch.get_num_threads(), source=args.source, new_tokens=args.new_tokens)
     run_record.write(args.output, dict(**settings, rows=rows), device=jax.devices()[0].device_kind)
 

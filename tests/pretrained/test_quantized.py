@@ -240,7 +240,7 @@ def test_base_8s_file_has_a_quarter_and_a_seventh_of_the_bytes():
     config = PRESETS["switch-base-8"]
     tensors = {path: abstract(shape) for path, shape in canonical_shapes(config).items()}
     size = lambda tensors: sum(tensor.nbytes for tensor in tensors.values())  # noqa: E731
-    for weights, share, narrow in (("int8", 0.29, 0.265), ("int4", 0.18, 0.155)):
+    for weights, share, narrow in (("int8", 0.29, 0.265), ("int4", 0.18, 0.1555)):
         stored = quantized(config.replace(weights=weights), tensors)
         assert {path: tensor.shape for path, tensor in stored.items()} == canonical_shapes(config.replace(weights=weights))
         assert size(stored) <= share * size(tensors)

@@ -87,13 +87,13 @@ def _dequantized(x: Array, kernel: Quantized) -> Array:
     if kernel.packed:
         return x @ dequantized(kernel, x.dtype)
     product = jnp.matmul(x, kernel.values.astype(x.dtype), preferred_element_type=jnp.float32)
-    return (product * _channel_scale(kernel)).astype(x.dtype)
+    return (product * _channel_scale(x, kernel)).astype(x.dtype)
 
 
 def _rounded_rows(x: Array, kernel: Quantized) -> Array:
     rows, row_scale = round_rows(x)
     product = _integer_product(rows, kernel.values).astype(jnp.float32)
-    return (product * row_scale * _channel_scale(kernel)).astype(x.dtype)
+    return (product * row_scale * _channel_scale(x, kernel)).astype(x.dtype)
 
 
 def round_rows(x: Float[Array, "*B D"]) -> tuple[Int8[Array, "*B D"], Float32[Array, "*B 1"]]:
@@ -103,9 +103,9 @@ def round_rows(x: Float[Array, "*B D"]) -> tuple[Int8[Array, "*B D"], Float32[Ar
     return jnp.round(x / jnp.where(scale > 0, scale, 1)).astype(jnp.int8), scale
 
 
-def _channel_scale(kernel: Quantized) -> Array:
-    """Returns int8's scales in the shape that products have: those of one kernel for rows of any number of axes."""
-    return kernel.scale[0] if kernel.scale.ndim == 2 else kernel.scale
+def _channel_scale(x: Array, kernel: Quantized) -> Array:
+    """Returns int8's scales in the shape that products of x have."""
+    return kernel.scale.reshape((1,) * (x.ndim - kernel.scale.ndim) + kernel.scale.shape)
 
 
 def _integer_product(rows: Int8[Array, "*B D"], values: Int8[Array, "... D F"]) -> Int32[Array, "*B F"]:

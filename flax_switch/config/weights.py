@@ -1,11 +1,11 @@
 """The forms that a model's kernels are held in: floats, or integers with scales (`SwitchConfig.weights`).
 
-int8    one scale for each output channel: values [..., D, F] from -127 to 127, scales [..., 1, F]
-int4    one scale for each output channel and group of 64 inputs: values from -8 to 7, plus 8, two in a byte of
-        [..., D / 64, 32, F], and scales [..., D / 64, 1, F]. Byte i of a group has its input i in the low half, and input i + 32 in
-        the high half
+int8    one scale for each output: values [..., F, D] from -127 to 127, scales [..., F, 1]
+int4    one scale for each output and group of 64 inputs: values from -8 to 7, plus 8, two in a byte of [..., F, D / 64, 32], and
+        scales [..., F, D / 64, 1]. Byte i of a group has its input i in the low half, and input i + 32 in the high half
 
-Scales are float32. A weight is its value times its scale.
+A kernel of floats [..., D, F] has its inputs first; integers have them last, which CPUs multiply faster. Scales are float32. A
+weight is its value times its scale.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Stored(NamedTuple):
 def stored(shape: Sequence[int], weights: str, axes: Sequence[str | None] | None = None) -> Stored:
     """Returns how a kernel [..., D, F] with some logical axes is held in "int8" or "int4"."""
     *lead, inputs, outputs = shape
-    *before, last = axes or [None] * len(shape)
+    *before, input_axis, output_axis = axes or [None] * len(shape)
     if weights == "int8":
-        return Stored((*shape,), (*lead, 1, outputs), "int8", (*before, last))
-    groups = inputs // GROUP
-    return Stored((*lead, groups, GROUP // 2, outputs), (*lead, groups, 1, outputs), "uint8", (*before, None, last))
+        return Stored((*lead, outputs, inputs), (*lead, outputs, 1), "int8", (*before, output_axis, input_axis))
+    rows = (*lead, outputs, inputs // GROUP)
+    return Stored((*rows, GROUP // 2), (*rows, 1), "uint8", (*before, output_axis, input_axis, None))

@@ -93,36 +93,35 @@ def _quantized(path: str, tensor: LazyTensor, form: str) -> tuple[LazyTensor, La
         return stack(values), stack(scales)
     shapes = stored(tensor.shape, form)
 
-    def read(groups: slice, outputs: slice) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the kernel as float32 in groups of inputs that share a scale, [groups, inputs, F], and these scales."""
+    def read(outputs: slice, groups: slice) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the kernel as float32 in groups of inputs that share a scale, [F, groups, inputs], and these scales."""
         size = tensor.shape[0] if form == "int8" else GROUP
-        block = tensor.read((slice(groups.start * size, groups.stop * size), outputs)).astype(np.float32)
-        block = block.reshape(-1, size, block.shape[-1])
+        block = tensor.read((slice(groups.start * size, groups.stop * size), outputs))
+        block = np.array(block.T, np.float32, order="C").reshape(block.shape[1], -1, size)
         return block, _scale(path, block, form)
 
     def read_scale(index: Index) -> np.ndarray:
-        groups = slice(0, 1) if form == "int8" else index[0]
-        scale = read(groups, index[-1])[1]
-        return scale[0] if form == "int8" else scale
+        scale = read(index[0], index[1])[1]
+        return scale[:, 0] if form == "int8" else scale
 
     def read_values(index: Index) -> np.ndarray:
-        kernel, scale = read(slice(0, 1) if form == "int8" else index[0], index[-1])
+        kernel, scale = read(index[0], slice(0, 1) if form == "int8" else index[1])
         kernel /= np.where(scale == 0, 1, scale)
         np.rint(kernel, out=kernel)
         if form == "int8":
-            return kernel[0].astype(np.int8)[index[0]]
+            return kernel[:, 0].astype(np.int8)[:, index[1]]
         values = (np.clip(kernel, -8, 7) + 8).astype(np.uint8)
-        return (values[:, : GROUP // 2] | values[:, GROUP // 2 :] << 4)[:, index[1]]
+        return (values[..., : GROUP // 2] | values[..., GROUP // 2 :] << 4)[..., index[2]]
 
     return LazyTensor(shapes.values, np.dtype(shapes.dtype), read_values), LazyTensor(shapes.scale, DTYPES["float32"], read_scale)
 
 
 def _scale(path: str, kernel: np.ndarray, form: str) -> np.ndarray:
-    """Returns the scales [groups, 1, F] of a kernel [groups, inputs, F]: they make the largest integer of the largest number.
+    """Returns the scales [F, groups, 1] of a kernel [F, groups, inputs]: they make the largest integer of the largest number.
 
     int4 has one more integer below zero than above, so that there a scale has the sign that the largest number has not.
     """
-    low, high = kernel.min(1, keepdims=True), kernel.max(1, keepdims=True)
+    low, high = kernel.min(2, keepdims=True), kernel.max(2, keepdims=True)
     if not (np.isfinite(low) & np.isfinite(high)).all():
         raise CheckpointError(f"{path} holds a number that is not finite, for which no integer stands; repair the float model.")
     if form == "int8":
@@ -138,12 +137,12 @@ def _dequantized(values: LazyTensor, scale: LazyTensor, shape: Sequence[int], dt
     def read(index: Index) -> np.ndarray:
         inputs, outputs = index
         if values.dtype == np.int8:
-            return (values.read(index).astype(np.float32) * scale.read((slice(0, 1), outputs))).astype(dtype)
+            return (values.read((outputs, inputs)).astype(np.float32) * scale.read((outputs, slice(0, 1)))).T.astype(dtype)
         groups = slice(inputs.start // GROUP, -(-inputs.stop // GROUP))
-        packed = values.read((groups, slice(0, GROUP // 2), outputs))
-        integers = np.concatenate([packed & 15, packed >> 4], axis=1).astype(np.float32) - 8
-        weights = (integers * scale.read((groups, slice(0, 1), outputs))).reshape(-1, integers.shape[-1])
+        packed = values.read((outputs, groups, slice(0, GROUP // 2)))
+        integers = np.concatenate([packed & 15, packed >> 4], axis=2).astype(np.float32) - 8
+        weights = (integers * scale.read((outputs, groups, slice(0, 1)))).reshape(len(integers), -1)
         first = groups.start * GROUP
-        return weights[inputs.start - first : inputs.stop - first].astype(dtype)
+        return weights[:, inputs.start - first : inputs.stop - first].T.astype(dtype)
 
     return LazyTensor(tuple(shape), dtype, read)

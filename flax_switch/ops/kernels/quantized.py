@@ -13,19 +13,25 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Float32, Int8, Int32, Integer
+from jaxtyping import Array, Float, Float32, Int8, Integer
 
+from flax_switch.config.weights import GROUP
 from flax_switch.ops.kernels import platforms
 
-ROWS = 8  # a CPU multiplies fewer rows of integers no faster than these
+ROWS, MANY_ROWS = 4, 16  # a CPU multiplies integers by few rows faster if their number is a multiple of ROWS
 
 
 @flax.struct.dataclass
 class Quantized:
     """A kernel, or a stack of them, in int8 or int4: used where an array [..., D, F] would be."""
 
-    values: Integer[Array, "..."]  # int8 [..., D, F], or uint8 [..., D / 64, 32, F]
-    scale: Float32[Array, "..."]  # [..., 1, F], or [..., D / 64, 1, F]
+    values: Integer[Array, "..."]  # int8 [..., F, D], or uint8 [..., F, D / 64, 32]
+    scale: Float32[Array, "..."]  # [..., F, 1], or [..., F, D / 64, 1]
+
+    @property
+    def weights(self) -> str:
+        """Its form, one of `config.weights.WEIGHTS`."""
+        return "int4" if self.packed else "int8"
 
     @property
     def packed(self) -> bool:
@@ -34,11 +40,12 @@ class Quantized:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the weights."""
+        """The shape of the weights: [..., D, F]."""
         if not self.packed:
-            return self.values.shape
-        *lead, groups, half, outputs = self.values.shape
-        return (*lead, 2 * groups * half, outputs)
+            *lead, outputs, inputs = self.values.shape
+            return (*lead, inputs, outputs)
+        *lead, outputs, groups, _ = self.values.shape
+        return (*lead, groups * GROUP, outputs)
 
     def astype(self, dtype: DTypeLike) -> Self:
         """Returns it as it is: products have the dtype of their rows."""
@@ -69,14 +76,16 @@ def multiply_quantized(x: Float[Array, "*B D"], kernel: Quantized, *, implementa
 
 def dequantized(kernel: Quantized, dtype: DTypeLike = jnp.float32) -> Float[Array, "... D F"]:
     """Returns the weights as numbers."""
-    return (_integers(kernel).astype(jnp.float32) * kernel.scale).reshape(kernel.shape).astype(dtype)
+    *lead, inputs, outputs = kernel.shape
+    weights = _integers(kernel).astype(jnp.float32) * kernel.scale
+    return weights.reshape(*lead, outputs, inputs).astype(dtype).swapaxes(-1, -2)
 
 
 def _integers(kernel: Quantized) -> Array:
-    """Returns the integers that scales multiply: [..., D, F], or of int4 [..., D / 64, 64, F]."""
+    """Returns the integers that scales multiply: [..., F, D], or of int4 [..., F, D / 64, 64]."""
     if not kernel.packed:
         return kernel.values
-    return jnp.concatenate([kernel.values & 15, kernel.values >> 4], axis=-2).astype(jnp.int8) - 8
+    return jnp.concatenate([kernel.values & 15, kernel.values >> 4], axis=-1).astype(jnp.int8) - 8
 
 
 def _reference(x: Array, kernel: Quantized) -> Array:
@@ -86,13 +95,13 @@ def _reference(x: Array, kernel: Quantized) -> Array:
 def _dequantized(x: Array, kernel: Quantized) -> Array:
     if kernel.packed:
         return x @ dequantized(kernel, x.dtype)
-    product = jnp.matmul(x, kernel.values.astype(x.dtype), preferred_element_type=jnp.float32)
+    product = _product(x, kernel.values.astype(x.dtype), jnp.float32)
     return (product * _channel_scale(x, kernel)).astype(x.dtype)
 
 
 def _rounded_rows(x: Array, kernel: Quantized) -> Array:
     rows, row_scale = round_rows(x)
-    product = _integer_product(rows, kernel.values).astype(jnp.float32)
+    product = _product(rows, kernel.values, jnp.int32, multiple=ROWS).astype(jnp.float32)
     return (product * row_scale * _channel_scale(x, kernel)).astype(x.dtype)
 
 
@@ -105,20 +114,21 @@ def round_rows(x: Float[Array, "*B D"]) -> tuple[Int8[Array, "*B D"], Float32[Ar
 
 def _channel_scale(x: Array, kernel: Quantized) -> Array:
     """Returns int8's scales in the shape that products of x have."""
-    return kernel.scale.reshape((1,) * (x.ndim - kernel.scale.ndim) + kernel.scale.shape)
+    scale = kernel.scale.swapaxes(-1, -2)
+    return scale.reshape((1,) * (x.ndim - scale.ndim) + scale.shape)
 
 
-def _integer_product(rows: Int8[Array, "*B D"], values: Int8[Array, "... D F"]) -> Int32[Array, "*B F"]:
-    if values.ndim == 2:
-        flat = rows.reshape(-1, rows.shape[-1])
-        return _padded_product(flat, values).reshape(*rows.shape[:-1], values.shape[-1])
-    return _padded_product(rows, values)
+def _product(x: Array, values: Array, dtype: DTypeLike, multiple: int = 1) -> Array:
+    """Returns x times the transpose of values, or of each of a stack, in `dtype`.
 
-
-def _padded_product(rows: Int8[Array, "*E R D"], values: Int8[Array, "*E D F"]) -> Int32[Array, "*E R F"]:
-    missing = max(0, ROWS - rows.shape[-2])
+    multiple: few rows are made a multiple of this number by rows of zeros.
+    """
+    rows = x.reshape(-1, x.shape[-1]) if values.ndim == 2 else x
+    count = rows.shape[-2]
+    missing = -count % multiple if count < MANY_ROWS else 0
     padded = jnp.pad(rows, [(0, 0)] * (rows.ndim - 2) + [(0, missing), (0, 0)])
-    return jnp.matmul(padded, values, preferred_element_type=jnp.int32)[..., : rows.shape[-2], :]
+    product = jnp.einsum("...RD,...FD->...RF", padded, values, preferred_element_type=dtype)
+    return product[..., :count, :].reshape(*x.shape[:-1], values.shape[-2])
 
 
 INT4 = {

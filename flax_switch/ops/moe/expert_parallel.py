@@ -25,8 +25,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from flax_switch.config import check
+from flax_switch.config.weights import stored
 from flax_switch.ops.kernels.exchange import Peers, locate, send_rows, starts
-from flax_switch.ops.kernels.quantized import Kernel
+from flax_switch.ops.kernels.quantized import Kernel, Quantized
 from flax_switch.ops.moe.executors import ExpertFunction, SortedExperts, execute_ragged
 from flax_switch.ops.moe.groups import Grouping
 from flax_switch.ops.moe.routing import RoutingPlan
@@ -188,12 +189,8 @@ def over_mesh(
 def _kernel_specs(name: str, kernel: Kernel, mesh: AnyMesh) -> Any:
     """Returns how each array of the experts' kernels of a name is cut."""
     axes = ("expert", "mlp", "embed") if name == "wo" else ("expert", "embed", "mlp")
-
-    def spec(array: Array) -> PartitionSpec:
-        extra = (None,) * (array.ndim - len(axes))  # int4's bytes within a group
-        return partition_spec((*axes[:-1], *extra, axes[-1]), array.shape, mesh)
-
-    return jax.tree.map(spec, kernel)
+    held = stored(kernel.shape, kernel.weights, axes).axes if isinstance(kernel, Quantized) else axes
+    return jax.tree.map(lambda array: partition_spec(held, array.shape, mesh), kernel)
 
 
 def own_groups(grouping: Grouping, ways: int) -> Grouping:

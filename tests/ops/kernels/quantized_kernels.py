@@ -8,14 +8,14 @@ from flax_switch.ops.kernels.quantized import Quantized
 
 def draw_int8(rng, *shape):
     *lead, inputs, outputs = shape
-    values = rng.integers(-127, 128, (*lead, inputs, outputs)).astype(np.int8)
-    return Quantized(jnp.asarray(values), jnp.asarray(rng.uniform(0.001, 0.01, (*lead, 1, outputs)), jnp.float32))
+    values = rng.integers(-127, 128, (*lead, outputs, inputs)).astype(np.int8)
+    return Quantized(jnp.asarray(values), jnp.asarray(rng.uniform(0.001, 0.01, (*lead, outputs, 1)), jnp.float32))
 
 
 def draw_int4(rng, *shape):
     *lead, inputs, outputs = shape
-    values = rng.integers(0, 256, (*lead, inputs // 64, 32, outputs)).astype(np.uint8)
-    return Quantized(jnp.asarray(values), jnp.asarray(rng.uniform(-0.1, 0.1, (*lead, inputs // 64, 1, outputs)), jnp.float32))
+    values = rng.integers(0, 256, (*lead, outputs, inputs // 64, 32)).astype(np.uint8)
+    return Quantized(jnp.asarray(values), jnp.asarray(rng.uniform(-0.1, 0.1, (*lead, outputs, inputs // 64, 1)), jnp.float32))
 
 
 def whole_rows(rng, *shape):

@@ -19,10 +19,10 @@ def meaning(kernel):
     for *lead, d, f in np.ndindex(*kernel.shape):
         group, place = divmod(d, 64)
         if kernel.packed:
-            byte = int(values[(*lead, group, place % 32, f)])
-            number, factor = (byte >> 4 if place >= 32 else byte & 15) - 8, scale[(*lead, group, 0, f)]
+            byte = int(values[(*lead, f, group, place % 32)])
+            number, factor = (byte >> 4 if place >= 32 else byte & 15) - 8, scale[(*lead, f, group, 0)]
         else:
-            number, factor = int(values[(*lead, d, f)]), scale[(*lead, 0, f)]
+            number, factor = int(values[(*lead, f, d)]), scale[(*lead, f, 0)]
         weights[(*lead, d, f)] = number * factor
     return weights
 
@@ -44,7 +44,7 @@ def test_rounded_rows_are_the_integers_that_numpy_says(rows, inputs, outputs, si
     x[0] = 0  # a row without a largest number
     scale = np.abs(x).max(1, keepdims=True) / np.float32(127)
     whole = np.rint(np.divide(x, scale, out=np.zeros_like(x), where=scale > 0)).astype(np.int64)
-    want = (whole @ np.int64(kernel.values)).astype(np.float32) * scale * np.asarray(kernel.scale)
+    want = (whole @ np.int64(kernel.values).T).astype(np.float32) * scale * np.asarray(kernel.scale).T
     got = jax.jit(lambda x, kernel: multiply_quantized(x, kernel, implementation="rounded_rows"))(x, kernel)
     np.testing.assert_allclose(got, want, rtol=1e-6)
     bound = np.abs(x).max(1, keepdims=True) / 254 * np.abs(meaning(kernel)).sum(0)
@@ -86,5 +86,5 @@ def test_only_accelerators_are_given_floats_to_multiply_for_int8():
         platform: str(jax.jit(quantized.multiply).trace(jnp.ones((4, 8)), kernel).lower(lowering_platforms=(platform,)).as_text())
         for platform in ("cpu", "tpu")
     }
-    assert "xi8>, tensor<8x8xi8>) -> tensor<8x8xi32>" in text["cpu"]
+    assert "(tensor<4x8xi8>, tensor<8x8xi8>) -> tensor<4x8xi32>" in text["cpu"]
     assert "i32>" not in "".join(line for line in text["tpu"].splitlines() if "dot_general" in line)

@@ -158,7 +158,7 @@ class SwitchConfig(_Section):
     copying_heads: Natural = 0  # heads of every cross-attention that begin by attending to the token's like in the inputs
     dtype: str = "float32"  # of activations and matrix products; routers, norms, softmax and losses stay float32
     param_dtype: str = "float32"
-    # Of kernels but the routers': "float" is param_dtype; "int8" or "int4" (`flax_switch.config.weights`) cannot be trained.
+    # How kernels are held, but the routers': "float" is param_dtype; "int8" or "int4" (`config/weights`) cannot be trained.
     weights: str = "float"
     expert_dtype: str | None = None  # of activations inside the experts; None: dtype
     scan_layers: bool = False  # one compiled block repeated, where the layout repeats

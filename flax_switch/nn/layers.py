@@ -46,7 +46,7 @@ def scaled_init(
 def kernel_of(module: nn.Module, init: Initializer, shape: Sequence[int], axes: Sequence[str], dtype: Any, weights: str) -> Kernel:
     """Declares a module's parameter "kernel" with its logical axes and returns it; a quantised one has its scales beside it."""
 
-    def declare(name: str, init: Initializer, shape: Sequence[int], axes: Sequence[str | None], dtype: Any) -> Array:
+    def declare(name: str, init: Initializer, shape: Sequence[int], axes: Sequence[str | None], dtype: Any) -> Any:
         return module.param(name, nn.with_logical_partitioning(init, tuple(axes)), tuple(shape), jnp.dtype(dtype))
 
     if weights == "float":

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from flax_switch.config import SwitchConfig
 from flax_switch.nn.layers import Initializer, kernel_of
-from flax_switch.ops.kernels.quantized import Kernel
+from flax_switch.ops.kernels.quantized import Kernel, Quantized
 from flax_switch.ops.moe.block import MoEParams, moe_block
 from flax_switch.ops.moe.groups import flaxformer_replicas
 from flax_switch.ops.moe.routing import RouterOutput
@@ -78,7 +78,9 @@ class RouterWeights(nn.Module):
         """Returns (kernel, bias or None)."""
         config = self.config
         shape, init = (config.d_model, config.num_experts), nn.initializers.normal(config.router_init_std)
-        return KernelParam(shape, ("embed", "unmodeled"), init, config.param_dtype, config.router_bias, name="w")()
+        kernel, bias = KernelParam(shape, ("embed", "unmodeled"), init, config.param_dtype, config.router_bias, name="w")()
+        assert not isinstance(kernel, Quantized)  # a router stays float in every model
+        return kernel, bias
 
 
 class Router(nn.Module):

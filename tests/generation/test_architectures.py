@@ -50,7 +50,7 @@ def test_every_field_of_a_config_is_varied_or_known_to_change_nothing():
         for name, value in changes.items()
         if value != getattr(BASE, name)
     }
-    changed |= {"weights"}  # integers are not drawn: tests/pretrained/test_quantized.py decodes with them
+    changed |= {"weights"}  # integers are not drawn: tests/pretrained/test_weights.py decodes with them
     assert changed == {field.name for field in dataclasses.fields(SwitchConfig)}, "a field needs an alternative in AXES"
 
 

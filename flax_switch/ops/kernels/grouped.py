@@ -80,7 +80,7 @@ def grouped_matmul(
     """Multiplies row r by the kernel of the expert in whose group it is; rows beyond the sum of the groups come out zero.
 
     group_sizes: the first group_sizes[0] rows are expert 0's, and so on. implementation: one of IMPLEMENTATIONS; by default
-    DEFAULT's for the platform. Of a quantised kernel "blocks" takes what it needs, a matrix at a time; the others are given floats.
+    DEFAULT's for the platform. A quantised kernel is given to "blocks" as it is, and to the others as floats.
     """
     if isinstance(kernel, Quantized):
         return _quantized_rows(x, kernel, group_sizes, implementation)

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Float32, Int8, Integer
 from flax_switch.config.weights import GROUP
 from flax_switch.ops.kernels import platforms
 
-ROWS, MANY_ROWS = 4, 16  # a CPU multiplies integers by few rows faster if their number is a multiple of ROWS
+LEAST_ROWS = 2  # XLA's product of integers is slow for a single row on a CPU
 
 
 @flax.struct.dataclass
@@ -101,7 +101,7 @@ def _dequantized(x: Array, kernel: Quantized) -> Array:
 
 def _rounded_rows(x: Array, kernel: Quantized) -> Array:
     rows, row_scale = round_rows(x)
-    product = _product(rows, kernel.values, jnp.int32, multiple=ROWS).astype(jnp.float32)
+    product = _product(rows, kernel.values, jnp.int32, least=LEAST_ROWS).astype(jnp.float32)
     return (product * row_scale * _channel_scale(x, kernel)).astype(x.dtype)
 
 
@@ -118,15 +118,11 @@ def _channel_scale(x: Array, kernel: Quantized) -> Array:
     return scale.reshape((1,) * (x.ndim - scale.ndim) + scale.shape)
 
 
-def _product(x: Array, values: Array, dtype: DTypeLike, multiple: int = 1) -> Array:
-    """Returns x times the transpose of values, or of each of a stack, in `dtype`.
-
-    multiple: few rows are made a multiple of this number by rows of zeros.
-    """
+def _product(x: Array, values: Array, dtype: DTypeLike, least: int = 0) -> Array:
+    """Returns x times the transpose of values, or of each of a stack, in `dtype`; fewer rows than `least` get rows of zeros."""
     rows = x.reshape(-1, x.shape[-1]) if values.ndim == 2 else x
     count = rows.shape[-2]
-    missing = -count % multiple if count < MANY_ROWS else 0
-    padded = jnp.pad(rows, [(0, 0)] * (rows.ndim - 2) + [(0, missing), (0, 0)])
+    padded = jnp.pad(rows, [(0, 0)] * (rows.ndim - 2) + [(0, max(0, least - count)), (0, 0)])
     product = jnp.einsum("...RD,...FD->...RF", padded, values, preferred_element_type=dtype)
     return product[..., :count, :].reshape(*x.shape[:-1], values.shape[-2])
 

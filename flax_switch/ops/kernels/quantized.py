@@ -127,9 +127,7 @@ def _product(x: Array, values: Array, dtype: DTypeLike, least: int = 0) -> Array
     return product[..., :count, :].reshape(*x.shape[:-1], values.shape[-2])
 
 
-INT4 = {
-    "reference": _reference,
-    "dequantized": _dequantized,
-}  # its scales differ along a row, so that no whole product is of integers
+# int4's scales differ along a row, so that no whole product is one of integers.
+INT4 = {"reference": _reference, "dequantized": _dequantized}
 INT8 = {**INT4, "rounded_rows": _rounded_rows}
 DEFAULT = {"cpu": "rounded_rows", "other": "dequantized"}

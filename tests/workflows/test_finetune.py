@@ -14,6 +14,7 @@ from flax_switch import cli
 from flax_switch.config import ConfigError, MeshConfig, SwitchConfig
 from flax_switch.config.finetuning import EvaluationConfig, FinetuneConfig
 from flax_switch.config.recipes import to_config_dict
+from flax_switch.convert import convert
 from flax_switch.data.tasks import PreparedTasks
 from flax_switch.parallel.mesh import create_mesh
 from flax_switch.pretrained import load_pretrained
@@ -192,3 +193,13 @@ def test_a_run_learns_the_task_and_the_kept_checkpoint_has_its_best_score(recipe
     assert scores["accuracy"] == best_of(history, "accuracy")[1]
     right = sum(p.prediction.strip() in p.references for p in predictions)
     assert scores["accuracy"] == pytest.approx(100 * right / len(predictions))
+
+
+def test_a_quantised_checkpoint_is_evaluated_and_quantising_on_the_way_scores_the_same(checkpoint, tmp_path, recipe, mesh):
+    small = convert(checkpoint, tmp_path / "small", to="flax_switch", changes={"weights": "int8"})
+    _, scores, predictions = evaluate_checkpoint(recipe, str(small), mesh=mesh)
+    on_the_way = dataclasses.replace(recipe, model={"weights": "int8"})
+    assert evaluate_checkpoint(on_the_way, checkpoint, mesh=mesh)[1:] == (scores, predictions)
+    floats = evaluate_checkpoint(recipe, checkpoint, mesh=mesh)[1]
+    assert scores["cross_entropy"] == pytest.approx(floats["cross_entropy"], rel=0.02)
+    assert scores["cross_entropy"] != floats["cross_entropy"]

@@ -1,5 +1,6 @@
 """Fine-tuning runs: they resume exactly, keep the best checkpoint, stop early, leave frozen parameters be, and can be opened."""
 
+import dataclasses
 import json
 import shutil
 from unittest.mock import Mock

@@ -26,7 +26,7 @@ def batch(rng, rows):
 @pytest.fixture(scope="module")
 def trained():
     rng = np.random.default_rng(0)
-    optimizer = fs.optimizer(CONFIG, name="adamw_rms", learning_rate=2e-2, schedule="linear", steps=400)
+    optimizer = fs.optimizer(CONFIG, 400, name="muon", learning_rate=0.05, schedule="linear", warmup_steps=50, b2=0.98)
     state = fs.TrainState.create(fs.init_params(CONFIG, jax.random.key(0)), optimizer)
     for _ in range(400):
         state, _ = fs.train_step(CONFIG, optimizer, state, batch(rng, 32))

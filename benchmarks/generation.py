@@ -112,7 +112,8 @@ class _Numbers:
     def __init__(self, size: int):
         self.size = size
 
-    token, number = staticmethod(str), staticmethod(int)
+    token = convert_ids_to_tokens = staticmethod(str)
+    number = staticmethod(int)
 
     def get_vocab(self) -> dict[str, int]:
         return {str(number): number for number in range(self.size)}

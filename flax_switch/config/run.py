@@ -41,7 +41,8 @@ class DataConfig(BatchConfig):
     span_corruption_rate: NotNegative = 1.0  # rates of the objectives in the mixture; they need not sum to 1
     prefix_lm_rate: NotNegative = 0.0
     infilling_rate: NotNegative = 0.0  # inputs of span corruption, but the whole text as targets (BART's text infilling)
-    infilling_words: bool = False  # its spans are widened to whole words, so that more is masked than noise_density says
+    # share of its examples whose spans are widened to whole words, so that more is masked than noise_density says
+    infilling_words: Annotated[float, Range(0, 1)] = 0.0
     ul2_rate: NotNegative = 0.0  # UL2's seven denoisers, each as often; with noise of their own
     # inputs of span corruption begin with the last sentinel, of prefix-LM with the one before, of UL2's with these or the next
     mode_tokens: bool = False

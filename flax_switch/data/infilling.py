@@ -18,6 +18,7 @@ from jaxtyping import Bool, Int32, Int64, Integer, UInt64
 from flax_switch.config import DataConfig, check
 from flax_switch.data.examples import Examples, Lengths, Objective
 from flax_switch.data.prefix_lm import cut
+from flax_switch.data.random_bits import fold_in, uniform
 from flax_switch.data.span_corruption import (
     corrupted_lengths,
     derived_raw_length,
@@ -40,11 +41,12 @@ def infill(
     noise_density: float = 0.15,
     mean_noise_span_length: float = 3.0,
     word_starts: Bool[np.ndarray, " V"] | None = None,
+    words: float = 1.0,
 ) -> Examples:
     """Masks spans of M texts; `hidden` marks the targets that the inputs do not show, EOS not among them.
 
-    `top_sentinel` is `<extra_id_0>`'s id; the next span's is one less. With `word_starts`, which ids begin a word, spans are
-    widened to whole words, but for texts that would show nothing then.
+    `top_sentinel` is `<extra_id_0>`'s id; the next span's is one less. With `word_starts`, which ids begin a word, spans of a
+    share of `words` of the texts are widened to whole words, but for texts that would show nothing then.
     """
     lengths = np.asarray(lengths, np.int64)
     mask = random_spans_noise_mask(
@@ -52,7 +54,8 @@ def infill(
     )
     tokens = tokens[:, : mask.shape[1]]
     if word_starts is not None:
-        mask = whole_words(mask, word_starts[tokens], lengths)
+        widened = uniform(fold_in(keys, 7)) < words
+        mask = np.where(widened[:, None], whole_words(mask, word_starts[tokens], lengths), mask)
     targets = cut(tokens, np.zeros_like(lengths), lengths, eos_id)
     hidden = np.zeros(targets.shape, bool)
     hidden[:, : mask.shape[1]] = mask
@@ -103,7 +106,8 @@ def _room(mixture: Mixture, lengths: np.ndarray) -> Lengths:
 
 
 def _make(mixture: Mixture, tokens: np.ndarray, lengths: np.ndarray, keys: np.ndarray, limits: Lengths) -> Examples:
-    return infill(tokens, lengths, keys, **settings_of(mixture), word_starts=mixture.word_starts)
+    words = dict(word_starts=mixture.word_starts, words=mixture.config.infilling_words)
+    return infill(tokens, lengths, keys, **settings_of(mixture), **words)
 
 
 OBJECTIVE = Objective(

@@ -68,6 +68,17 @@ def test_masks_of_whole_words_are_all_words_that_a_span_touches(lengths, seed, d
         assert wide.input_lengths[m] <= narrow.input_lengths[m]
 
 
+def test_spans_are_widened_in_the_share_of_the_texts_that_is_asked_for():
+    lengths, word_starts = np.full(4000, 30), np.arange(100) % 3 == 0
+    tokens = np.random.default_rng(0).integers(3, 100, (4000, 30))
+    settings = dict(top_sentinel=TOP, word_starts=word_starts)
+    none, some, all_ = (infill(tokens, lengths, keys(4000), **settings, words=words).hidden for words in (0.0, 0.3, 1.0))
+    differs = (none != all_).any(axis=1)
+    widened = (some == all_).all(axis=1)
+    assert ((some == none).all(axis=1) | widened).all()
+    assert abs(widened[differs].mean() - 0.3) < 0.03 and differs.mean() > 0.5
+
+
 def test_pieces_after_a_space_and_marks_begin_words(vocabulary):
     ids = vocabulary.encode("ba be, bi.")
     pieces = [vocabulary._pieces.IdToPiece(int(i)) for i in ids]

@@ -138,7 +138,7 @@ def strange_parts(tokenizer: Mapping[str, Any]) -> list[str]:
         strange = _strange_blanks([part.get("type") for part in normalizers], cutters)
         number = field(tokenizer, "model", dict, "tokenizer.json", {}).get("unk_id", 2)
         strange += [f"unk_id={_shown(number)}"] if number not in (2, None) else []
-        strange += _strange_sentinels(tokenizer)
+        strange += _strange_tokens(tokenizer)
     for token in field(tokenizer, "added_tokens", list, "tokenizer.json", []):
         flags = [flag for flag in ("lstrip", "rstrip", "single_word") if isinstance(token, Mapping) and token.get(flag)]
         strange += [f"the added token {token['content']!r} with {flag}" for flag in flags]
@@ -153,13 +153,21 @@ def _strange_blanks(normalizers: Sequence[Any], cutters: Sequence[Mapping[str, A
     return [f"no normaliser {kind}, so that it keeps blanks" for kind in wanted if kind not in normalizers]
 
 
-def _strange_sentinels(tokenizer: Mapping[str, Any]) -> list[str]:
-    """Returns the sentinels and control tokens that are pieces like others, or that are looked for in text that is normalised."""
+def _strange_tokens(tokenizer: Mapping[str, Any]) -> list[str]:
+    """Returns the sentinels and control tokens that are pieces like others, or that are looked for in text that is normalised.
+
+    Also what gives added tokens other ids than the file says: `tokenizers` counts them on from the pieces, in their order.
+    """
     entries = [entry for entry in field(tokenizer, "added_tokens", list, "tokenizer.json", []) if isinstance(entry, dict)]
     normalized = {str(entry.get("content")): bool(entry.get("normalized", False)) for entry in entries}
     pieces = [str(pair[0]) for pair in tokenizer["model"]["vocab"] if isinstance(pair, list) and pair]
     known = [*pieces[:3], *(piece for piece in pieces[3:] if _SENTINEL.fullmatch(piece))]
-    return [f"{piece} as {'normalised' if piece in normalized else 'plain'} text" for piece in known if normalized.get(piece, True)]
+    strange = [
+        f"{piece} as {'normalised' if piece in normalized else 'plain'} text" for piece in known if normalized.get(piece, True)
+    ]
+    there = set(pieces)
+    new = [entry.get("id") for entry in entries if str(entry.get("content")) not in there]
+    return strange if new == [*range(len(pieces), len(pieces) + len(new))] else [*strange, "gaps in the ids of added tokens"]
 
 
 def is_unigram(tokenizer: Mapping[str, Any]) -> bool:

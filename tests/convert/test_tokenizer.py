@@ -201,6 +201,17 @@ def test_parts_that_sentencepiece_has_not_give_the_tokenizers_own_ids(extended, 
     assert again.decode(ours.encode("quick fox")) == oracle.decode(ours.encode("quick fox"))
 
 
+def test_added_tokens_whose_ids_have_a_gap_get_those_that_tokenizers_counts(extended, tmp_path):
+    from tokenizers import Tokenizer
+
+    values = json.loads((extended[2] / "tokenizer.json").read_text())
+    values["added_tokens"] = [token for token in values["added_tokens"] if token["content"] != ADDED[0]]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    oracle, ours = Tokenizer.from_file(str(tmp_path / "tokenizer.json")), tokenizer.load_vocabulary(tmp_path)
+    for text in ADDED_TEXTS:
+        assert ours.encode(text) == oracle.encode(text, add_special_tokens=False).ids, text
+
+
 def test_of_two_tokenizers_in_a_folder_the_one_that_transformers_takes_is_used(vocabulary, theirs, tmp_path, caplog):
     theirs.save_pretrained(tmp_path)
     (tmp_path / "spiece.model").write_bytes(vocabulary.model)

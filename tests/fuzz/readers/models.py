@@ -57,13 +57,8 @@ def _tokenizer_json(folder: Path, **parts: Any) -> None:
     values = {
         "version": "1.0",
         "added_tokens": [
-            {
-                "id": 7,
-                "content": "<new>",
-                "special": False,
-                "normalized": True,
-                **dict.fromkeys(("lstrip", "rstrip", "single_word"), False),
-            }
+            dict(id=i, content=text, special=i < 3, normalized=i > 2, lstrip=False, rstrip=False, single_word=False)
+            for i, text in ((0, "<pad>"), (1, "</s>"), (2, "<unk>"), (7, "<new>"))
         ],
         "normalizer": {
             "type": "Sequence",

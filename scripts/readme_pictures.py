@@ -16,7 +16,11 @@ from browser import Browser  # noqa: E402
 
 from flax_switch.workflows.report import write_report  # noqa: E402
 
-PICTURES = {"quickstart_loss": "figure.wide", "quickstart_expert_load": ".maps"}  # name -> the report's element
+PICTURES = {  # name -> what of the report
+    "quickstart_loss": '[document.querySelector("figure.wide")]',
+    "quickstart_expert_load": "(({previousElementSibling, children}) => [...previousElementSibling.children, ...children])"
+    '(document.querySelector(".maps"))',
+}
 
 
 def main() -> int:
@@ -26,10 +30,12 @@ def main() -> int:
     report = write_report(parser.parse_args().run)
     with Browser() as browser:
         browser.show(report, 900, scale=2)
-        for name, element in PICTURES.items():
-            script = f"""(() => {{ const box = document.querySelector("{element}").getBoundingClientRect();
-                return JSON.stringify({{x: box.x + scrollX - 8, y: box.y + scrollY - 8, width: box.width + 16,
-                    height: box.height + 16, scale: 1}}); }})()"""
+        for name, elements in PICTURES.items():
+            script = f"""(() => {{ const boxes = {elements}.map((element) => element.getBoundingClientRect());
+                const x = Math.min(...boxes.map((box) => box.left)) - 8, y = Math.min(...boxes.map((box) => box.top)) - 8;
+                const right = Math.max(...boxes.map((box) => box.right)), low = Math.max(...boxes.map((box) => box.bottom));
+                return JSON.stringify({{x: x + scrollX, y: y + scrollY, width: right - x + 8,
+                    height: low - y + 8, scale: 1}}); }})()"""
             browser.screenshot(ROOT / "docs" / "images" / f"{name}.png", json.loads(browser.value(script)))
     return 0
 

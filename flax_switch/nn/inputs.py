@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Int
 
 from flax_switch.config import ConfigError, SwitchConfig, check
@@ -81,7 +82,7 @@ def as_mask(name: str, value: Any, shape: Sequence[int], of: str = "input_ids") 
 def check_alive(name: str, tree: Any, instead: str) -> None:
     """Raises `ConfigError` for arrays that a step took over, whose memory is its result's; `instead` says what to use."""
     first = next(iter(jax.tree.leaves(tree)), None)
-    used = isinstance(first, jax.Array) and not isinstance(first, jax.core.Tracer) and first.is_deleted()
+    used = isinstance(first, jax.Array) and not isinstance(first, Tracer) and first.is_deleted()
     check(not used, f"{name} were used up by a train step, which writes its result in their place; {instead}.")
 
 

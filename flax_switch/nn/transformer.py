@@ -267,7 +267,8 @@ class SwitchTransformer(SwitchEncoder):
         if encoder_output is None:
             encoder_output = self.encode(input_ids, attention_mask, inputs_embeds=inputs_embeds, segment_ids=segment_ids, **options)
         sources = encoder_output.last_hidden_state.shape[0]
-        targets = np.shape(decoder_input_ids if decoder_inputs_embeds is None else decoder_inputs_embeds)[:1]
+        fed: Any = decoder_input_ids if decoder_inputs_embeds is None else decoder_inputs_embeds
+        targets = np.shape(fed)[:1]
         check(
             targets in ((), (sources,)),
             f"The encoder has {sources} rows and the decoder {targets and targets[0]}: a row of inputs needs one of labels "
@@ -321,10 +322,9 @@ def _as_array(x: AnyArray | None) -> Array | None:
 
 
 def _check_mask(name: str, mask: Array | None, x: Float[Array, "B L D"]) -> None:
-    check(
-        mask is None or mask.shape == x.shape[:2],
-        f"{name} must have the shape of the ids, {list(x.shape[:2])}; it is {list(np.shape(mask))}.",
-    )
+    if mask is not None:
+        wanted, found = list(x.shape[:2]), list(mask.shape)
+        check(found == wanted, f"{name} must have the shape of the ids, {wanted}; it is {found}.")
 
 
 def _as_mask(x: AnyArray | None) -> Array | None:

@@ -8,7 +8,7 @@ from typing import Any
 from flax_switch.config import check
 from flax_switch.pages.page import PALETTE
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "axes.edgecolor": "#5b6676", "axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True, "axes.labelcolor": "#5b6676",
     "axes.prop_cycle": f"cycler(color={list(PALETTE)})", "axes.spines.right": False, "axes.spines.top": False,
     "axes.titlesize": 10, "axes.titleweight": "semibold", "font.size": 9, "grid.color": "#e2e6ec", "image.cmap": "cividis",

@@ -151,8 +151,9 @@ class World:
             (folder / name).symlink_to(ROOT / name)
         calls = commands_of(text)
         written = set().union(*(outputs(argv) for argv in calls))
-        for path in sorted({"text.txt", *re.findall(r"[\w.*/-]+", text), *map(_source, calls)} - written):
-            self._provide_path(folder, path)
+        for path in sorted({"text.txt", *re.findall(r"[\w.*/-]+", text), *map(_source, calls)}):
+            if not any(path == made or path.startswith(f"{made}/") for made in written):
+                self._provide_path(folder, path)
 
     def _provide_path(self, folder: Path, path: str) -> None:
         parts = path.split("/")

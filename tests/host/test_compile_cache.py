@@ -181,9 +181,9 @@ def test_a_run_that_is_resumed_with_programs_from_the_cache_has_the_same_bits(tm
     train("whole", 4, "--no-compile-cache")
     assert not (tmp_path / "xla").exists()
     train("resumed", 2)
-    steps = {file: file.read_bytes() for file in (tmp_path / "xla").glob("jit_step-*")}
+    steps = {file: file.read_bytes() for file in (tmp_path / "xla").glob("jit_train_step-*")}
     train("resumed", 4)
-    assert steps == {file: file.read_bytes() for file in (tmp_path / "xla").glob("jit_step-*")} != {}  # read, not made again
+    assert steps == {file: file.read_bytes() for file in (tmp_path / "xla").glob("jit_train_step-*")} != {}  # read, not made again
 
     def losses(name):
         lines = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())

@@ -106,8 +106,8 @@ def _room(mixture: Mixture, lengths: np.ndarray) -> Lengths:
 
 
 def _make(mixture: Mixture, tokens: np.ndarray, lengths: np.ndarray, keys: np.ndarray, limits: Lengths) -> Examples:
-    words = dict(word_starts=mixture.word_starts, words=mixture.config.infilling_words)
-    return infill(tokens, lengths, keys, **settings_of(mixture), **words)
+    words = mixture.config.infilling_words
+    return infill(tokens, lengths, keys, **settings_of(mixture), word_starts=mixture.word_starts, words=words)
 
 
 OBJECTIVE = Objective(

@@ -12,6 +12,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 LINK = re.compile(r"\]\(((?:\.\./)+[\w./-]+)\)")
 FOLDER = "source"
+PICTURES = (".png", ".svg")
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
@@ -27,9 +28,10 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
             return match[0]
         if target.is_dir():
             return f"]({up}reference.md)"
-        name = f"{FOLDER}/{target.relative_to(ROOT).as_posix()}.txt"  # which a browser shows
+        picture = target.suffix in PICTURES
+        name = f"{FOLDER}/{target.relative_to(ROOT).as_posix()}{'' if picture else '.txt'}"  # which a browser shows
         if files.get_file_from_path(name) is None:
-            files.append(File.generated(config, name, content=target.read_text(encoding="utf-8")))
+            files.append(File.generated(config, name, content=target.read_bytes()))
         return f"]({up}{name})"
 
     return LINK.sub(replaced, markdown)

@@ -1,7 +1,7 @@
 """A small Switch Transformer on the embedded corpus, for one machine: what the quickstart trains.
 
-Ten examples of seventeen are infilling (the whole text comes back, its gaps filled in), the others span corruption (the gaps
-alone). Heads of cross-attention that begin by finding like tokens, and the optimiser Muon, make it use its inputs within a few
+Six of ten examples are infilling (the whole text comes back, its gaps filled in), the others span corruption (the gaps alone).
+Some attention heads begin by finding equal tokens in the inputs; with the optimiser Muon that makes it use its inputs within a few
 hundred steps. docs/pretraining.md has the runs and what mattered.
 
 Command:   flax-switch pretrain --config configs/tiny.py --workdir runs/tiny

@@ -94,7 +94,7 @@ def render(found: dict[str, Any]) -> str:
     lines = ["Versions", f"  Python {found['python']}", *(f"  {name} {version}" for name, version in found["versions"].items())]
     lines += ["Devices", f"  {len(devices)} x {devices[0]['kind']}{each}", f"  host: {found['host']}"]
     lines += [f"  memory: {found['memory'] / 2**30:.1f} GiB"] if found["memory"] else []
-    lines += ["Kernels: the experts' products by every program for them, their error against numpy"]
+    lines += ["Kernels: how far the experts' matrix products are from numpy's, relative"]
     for check in found["kernels"]:
         verdict = "fine" if check["fine"] else f"WRONG for expert {check['expert']}: more than {check['tolerance']:.0e}"
         name = f"{check['implementation']}, {check['dtype']}, {check['product']}"

@@ -80,7 +80,7 @@ def dry_run(config: RunConfig, prepared: Any) -> int:
     check_batch_size(config.data.batch_size, mesh)
     run = build_run(config, mesh)
     size = count_parameters(config.model)
-    print(f"\nModel: {shorten(size.total)} parameters, {shorten(size.active)} active per token")
+    print(f"\nModel: {shorten(size.total)} parameters, {shorten(size.active)} of them used for a token")
     leaves = jax.tree_util.tree_leaves_with_path(run.abstract_state.params)
     paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
     for path, (_, leaf) in zip(paths, leaves, strict=True):
@@ -91,15 +91,17 @@ def dry_run(config: RunConfig, prepared: Any) -> int:
     for name, struct in batch.items():
         print(f"  {name:24} {list(struct.shape)}")
     memory = train_memory(run, batch)
-    print("\nMemory of a device in a step, by shapes and shardings (activations: before the compiler's fusions):")
+    print("\nMemory that each device needs in a step, reckoned from shapes (of activations the most that it can be):")
     for name in ("parameters", "optimizer", "gradients", "activations", "batch", "total"):
         print(f"  {name:14} {getattr(memory, name) / 2**20:12,.1f} MiB")
     data = config.data
     flops = train_flops(config.model, data.batch_size, data.inputs_length, data.targets_length)
-    print(f"\nA step: {flops:.3g} FLOPs of the model. The run: {config.train.steps:,} steps.\n\nThe first batch begins with:")
+    print(
+        f"\nA step: {flops:.3g} floating-point operations. The run: {config.train.steps:,} steps.\n\nThe first batch begins with:"
+    )
     for line in first_batch(prepared):
         console.print(line)
-    print("\nDry run: nothing was trained, and nothing written.")
+    print("\nDry run: nothing was trained, and nothing is kept.")
     return 0
 
 

@@ -55,7 +55,7 @@ def _row(name: str) -> dict[str, Any]:
 def _shown(row: dict[str, Any]) -> str:
     size = "the checkpoint's parameters"
     if row["parameters"]:
-        size = f"{shorten(row['parameters'])} parameters, {shorten(row['active_parameters'])} active"
+        size = f"{shorten(row['parameters'])} parameters, {shorten(row['active_parameters'])} per token"
     hardware = re.split(r"(?<=\.)\s", row["hardware"])[0]
     wrapped = (_filled(line, "    ", "    ") for line in (row["purpose"], f"Hardware: {hardware}"))
     return "\n".join((f"{row['name']:34} {row['command']:9} {size}", *wrapped))

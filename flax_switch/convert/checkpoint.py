@@ -259,8 +259,11 @@ def export_config(checkpoint: Checkpoint) -> tuple[dict[str, Any], str]:
     """
     config, differing = config_huggingface.with_huggingface_semantics(checkpoint.config)
     if differing:
-        listed = "\n".join(f"  {name} is {after!r} there, {before!r} here" for name, (before, after) in differing.items())
-        log.info("transformers has no choice in some settings, so that its results may differ a little:\n%s", listed)
+        listed = "\n".join(f"  {name}: {before!r} here, {after!r} in transformers" for name, (before, after) in differing.items())
+        log.info(
+            "transformers cannot be set to some of the model's settings; results may differ a little. Here and there are:\n%s",
+            listed,
+        )
     values = config.to_huggingface()
     values["architectures"] = [huggingface.class_name(values["model_type"], checkpoint.architecture)]
     came_with = checkpoint.huggingface

@@ -226,12 +226,11 @@ def summary(description: dict[str, Any]) -> str:
     for kind, name in (("train", "training"), ("validation", "validation")):
         if kind in description:
             numbers = description[kind]
-            parts.append(
-                f"{numbers['examples']:,} {name} examples (cut: {100 * numbers['truncated_inputs']:.1f} % of inputs, "
-                f"{100 * numbers['truncated_targets']:.1f} % of targets)"
-            )
+            shares = (100 * numbers[f"truncated_{what}"] for what in ("inputs", "targets"))
+            shortened = "too long and shortened: {:.1f} % of inputs, {:.1f} % of targets".format(*shares)
+            parts.append(f"{numbers['examples']:,} {name} examples ({shortened})")
     lengths = f"{description['inputs_length']} and {description['targets_length']}"
-    return f"{description['task']}: {'; '.join(parts)}; at most {lengths} tokens."
+    return f"{description['task']}: {'; '.join(parts)}; inputs and targets of at most {lengths} tokens."
 
 
 def spread(examples: Sequence[Any], count: int | None) -> list[int]:

@@ -102,8 +102,9 @@ def perplexity(nats: float) -> float:
 def describe(evaluation: dict[str, Any]) -> str:
     """Returns an evaluation of pre-training as a sentence."""
     text, alone, better = (evaluation[name] for name in ("text_cross_entropy", "unigram_entropy", "nats_below_unigram"))
+    guessed = f"{abs(better):.3f} {'better' if better >= 0 else 'worse'} than guessing by how frequent tokens are ({alone:.3f})"
     return (
         f"held-out cross-entropy {evaluation['cross_entropy']:.3f} nats/token (perplexity {evaluation['perplexity']:.2f}, "
-        f"{100 * evaluation['accuracy']:.1f} % of tokens right); over text alone {text:.3f}, where guessing by how frequent tokens "
-        f"are has {alone:.3f}: {abs(better):.3f} {'better' if better >= 0 else 'worse'}.\n{describe_probe(evaluation)}"
+        f"{100 * evaluation['accuracy']:.1f} % of tokens right). Without special tokens it is {text:.3f}, {guessed}.\n"
+        f"{describe_probe(evaluation)}"
     ).rstrip()

@@ -137,7 +137,7 @@ def describe(probed: dict[str, float]) -> str:
         return ""
     listed = ", ".join(f"{name.replace('_', ' ')} {gain:.2f}" for name, gain in gains.items())
     return (
-        f"The inputs' worth, in nats/token that another text's inputs cost: {listed}. In masked text "
-        f"{100 * probed['masked_accuracy']:.1f} % of tokens are right (always the most frequent one: "
-        f"{100 * probed['masked_accuracy_of_most_frequent']:.1f} %) and {100 * probed['masked_spans_exact']:.1f} % of whole spans."
+        f"Does it read its inputs? With another text's in their place it loses so many nats/token: {listed}; 0 is not at all. "
+        f"In masked text {100 * probed['masked_accuracy']:.1f} % of tokens are right (always the most frequent one: "
+        f"{100 * probed['masked_accuracy_of_most_frequent']:.1f} %) and {100 * probed['masked_spans_exact']:.1f} % of whole gaps."
     )

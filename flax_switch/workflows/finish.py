@@ -35,7 +35,7 @@ def finish(result: RunResult, workdir: epath.PathLike) -> None:
     samples = fill_spans(result, result.run.config.train.sample_spans) if jax.process_count() == 1 else []
     write_text(workdir / SAMPLES_FILE, json.dumps(samples, indent=2) + "\n")
     if samples:
-        console.print("\nHeld-out text with masked spans filled in, [model's -> text's]:")
+        console.print("\nHeld-out text with its gaps filled in; in brackets what the model wrote -> what was there:")
     for sample in samples:
         shown = (p if isinstance(p, str) else f"[{p['model']} -> {p['text']}]" for p in sample["pieces"])
         console.print("  " + " ".join(shown))
@@ -49,7 +49,7 @@ def finish(result: RunResult, workdir: epath.PathLike) -> None:
         f"Checkpoints:         {workdir / 'checkpoints'}\n"
         f"Vocabulary:          {workdir / 'vocabulary'}\n\n"
         f"Next: train on with --config.train.steps=..., on your own text with --config.data.source=TEXT.txt and a new --workdir,\n"
-        f"compare with a dense model of equal FLOPs with --config t5_tiny, or generate:\n"
+        f"compare with a dense model of equal cost a token with --config t5_tiny, or generate:\n"
         f"  echo 'Returns True if the <extra_id_0> is empty.' | flax-switch generate --checkpoint {workdir}"
     )
     sys.stdout.flush()
@@ -178,7 +178,7 @@ def finish_finetuning(result: RunResult, workdir: epath.PathLike) -> None:
         f"Predictions:         {workdir / PREDICTIONS}\n"
         f"Model:               {model}\n\n"
         f"Next: evaluate it on other examples, generate with it, or export it:\n"
-        f"  flax-switch evaluate --checkpoint {quoted} --config.data.validation=test.jsonl\n"
+        f"  flax-switch evaluate --checkpoint {quoted} --config.data.validation=YOUR_TEST_FILE\n"
         f"  flax-switch generate --checkpoint {quoted} --input texts.txt --num-beams 4{prefix}\n"
         f"  flax-switch convert {quoted} exported --to huggingface"
     )

@@ -65,8 +65,8 @@ def test_an_export_says_which_behaviour_becomes_hugging_faces(tmp_path, capsys):
     assert main(arguments) == 0
     said = capsys.readouterr().err
     assert (
-        said.startswith("transformers has no choice in some settings")
-        and "  capacity_mode is 'fixed' there, 'factor' here\n" in said
+        said.startswith("transformers cannot be set to some")
+        and "  capacity_mode: 'factor' here, 'fixed' in transformers\n" in said
     )
     assert json.loads((tmp_path / "theirs" / "config.json").read_text())["expert_capacity"] == 9
 

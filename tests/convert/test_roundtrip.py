@@ -316,5 +316,5 @@ def test_a_saved_model_is_replaced_only_where_that_is_allowed(tmp_path):
     shutil.rmtree(folder)
     pretrained.save_pretrained(tmp_path / "ours")
     assert sorted(path.name for path in (tmp_path / "ours").iterdir()) == [
-        "config.json", "model.safetensors", "notes.txt",
+        "config.json", "generation_config.json", "model.safetensors", "notes.txt",
     ]  # fmt: skip

@@ -119,7 +119,7 @@ def test_what_is_too_long_is_cut_and_counted(tmp_path, vocabulary):
     prepared = prepare_tasks(data, vocabulary, say=said.append)
     (task,) = prepared.describe()
     assert task["train"] == {"examples": 4, "truncated_inputs": 0.25, "truncated_targets": 0.0}
-    assert "4 training examples (cut: 25.0 % of inputs, 0.0 % of targets)" in said[0]
+    assert "4 training examples (too long and shortened: 25.0 % of inputs, 0.0 % of targets)" in said[0]
     assert (prepared.tasks[0].train.input_lengths <= 24).all()
 
 

@@ -19,7 +19,7 @@ class KernelCheck(NamedTuple):
 
     implementation: str
     dtype: str
-    product: str  # "rows", "transposed rows" or "kernels' gradient"
+    product: str  # "forward", "gradient of inputs" or "gradient of kernels"
     error: float
     expert: int
 
@@ -42,9 +42,9 @@ def _check(name: str, dtype: str) -> list[KernelCheck]:
     multiply, sum_gradients = grouped.IMPLEMENTATIONS[name]
     groups = jnp.asarray(sizes, jnp.int32)
     found = {
-        "rows": jax.jit(lambda: multiply(x, kernel, groups, transpose=False))(),
-        "transposed rows": jax.jit(lambda: multiply(gradient, kernel, groups, transpose=True))(),
-        "kernels' gradient": jax.jit(lambda: sum_gradients(x, gradient, groups))(),
+        "forward": jax.jit(lambda: multiply(x, kernel, groups, transpose=False))(),
+        "gradient of inputs": jax.jit(lambda: multiply(gradient, kernel, groups, transpose=True))(),
+        "gradient of kernels": jax.jit(lambda: sum_gradients(x, gradient, groups))(),
     }
     wide = [np.asarray(array, np.float64) for array in (x, kernel, gradient)]
     ends = np.cumsum(sizes)
@@ -52,7 +52,7 @@ def _check(name: str, dtype: str) -> list[KernelCheck]:
     for product, result in found.items():
         wanted = [_exact(product, wide, slice(end - size, end), e) for e, (size, end) in enumerate(zip(sizes, ends, strict=True))]
         result = np.asarray(result, np.float64)
-        parts = list(result) if product == "kernels' gradient" else np.split(result, ends[:-1])
+        parts = list(result) if product == "gradient of kernels" else np.split(result, ends[:-1])
         errors = [_relative(part, want) for part, want in zip(parts, wanted, strict=True)]
         worst = int(np.argmax(errors))
         checks.append(KernelCheck(name, dtype, product, errors[worst], worst))
@@ -61,9 +61,9 @@ def _check(name: str, dtype: str) -> list[KernelCheck]:
 
 def _exact(product: str, operands: list[np.ndarray], rows: slice, expert: int) -> np.ndarray:
     x, kernel, gradient = operands
-    if product == "rows":
+    if product == "forward":
         return x[rows] @ kernel[expert]
-    return gradient[rows] @ kernel[expert].T if product == "transposed rows" else x[rows].T @ gradient[rows]
+    return gradient[rows] @ kernel[expert].T if product == "gradient of inputs" else x[rows].T @ gradient[rows]
 
 
 def _relative(found: Float[np.ndarray, "A B"], wanted: Float[np.ndarray, "A B"]) -> float:

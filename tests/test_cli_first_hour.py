@@ -338,8 +338,8 @@ def test_a_kernel_that_is_wrong_for_one_expert_is_found_by_its_name(monkeypatch,
     monkeypatch.setitem(checks.grouped.IMPLEMENTATIONS, "blocks", (wrong, gradient))
     assert cli.main(["doctor", "--no-compile-cache"]) == 1
     text = capsys.readouterr().out
-    assert re.search(r"blocks, float32, rows +1\.0e-02  WRONG for expert 3", text)
-    assert re.search(r"blocks, float32, kernels' gradient +[\d.e-]+  fine", text)
+    assert re.search(r"blocks, float32, forward +1\.0e-02  WRONG for expert 3", text)
+    assert re.search(r"blocks, float32, gradient of kernels +[\d.e-]+  fine", text)
 
 
 def test_completion_knows_commands_options_fields_and_recipes(capsys):

@@ -73,14 +73,15 @@ def generate(
         isinstance(model, SwitchTransformer) and model.head,
         f"generate needs a model with a decoder and a head; this is a {type(model).__name__} without one.",
     )
-    check_alive("The parameters", params, "take those of the state that it returned")
-    check("decoder" in params, f"params must be a model's parameters; these are {', '.join(params)}. Take what is inside 'params'.")
     settings = make_controls(controls, config)
     ids = np.asarray(as_ids("input_ids", input_ids, config))
     mask = check_mask(attention_mask, ids, settings)
     B = ids.shape[0]
     prefix = start_tokens(decoder_input_ids, B, settings, config)
     seeds = check_seeds(seed, B)
+    check_alive("The parameters", params, "take those of the state that it returned")
+    given = ", ".join(params) or "none"
+    check("decoder" in params, f"params must be a model's parameters; these are {given}. Take what is inside 'params'.")
     if config.scan_layers:
         params, config = unstack_layers(params, config), config.replace(scan_layers=False)
     inputs, where = (ids, mask, prefix, seeds), getattr(jax.tree.leaves(params)[0], "sharding", None)

@@ -43,7 +43,7 @@ def test_a_folder_remembers_its_prefix_and_a_runs_step_has_its_runs(model, tmp_p
     write_prefixes(tmp_path / "run", [PREFIX], SwitchConfig())
     assert read_prefixes(tmp_path / "run" / "checkpoints" / "200") == (PREFIX,)
     (tmp_path / "run" / "generation_config.json").write_text('{"prefix": 3}')
-    with pytest.raises(ConfigError, match="prefix must be a text, or a list of texts; it is 3"):
+    with pytest.raises(ConfigError, match="field 'prefix' must be text or an array or null; it is a whole number"):
         read_prefixes(tmp_path / "run")
 
 

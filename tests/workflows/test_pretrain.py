@@ -118,8 +118,8 @@ def test_an_evaluation_in_words_has_the_metrics_numbers(ran):
     e = result.evaluation
     assert re.findall(r"-?\d+\.\d+", sentence.split("\n")[0]) == [
         f"{e['cross_entropy']:.3f}", f"{math.exp(e['cross_entropy']):.2f}", f"{100 * e['accuracy']:.1f}",
-        f"{e['text_cross_entropy']:.3f}", f"{e['unigram_entropy']:.3f}",
-        f"{abs(e['unigram_entropy'] - e['text_cross_entropy']):.3f}",
+        f"{e['text_cross_entropy']:.3f}", f"{abs(e['unigram_entropy'] - e['text_cross_entropy']):.3f}",
+        f"{e['unigram_entropy']:.3f}",
     ]  # fmt: skip
     assert ("better" in sentence.split("\n")[0]) == (e["unigram_entropy"] > e["text_cross_entropy"])
     assert printed.count(sentence) == 2  # after its step, and at the end

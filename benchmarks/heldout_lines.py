@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shortest", type=int, default=12, help="tokens of a sentence")
     parser.add_argument("--longest", type=int, default=40)
-    parser.add_argument("--beams", type=int, default=1, help="1: greedy")
+    parser.add_argument("--beams", type=int, default=4, help="1: greedy")
     parser.add_argument("--output", type=Path, default=run_record.RESULTS / "heldout_lines.json")
     args = parser.parse_args()
     config, pretrained = read_config(args.run).data, flax_switch.load_pretrained(args.run)

@@ -6,9 +6,10 @@ hundred steps. docs/pretraining.md has the runs and what mattered.
 
 Command:   flax-switch pretrain --config configs/tiny.py --workdir runs/tiny
 Hardware:  2 CPU cores.
-Expect:    650 s of CPU time, so five and a half minutes of two quiet cores; 36 % of the masked tokens and 20 % of
-           whole gaps of held-out text are filled in right, 1.86 nats a token below what their frequencies alone give. Another
-           text's inputs cost 2.60 nats a token in infilling and 0.67 in span corruption: the model reads its inputs.
+Expect:    650 s of CPU time, so five and a half minutes of two quiet cores. On held-out text 40 % of the pieces of masked words
+           are right, 1.88 nats a piece better than guessing by how frequent they are (of whole gaps 1 %: seldom is the first
+           piece of a word found); another text's inputs cost 2.75 nats a piece in infilling and 0.53 in span corruption, so the
+           model reads its inputs. Of 20 sentences with a gap 18 come back with every word, with 4 beams all.
 """
 
 from flax_switch.config import DataConfig, ExperimentConfig, OptimizerConfig, TrainConfig
@@ -32,14 +33,16 @@ def get_config():
             ),
             data=DataConfig(
                 vocabulary_size=256,
-                inputs_length=63,
-                targets_length=77,
+                inputs_length=70,
+                targets_length=72,
                 batch_size=32,
                 packing=True,  # documents by themselves, short ones too: what a line on the command line is like
-                span_corruption_rate=0.5,
+                span_corruption_rate=0.7,
                 mode_tokens=True,  # span corruption is asked for by its own token: a line with gaps gets the whole text
                 infilling_rate=1.0,
-                noise_density=0.3,
+                infilling_words=1.0,  # a gap stands for whole words, as people mean it; they make 12 % of masked pieces 29 %
+                noise_density=0.12,
+                mean_noise_span_length=2.0,
             ),
             optimizer=OptimizerConfig(name="muon", schedule="linear", learning_rate=0.05, warmup_steps=100, b2=0.98),
             train=TrainConfig(steps=1000, log_every=20, eval_every=250, eval_batches=40, checkpoint_every=250),

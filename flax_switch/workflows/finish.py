@@ -50,7 +50,7 @@ def finish(result: RunResult, workdir: epath.PathLike) -> None:
         f"Vocabulary:          {workdir / 'vocabulary'}\n\n"
         f"Next: train on with --config.train.steps=..., on your own text with --config.data.source=TEXT.txt and a new --workdir,\n"
         f"compare with a dense model of equal cost a token with --config t5_tiny, or generate:\n"
-        f"  echo 'Returns True if the <extra_id_0> is empty.' | flax-switch generate --checkpoint {workdir}"
+        f"  echo 'Returns True if the <extra_id_0> is empty.' | flax-switch generate --checkpoint {workdir} --num-beams 4"
     )
     sys.stdout.flush()
 

@@ -21,6 +21,7 @@ import ml_collections
 
 from flax_switch.config import ConfigError, check, one_line, shipped
 from flax_switch.config.kinds import RECIPES, Recipe, kind_of
+from flax_switch.config.ranges import shown
 from flax_switch.config.values import parse_assignment
 
 SECTIONS = ("model", "data", "optimizer", "mesh", "train", "distillation", "evaluation")  # the last is fine-tuning's
@@ -147,4 +148,7 @@ def _set(values: ml_collections.ConfigDict, key: str, value: Any) -> None:
     with values.ignore_type(), values.unlocked():
         # Whether the field exists and the value fits is for the dataclass to say.
         fields: Any = values[section]
-        fields[field] = value
+        try:
+            fields[field] = value
+        except OverflowError as error:  # an integer that ml_collections makes no float of
+            raise ConfigError(f"{key} must be a number that a float can hold; it is {shown(value)}.") from error

@@ -66,7 +66,9 @@ def test_overrides_and_bindings_agree():
         ("train.steps", "has no '='"),
         ("train.steps=soon", "must be int; it is 'soon'"),
         ("model.num_experts=2.5", "must be int"),
+        (f"optimizer.learning_rate=1{'0' * 400}", "optimizer.learning_rate must be a number that a float can hold"),
     ],
+    ids=lambda text: text[:30],
 )
 def test_bad_overrides_are_errors_that_say_what_was_meant(override, message):
     with pytest.raises(ConfigError, match=message):

@@ -114,5 +114,5 @@ def first_batch(prepared: Any) -> Iterator[str]:
         batches.close()
     decode = lambda ids: prepared.vocabulary.decode([int(i) for i in ids if i > 0], skip_special_tokens=False)  # noqa: E731
     for row in range(min(ROWS, len(batch["labels"]))):
-        yield f"  inputs:  {decode(batch['input_ids'][row])}"
+        yield f"  inputs:  {decode(batch['input_ids' if 'input_ids' in batch else 'decoder_input_ids'][row])}"
         yield f"  targets: {decode(batch['labels'][row])}"

@@ -32,8 +32,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _layers(config: SwitchConfig) -> str:
     """Writes '12+12 (6+6)': encoder and decoder, and how many of each are sparse."""
-    encoder, decoder = config.stacks
-    return f"{encoder.num_layers}+{decoder.num_layers} ({encoder.num_sparse}+{decoder.num_sparse})"
+    layers, sparse = ("+".join(str(getattr(s, name)) for s in config.stacks) for name in ("num_layers", "num_sparse"))
+    return f"{layers} ({sparse})"
 
 
 def _experts(config: SwitchConfig) -> str:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar
 from flax_switch.config import MeshConfig, OptimizerConfig, SwitchConfig, TrainConfig, check, one_of, reject_unknown_keys
 from flax_switch.config.base import _Section, _tuples, may_change
 from flax_switch.config.ranges import Count, Every, Natural, Positive, Range, Rate
-from flax_switch.config.run import BatchConfig, check_microbatches
+from flax_switch.config.run import BatchConfig, check_microbatches, joined_for
 
 # Metric -> the scores it gives, higher is better for all of them.
 METRICS: dict[str, tuple[str, ...]] = {
@@ -164,6 +164,7 @@ class FinetuneConfig(_Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "data", joined_for(self.model, self.data))
         check_microbatches(self.data, self.train)
         one_of("evaluation.best", self.best, (*self.scores, LOSS))
 
@@ -210,4 +211,5 @@ class FinetuneRecipe(_Section):
     def resolve(self, model: SwitchConfig, init: str = "") -> FinetuneConfig:
         """Returns the run's config, for a checkpoint whose config (with the changes made) is `model`."""
         sections = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "model"}
+        sections["data"] = self.data.replace(joined=model.decoder_only)
         return FinetuneConfig(model=model, init=init, **sections)

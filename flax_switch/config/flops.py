@@ -12,9 +12,11 @@ def forward_flops(config: SwitchConfig, batch: int, source: int, target: int) ->
 
     A product of [M, K] and [K, N] counts 2 M K N. Each token counts its N experts once: neither what capacity adds in empty
     slots, nor recomputation, nor what executors do to move tokens. Every position counts, padding too. Causal attention counts
-    whole squares, as it is computed.
+    whole squares, as it is computed. A decoder-only model reads a pair as one sequence.
     """
-    encoder = _stack_flops(config, config.encoder, source, source)
+    if config.decoder_only:
+        source, target = 0, source + target
+    encoder = 0 if config.decoder_only else _stack_flops(config, config.encoder, source, source)
     decoder = _stack_flops(config, config.decoder, target, source) + 2 * target * config.d_model * config.vocab_size
     return float(batch * (encoder + decoder))
 
@@ -28,9 +30,14 @@ def _stack_flops(config: SwitchConfig, stack: StackConfig, length: int, source: 
     """Returns the FLOPs of one sequence of `length` tokens; a decoder attends to `source` encoded ones, too."""
     D, HK = config.d_model, config.num_heads * config.d_kv
     kernels = 3 if config.is_gated else 2
-    attention = 2 * length * 4 * D * HK + 2 * length * 2 * length * HK
-    if stack.name == "decoder":
+    attention = 2 * length * 2 * D * (HK + config.key_heads * config.d_kv) + 2 * length * 2 * length * HK
+    if stack.attends_to_source:
         attention += 2 * (2 * length + 2 * source) * D * HK + 2 * length * 2 * source * HK
+    if config.layer_form == "fused":
+        routed = sum((HK + config.d_ff if name == "o_wo" else D) * config.num_experts for name in config.fused_sparse)
+        again = {"q_wi": D * (HK + (kernels - 1) * config.d_ff), "kv": 2 * D * config.d_kv, "o_wo": D * (HK + config.d_ff)}
+        routed += (config.num_selected_experts - 1) * sum(again[name] for name in config.fused_sparse)
+        return stack.num_layers * (attention + 2 * length * kernels * D * config.d_ff) + stack.num_sparse * 2 * length * routed
     dense = 2 * length * kernels * D * config.d_ff
     expert = 2 * length * kernels * D * config.expert_width
     sparse = 2 * length * D * config.num_experts + expert * (config.num_selected_experts + config.shared_expert)

@@ -16,6 +16,9 @@ LOSS_NORMALIZERS = ("real_target_tokens", "total_target_tokens", "average_per_se
 ROUTERS = ("tokens_choose", "experts_choose", "hash")  # see `ops.moe.block.ROUTERS`
 EXECUTORS = ("einsum", "gather", "ragged", "hit")  # see `ops.moe.executors`
 DTYPES = ("float32", "bfloat16", "float16")
+ARCHITECTURES = ("encoder_decoder", "decoder_only")
+LAYER_FORMS = ("sequential", "parallel", "fused")
+PROJECTIONS = ("q_wi", "kv", "o_wo")  # of a fused layer
 
 
 def sparse_layers(layout: str, num_layers: int, num_sparse: int) -> tuple[int, ...]:
@@ -53,6 +56,8 @@ class StackConfig:
     name: str  # "encoder" or "decoder"
     num_layers: int
     sparse_layers: tuple[int, ...]  # their indices
+    attends_to_source: bool = False  # whether its layers have cross-attention
+    projections: tuple[str, ...] = ()  # that a fused sparse layer has experts in, each with a router; else the MLP has them
 
     @property
     def causal(self) -> bool:
@@ -63,6 +68,11 @@ class StackConfig:
     def num_sparse(self) -> int:
         """How many layers are sparse."""
         return len(self.sparse_layers)
+
+    @property
+    def routers(self) -> tuple[str, ...]:
+        """What the routers are called in the order of a model's outputs: "decoder 1", or of fused layers "decoder 1 q_wi"."""
+        return tuple(f"{self.name} {i} {part}".rstrip() for i in self.sparse_layers for part in self.projections or ("",))
 
     @property
     def block_size(self) -> int | None:
@@ -90,6 +100,16 @@ class SwitchConfig(_Section):
     Letters in comments are the axes used throughout (see `flax_switch.ops`): V vocabulary, D model, H heads, K head, F MLP,
     E experts, N experts per token, S tokens per group, C capacity.
     """
+
+    # --- architecture
+    architecture: str = "encoder_decoder"  # or "decoder_only": the encoder's fields mean nothing, and there is no cross-attention
+    # Of a decoder-only model. "parallel": attention and MLP from one norm, their sum times 2**-0.5. "fused": the same, unscaled, in
+    # one projection of queries and MLP, one of a key and a value that all heads share, and one back
+    layer_form: str = "sequential"
+    fused_sparse: tuple[str, ...] = ("q_wi", "o_wo")  # which projections of a fused sparse layer have experts
+    positions: str = "relative"  # or "rotary" (2104.09864), of a decoder-only model
+    scale_attention_logits: bool = False  # the same: divide them by sqrt(d_kv), which otherwise the queries' initialisation does
+    bidirectional_inputs: bool = False  # the same: inputs (a prompt) see each other, only targets are causal
 
     # --- sizes
     vocab_size: Count = 32128  # V, sentinels and padding to a multiple of 128 included
@@ -173,6 +193,9 @@ class SwitchConfig(_Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        one_of("architecture", self.architecture, ARCHITECTURES)
+        one_of("layer_form", self.layer_form, LAYER_FORMS)
+        one_of("positions", self.positions, ("relative", "rotary"))
         one_of("sparse_layout", self.sparse_layout, LAYOUTS)
         one_of("router_type", self.router_type, ROUTERS)
         one_of("capacity_mode", self.capacity_mode, ("factor", "fixed", "dropless"))
@@ -204,6 +227,7 @@ class SwitchConfig(_Section):
             "separate_embeddings gives encoder and decoder tables of their own, so none is left to tie the head to; set "
             "tie_word_embeddings=False.",
         )
+        self._check_architecture()
         for stack in self.stacks:
             self._check_stack(stack)
         if self.is_sparse:
@@ -228,6 +252,49 @@ class SwitchConfig(_Section):
                 token < self.vocab_size,
                 f"extra_eos_token_ids holds {token}, which is outside the vocabulary of {self.vocab_size}.",
             )
+
+    def _check_architecture(self) -> None:
+        """Raises for fields that are another architecture's, or another form of layer's."""
+
+        def only(condition: bool, wanted: str, **neutral: Any) -> None:
+            for name, value in neutral.items():
+                found = getattr(self, name)
+                check(condition or found == value, f"{name}={found!r} is not for {wanted}; set {name}={value!r}.")
+
+        fused = self.layer_form == "fused"
+        only(
+            self.decoder_only, "architecture='encoder_decoder'",
+            layer_form="sequential", positions="relative", scale_attention_logits=False, bidirectional_inputs=False,
+        )  # fmt: skip
+        only(
+            not self.decoder_only, "architecture='decoder_only'",
+            separate_embeddings=False, copying_heads=0, batch_prioritized_routing=False,
+            router_loss_reduction="layers",
+        )  # fmt: skip
+        check(
+            not self.decoder_only or self.router_type != "experts_choose",
+            "router_type='experts_choose' is not for architecture='decoder_only', where a token's experts would depend on later "
+            "tokens; set router_type='tokens_choose'.",
+        )
+        only(
+            not fused, "layer_form='fused'",
+            extra_mlp=False, shared_expert=False, expert_d_ff=None, expert_dropout_rate=None, weights="float",
+        )  # fmt: skip
+        for name in self.fused_sparse:
+            one_of("fused_sparse", name, PROJECTIONS)
+        ordered = tuple(name for name in PROJECTIONS if name in self.fused_sparse)
+        check(
+            bool(ordered) and self.fused_sparse == ordered,
+            f"fused_sparse must name at least one of {', '.join(PROJECTIONS)}, in this order; it is {self.fused_sparse!r}.",
+        )
+        check(
+            not fused or self.d_ff % self.num_heads == 0,
+            f"layer_form='fused' gives each head a part of the MLP, so num_heads ({self.num_heads}) must divide d_ff ({self.d_ff}).",
+        )
+        check(
+            self.positions != "rotary" or self.d_kv % 2 == 0,
+            f"positions='rotary' turns pairs of features, so d_kv must be even; it is {self.d_kv}.",
+        )
 
     def _check_stack(self, stack: StackConfig) -> None:
         n, sparse = stack.num_layers, stack.sparse_layers
@@ -303,15 +370,41 @@ class SwitchConfig(_Section):
         return self._stack("decoder")
 
     @property
-    def stacks(self) -> tuple[StackConfig, StackConfig]:
-        """The encoder and the decoder."""
-        return self.encoder, self.decoder
+    def decoder_only(self) -> bool:
+        """Whether the decoder is all there is."""
+        return self.architecture == "decoder_only"
+
+    @property
+    def stacks(self) -> tuple[StackConfig, ...]:
+        """The encoder and the decoder, or the decoder alone."""
+        return (self.decoder,) if self.decoder_only else (self.encoder, self.decoder)
+
+    @property
+    def routers(self) -> tuple[str, ...]:
+        """What the routers of all stacks are called, in order."""
+        return tuple(name for stack in self.stacks for name in stack.routers)
+
+    @property
+    def embedding_path(self) -> str:
+        """Where the token embeddings are among the parameters: in T5X a decoder without an encoder has its own."""
+        return "decoder/token_embedder/embedding" if self.decoder_only else "token_embedder/embedding"
+
+    @property
+    def has_bias_tables(self) -> bool:
+        """Whether attention adds biases by relative position."""
+        return self.positions == "relative"
+
+    @property
+    def key_heads(self) -> int:
+        """Heads of keys and values: in fused layers one, which all queries share (1911.02150)."""
+        return 1 if self.layer_form == "fused" else self.num_heads
 
     def _stack(self, name: str) -> StackConfig:
         n, sparse = getattr(self, f"num_{name}_layers"), getattr(self, f"{name}_sparse_layers")
         if sparse is None:
             sparse = sparse_layers(self.sparse_layout, n, getattr(self, f"num_sparse_{name}_layers"))
-        return StackConfig(name, n, sparse)
+        crosses = name == "decoder" and not self.decoder_only
+        return StackConfig(name, n, sparse, crosses, self.fused_sparse if self.layer_form == "fused" else ())
 
     @property
     def learned_router(self) -> bool:

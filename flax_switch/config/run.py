@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, TypeVar
 
 from flax_switch.config.base import _Section, check, may_change, one_of
 from flax_switch.config.model import SwitchConfig
@@ -20,11 +20,21 @@ class BatchConfig(_Section):
     targets_length: Count = 128
     batch_size: Count = 128  # rows per step over all processes
     packing: bool = False  # put several short examples in a row, with segment ids
+    joined: bool = False  # inputs and targets as one sequence of both lengths together: set where model.architecture asks for it
     shuffle: bool = True
     seed: Seed = 0
     # processes that prepare batches; the order never depends on it
     num_workers: Annotated[int, Range(0, largest=1024, off="0 prepares them in this process.")] = may_change(0)
     prefetch: Count = may_change(8)  # batches held ready
+
+    def stack_lengths(self, model: SwitchConfig) -> dict[str, int]:
+        """Returns how many tokens of a row each stack of a model reads."""
+        if model.decoder_only:
+            return {"decoder": self.inputs_length + self.targets_length}
+        return {"encoder": self.inputs_length, "decoder": self.targets_length}
+
+
+_Data = TypeVar("_Data", bound=BatchConfig)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +54,7 @@ class DataConfig(BatchConfig):
     # share of its examples whose spans are widened to whole words, so that more is masked than noise_density says
     infilling_words: Annotated[float, Range(0, 1)] = 0.0
     ul2_rate: NotNegative = 0.0  # UL2's seven denoisers, each as often; with noise of their own
+    causal_lm_rate: NotNegative = 0.0  # the whole text as targets, without inputs: for a decoder alone
     # inputs of span corruption begin with the last sentinel, of prefix-LM with the one before, of UL2's with these or the next
     mode_tokens: bool = False
     noise_density: Share = 0.15
@@ -162,8 +173,23 @@ class ExperimentConfig(_Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "data", joined_for(self.model, self.data))
         check_microbatches(self.data, self.train)
         self.model.check_trainable()
+        check(
+            self.data.causal_lm_rate == 0 or self.data.joined,
+            "data.causal_lm_rate is for a decoder alone, as its examples have no inputs; set model.architecture='decoder_only', or "
+            "take data.prefix_lm_rate.",
+        )
+
+
+def joined_for(model: SwitchConfig, data: _Data) -> _Data:
+    """Returns settings of data with batches of the form that a model reads; raises where another form was asked for."""
+    check(
+        model.decoder_only or not data.joined,
+        "data.joined is for model.architecture='decoder_only', an encoder reads inputs by themselves; set data.joined=False.",
+    )
+    return data.replace(joined=True) if model.decoder_only and not data.joined else data
 
 
 def check_microbatches(data: BatchConfig, train: TrainConfig) -> None:

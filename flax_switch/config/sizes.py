@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from flax_switch.config import SwitchConfig
+from flax_switch.config import StackConfig, SwitchConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,14 +18,19 @@ class ParameterCount:
 def count_parameters(config: SwitchConfig) -> ParameterCount:
     """Counts the parameters of `SwitchTransformer(config)`; letters are the axes of `flax_switch.ops`."""
     vocabulary, d, experts = config.vocab_size, config.d_model, config.num_experts
-    attention = 4 * d * config.num_heads * config.d_kv
-    buckets = config.relative_attention_num_buckets * config.num_heads
+    attention = 2 * d * (config.num_heads + config.key_heads) * config.d_kv
+    buckets = config.relative_attention_num_buckets * config.num_heads * config.has_bias_tables
     expert = _mlp(config, config.d_ff if config.expert_d_ff is None else config.expert_d_ff)
     tables = 1 + (2 if config.separate_embeddings else 0) + (0 if config.tie_word_embeddings else 1)
     shared, routed = tables * vocabulary * d, 0
-    for stack, attentions in zip(config.stacks, (1, 2), strict=True):
-        layers, sparse = stack.num_layers, stack.num_sparse
-        norms = attentions + 1
+    for stack in config.stacks:
+        if config.layer_form == "fused":
+            rest, of_experts = _fused_layers(config, stack)
+            shared += rest + d + buckets * (stack.num_layers if config.relative_attention_per_layer else 1)
+            routed += of_experts
+            continue
+        layers, sparse, attentions = stack.num_layers, stack.num_sparse, 1 + stack.attends_to_source
+        norms = attentions + (config.layer_form == "sequential")
         shared += layers * (attentions * attention + norms * d) + d
         shared += buckets * (layers if config.relative_attention_per_layer else 1)
         shared += (layers - sparse) * _mlp(config, config.d_ff)
@@ -35,6 +40,18 @@ def count_parameters(config: SwitchConfig) -> ParameterCount:
         routed += sparse * experts * expert
     active = routed * config.num_selected_experts // experts if routed else 0
     return ParameterCount(shared + routed, shared + active)
+
+
+def _fused_layers(config: SwitchConfig, stack: StackConfig) -> tuple[int, int]:
+    """Returns the parameters of all fused layers but their experts', and those of the experts."""
+    d, heads, k, n = config.d_model, config.num_heads, config.d_kv, len(config.mlp_activations)
+    inner = heads * k + config.d_ff  # of the layer's two parts together
+    sizes = {"q_wi": d * (heads * k + n * config.d_ff), "kv": 2 * d * k, "o_wo": inner * d}
+    routed = sum(sizes[name] for name in config.fused_sparse)
+    features = sum(inner if name == "o_wo" else d for name in config.fused_sparse)
+    routers = features * config.learned_router + len(config.fused_sparse) * config.router_bias
+    dense = stack.num_layers * (sum(sizes.values()) + d) - stack.num_sparse * routed
+    return dense + stack.num_sparse * config.num_experts * routers, stack.num_sparse * config.num_experts * routed
 
 
 def _mlp(config: SwitchConfig, width: int) -> int:

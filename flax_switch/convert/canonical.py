@@ -21,17 +21,17 @@ def canonical_shapes(config: SwitchConfig, architecture: str = "full") -> dict[s
     embeddings has no head of its own, so "full" and "headless" hold the same tensors then.
     """
     V, D = config.vocab_size, config.d_model
-    shapes: dict[str, tuple[int, ...]] = {"token_embedder/embedding": (V, D)}
+    shapes: dict[str, tuple[int, ...]] = {config.embedding_path: (V, D)}
     for view in config.stacks[:1] if architecture == "encoder" else config.stacks:
         stack = view.name
         if config.separate_embeddings:
             shapes[f"{stack}/token_embedder/embedding"] = (V, D)
         table = (config.num_heads, config.relative_attention_num_buckets)
-        if not config.relative_attention_per_layer:
+        if config.has_bias_tables and not config.relative_attention_per_layer:
             shapes[f"{stack}/relpos_bias/rel_embedding"] = table
         for i in range(view.num_layers):
             layer = f"{stack}/layers_{i}"
-            if config.relative_attention_per_layer:
+            if config.has_bias_tables and config.relative_attention_per_layer:
                 shapes[f"{layer}/relpos_bias/rel_embedding"] = table
             for name, shape in layer_shapes(config, view, sparse=i in view.sparse_layers).items():
                 shapes[f"{layer}/{name}"] = shape
@@ -74,32 +74,57 @@ def layer_shapes(config: SwitchConfig, stack: StackConfig, *, sparse: bool) -> d
     """Returns the parameters of one layer, its relative position table apart."""
     D, HK, E = config.d_model, config.num_heads * config.d_kv, config.num_experts
     shapes: dict[str, tuple[int, ...]] = {}
-    if not stack.causal:
-        attentions = {"attention": "pre_attention_layer_norm"}
-    else:
-        attentions = {
-            "self_attention": "pre_self_attention_layer_norm",
-            "encoder_decoder_attention": "pre_cross_attention_layer_norm",
-        }
+    if config.layer_form == "fused":
+        return _fused(config, sparse)
+    attentions = {"attention": "pre_attention_layer_norm"}
+    if stack.causal:
+        attentions = {"self_attention": "pre_self_attention_layer_norm" if config.layer_form == "sequential" else "layer_norm"}
+    if stack.attends_to_source:
+        attentions["encoder_decoder_attention"] = "pre_cross_attention_layer_norm"
     for attention, norm in attentions.items():
         shapes[f"{norm}/scale"] = (D,)
         for name in ("query", "key", "value"):
             shapes[f"{attention}/{name}/kernel"] = (D, HK)
         shapes[f"{attention}/out/kernel"] = (HK, D)
-    shapes["pre_mlp_layer_norm/scale"] = (D,)
+    if config.layer_form == "sequential":
+        shapes["pre_mlp_layer_norm/scale"] = (D,)
     if not sparse:
         shapes |= _mlp(config, "mlp", config.d_ff)
         return shapes
-    if config.learned_router:
-        shapes["mlp/router/router_weights/w/kernel"] = (D, E)
-    if config.router_bias:
-        shapes["mlp/router/router_weights/w/bias"] = (E,)
+    shapes |= _router(config, "mlp", (D,))
     shapes |= {name: (E, *shape) for name, shape in _mlp(config, "mlp/expert", config.expert_width).items()}
     if config.shared_expert:
         shapes |= _mlp(config, "mlp/shared_expert", config.expert_width)
     if config.extra_mlp:
         shapes["pre_extra_mlp_layer_norm/scale"] = (D,)
         shapes |= _mlp(config, "extra_mlp", config.d_ff)
+    return shapes
+
+
+def _fused(config: SwitchConfig, sparse: bool) -> dict[str, tuple[int, ...]]:
+    """Returns the parameters of a fused layer; a projection's last axis, or its first two for o_wo, are attention's, then the MLP's."""
+    D, H, K, part = config.d_model, config.num_heads, config.d_kv, config.d_ff // config.num_heads
+    kernels = {
+        "q_wi": (D, H, K + len(config.mlp_activations) * part),
+        "kv": (D, 1, 2 * K),
+        "o_wo": (H, K + part, D),
+    }
+    shapes: dict[str, tuple[int, ...]] = {"layer_norm/scale": (D,)}
+    for name, shape in kernels.items():
+        if sparse and name in config.fused_sparse:
+            shapes |= _router(config, f"{name}_fused", shape[: 2 if name == "o_wo" else 1])
+            shapes[f"{name}_fused/expert/kernel"] = (config.num_experts, *shape)
+        else:
+            shapes[f"{name}_fused/kernel"] = shape
+    return shapes
+
+
+def _router(config: SwitchConfig, prefix: str, features: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    if config.learned_router:
+        shapes[f"{prefix}/router/router_weights/w/kernel"] = (*features, config.num_experts)
+    if config.router_bias:
+        shapes[f"{prefix}/router/router_weights/w/bias"] = (config.num_experts,)
     return shapes
 
 
@@ -115,7 +140,8 @@ KINDS = (  # what a parameter is of -> the paths; the first that matches
     ("relative positions", r".*relpos_bias/.*"),
     ("norms", r".*norm/.*"),
     ("routers", r".*/router/.*"),
-    ("experts", r".*/mlp/expert/.*"),
+    ("experts", r".*/expert/.*"),
+    ("fused projections", r".*_fused/.*"),
     ("dense MLPs", r".*"),
 )
 
@@ -132,7 +158,7 @@ def is_router(path: str) -> bool:
 
 def is_expert(path: str) -> bool:
     """Returns whether a path is a stack of experts."""
-    return "/mlp/expert/" in path
+    return "/expert/" in path
 
 
 def flatten(tree: dict, prefix: str = "") -> dict:

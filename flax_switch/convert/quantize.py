@@ -52,7 +52,7 @@ def quantized(config: SwitchConfig, tensors: Tensors) -> dict[str, LazyTensor]:
 
 def with_copied_head(config: SwitchConfig, tensors: Tensors) -> dict[str, LazyTensor]:
     """Adds the head that a quantised model with tied embeddings has in memory; files do not hold it."""
-    values, scale = _quantized(HEAD, transpose(tensors["token_embedder/embedding"]), config.head_weights)
+    values, scale = _quantized(HEAD, transpose(tensors[config.embedding_path]), config.head_weights)
     return {**tensors, HEAD: values, HEAD + SCALE: scale}
 
 

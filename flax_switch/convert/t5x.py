@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from flax_switch.config import SwitchConfig, check, sparse_layers
+from flax_switch.config.model import PROJECTIONS
 from flax_switch.convert.canonical import canonical_shapes
 from flax_switch.convert.doors import check_folder
 from flax_switch.convert.mapping import SAME_NAMES, to_canonical
@@ -143,16 +144,24 @@ def infer_config(tensors: Mapping[str, LazyTensor]) -> SwitchConfig:
     def shape(pattern: str) -> tuple[int, ...] | None:
         return next((shapes[path] for path in shapes if re.fullmatch(pattern, path)), None)
 
-    embedding, query = shape("token_embedder/embedding"), shape("encoder/layers_0/attention/query/kernel")
-    table = shape(r"encoder/(layers_0/)?relpos_bias/rel_embedding")
+    alone = "decoder/token_embedder/embedding" in shapes and "token_embedder/embedding" not in shapes
+    if alone and any("_fused/" in path for path in shapes):
+        return SwitchConfig(**infer_fused(tensors), **_layers(shapes, "decoder"))
+    first = "decoder/layers_0/self_attention" if alone else "encoder/layers_0/attention"
+    path = "decoder/token_embedder/embedding" if alone else "token_embedder/embedding"
+    embedding, query = shape(path), shape(f"{first}/query/kernel")
+    table = shape(r"(en|de)coder/(layers_0/)?relpos_bias/rel_embedding")
     experts = shape(r"\w+/layers_\d+/mlp/expert/wi(_0)?/kernel")
     width = shape(r"\w+/layers_\d+/(extra_)?mlp/wi(_0)?/kernel") or (experts or ())[1:]
     if embedding is None or query is None or table is None or not width:
         known = ", ".join(sorted(shapes)[:8])
-        raise CheckpointError(f"the checkpoint is no T5 or Switch Transformer encoder-decoder; its tensors begin with {known}")
+        raise CheckpointError(
+            "the checkpoint is no T5 or Switch Transformer encoder-decoder, nor a decoder of such layers with relative positions; "
+            f"its tensors begin with {known}"
+        )
     gated = any(path.endswith("/wi_0/kernel") for path in shapes)
     fields: dict[str, Any] = dict(
-        param_dtype=tensors["token_embedder/embedding"].dtype.name,
+        param_dtype=tensors[path].dtype.name,
         vocab_size=embedding[0],
         d_model=embedding[1],
         num_heads=table[0],
@@ -160,7 +169,7 @@ def infer_config(tensors: Mapping[str, LazyTensor]) -> SwitchConfig:
         d_ff=width[1],
         mlp_activations=("gelu_new", "linear") if gated else ("relu",),
         relative_attention_num_buckets=table[1],
-        relative_attention_per_layer="encoder/layers_0/relpos_bias/rel_embedding" in shapes,
+        relative_attention_per_layer=any(re.fullmatch(r"\w+/layers_0/relpos_bias/rel_embedding", path) for path in shapes),
         tie_word_embeddings="decoder/logits_dense/kernel" not in shapes,
         extra_mlp=any("/extra_mlp/" in path for path in shapes),
         shared_expert=any("/mlp/shared_expert/" in path for path in shapes),
@@ -169,13 +178,48 @@ def infer_config(tensors: Mapping[str, LazyTensor]) -> SwitchConfig:
     )
     if experts is not None:
         fields |= dict(num_experts=experts[0], expert_d_ff=None if experts[2] == fields["d_ff"] else experts[2])
-    for stack in ("encoder", "decoder"):
+    if alone:
+        parallel = "decoder/layers_0/layer_norm/scale" in shapes
+        fields |= dict(architecture="decoder_only", layer_form="parallel" if parallel else "sequential")
+    for stack in ("decoder",) if alone else ("encoder", "decoder"):
         fields |= _layers(shapes, stack)
     return SwitchConfig(**fields)
 
 
+def infer_fused(tensors: Mapping[str, LazyTensor]) -> dict[str, Any]:
+    """Returns what the shapes of fused layers tell; gated MLPs are taken for (swish, linear), others for relu.
+
+    Attention's logits are taken for scaled where positions are rotary, which shapes cannot tell either.
+    """
+    found = {path.removeprefix("decoder/"): tensor.shape for path, tensor in tensors.items()}
+    sparse = tuple(p for p in PROJECTIONS if any(f"/{p}_fused/expert/" in path for path in found))
+    kernels = {}
+    for name in PROJECTIONS:
+        pattern = rf"layers_\d+/{name}_fused/(expert/)?kernel"
+        path = next((path for path in found if re.fullmatch(pattern, path)), None)
+        if path is None or len(found[path]) != 3 + ("/expert/" in path):
+            raise CheckpointError(f"the checkpoint has fused layers, but no kernel decoder/layers_0/{name}_fused/kernel [., ., .]")
+        kernels[name] = found[path][-3:]
+    (V, D), (_, H, inputs), K = found["token_embedder/embedding"], kernels["q_wi"], kernels["kv"][2] // 2
+    part = kernels["o_wo"][1] - K
+    table = next((shape for path, shape in found.items() if path.endswith("relpos_bias/rel_embedding")), None)
+    experts = next((shape[0] for path, shape in found.items() if "/expert/" in path), None)
+    fields: dict[str, Any] = dict(
+        architecture="decoder_only", layer_form="fused", param_dtype=tensors["decoder/token_embedder/embedding"].dtype.name,
+        vocab_size=V, d_model=D, num_heads=H, d_kv=K, d_ff=H * part, positions="rotary" if table is None else "relative",
+        scale_attention_logits=table is None,
+        mlp_activations=("swish", "linear") if part and (inputs - K) // part == 2 else ("relu",),
+        tie_word_embeddings="logits_dense/kernel" not in found,
+        router_bias=any(path.endswith("/router_weights/w/bias") for path in found),
+    )  # fmt: skip
+    if table is not None:
+        fields["relative_attention_num_buckets"] = table[1]
+        fields["relative_attention_per_layer"] = "layers_0/relpos_bias/rel_embedding" in found
+    return fields if experts is None else {**fields, "num_experts": experts, "fused_sparse": sparse}
+
+
 def _layers(shapes: Mapping[str, tuple[int, ...]], stack: str) -> dict[str, Any]:
-    found = [re.match(rf"{stack}/layers_(\d+)/(mlp/expert/)?", path) for path in shapes]
+    found = [re.match(rf"{stack}/layers_(\d+)/((?:mlp|\w+_fused)/expert/)?", path) for path in shapes]
     layers = {int(match[1]) for match in found if match}
     sparse = tuple(sorted({int(match[1]) for match in found if match and match[2]}))
     n = len(layers)

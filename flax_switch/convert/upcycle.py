@@ -93,7 +93,7 @@ def upcycled(dense: Checkpoint, config: SwitchConfig, *, noise: float = 0.0, see
         if path in dense.tensors:
             tensors[path] = dense.tensors[path]
         elif is_expert(path):
-            copy = repeat(dense.tensors[path.replace("/mlp/expert/", "/mlp/")], config.num_experts)
+            copy = repeat(dense.tensors[path.replace("/expert/", "/")], config.num_experts)
             tensors[path] = with_noise(copy, noise, seed, path) if noise else copy
         elif is_router(path):
             tensors[path] = from_array(_router(path, shape, seed))

@@ -6,6 +6,11 @@
 and with packing
     input_segment_ids                               [B, inputs_length]   segments count from 1, 0 is padding
     decoder_segment_ids                             [B, targets_length]
+For a decoder alone inputs and targets are joined to sequences of L = inputs_length + targets_length tokens:
+    decoder_input_ids, decoder_attention_mask       [B, L]               the start token, inputs without their EOS, targets
+    labels                                          [B, L]               the next tokens that are targets; else -100
+    prefix_mask                                     [B, L]               1 at the start token and at inputs
+    decoder_segment_ids                             [B, L]               with packing
 """
 
 from __future__ import annotations
@@ -13,6 +18,7 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Bool, Integer
 
+from flax_switch.config import BatchConfig
 from flax_switch.data.examples import Examples, span_of_each
 
 IGNORED = -100
@@ -65,6 +71,43 @@ def pack_batch(
         "input_segment_ids": segment_ids,
         "decoder_segment_ids": decoder_segment_ids,
     }
+
+
+def join_batch(examples: Examples, rows: Integer[np.ndarray, " M"], batch_size: int, length: int, *, packed: bool = False) -> Batch:
+    """Lays out each example's inputs and targets as one sequence, in `rows[m]` (ascending) after those already there."""
+    inputs, targets = np.maximum(examples.input_lengths - 1, 0), examples.target_lengths  # inputs end with EOS
+    example, offset = span_of_each(inputs + targets)
+    of_inputs = offset < inputs[example]
+    joined = np.zeros((len(inputs), int((inputs + targets).max(initial=0))), np.int32)
+    joined[example[of_inputs], offset[of_inputs]] = examples.inputs[example[of_inputs], offset[of_inputs]]
+    example, offset, after = example[~of_inputs], offset[~of_inputs], (offset - inputs[example])[~of_inputs]
+    joined[example, offset] = examples.targets[example, after]
+    ids, segments = _lay_out(joined, inputs + targets, rows, (batch_size, length))
+    places = np.broadcast_to(np.arange(joined.shape[1]), joined.shape)
+    place, _ = _lay_out(places, inputs + targets, rows, (batch_size, length))
+    of_row, _ = _lay_out(np.broadcast_to(inputs[:, None], joined.shape), inputs + targets, rows, (batch_size, length))
+    real = segments > 0
+    decoder_input_ids = np.where(real & (place > 0), np.pad(ids, ((0, 0), (1, 0)))[:, :-1], 0)
+    batch = {
+        "decoder_input_ids": decoder_input_ids.astype(np.int32),
+        "labels": np.where(real & (place >= of_row), ids, np.int32(IGNORED)),
+        "decoder_attention_mask": real.astype(np.int32),
+        "prefix_mask": (real & (place <= of_row)).astype(np.int32),
+    }
+    return {**batch, "decoder_segment_ids": segments} if packed else batch
+
+
+def batch_lengths(config: BatchConfig) -> dict[str, int]:
+    """Returns the arrays of a batch, each with the length of its rows."""
+    if config.joined:
+        names = ("decoder_input_ids", "labels", "decoder_attention_mask", "prefix_mask")
+        names += ("decoder_segment_ids",) if config.packing else ()
+        return dict.fromkeys(names, config.inputs_length + config.targets_length)
+    lengths = dict.fromkeys(("input_ids", "attention_mask"), config.inputs_length)
+    lengths |= dict.fromkeys(("decoder_input_ids", "decoder_attention_mask", "labels"), config.targets_length)
+    if config.packing:
+        lengths |= {"input_segment_ids": config.inputs_length, "decoder_segment_ids": config.targets_length}
+    return lengths
 
 
 def _lay_out(values: np.ndarray, lengths: np.ndarray, rows: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from flax_switch.config import DataConfig
 from flax_switch.data import cache, corpus, sources
-from flax_switch.data.batches import Batch, pad_batch
+from flax_switch.data.batches import Batch, join_batch, pad_batch
 from flax_switch.data.objectives import Mixture
 from flax_switch.data.random_bits import example_keys
 from flax_switch.data.vocabulary import Vocabulary
@@ -30,7 +30,12 @@ def heldout_by_kind(config: DataConfig, vocabulary: Vocabulary, most_rows: int, 
             texts = tokens[: rows * mixture.raw_length].reshape(rows, mixture.raw_length)
             keys = example_keys(_SEED, np.zeros(rows, np.int64), np.arange(rows))
             examples = mixture(texts, np.full(rows, mixture.raw_length), keys)
-            batches[kind] = pad_batch(examples, config.inputs_length, config.targets_length)
+            length = config.inputs_length + config.targets_length
+            batches[kind] = (
+                join_batch(examples, np.arange(rows), rows, length)
+                if config.joined
+                else pad_batch(examples, config.inputs_length, config.targets_length)
+            )
     return batches
 
 

@@ -23,8 +23,8 @@ import numpy as np
 from absl import flags
 from jaxtyping import Integer
 
-from flax_switch.config import ConfigError, check
-from flax_switch.data.batches import IGNORED, Batch, describe_targets, pack_batch, pad_batch, pad_rows
+from flax_switch.config import BatchConfig, ConfigError, check
+from flax_switch.data.batches import IGNORED, Batch, describe_targets, join_batch, pack_batch, pad_batch, pad_rows
 from flax_switch.data.examples import Examples, span_of_each
 from flax_switch.data.packing import Plan
 from flax_switch.data.random_bits import example_keys
@@ -49,6 +49,12 @@ class BatchMaker:
     inputs_length: int
     targets_length: int
     plan: Plan | None = None
+    joined: bool = False  # inputs and targets as one sequence
+
+    @classmethod
+    def of(cls, source: Source, config: BatchConfig, plan: Plan | None = None) -> BatchMaker:
+        """Makes batches of the form that a config asks for."""
+        return cls(source, config.inputs_length, config.targets_length, plan, config.joined)
 
     @property
     def num_rows(self) -> int:
@@ -56,11 +62,17 @@ class BatchMaker:
 
     def __call__(self, rows: np.ndarray, epochs: np.ndarray) -> Batch:
         """Returns the batch of these rows in these epochs."""
+        length = self.inputs_length + self.targets_length
         if self.plan is None:
-            return pad_batch(self.source.examples(rows, epochs), self.inputs_length, self.targets_length)
+            examples = self.source.examples(rows, epochs)
+            if self.joined:
+                return join_batch(examples, np.arange(len(rows)), len(rows), length)
+            return pad_batch(examples, self.inputs_length, self.targets_length)
         first = self.plan.offsets[rows]
         place, offset = span_of_each(self.plan.offsets[rows + 1] - first)
         examples = self.source.examples(self.plan.order[first[place] + offset], epochs[place])
+        if self.joined:
+            return join_batch(examples, place, len(rows), length, packed=True)
         return pack_batch(examples, place, len(rows), self.inputs_length, self.targets_length)
 
 

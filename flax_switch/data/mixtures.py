@@ -16,8 +16,8 @@ from jaxtyping import Int64, Integer
 
 from flax_switch.config.finetuning import FinetuneDataConfig
 from flax_switch.data.loader import BatchMaker, TrainIterator
-from flax_switch.data.packing import Plan, plan_rows
-from flax_switch.data.pairs import Pairs
+from flax_switch.data.packing import Plan
+from flax_switch.data.pairs import Pairs, plan_pairs
 
 _LARGEST = 2**30  # of a sum of weights: products of a remainder and a weight stay within 63 bits
 
@@ -88,15 +88,14 @@ def mixture_iterator(
 
     With packing, examples of one task share a row; tasks whose rows hold more examples get as many fewer rows.
     """
-    lengths = (config.inputs_length, config.targets_length)
     sizes, plan = [pairs.num_examples for pairs in tasks], None
     if config.packing:
-        plans = [plan_rows(pairs.input_lengths, pairs.target_lengths, *lengths, seed=config.seed) for pairs in tasks]
+        plans = [plan_pairs(pairs, config) for pairs in tasks]
         sizes, plan = [p.num_rows for p in plans], _joined(plans)
     weights = integer_weights([r * Fraction(n, t.num_examples) for r, n, t in zip(rates, sizes, tasks, strict=True)])
     kind = f"{' packed' if config.packing else ''} {weights}"
     return TrainIterator(
-        BatchMaker(Pairs.joined(tasks), *lengths, plan=plan),
+        BatchMaker.of(Pairs.joined(tasks), config, plan),
         turns=Turns(tuple(sizes), weights),
         batch_size=config.batch_size,
         seed=config.seed,

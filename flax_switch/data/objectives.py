@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int8, Int32, Int64, Integer, UInt64
 
 from flax_switch.config import DataConfig, check
-from flax_switch.data import infilling, prefix_lm, span_corruption, ul2
+from flax_switch.data import causal_lm, infilling, prefix_lm, span_corruption, ul2
 from flax_switch.data.cache import TokenStore
 from flax_switch.data.examples import MODES, Examples, Lengths, Objective
 from flax_switch.data.random_bits import example_keys, fold_in, uniform
@@ -22,6 +22,7 @@ OBJECTIVES: dict[str, Objective] = {
     "prefix_lm": prefix_lm.OBJECTIVE,
     "infilling": infilling.OBJECTIVE,
     "ul2": ul2.OBJECTIVE,
+    "causal_lm": causal_lm.OBJECTIVE,
 }
 
 

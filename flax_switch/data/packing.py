@@ -29,11 +29,15 @@ def plan_rows(
     inputs_length: int,
     targets_length: int,
     seed: int = 0,
+    joined: bool = False,
 ) -> Plan:
     """Puts every example, in an order shuffled by `seed`, into the first open row that has room for it.
 
-    Raises `ConfigError` where an example is longer than a row.
+    joined: inputs and targets share the room of both, as one sequence. Raises `ConfigError` where an example is longer than a row.
     """
+    if joined:
+        input_lengths = target_lengths = input_lengths + target_lengths
+        inputs_length = targets_length = inputs_length + targets_length
     lengths = np.stack([input_lengths, target_lengths], axis=1).astype(np.int64)
     room = np.array([inputs_length, targets_length])
     check(

@@ -17,7 +17,7 @@ from flax_switch.config import BatchConfig, check
 from flax_switch.data.batches import Batch
 from flax_switch.data.examples import Examples
 from flax_switch.data.loader import BatchMaker, TrainIterator, finite_batches
-from flax_switch.data.packing import plan_rows
+from flax_switch.data.packing import Plan, plan_rows
 from flax_switch.data.vocabulary import Vocabulary
 
 
@@ -95,10 +95,8 @@ def pair_iterator(
     pairs: Pairs, config: BatchConfig, *, rows: Integer[np.ndarray, " rows"] | None = None, num_workers: int | None = None
 ) -> TrainIterator:
     """Returns endless batches of pairs, shuffled, resumable and shared out among processes as `Prepared.train_iterator`'s are."""
-    lengths = (config.inputs_length, config.targets_length)
-    plan = plan_rows(pairs.input_lengths, pairs.target_lengths, *lengths, seed=config.seed) if config.packing else None
     return TrainIterator(
-        BatchMaker(pairs, *lengths, plan=plan),
+        BatchMaker.of(pairs, config, plan_pairs(pairs, config) if config.packing else None),
         batch_size=config.batch_size,
         seed=config.seed,
         fingerprint=f"{pairs.fingerprint}{' packed' if config.packing else ''}",
@@ -109,12 +107,17 @@ def pair_iterator(
     )
 
 
+def plan_pairs(pairs: Pairs, config: BatchConfig) -> Plan:
+    """Returns which pairs share a row."""
+    lengths = (pairs.input_lengths, pairs.target_lengths, config.inputs_length, config.targets_length)
+    return plan_rows(*lengths, seed=config.seed, joined=config.joined)
+
+
 def pair_batches(
     pairs: Pairs, config: BatchConfig, count: int | None = None, *, rows: Integer[np.ndarray, " rows"] | None = None
 ) -> Iterator[Batch]:
     """Returns the first `count` (or all) batches of one pass in order, a pair a row; rows of padding fill up the last one."""
-    make = BatchMaker(pairs, config.inputs_length, config.targets_length)
-    return finite_batches(make, config.batch_size, count, seed=None, rows=rows)
+    return finite_batches(BatchMaker.of(pairs, config), config.batch_size, count, seed=None, rows=rows)
 
 
 def _ragged(

@@ -70,7 +70,7 @@ class Prepared:
     @property
     def fingerprint(self) -> str:
         """Changes with the tokens (so with corpus and vocabulary) and with the way examples are made of them."""
-        made = {**self.mixture.identity(), "packing": self.config.packing}
+        made = {**self.mixture.identity(), "packing": self.config.packing, **({"joined": True} if self.config.joined else {})}
         return hashlib.blake2b(f"{self.train.fingerprint} {json.dumps(made)}".encode(), digest_size=10).hexdigest()
 
     def describe(self) -> list[dict[str, Any]]:
@@ -138,12 +138,12 @@ class Prepared:
     def _maker(self, store: cache.TokenStore, seed: int, whole: bool) -> BatchMaker:
         from flax_switch.data.loader import BatchMaker
 
-        lengths = (self.config.inputs_length, self.config.targets_length)
         if not self.config.packing:
-            return BatchMaker(ConcatenatedText(store, self.mixture, seed, whole=whole), *lengths)
+            return BatchMaker.of(ConcatenatedText(store, self.mixture, seed, whole=whole), self.config)
         source = SeparateDocuments(store, self.mixture, seed)
-        plan = packing.plan_rows(source.input_lengths, source.target_lengths, *lengths, seed=seed)
-        return BatchMaker(source, *lengths, plan=plan)
+        lengths = (source.input_lengths, source.target_lengths, self.config.inputs_length, self.config.targets_length)
+        plan = packing.plan_rows(*lengths, seed=seed, joined=self.config.joined)
+        return BatchMaker.of(source, self.config, plan)
 
 
 def prepare(

@@ -84,8 +84,7 @@ class PreparedTasks:
         from flax_switch.data.loader import BatchMaker, finite_batches
 
         pairs = Pairs.joined([task.validation_pairs for task in self.tasks])
-        make = BatchMaker(pairs, self.config.inputs_length, self.config.targets_length)
-        return finite_batches(make, self.config.batch_size, count, seed=0, rows=rows)
+        return finite_batches(BatchMaker.of(pairs, self.config), self.config.batch_size, count, seed=0, rows=rows)
 
     @property
     def num_validation(self) -> int:

@@ -28,7 +28,7 @@ class GenerationOutput(Fields):
 
     Fields that are not None can be had by name and by position, too: `output["sequences"]`, `output[0]`.
 
-    sequences: ids, from the decoder's prefix on. Finished rows are filled up with pad, beams with EOS, as Hugging Face does.
+    sequences: ids, from the decoder's prefix on; of a decoder-only model from its inputs on, filled up on the left. Finished rows are filled up with pad, beams with EOS, as Hugging Face does.
     scores: of beams, their summed log-probabilities over the length penalty; else None.
     step_scores: with output_scores, the processed scores of each step: logits, or with beams the log-probabilities of the
       running beams (R is B * num_beams then, not all of which need be ancestors of what is returned).
@@ -58,7 +58,8 @@ def generate(
 
     Args:
       params: may lie on a mesh; then rows are split over its data and expert axes and the parameters stay where they are.
-      input_ids: the sources' ids [B, S], or one source's [S]: lists, or an array of any library.
+      input_ids: the sources' ids [B, S], or one source's [S]: lists, or an array of any library. A decoder-only model continues
+        them; its start token is put before a row unless the row begins with it.
       attention_mask: 1 at tokens, 0 at padding, on any side; None: 0 where there is the pad token.
       decoder_input_ids: a prefix for every row; the start token is put before it unless a row begins with it.
       seed: of sampling; one for all rows, or one for each source, whose samples then do not depend on its place in the batch.
@@ -75,9 +76,14 @@ def generate(
     )
     settings = make_controls(controls, config)
     ids = np.asarray(as_ids("input_ids", input_ids, config))
-    mask = check_mask(attention_mask, ids, settings)
     B = ids.shape[0]
-    prefix = start_tokens(decoder_input_ids, B, settings, config)
+    if config.decoder_only:
+        prefix, mask = prompts(attention_mask, ids, settings)
+        ids = prefix
+        check(decoder_input_ids is None, "decoder_input_ids: a decoder-only model continues input_ids; give all of the text there.")
+    else:
+        mask = check_mask(attention_mask, ids, settings)
+        prefix = start_tokens(decoder_input_ids, B, settings, config)
     seeds = check_seeds(seed, B)
     check_alive("The parameters", params, "take those of the state that it returned")
     given = ", ".join(params) or "none"
@@ -91,8 +97,9 @@ def generate(
         sharding = batch_sharding(mesh) if B % batch_ways(mesh) == 0 else replicated(mesh)
         inputs = tuple(jax.device_put(x, sharding) for x in inputs)
     variables = {"params": params}
-    if unstacked := unstacked_experts(params, config.decoder.sparse_layers, config.num_experts):
-        variables["unstacked"] = unstacked
+    if config.layer_form != "fused":
+        unstacked = unstacked_experts(params, config.decoder.sparse_layers, config.num_experts)
+        variables |= {} if unstacked is None else {"unstacked": unstacked}
     program, numbers = split_numbers(settings)
     output = jax.device_get(run_program(config, program, variables, *inputs, numbers, devices=devices))
     return GenerationOutput(
@@ -109,6 +116,20 @@ def check_mask(mask: Any, input_ids: Int[np.ndarray, "B S"], settings: Generatio
     empty = np.flatnonzero(~mask.any(1))
     check(empty.size == 0, f"input_ids: row {empty[0] if empty.size else 0} is padding only; a source needs at least one token.")
     return mask
+
+
+def prompts(
+    mask: Any, input_ids: Int[np.ndarray, "B S"], settings: GenerationConfig
+) -> tuple[Int[np.ndarray, "B P"], Bool[np.ndarray, "B P"]]:
+    """Returns the start token and the real tokens of each row behind padding, so that all end together, and a mask of them."""
+    real = input_ids != settings.pad_token_id if mask is None else np.asarray(as_mask("attention_mask", mask, input_ids.shape))
+    start = settings.decoder_start_token_id
+    ids = np.full((len(input_ids), input_ids.shape[1] + 1), settings.pad_token_id, np.int32)
+    found = np.zeros(ids.shape, bool)
+    for row, tokens in enumerate(input_ids[i][real[i]] for i in range(len(input_ids))):
+        tokens = tokens if len(tokens) and tokens[0] == start else np.concatenate([[start], tokens])
+        ids[row, -len(tokens) :], found[row, -len(tokens) :] = tokens, True
+    return ids, found
 
 
 def start_tokens(prefix: Any, batch: int, settings: GenerationConfig, config: SwitchConfig) -> Int[np.ndarray, "B P"]:

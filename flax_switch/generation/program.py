@@ -1,4 +1,7 @@
-"""The compiled program: the encoder once, a prefix in one pass, then a loop of single tokens until every row is finished."""
+"""The compiled program: the encoder once, a prefix in one pass, then a loop of single tokens until every row is finished.
+
+What a decoder-only model continues is such a prefix, its rows filled up on the left.
+"""
 
 import dataclasses
 import functools
@@ -68,13 +71,16 @@ def run_program(
 
     Args:
       controls, numbers: from `controls.split_numbers`.
+      input_ids, mask: the sources; of a decoder-only model the prefix once more, and where it is not filled up.
       variables: "params" and, where it is faster to read experts one by one, those of `few_rows.unstacked_experts`.
       devices: where the parameters lie.
     """
     B, P = prefix.shape
     max_length = P + controls.max_new_tokens
-    encoder = SwitchTransformer(encoder_config(config, controls.routing), devices=devices)
-    encoded = encoder.apply(variables, input_ids, mask, method="encode").last_hidden_state
+    encoded: Any = B
+    if not config.decoder_only:
+        encoder = SwitchTransformer(encoder_config(config, controls.routing), devices=devices)
+        encoded = encoder.apply(variables, input_ids, mask, method="encode").last_hidden_state
     config = decoder_config(config, controls.routing)
     model, variables = SwitchTransformer(config, devices=devices), in_compute_dtype(variables, config)
     beams, rows = controls.num_beams, B * controls.rows_per_source
@@ -97,6 +103,9 @@ def run_program(
     if P > 1:  # the whole prefix in one pass and, with a capacity, one chunk
         logits, before = decode(model, variables, prefix, mask, start_cache(model, variables, encoded, P))
         cache = cache.after(before)
+    if config.decoder_only:  # from here on the mask is of all places of each row
+        mask = jnp.pad(jnp.repeat(mask, rows // B, axis=0), ((0, 0), (0, max_length - P)), constant_values=True)
+    if P > 1:
         state = extended(state, jnp.repeat(logits, rows // B, axis=0))
 
     def body(carry):
@@ -124,7 +133,7 @@ def run_program(
 def start_cache(
     model: SwitchTransformer,
     variables: Mapping[str, Any],
-    encoded: Float[Array, "B S D"],
+    encoded: Float[Array, "B S D"] | int,
     max_length: int,
     rows_per_source: int = 1,
     beams: int = 1,
@@ -136,8 +145,19 @@ def start_cache(
 def decode(
     model: SwitchTransformer, variables: Mapping[str, Any], tokens: Int[Array, "R L"], mask: Bool[Array, "B S"], cache: DecoderCache
 ) -> tuple[Float[Array, "R V"], DecoderCache]:
-    """Returns logits (float32) after the last of some more tokens of each row, and the cache with them."""
-    output = model.apply(variables, tokens, None, mask, cache=cache, method="decode")
+    """Returns logits (float32) after the last of some more tokens of each row, and the cache with them.
+
+    mask: of the source; of a decoder-only model [R, T], of its own places. Several tokens at once are its inputs.
+    """
+    if model.config.decoder_only:
+        L = tokens.shape[1]
+        real = mask if L == mask.shape[1] else None
+        causal = L == 1 or not model.config.bidirectional_inputs
+        output = model.apply(
+            variables, tokens, None, None, mask, cache=cache, decoder_padding_mask=real, causal=causal, method="decode"
+        )  # fmt: skip
+    else:
+        output = model.apply(variables, tokens, None, mask, cache=cache, method="decode")
     return output.logits[:, -1], output.cache
 
 

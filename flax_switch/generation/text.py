@@ -87,7 +87,7 @@ def generate_lines(
     results: dict[int, dict[str, Any]] = {}
     sources: list[tuple[int, list[int]]] = []
     for i, line in enumerate(lines):
-        ids = [] if line.error else [*vocabulary.encode(prefixed(line.text, prefix)), config.eos_token_id]
+        ids = [] if line.error else source_ids(prefixed(line.text, prefix), vocabulary, config)
         error = line.error
         if len(ids) > max_source_length:
             error = f"its {len(ids)} tokens exceed max_source_length={max_source_length}"
@@ -134,11 +134,13 @@ def generate_batches(
     longest: int,
     seed: int = 0,
     draw_of: Callable[[int], int] = lambda number: number,
+    only_new: bool = False,
     **controls: Any,
 ) -> Iterator[tuple[list[int], Int[np.ndarray, "b n T"], Float[np.ndarray, "b n"] | None]]:
     """Yields (numbers, sequences, scores) of sources given as (number, ids), batch by batch, by length buckets up to `longest`.
 
-    `seed` and `draw_of` of its number decide what a source draws.
+    `seed` and `draw_of` of its number decide what a source draws. With `only_new` the inputs that a decoder-only model's sequences
+    begin with are left out.
     """
     check_seeds(seed, 1)
     buckets: dict[int, list[tuple[int, Sequence[int]]]] = {}
@@ -150,7 +152,8 @@ def generate_batches(
             filled = batch + batch[-1:] * (batch_size - len(batch))
             seeds = [_source_seed(seed, draw_of(number)) for number, _ in filled]
             output = generate(model, params, *_pad(filled, length), seed=seeds, **controls)
-            rows = np.asarray(output.sequences).reshape(batch_size, -1, output.sequences.shape[-1])
+            inputs = length + 1 if only_new and model.config.decoder_only else 0
+            rows = np.asarray(output.sequences).reshape(batch_size, -1, output.sequences.shape[-1])[..., inputs:]
             scores = None if output.scores is None else np.asarray(output.scores).reshape(batch_size, -1)[: len(batch)]
             yield [number for number, _ in batch], rows[: len(batch)], scores
 
@@ -174,8 +177,13 @@ def texts_of(sequences: Iterable[Sequence[int] | np.ndarray], vocabulary: Any, c
     return [vocabulary.decode(ids, skip_special_tokens=False) for ids in shown]
 
 
+def source_ids(text: str, vocabulary: Any, config: SwitchConfig) -> list[int]:
+    """Returns a text as ids, closed by EOS; not so for a decoder-only model, which continues it."""
+    return [*vocabulary.encode(text), *([] if config.decoder_only else [config.eos_token_id])]
+
+
 def encode_sources(texts: Sequence[str], vocabulary: Any, config: SwitchConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Returns ids, closed by EOS, and mask of texts, in rows of a length that many texts share, so that few programs compile."""
-    ids = [[*vocabulary.encode(text), config.eos_token_id] for text in texts]
-    longest = max(map(len, ids))
+    """Returns ids (see `source_ids`) and mask of texts, in rows of a length that many texts share, so that few programs compile."""
+    ids = [source_ids(text, vocabulary, config) for text in texts]
+    longest = max(1, *map(len, ids))
     return _pad(list(enumerate(ids)), bucket_of(longest, longest * 2))

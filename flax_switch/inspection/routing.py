@@ -77,11 +77,11 @@ def explore(pretrained: Pretrained, texts: Sequence[str], targets: Sequence[str]
     Routing is what the model's config says for evaluation, capacity included; each text is its own batch.
 
     Args:
-      texts: the encoder's inputs; EOS is added.
+      texts: the encoder's inputs; EOS is added. A decoder-only model reads them after its start token, and its answer behind.
       targets: what the decoder is fed, one for each text; by default the model's own greedy answer.
 
     Raises:
-      ConfigError: if the model has no sparse layer, or the checkpoint no vocabulary.
+      ConfigError: if the model has no sparse layer or several routers in one, or the checkpoint no vocabulary.
     """
     config, vocabulary = pretrained.config, pretrained.vocabulary
     check(config.is_sparse, "This model has no sparse layer, so there is no routing to look at.")
@@ -89,14 +89,15 @@ def explore(pretrained: Pretrained, texts: Sequence[str], targets: Sequence[str]
         raise ConfigError(
             "This checkpoint has no vocabulary to read the text with; put its SentencePiece model, spiece.model, into its folder."
         )
+    check(
+        config.layer_form != "fused",
+        "The sparse layers of this model are fused, with a router for each of their projections; shown are layers that have one.",
+    )
     check(len(texts) > 0, "There is no text to look at; give at least one.")
     check(targets is None or len(targets) == len(texts), "targets must be as many as texts.")
     explored = []
     for i, text in enumerate(texts):
-        ids = jnp.asarray([[*vocabulary.encode(text), vocabulary.eos_id]])
-        fed = [ids]
-        if pretrained.architecture != "encoder":
-            fed.append(_answer(pretrained, ids, None if targets is None else targets[i]))
+        fed = _fed(pretrained, text, None if targets is None else targets[i])
         routers = _routers(pretrained.model, pretrained.params, *fed)
         explored.append(
             [
@@ -112,12 +113,31 @@ def explore(pretrained: Pretrained, texts: Sequence[str], targets: Sequence[str]
 def _routers(
     model: SwitchEncoder, params: Mapping, ids: Int[Array, "1 S"], answer: Int[Array, "1 L"] | None = None
 ) -> dict[str, tuple[RouterOutput, ...]]:
-    """Returns what the routers of both stacks, or of an encoder alone, say."""
+    """Returns what the routers of both stacks, or of one alone, say; to a decoder alone `answer` tells what is text."""
+    if model.config.decoder_only:
+        assert isinstance(model, SwitchTransformer)
+        return {"decoder": model.apply({"params": params}, ids, prefix_mask=answer, output_router_logits=True).decoder_router}
     if answer is None:
         return {"encoder": model.apply({"params": params}, ids, output_router_logits=True).router}
     assert isinstance(model, SwitchTransformer)
     output = model.apply({"params": params}, ids, answer, output_router_logits=True)
     return {"encoder": output.encoder_router, "decoder": output.decoder_router}
+
+
+def _fed(pretrained: Pretrained, text: str, target: str | None) -> list[Int[Array, "1 L"]]:
+    """Returns what each stack reads; for a decoder alone whose inputs see each other also which of it they are."""
+    vocabulary = pretrained.vocabulary
+    assert vocabulary is not None  # `explore` has refused a checkpoint without one
+    if pretrained.config.decoder_only:
+        inputs = vocabulary.encode(text)
+        if target is None:
+            ids = jnp.asarray(pretrained.generate([inputs], max_new_tokens=ANSWER_LENGTH).sequences)
+        else:
+            ids = jnp.asarray([[pretrained.config.decoder_start_token_id, *inputs, *vocabulary.encode(target)]])
+        is_input = (jnp.arange(ids.shape[1]) <= len(inputs))[None].astype(jnp.int32)
+        return [ids, is_input] if pretrained.config.bidirectional_inputs else [ids]
+    ids = jnp.asarray([[*vocabulary.encode(text), vocabulary.eos_id]])
+    return [ids] if pretrained.architecture == "encoder" else [ids, _answer(pretrained, ids, target)]
 
 
 def _answer(pretrained: Pretrained, ids: Int[Array, "1 S"], target: str | None) -> Int[Array, "1 L"]:

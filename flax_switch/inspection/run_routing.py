@@ -62,6 +62,7 @@ def follow(run: str | Path) -> RunRouting:
     if not isinstance(config, ExperimentConfig):
         raise ConfigError(f"{run} is a run of {config.kind}; routing is followed through runs of pre-training. See inspect --text.")
     check(config.model.is_sparse, f"The model of {run} has no sparse layer, so there is no routing to look at.")
+    _check_one_router_a_layer(config.model)
     check(config.model.router_type != "experts_choose", "Experts choose in this model; measured is what tokens choose.")
     last = find_checkpoint(Path(run))
     if last is None:
@@ -75,17 +76,19 @@ def follow(run: str | Path) -> RunRouting:
         f"The held-out text of {run} is too little: no kind of document has {FEWEST_ROWS} examples. It takes a run on more text "
         "or with a larger data.heldout_fraction.",
     )
-    tokens = {
-        stack: _tokens(list(batches.values()), ids, mask)
-        for stack, ids, mask in (
-            ("encoder", "input_ids", "attention_mask"),
-            ("decoder", "decoder_input_ids", "decoder_attention_mask"),
-        )
-    }
+    tokens = {stack.name: _tokens(list(batches.values()), *_READ[stack.name]) for stack in config.model.stacks}
     occurring = np.unique(np.concatenate([found.ids for found in tokens.values()])).tolist()
     names = {i: vocabulary.decode([i], skip_special_tokens=False).strip() or "\u2581" for i in occurring}
     chosen = {step: _choices(last.parent / str(step), config.model, list(batches.values())) for step in steps}
     return RunRouting(config.model.num_experts, list(batches), tokens, names, chosen)
+
+
+def _check_one_router_a_layer(model: SwitchConfig) -> None:
+    check(
+        model.layer_form != "fused",
+        "The sparse layers of this model are fused, with a router for each of their projections; followed are layers that have one. "
+        "The run's report has every router's load.",
+    )
 
 
 def _tokens(batches: list[Batch], ids: str, mask: str) -> Tokens:
@@ -100,19 +103,26 @@ def _choices(step: Path, config: SwitchConfig, batches: list[Batch]) -> dict[Lay
     found: dict[Layer, list[np.ndarray]] = {layer: [] for layer in layers}
     assert isinstance(pretrained.model, SwitchTransformer)
     for batch in batches:
-        experts = _experts(pretrained.model, pretrained.params, *(batch[name] for name in _FED))
+        fed = {name: batch[name] for stack in config.stacks for name in _READ[stack.name]}
+        if config.bidirectional_inputs:
+            fed["prefix_mask"] = batch["prefix_mask"]
+        experts = _experts(pretrained.model, pretrained.params, fed)
         for layer, expert in zip(layers, experts, strict=True):
-            mask = batch["attention_mask" if layer[0] == "encoder" else "decoder_attention_mask"]
+            mask = batch[_READ[layer[0]][1]]
             found[layer].append(np.asarray(expert)[np.asarray(mask).astype(bool)])
     return {layer: np.concatenate(parts) for layer, parts in found.items()}
 
 
-_FED = ("input_ids", "decoder_input_ids", "attention_mask", "decoder_attention_mask")
+# What of a batch a stack reads: ids, and the mask of real ones.
+_READ = {
+    "encoder": ("input_ids", "attention_mask"),
+    "decoder": ("decoder_input_ids", "decoder_attention_mask"),
+}
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _experts(model: SwitchTransformer, params: Mapping, *fed: Int[Array, "B L"]) -> list[Int[Array, "B L N"]]:
-    output = model.apply({"params": params}, *fed)
+def _experts(model: SwitchTransformer, params: Mapping, fed: Mapping[str, Int[Array, "B L"]]) -> list[Int[Array, "B L N"]]:
+    output = model.apply({"params": params}, **fed)
     return [router.expert_index for router in (*output.encoder_router, *output.decoder_router)]
 
 

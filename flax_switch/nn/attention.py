@@ -1,13 +1,15 @@
 """Multi-head attention over keys and values given to it, and the relative position table."""
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from flax_switch.config import SwitchConfig
 from flax_switch.nn.cache import KeyValue, KeyValueCache, bias_table
 from flax_switch.nn.layers import Initializer, Linear, scaled_init
-from flax_switch.ops.attention import dot_product_attention, relative_position_bias
+from flax_switch.ops.attention import dot_product_attention, relative_position_bias, rotate
 from flax_switch.ops.kernels.attention import cached_attention
 
 
@@ -50,7 +52,7 @@ class Attention(nn.Module):
 
         joined = config.num_heads * config.d_kv
         # Logits are not scaled by 1/sqrt(K); the queries' initialisation is.
-        self.query = linear(joined, ("embed", "joined_kv"), factor=config.d_kv**-0.5)
+        self.query = linear(joined, ("embed", "joined_kv"), factor=query_factor(config))
         self.key = linear(joined, ("embed", "joined_kv"))
         self.value = linear(joined, ("embed", "joined_kv"))
         self.out = linear(config.d_model, ("joined_kv", "embed"))
@@ -58,9 +60,9 @@ class Attention(nn.Module):
     def _split(self, x: Float[Array, "B L HK"]) -> Float[Array, "B L H K"]:
         return x.reshape(*x.shape[:2], self.config.num_heads, self.config.d_kv)
 
-    def keys_values(self, x: Float[Array, "B T D"]) -> KeyValue:
-        """Projects `x` to keys and values."""
-        return KeyValue(self._split(self.key(x)), self._split(self.value(x)))
+    def keys_values(self, x: Float[Array, "B T D"], first: Int[Array, ""] | int = 0) -> KeyValue:
+        """Projects `x`, whose first token is at place `first`, to keys and values."""
+        return KeyValue(placed(self._split(self.key(x)), first, self.config), self._split(self.value(x)))
 
     def __call__(
         self,
@@ -70,31 +72,48 @@ class Attention(nn.Module):
         bias: Float[Array, "1 H Q T"] | None,
         mask: Bool[Array, "#G 1 #queries T"] | None,
         deterministic: bool,
+        first: Int[Array, ""] | int = 0,
     ) -> tuple[Float[Array, "B Q D"], Float[Array, "B H Q T"]]:
-        """Attends from `x` to given keys and values; returns outputs and attention probabilities.
+        """Attends from `x` to given keys and values; returns outputs and attention probabilities. See `attend`."""
+        query = placed(self._split(self.query(x)), first, self.config)
+        rng = (lambda: self.make_rng("dropout")) if not deterministic else None
+        output, probs = attend(query, keys_values, self.config, bias=bias, mask=mask, make_rng=rng)
+        return self.out(output.reshape(*output.shape[:2], -1)), probs
 
-        Where `x` has a multiple n of the keys' batch (beams of one source), the n rows are more queries of that source, whose
-        keys are not copied.
-        """
-        query = self._split(self.query(x))
-        batch, length = query.shape[:2]
-        if isinstance(keys_values, KeyValue) and keys_values.key.shape[0] != batch:
-            keys_values = KeyValueCache.of(keys_values)
-        if isinstance(keys_values, KeyValueCache):
-            if not deterministic:
-                raise ValueError("Decoding with a cache has no dropout; call it with deterministic=True.")
-            output, probs = cached_attention(query, keys_values.key, keys_values.value, bias=bias, mask=mask)
-            return self.out(output.reshape(batch, length, -1)), probs
-        rng = None
-        if not deterministic and self.config.dropout_rate > 0.0:
-            rng = self.make_rng("dropout")
-        output, probs = dot_product_attention(
-            query,
-            keys_values.key,
-            keys_values.value,
-            bias=bias,
-            mask=mask,
-            dropout_rate=self.config.dropout_rate,
-            dropout_rng=rng,
-        )
-        return self.out(output.reshape(batch, length, -1)), probs
+
+def query_factor(config: SwitchConfig) -> float:
+    """Returns the factor of the queries' initialisation: 1/sqrt(K) where logits are not scaled by it."""
+    return 1.0 if config.scale_attention_logits else config.d_kv**-0.5
+
+
+def placed(x: Float[Array, "B L H K"], first: Int[Array, ""] | int, config: SwitchConfig) -> Float[Array, "B L H K"]:
+    """Returns queries or keys of the tokens from place `first` on, turned where the config has rotary positions."""
+    return rotate(x, first) if config.positions == "rotary" else x
+
+
+def attend(
+    query: Float[Array, "B Q H K"],
+    keys_values: KeyValue | KeyValueCache,
+    config: SwitchConfig,
+    *,
+    bias: Float[Array, "1 H Q T"] | None,
+    mask: Bool[Array, "#G 1 #queries T"] | None,
+    make_rng: Callable[[], Array] | None,
+) -> tuple[Float[Array, "B Q H K"], Float[Array, "B H Q T"]]:
+    """Returns outputs and probabilities of attention; `make_rng` gives the generator of dropout, and is None in evaluation.
+
+    Where queries have a multiple n of the keys' batch (beams of one source), the n rows are more queries of that source, whose keys
+    are not copied.
+    """
+    if config.scale_attention_logits:
+        query = query * config.d_kv**-0.5
+    if isinstance(keys_values, KeyValue) and keys_values.key.shape[0] != query.shape[0]:
+        keys_values = KeyValueCache.of(keys_values)
+    if isinstance(keys_values, KeyValueCache):
+        if make_rng is not None:
+            raise ValueError("Decoding with a cache has no dropout; call it with deterministic=True.")
+        return cached_attention(query, keys_values.key, keys_values.value, bias=bias, mask=mask)
+    rate = config.dropout_rate
+    rng = None if make_rng is None or rate == 0.0 else make_rng()
+    key, value = keys_values.key, keys_values.value
+    return dot_product_attention(query, key, value, bias=bias, mask=mask, dropout_rate=rate, dropout_rng=rng)

@@ -69,7 +69,7 @@ class LayerCache:
     """What one decoder layer keeps: its own past, and the source's keys and values, which are computed once."""
 
     past: KeyValueCache  # [G, H, K, T * J]
-    source: KeyValueCache  # [B, H, K, S]; rows that share a source share them
+    source: KeyValueCache | None = None  # [B, H, K, S]; rows that share a source share them
 
 
 @flax.struct.dataclass
@@ -81,7 +81,7 @@ class DecoderCache:
     """
 
     layers: tuple[LayerCache, ...]
-    biases: tuple[Float[Array, "H relative"], ...]  # of `bias_table`: one for every layer, or one for all
+    biases: tuple[Float[Array, "H relative"], ...]  # of `bias_table`: one for every layer, or one for all; or none
     index: Int[Array, ""]  # places filled
     ancestors: Int[Array, "G J T"] | None = None
     beams: int = flax.struct.field(pytree_node=False, default=1)  # J
@@ -103,8 +103,10 @@ class DecoderCache:
         )
         return dataclasses.replace(self, layers=layers, index=prefix.index)
 
-    def bias(self, layer: int, length: int) -> Float[Array, "1 H length TJ"]:
-        """Returns the relative position biases of the next `length` tokens in a layer, for every column."""
+    def bias(self, layer: int, length: int) -> Float[Array, "1 H length TJ"] | None:
+        """Returns the relative position biases of the next `length` tokens in a layer, for every column; None without a table."""
+        if not self.biases:
+            return None
         table, T = self.biases[layer if len(self.biases) > 1 else 0], self.max_length
         if length == 1:
             bias = jax.lax.dynamic_slice_in_dim(table, T - 1 - self.index, T, axis=1)[:, None]
@@ -112,10 +114,14 @@ class DecoderCache:
             bias = table[:, T - 1 - self.index + jnp.arange(T)[None] - jnp.arange(length)[:, None]]
         return jnp.repeat(bias, self.beams, axis=2)[None]
 
-    def visible(self, mask: Bool[Array, "R T"] | None, length: int) -> Bool[Array, "#G 1 #queries TJ"]:
-        """Returns which of the columns that `mask` allows the next `length` tokens of a group's rows see, themselves included."""
+    def visible(self, mask: Bool[Array, "R T"] | None, length: int, *, causal: bool = True) -> Bool[Array, "#G 1 #queries TJ"]:
+        """Returns which of the columns that `mask` allows the next `length` tokens of a group's rows see, themselves included.
+
+        causal: False lets these tokens see each other, as those of a prompt may.
+        """
         T, J = self.max_length, self.beams
-        seen = jnp.arange(T)[None] <= self.index + jnp.arange(length)[:, None]  # [L, T]
+        last = jnp.arange(length)[:, None] if causal else length - 1
+        seen = jnp.broadcast_to(jnp.arange(T)[None] <= self.index + last, (length, T))
         seen = seen[None, None] if mask is None else seen & mask.reshape(-1, J, 1, T)  # [G, J, L, T]
         if self.ancestors is not None:
             seen = seen[..., None] & jax.nn.one_hot(self.ancestors, J, dtype=bool)[:, :, None]  # [G, J, L, T, J]
@@ -123,6 +129,6 @@ class DecoderCache:
 
 
 def bias_table(table: Float[Array, "H buckets"], max_length: int, max_distance: int) -> Float[Array, "H relative"]:
-    """Returns biases by distance: column T - 1 - d is for the key d places before the query; later keys, on the right, have 0."""
+    """Returns biases by distance: column T - 1 - d is for the key d places before the query; later keys are on the right."""
     bias = relative_position_bias(table, 1, max_length, bidirectional=False, max_distance=max_distance, query_offset=max_length - 1)
-    return jnp.pad(bias[0, :, 0], ((0, 0), (0, max_length)))
+    return jnp.pad(bias[0, :, 0], ((0, 0), (0, max_length)), mode="edge")  # a causal table puts later keys at distance 0

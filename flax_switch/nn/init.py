@@ -66,4 +66,4 @@ def logical_axes(model: SwitchEncoder) -> dict:
 def example_inputs(model: SwitchEncoder) -> tuple[Int[Array, "1 1"], ...]:
     """Returns the smallest inputs a model can be initialised with."""
     ids = jnp.zeros((1, 1), jnp.int32)
-    return (ids, ids) if isinstance(model, SwitchTransformer) else (ids,)
+    return (ids, ids) if isinstance(model, SwitchTransformer) and not model.config.decoder_only else (ids,)

@@ -1,6 +1,7 @@
 """One transformer layer: attention, in the decoder cross-attention, and a dense or sparse MLP, each with norm and residual."""
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
@@ -15,6 +16,7 @@ from flax_switch.nn.layers import MLP, Dropout, RMSNorm
 from flax_switch.nn.moe import SparseMLP
 from flax_switch.nn.outputs import LayerOutput
 from flax_switch.ops.moe.expert_parallel import EXCHANGED
+from flax_switch.ops.moe.routing import RouterOutput
 from flax_switch.parallel.placement import ONE_DEVICE, Placement
 
 
@@ -34,9 +36,20 @@ class LayerInputs:
     output_attentions: bool = flax.struct.field(pytree_node=False, default=False)
     devices: Placement = flax.struct.field(pytree_node=False, default=ONE_DEVICE)
 
+    @property
+    def routing(self) -> dict[str, Any]:
+        """What a sparse module is told."""
+        return dict(
+            padding_mask=self.padding_mask,
+            deterministic=self.deterministic,
+            token_ids=self.token_ids,
+            with_logits=self.output_router_logits,
+            devices=self.devices,
+        )
+
 
 class Layer(nn.Module):
-    """A layer of the encoder or decoder."""
+    """A layer of the encoder or decoder, or with layer_form="parallel" one whose attention and MLP share a norm."""
 
     config: SwitchConfig
     stack: StackConfig
@@ -44,17 +57,22 @@ class Layer(nn.Module):
 
     def setup(self) -> None:
         config = self.config
-        if not self.stack.causal:
-            self.pre_attention_layer_norm = RMSNorm(config)
-            self.attention = Attention(config)
-        else:
+        if config.layer_form == "parallel":
+            self.layer_norm = RMSNorm(config)
+            self.self_attention = Attention(config)
+        elif self.stack.causal:
             self.pre_self_attention_layer_norm = RMSNorm(config)
             self.self_attention = Attention(config)
+        else:
+            self.pre_attention_layer_norm = RMSNorm(config)
+            self.attention = Attention(config)
+        if self.stack.attends_to_source:
             self.pre_cross_attention_layer_norm = RMSNorm(config)
             self.encoder_decoder_attention = Attention(config)
-        if config.relative_attention_per_layer:
+        if config.has_bias_tables and config.relative_attention_per_layer:
             self.relpos_bias = RelativePositionBias(config, bidirectional=not self.stack.causal)
-        self.pre_mlp_layer_norm = RMSNorm(config)
+        if config.layer_form == "sequential":
+            self.pre_mlp_layer_norm = RMSNorm(config)
         self.mlp = SparseMLP(config, self.stack.causal) if self.sparse else MLP(config)
         if self.sparse and config.extra_mlp:
             self.pre_extra_mlp_layer_norm = RMSNorm(config)
@@ -70,49 +88,21 @@ class Layer(nn.Module):
     ) -> tuple[Float[Array, "B Q D"], LayerOutput]:
         """Runs the layer; with a cache, keys and values are appended to it at `inputs.cache_index`."""
         x = inputs.devices.keep_batch_split(x)
-        deterministic = inputs.deterministic
-        encoder = not self.stack.causal
-
-        y = self._normed(self.pre_attention_layer_norm if encoder else self.pre_self_attention_layer_norm, x, inputs)
-        attention = self.attention if encoder else self.self_attention
-        keys_values = attention.keys_values(y)
-        if cache is not None:
-            keys_values = cache.past.append(keys_values, inputs.cache_index)
-            cache = dataclasses.replace(cache, past=keys_values)
-        bias = inputs.bias
-        if cache is None and self.config.relative_attention_per_layer:
-            bias = self.relpos_bias(y.shape[1], y.shape[1])
-        y, probs = attention(y, keys_values, bias=bias, mask=inputs.mask, deterministic=deterministic)
-        x += self.dropout(y, deterministic=deterministic)
-
-        cross_probs = None
-        if not encoder:
-            y = self._normed(self.pre_cross_attention_layer_norm, x, inputs)
-            if cache is not None:
-                cross = cache.source
-            elif inputs.encoded is not None:
-                cross = self.cross_keys_values(inputs.encoded)
-            else:
-                raise ValueError("A decoder needs the encoder's output, or a cache that holds what is needed of it.")
-            y, cross_probs = self.encoder_decoder_attention(
-                y, cross, bias=None, mask=inputs.cross_mask, deterministic=deterministic
-            )
-            x += self.dropout(y, deterministic=deterministic)
-
-        y = self._normed(self.pre_mlp_layer_norm, x, inputs)
-        router = None
-        if isinstance(self.mlp, SparseMLP):
-            y, router = self.mlp(
-                y,
-                padding_mask=inputs.padding_mask,
-                deterministic=deterministic,
-                token_ids=inputs.token_ids,
-                with_logits=inputs.output_router_logits,
-                devices=inputs.devices,
-            )
+        deterministic, cross_probs = inputs.deterministic, None
+        if self.config.layer_form == "parallel":
+            normed = self.layer_norm(x)  # padding is not zeroed here, as it is not in flaxformer
+            y, probs, cache = self._attend_to_itself(normed, inputs, cache)
+            computed, routers = self._compute(normed, inputs)
+            x += self.dropout((y + computed) * 2**-0.5, deterministic=deterministic)
         else:
-            y = self.mlp(y, deterministic=deterministic)
-        x += self.dropout(y, deterministic=deterministic)
+            norm = self.pre_self_attention_layer_norm if self.stack.causal else self.pre_attention_layer_norm
+            y, probs, cache = self._attend_to_itself(self._normed(norm, x, inputs), inputs, cache)
+            x += self.dropout(y, deterministic=deterministic)
+            if self.stack.attends_to_source:
+                y, cross_probs = self._attend_to_source(x, inputs, cache)
+                x += self.dropout(y, deterministic=deterministic)
+            y, routers = self._compute(self._normed(self.pre_mlp_layer_norm, x, inputs), inputs)
+            x += self.dropout(y, deterministic=deterministic)
 
         if self.sparse and self.config.extra_mlp:
             y = self._normed(self.pre_extra_mlp_layer_norm, x, inputs)
@@ -120,7 +110,43 @@ class Layer(nn.Module):
 
         if not inputs.output_attentions:
             probs = cross_probs = None
-        return x, LayerOutput(router, probs, cross_probs, cache)
+        return x, LayerOutput(routers, probs, cross_probs, cache)
+
+    def _attend_to_itself(
+        self, y: Float[Array, "B Q D"], inputs: LayerInputs, cache: LayerCache | None
+    ) -> tuple[Float[Array, "B Q D"], Float[Array, "B H Q T"], LayerCache | None]:
+        attention = self.self_attention if self.stack.causal else self.attention
+        keys_values = attention.keys_values(y, inputs.cache_index)
+        if cache is not None:
+            keys_values = cache.past.append(keys_values, inputs.cache_index)
+            cache = dataclasses.replace(cache, past=keys_values)
+        bias = inputs.bias
+        if cache is None and self.config.has_bias_tables and self.config.relative_attention_per_layer:
+            bias = self.relpos_bias(y.shape[1], y.shape[1])
+        options = dict(bias=bias, mask=inputs.mask, deterministic=inputs.deterministic, first=inputs.cache_index)
+        y, probs = attention(y, keys_values, **options)
+        return y, probs, cache
+
+    def _attend_to_source(
+        self, x: Float[Array, "B Q D"], inputs: LayerInputs, cache: LayerCache | None
+    ) -> tuple[Float[Array, "B Q D"], Float[Array, "B H Q S"]]:
+        y = self._normed(self.pre_cross_attention_layer_norm, x, inputs)
+        source = None
+        if cache is not None:
+            source = cache.source
+        elif inputs.encoded is not None:
+            source = self.cross_keys_values(inputs.encoded)
+        if source is None:
+            raise ValueError("A decoder needs the encoder's output, or a cache that holds what is needed of it.")
+        options = dict(bias=None, mask=inputs.cross_mask, deterministic=inputs.deterministic)
+        return self.encoder_decoder_attention(y, source, **options)
+
+    def _compute(self, y: Float[Array, "B Q D"], inputs: LayerInputs) -> tuple[Float[Array, "B Q D"], tuple[RouterOutput, ...]]:
+        """Runs the MLP, dense or sparse."""
+        if not isinstance(self.mlp, SparseMLP):
+            return self.mlp(y, deterministic=inputs.deterministic), ()
+        y, router = self.mlp(y, **inputs.routing)
+        return y, (router,)
 
     def _normed(self, norm: RMSNorm, x: Float[Array, "B Q D"], inputs: LayerInputs) -> Float[Array, "B Q D"]:
         return zero_padding(norm(x), inputs.padding_mask, self.config)
@@ -138,6 +164,7 @@ class ScanBlock(nn.Module):
 
     config: SwitchConfig
     stack: StackConfig
+    layer: type[nn.Module]
 
     @nn.compact
     def __call__(
@@ -147,8 +174,8 @@ class ScanBlock(nn.Module):
         size = self.stack.block_size
         assert size is not None  # the config refuses to scan layers that do not repeat
         for j in range(size):
-            layer = Layer(self.config, self.stack, sparse=j in self.stack.sparse_layers, name=f"subblock_{j}")
-            x, output = layer(x, inputs)
+            layer: Any = self.layer
+            x, output = layer(self.config, self.stack, sparse=j in self.stack.sparse_layers, name=f"subblock_{j}")(x, inputs)
             outputs.append((output, x if with_hidden_states else None))
         return x, tuple(outputs)
 

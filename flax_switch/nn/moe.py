@@ -1,5 +1,8 @@
-"""The sparse MLP as a Flax module: it holds parameters; `flax_switch.ops.moe` computes."""
+"""Mixtures of experts as Flax modules: they hold parameters; `flax_switch.ops.moe` computes."""
 
+import dataclasses
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -68,17 +71,22 @@ class MLPKernels(nn.Module):
         return kernels
 
 
+Features = Mapping[str, int]  # logical axes of a token's features, with their sizes: {"embed": D}, {"heads": H, ...}
+
+
 class RouterWeights(nn.Module):
-    """The router's kernel [D, E] and, if the config asks for it, bias [E]."""
+    """The router's kernel [D, E], for tokens with several axes of features [*features, E], and, where asked for, bias [E]."""
 
     config: SwitchConfig
+    features: Features | None = None
 
     @nn.compact
     def __call__(self) -> tuple[Array, Array | None]:
         """Returns (kernel, bias or None)."""
-        config = self.config
-        shape, init = (config.d_model, config.num_experts), nn.initializers.normal(config.router_init_std)
-        kernel, bias = KernelParam(shape, ("embed", "unmodeled"), init, config.param_dtype, config.router_bias, name="w")()
+        config, features = self.config, self.features or {"embed": self.config.d_model}
+        shape, axes = (*features.values(), config.num_experts), (*features, "unmodeled")
+        init = nn.initializers.normal(config.router_init_std)
+        kernel, bias = KernelParam(shape, axes, init, config.param_dtype, config.router_bias, name="w")()
         assert not isinstance(kernel, Quantized)  # a router stays float in every model
         return kernel, bias
 
@@ -87,15 +95,16 @@ class Router(nn.Module):
     """A module that puts the router's parameters at the path that T5X checkpoints have: router/router_weights/w/kernel."""
 
     config: SwitchConfig
+    features: Features | None = None
 
     @nn.compact
     def __call__(self) -> tuple[Array, Array | None]:
         """Returns (kernel, bias or None)."""
-        return RouterWeights(self.config, name="router_weights")()
+        return RouterWeights(self.config, self.features, name="router_weights")()
 
 
-class SparseMLP(nn.Module):
-    """A mixture of experts in place of a dense MLP (2101.03961, section 2).
+class _Sparse(nn.Module):
+    """What experts need, whatever they compute: how to route, and their random streams.
 
     Random streams: "jitter" where router_jitter_noise, "dropout" where an expert's dropout rate is not 0; both only if not
     deterministic.
@@ -104,9 +113,9 @@ class SparseMLP(nn.Module):
     config: SwitchConfig
     causal: bool = False
 
-    @nn.compact
-    def __call__(
+    def _routed(
         self,
+        params: MoEParams,
         x: Float[Array, "B L D"],
         *,
         padding_mask: Bool[Array, "B L"] | None,
@@ -114,19 +123,15 @@ class SparseMLP(nn.Module):
         token_ids: Int[Array, "B L"] | None = None,
         with_logits: bool = False,
         devices: Placement = ONE_DEVICE,
-    ) -> tuple[Float[Array, "B L D"], RouterOutput]:
+    ) -> tuple[Float[Array, "B L D_out"], RouterOutput]:
         """Routes and computes; see `ops.moe.block.moe_block`.
 
         padding_mask: True for real tokens, or None. token_ids: for hash routing. with_logits: return the router's logits too.
         """
         config = self.config
-        router_kernel, router_bias = Router(config, name="router")() if config.learned_router else (None, None)
-        expert = MLPKernels(config, devices.own_experts(config.num_experts), name="expert")()
-        shared = MLPKernels(config, name="shared_expert")() if config.shared_expert else None
-        unstacked = self.get_variable("unstacked", "experts") if self.has_variable("unstacked", "experts") else None
         dropout_rate = config.dropout_rate if config.expert_dropout_rate is None else config.expert_dropout_rate
         return moe_block(
-            MoEParams(router_kernel, router_bias, expert, shared, unstacked),
+            params,
             x,
             config=config,
             padding_mask=padding_mask,
@@ -142,3 +147,45 @@ class SparseMLP(nn.Module):
 
     def _rng(self, stream: str, rate: float, deterministic: bool):
         return None if deterministic or rate == 0.0 else self.make_rng(stream)
+
+
+class SparseMLP(_Sparse):
+    """A mixture of experts in place of a dense MLP (2101.03961, section 2)."""
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B L D"], **options: Any) -> tuple[Float[Array, "B L D"], RouterOutput]:
+        """Returns the experts' outputs, with the options of `_routed`."""
+        config, devices = self.config, options.get("devices", ONE_DEVICE)
+        router_kernel, router_bias = Router(config, name="router")() if config.learned_router else (None, None)
+        expert = MLPKernels(config, devices.own_experts(config.num_experts), name="expert")()
+        shared = MLPKernels(config, name="shared_expert")() if config.shared_expert else None
+        unstacked = self.get_variable("unstacked", "experts") if self.has_variable("unstacked", "experts") else None
+        return self._routed(MoEParams(router_kernel, router_bias, expert, shared, unstacked), x, **options)
+
+
+class SparseProjection(_Sparse):
+    """A mixture of experts that are one matrix each, in place of a projection of a fused layer.
+
+    Parameters: expert/kernel [E, *inputs, *outputs] and the router's [*inputs, E].
+    """
+
+    inputs: Features = dataclasses.field(kw_only=True)
+    outputs: Features = dataclasses.field(kw_only=True)
+    kernel_init: Initializer = dataclasses.field(kw_only=True)
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B L *inputs"], **options: Any) -> tuple[Float[Array, "B L *outputs"], RouterOutput]:
+        """Returns the experts' projections, with the options of `_routed`."""
+        config, devices = self.config, options.get("devices", ONE_DEVICE)
+        shape, axes = (*self.inputs.values(), *self.outputs.values()), ("expert", *self.inputs, *self.outputs)
+        D, D_out = math.prod(self.inputs.values()), math.prod(self.outputs.values())
+        router_kernel = router_bias = None
+        if config.learned_router:
+            router_kernel, router_bias = Router(config, self.inputs, name="router")()
+            router_kernel = router_kernel.reshape(D, config.num_experts)
+        E = devices.own_experts(config.num_experts)
+        kernel, _ = KernelParam((E, *shape), axes, each_expert(self.kernel_init), config.param_dtype, name="expert")()
+        assert not isinstance(kernel, Quantized)  # the config refuses it
+        params = MoEParams(router_kernel, router_bias, {"kernel": kernel.reshape(E, D, D_out)})
+        y, router = self._routed(params, x.reshape(*x.shape[:2], D), **options)
+        return y.reshape(*x.shape[:2], *self.outputs.values()), router

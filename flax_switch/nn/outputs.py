@@ -12,7 +12,7 @@ from flax_switch.ops.moe.routing import RouterOutput
 class LayerOutput:
     """What a layer returns beside its hidden states; None where there is nothing, or it was not asked for."""
 
-    router: RouterOutput | None = None
+    routers: tuple[RouterOutput, ...] = ()
     self_attention: Float[Array, "B H Q T"] | None = None
     cross_attention: Float[Array, "B H Q S"] | None = None
     cache: LayerCache | None = None
@@ -47,7 +47,9 @@ class DecoderOutput(Fields):
 
 @flax.struct.dataclass
 class ModelOutput(Fields):
-    """Output of the encoder-decoder. Axes: B batch, L target length (S source length), D model, V vocabulary.
+    """Output of a model; what is an encoder's is None, or empty, where there is none.
+
+    Axes: B batch, L target length (S source length), D model, V vocabulary.
 
     `encoder_router` and `decoder_router` hold a `RouterOutput` per sparse layer, in order; their `logits` are there with
     `output_router_logits=True`. Hidden states and attentions of every layer are None unless asked for.
@@ -55,7 +57,7 @@ class ModelOutput(Fields):
 
     logits: Float[Array, "B L V"] | None
     decoder_last_hidden_state: Float[Array, "B L D"]
-    encoder_last_hidden_state: Float[Array, "B S D"]
+    encoder_last_hidden_state: Float[Array, "B S D"] | None = None
     encoder_router: tuple[RouterOutput, ...] = ()
     decoder_router: tuple[RouterOutput, ...] = ()
     encoder_hidden_states: tuple[Array, ...] | None = None

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from flax_switch.config import StackConfig, SwitchConfig
 from flax_switch.nn.attention import RelativePositionBias
 from flax_switch.nn.cache import DecoderCache, KeyValue
+from flax_switch.nn.fused import FusedLayer
 from flax_switch.nn.layer import Layer, LayerInputs, ScanBlock, remat, zero_padding
 from flax_switch.nn.layers import Dropout, Embedding, RMSNorm
 from flax_switch.nn.outputs import LayerOutput
@@ -25,10 +26,11 @@ class Stack(nn.Module):
 
     def setup(self) -> None:
         config, stack = self.config, self.stack
-        if config.separate_embeddings:
+        if config.separate_embeddings or config.decoder_only:
             self.token_embedder = Embedding(config)
-        if not config.relative_attention_per_layer:
+        if config.has_bias_tables and not config.relative_attention_per_layer:
             self.relpos_bias = RelativePositionBias(config, bidirectional=not stack.causal)
+        form = FusedLayer if config.layer_form == "fused" else Layer
         if config.scan_layers:
             block = nn.scan(
                 remat(ScanBlock, config.remat_policy),
@@ -38,9 +40,9 @@ class Stack(nn.Module):
                 length=stack.num_blocks,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
-            setattr(self, stack.name, block(config, stack))
+            setattr(self, stack.name, block(config, stack, form))
         else:
-            layer = remat(Layer, config.remat_policy)
+            layer = remat(form, config.remat_policy)
             self.layers = [layer(config, stack, sparse=i in stack.sparse_layers) for i in range(stack.num_layers)]
         norm = RMSNorm(config)
         setattr(self, f"{stack.name}_norm", norm)
@@ -56,7 +58,7 @@ class Stack(nn.Module):
     ) -> tuple[Float[Array, "B Q D"], list[LayerOutput], tuple[Array, ...] | None]:
         """Runs all layers; returns the normalised output, the layers' outputs and, if asked for, their hidden states."""
         config = self.config
-        if cache is None and not config.relative_attention_per_layer:
+        if cache is None and config.has_bias_tables and not config.relative_attention_per_layer:
             inputs = dataclasses.replace(inputs, bias=self.relpos_bias(x.shape[1], x.shape[1]))
         x = self.dropout(x, deterministic=inputs.deterministic)
         hidden_states: list[Array | None] = [x]
@@ -88,7 +90,9 @@ class Stack(nn.Module):
         return tuple(layer.cross_keys_values(encoded) for layer in self.layers)
 
     def bias_tables(self, max_length: int) -> tuple[Float[Array, "H relative"], ...]:
-        """Returns each layer's table of relative position biases for a cache of `max_length` places, or the one they share."""
+        """Returns each layer's table of relative position biases for a cache of `max_length` places, or the one they share, if any."""
+        if not self.config.has_bias_tables:
+            return ()
         holders = self.layers if self.config.relative_attention_per_layer else (self,)
         return tuple(holder.relpos_bias.for_cache(max_length) for holder in holders)
 

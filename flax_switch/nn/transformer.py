@@ -44,8 +44,13 @@ class SwitchEncoder(nn.Module):
 
     def setup(self) -> None:
         expect("config", self.config, SwitchConfig, "Give one such as fs.PRESETS['switch-tiny'] or fs.SwitchConfig(d_model=256).")
-        self.token_embedder = Embedding(self.config)
-        self.encoder = Stack(self.config, self.config.encoder)
+        check(
+            not self.config.decoder_only or isinstance(self, SwitchTransformer),
+            "A model with architecture='decoder_only' has no encoder; take fs.SwitchTransformer(config).",
+        )
+        if not self.config.decoder_only:
+            self.token_embedder = Embedding(self.config)
+            self.encoder = Stack(self.config, self.config.encoder)
 
     @nn.nowrap
     def init(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -76,6 +81,7 @@ class SwitchEncoder(nn.Module):
           segment_ids: of packed examples; attention stays within a segment. Relative positions need no restart.
           deterministic: False turns on dropout and jitter (rngs "dropout" and "jitter") and takes the training capacity.
         """
+        check(not self.config.decoder_only, "A model with architecture='decoder_only' has no encoder; call .decode.")
         x = self._embed(self.encoder, input_ids, inputs_embeds)
         mask = _as_mask(attention_mask)
         _check_mask("attention_mask", mask, x)
@@ -92,7 +98,7 @@ class SwitchEncoder(nn.Module):
         x, outputs, hidden_states = self.encoder(x, inputs, output_hidden_states=output_hidden_states)
         return EncoderOutput(
             last_hidden_state=x,
-            router=tuple(o.router for o in outputs if o.router is not None),
+            router=tuple(router for o in outputs for router in o.routers),
             hidden_states=hidden_states,
             attentions=tuple(o.self_attention for o in outputs if o.self_attention is not None) if output_attentions else None,
         )
@@ -110,6 +116,8 @@ class SwitchEncoder(nn.Module):
             ids.ndim == 2 and jnp.issubdtype(ids.dtype, jnp.integer),
             f"The {stack.stack.name} takes ids as integers [rows, tokens]; these are {ids.dtype}{list(ids.shape)}.",
         )
+        if self.config.decoder_only:
+            return stack.token_embedder(ids)
         shared = self.token_embedder(ids)
         # With tables of their own the shared one serves nothing, but stays a parameter: Hugging Face's files hold it.
         return stack.token_embedder(ids) if self.config.separate_embeddings else shared
@@ -130,10 +138,11 @@ class SwitchEncoder(nn.Module):
 
 
 class SwitchTransformer(SwitchEncoder):
-    """The encoder-decoder with its head, tied to the embeddings or of its own.
+    """The encoder-decoder, or a decoder alone, with its head, tied to the embeddings or of its own.
 
     Parameters: the encoder's, `decoder/...` and, untied, `decoder/logits_dense/kernel [D, V]`. With `head=False` there is no head
-    and `logits` are None, as in Hugging Face's SwitchTransformersModel.
+    and `logits` are None, as in Hugging Face's SwitchTransformersModel. With `architecture="decoder_only"` all is in `decoder/...`,
+    embeddings too, and a call takes one sequence, as `input_ids` or `decoder_input_ids`.
     """
 
     head: bool = True
@@ -164,17 +173,21 @@ class SwitchTransformer(SwitchEncoder):
         cache: DecoderCache | None = None,
         decoder_inputs_embeds: Float[AnyArray, "B L D"] | None = None,
         decoder_padding_mask: Bool[AnyArray, "B L"] | None = None,
+        prefix_mask: Int[AnyArray, "B L"] | Bool[AnyArray, "B L"] | None = None,
         segment_ids: Int[AnyArray, "B S"] | None = None,
         decoder_segment_ids: Int[AnyArray, "B L"] | None = None,
+        causal: bool = True,
         deterministic: bool = True,
         output_router_logits: bool = False,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
     ) -> DecoderOutput:
-        """Decodes against the encoder's output.
+        """Decodes against the encoder's output, or what a decoder-only model is given alone.
 
         Args:
           encoded: the encoder's last hidden state; None with a cache, which holds what is needed of it.
+          prefix_mask: without a cache, positions (of each segment) that see each other; None means that none sees a later one.
+          causal: with a cache, False lets the tokens of this call see each other.
           attention_mask: of the source.
           decoder_attention_mask: which target positions may be attended to; with a cache, over all its positions [B, T], and
             None means those filled so far.
@@ -191,9 +204,11 @@ class SwitchTransformer(SwitchEncoder):
             _check_mask("decoder_attention_mask", mask, x)
             if padding_mask is None:
                 padding_mask = mask
-            self_mask = self_attention_mask(config, mask, target_segments, causal=True, length=x.shape[1])
+            prefix = _as_mask(prefix_mask)
+            _check_mask("prefix_mask", prefix, x)
+            self_mask = self_attention_mask(config, mask, target_segments, causal=True, length=x.shape[1], prefix_mask=prefix)
         else:
-            self_mask = cache.visible(mask, x.shape[1])
+            self_mask = cache.visible(mask, x.shape[1], causal=causal)
         inputs = LayerInputs(
             bias=None,
             mask=self_mask,
@@ -211,14 +226,15 @@ class SwitchTransformer(SwitchEncoder):
         logits = None
         if self.head:
             tied = config.tie_word_embeddings and not config.copied_head
-            logits = self.token_embedder.attend(x) if tied else self.decoder.logits(x)
+            table = self.decoder.token_embedder if config.decoder_only else self.token_embedder
+            logits = table.attend(x) if tied else self.decoder.logits(x)
         if cache is not None:
             cache = cache.advanced(tuple(o.cache for o in outputs if o.cache is not None), x.shape[1])
         cross_attentions = tuple(o.cross_attention for o in outputs if o.cross_attention is not None)
         return DecoderOutput(
             logits=logits,
             last_hidden_state=x,
-            router=tuple(o.router for o in outputs if o.router is not None),
+            router=tuple(router for o in outputs for router in o.routers),
             hidden_states=hidden_states,
             attentions=tuple(o.self_attention for o in outputs if o.self_attention is not None) if output_attentions else None,
             cross_attentions=cross_attentions if output_attentions else None,
@@ -226,17 +242,21 @@ class SwitchTransformer(SwitchEncoder):
         )
 
     def init_cache(
-        self, encoded: Float[Array, "B S D"], max_length: int, rows_per_source: int = 1, *, beams: int = 1
+        self, encoded: Float[Array, "B S D"] | int, max_length: int, rows_per_source: int = 1, *, beams: int = 1
     ) -> DecoderCache:
         """Returns an empty cache for `max_length` tokens of B * rows_per_source rows, with the source's keys computed.
 
-        beams: rows of a source, neighbours, whose past may be exchanged by `DecoderCache.ancestors`; divides rows_per_source.
+        encoded: the encoder's output; of a decoder-only model B. beams: rows of a source, neighbours, whose past may be exchanged
+        by `DecoderCache.ancestors`; divides rows_per_source.
         """
         config = self.config
-        groups = encoded.shape[0] * rows_per_source // beams
-        dtype = jnp.dtype(config.dtype)
-        past = KeyValueCache.empty(groups, config.num_heads, config.d_kv, max_length * beams, dtype)
-        layers = tuple(LayerCache(past, KeyValueCache.of(cross)) for cross in self.decoder.cross_keys_values(encoded))
+        sources = encoded if isinstance(encoded, int) else encoded.shape[0]
+        shape = (sources * rows_per_source // beams, config.key_heads, config.d_kv, max_length * beams)
+        past = KeyValueCache.empty(*shape, jnp.dtype(config.dtype))
+        if config.decoder_only:
+            layers = (LayerCache(past),) * config.decoder.num_layers
+        else:
+            layers = tuple(LayerCache(past, KeyValueCache.of(cross)) for cross in self.decoder.cross_keys_values(encoded))
         return DecoderCache(layers, self.decoder.bias_tables(max_length), jnp.zeros((), jnp.int32), beams=beams)
 
     def __call__(
@@ -250,6 +270,7 @@ class SwitchTransformer(SwitchEncoder):
         decoder_inputs_embeds: Float[AnyArray, "B L D"] | None = None,
         encoder_output: EncoderOutput | None = None,
         decoder_padding_mask: Bool[AnyArray, "B L"] | None = None,
+        prefix_mask: Int[AnyArray, "B L"] | Bool[AnyArray, "B L"] | None = None,
         segment_ids: Int[AnyArray, "B S"] | None = None,
         decoder_segment_ids: Int[AnyArray, "B L"] | None = None,
         deterministic: bool = True,
@@ -257,46 +278,58 @@ class SwitchTransformer(SwitchEncoder):
         output_hidden_states: bool = False,
         output_attentions: bool = False,
     ) -> ModelOutput:
-        """Encodes the source (unless `encoder_output` is given) and decodes the target; see `encode`, `decode`."""
+        """Encodes the source (unless `encoder_output` is given) and decodes the target; see `encode`, `decode`.
+
+        A decoder-only model has one sequence, which may be given as source or as target.
+        """
         options: dict[str, Any] = dict(
             deterministic=deterministic,
             output_router_logits=output_router_logits,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
         )
-        if encoder_output is None:
+        if self.config.decoder_only:
+            target = (decoder_input_ids, decoder_attention_mask, decoder_inputs_embeds, decoder_segment_ids)
+            given = _one_sequence((input_ids, attention_mask, inputs_embeds, segment_ids), target, encoder_output)
+            decoder_input_ids, decoder_attention_mask, decoder_inputs_embeds, decoder_segment_ids = given
+            attention_mask = segment_ids = None
+        elif encoder_output is None:
             encoder_output = self.encode(input_ids, attention_mask, inputs_embeds=inputs_embeds, segment_ids=segment_ids, **options)
-        sources = encoder_output.last_hidden_state.shape[0]
-        fed: Any = decoder_input_ids if decoder_inputs_embeds is None else decoder_inputs_embeds
-        targets = np.shape(fed)[:1]
-        check(
-            targets in ((), (sources,)),
-            f"The encoder has {sources} rows and the decoder {targets and targets[0]}: a row of inputs needs one of labels "
-            "(decoder_input_ids), and the other way round.",
-        )
+        if encoder_output is not None:
+            _check_rows(encoder_output, decoder_input_ids if decoder_inputs_embeds is None else decoder_inputs_embeds)
         decoded = self.decode(
             decoder_input_ids,
-            encoder_output.last_hidden_state,
+            None if encoder_output is None else encoder_output.last_hidden_state,
             attention_mask,
             decoder_attention_mask,
             decoder_inputs_embeds=decoder_inputs_embeds,
             decoder_padding_mask=decoder_padding_mask,
+            prefix_mask=prefix_mask,
             segment_ids=segment_ids,
             decoder_segment_ids=decoder_segment_ids,
             **options,
         )
-        return ModelOutput(
-            logits=decoded.logits,
-            decoder_last_hidden_state=decoded.last_hidden_state,
-            encoder_last_hidden_state=encoder_output.last_hidden_state,
-            encoder_router=encoder_output.router,
-            decoder_router=decoded.router,
-            encoder_hidden_states=encoder_output.hidden_states,
-            decoder_hidden_states=decoded.hidden_states,
-            encoder_attentions=encoder_output.attentions,
-            decoder_attentions=decoded.attentions,
-            cross_attentions=decoded.cross_attentions,
-        )
+        return _model_output(encoder_output, decoded)
+
+
+def _model_output(encoded: EncoderOutput | None, decoded: DecoderOutput) -> ModelOutput:
+    output = ModelOutput(
+        logits=decoded.logits,
+        decoder_last_hidden_state=decoded.last_hidden_state,
+        decoder_router=decoded.router,
+        decoder_hidden_states=decoded.hidden_states,
+        decoder_attentions=decoded.attentions,
+    )
+    if encoded is None:
+        return output
+    return dataclasses.replace(
+        output,
+        encoder_last_hidden_state=encoded.last_hidden_state,
+        encoder_router=encoded.router,
+        encoder_hidden_states=encoded.hidden_states,
+        encoder_attentions=encoded.attentions,
+        cross_attentions=decoded.cross_attentions,
+    )
 
 
 class Decoder(Stack):
@@ -315,6 +348,25 @@ class Decoder(Stack):
     def logits(self, x: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
         """Returns logits of the head in float32: without scaling if it is its own, else as `Embedding.attend` does."""
         return self.logits_dense(x.astype(jnp.float32) * self.config.d_model**-0.5 if self.config.copied_head else x)
+
+
+def _one_sequence(source: tuple[Any, ...], target: tuple[Any, ...], encoder_output: EncoderOutput | None) -> tuple[Any, ...]:
+    """Returns ids, mask, embeddings and segments of a decoder-only model's sequence, under whichever names they were given."""
+    twice = any(a is not None and b is not None for a, b in zip(source, target, strict=True))
+    check(
+        not twice and encoder_output is None,
+        "A decoder-only model reads one sequence: give input_ids alone, which begin with what the rest continues.",
+    )
+    return tuple(b if a is None else a for a, b in zip(source, target, strict=True))
+
+
+def _check_rows(encoded: EncoderOutput, fed: Any) -> None:
+    sources, targets = encoded.last_hidden_state.shape[0], np.shape(fed)[:1]
+    check(
+        targets in ((), (sources,)),
+        f"The encoder has {sources} rows and the decoder {targets and targets[0]}: a row of inputs needs one of labels "
+        "(decoder_input_ids), and the other way round.",
+    )
 
 
 def _as_array(x: AnyArray | None) -> Array | None:

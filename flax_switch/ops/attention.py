@@ -63,17 +63,24 @@ def attention_mask(
     key_mask: Bool[Array, "B T"] | None,
     *,
     causal_shape: tuple[int, int] | None = None,
+    prefix_mask: Bool[Array, "B T"] | None = None,
     query_segments: Int[Array, "B Q"] | None = None,
     key_segments: Int[Array, "B T"] | None = None,
 ) -> Bool[Array, "#B 1 #Q T"] | None:
-    """Returns which keys a query may attend to: real ones, of its own segment and, with `causal_shape` (Q, T), not to its right."""
+    """Returns which keys a query may attend to: real ones, of its own segment and, with `causal_shape` (Q, T), not to its right.
+
+    prefix_mask: of causal attention, positions that see each other nevertheless.
+    """
     mask = None
 
     def both(extra):
         return extra if mask is None else mask & extra
 
     if causal_shape is not None:
-        mask = both(jnp.tril(jnp.ones(causal_shape, bool))[None, None])
+        causal = jnp.tril(jnp.ones(causal_shape, bool))[None, None]
+        if prefix_mask is not None:
+            causal = causal | (prefix_mask[:, None, :, None] & prefix_mask[:, None, None, :])
+        mask = both(causal)
     if key_mask is not None:
         mask = both(key_mask[:, None, None, :])
     if query_mask is not None:
@@ -90,6 +97,7 @@ def self_attention_mask(
     *,
     causal: bool = False,
     length: int = 0,
+    prefix_mask: Bool[Array, "B L"] | None = None,
 ) -> Bool[Array, "#B 1 #L L"] | None:
     """Returns who attends to whom in teacher-forced self-attention.
 
@@ -99,6 +107,7 @@ def self_attention_mask(
         mask if config.zero_padding_activations else None,
         mask,
         causal_shape=(length, length) if causal else None,
+        prefix_mask=prefix_mask,
         query_segments=segment_ids,
         key_segments=segment_ids,
     )
@@ -117,23 +126,37 @@ def cross_attention_mask(
     return attention_mask(query_mask, source_mask, query_segments=target_segments, key_segments=source_segments)
 
 
+def rotate(x: Float[Array, "B L H K"], first: Int[Array, ""] | int) -> Float[Array, "B L H K"]:
+    """Turns pairs of features (i, i + K/2) of the tokens at places `first` and following by place / 10000**(2i / K) (2104.09864).
+
+    Products of queries and keys then depend on the distance of their places alone.
+    """
+    K = x.shape[-1]
+    frequency = 10000.0 ** (-jnp.arange(0, K, 2, dtype=jnp.float32) / K)
+    angle = ((first + jnp.arange(x.shape[1])).astype(jnp.float32)[:, None] * frequency)[None, :, None]  # [1, L, 1, K/2]
+    one, other = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    return jnp.concatenate([one * cos - other * sin, other * cos + one * sin], axis=-1).astype(x.dtype)
+
+
 def dot_product_attention(
     query: Float[Array, "B Q H K"],
-    key: Float[Array, "B T H K"],
-    value: Float[Array, "B T H K"],
+    key: Float[Array, "B T #H K"],
+    value: Float[Array, "B T #H K"],
     *,
     bias: Float[Array, "#B #H Q T"] | None = None,
     mask: Bool[Array, "#B 1 #Q T"] | None = None,
     dropout_rate: float = 0.0,
     dropout_rng: Array | None = None,
 ) -> tuple[Float[Array, "B Q H K"], Float[Array, "B H Q T"]]:
-    """Returns attention outputs, and the probabilities before dropout (float32).
+    """Returns attention outputs, and the probabilities before dropout (float32). Keys and values of one head are all heads'.
 
     Logits are not divided by sqrt(K): T5 folds that into the initialisation of the queries. Dropout, when `dropout_rng` is
     given, drops a key for all queries of a head at once (broadcast over Q, as flaxformer's).
     """
     # Heads before positions: XLA's CPU backend takes twice the time for the order it would choose itself.
     query, key, value = (x.transpose(0, 2, 1, 3) for x in (query, key, value))
+    key, value = (jnp.broadcast_to(x, (x.shape[0], query.shape[1], *x.shape[2:])) for x in (key, value))
     keep = None
     if dropout_rng is not None and dropout_rate > 0.0:
         B, H, T, _ = key.shape

@@ -90,7 +90,7 @@ def router_losses(
         balance = jnp.stack([r.load_balancing_loss for r in routers]).mean()
         return balance, jnp.stack([r.z_loss for r in routers]).mean()
     balance, router_z = jnp.float32(0.0), jnp.float32(0.0)
-    for stack, routers in zip(config.stacks, (encoder, decoder), strict=True):
+    for stack, routers in zip((config.encoder, config.decoder), (encoder, decoder), strict=True):
         if not routers or len(routers) == stack.num_layers:
             continue
         fraction = jnp.stack([r.expert_fraction for r in routers]).mean(0)

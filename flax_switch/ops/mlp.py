@@ -2,7 +2,7 @@
 
 import functools
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -13,7 +13,8 @@ from flax_switch.config import SwitchConfig
 from flax_switch.ops.dropout import dropout
 from flax_switch.ops.kernels.quantized import Kernel
 
-ExpertKernels = Mapping[str, Kernel]  # {"wi" | "wi_0", "wi_1": [E, D, F], "wo": [E, F, D]}
+# {"wi" | "wi_0", "wi_1": [E, D, F], "wo": [E, F, D]}, or of experts that only project {"kernel": [E, D, F]}
+ExpertKernels = Mapping[str, Kernel]
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
@@ -59,7 +60,14 @@ def expert_dtype(config: SwitchConfig) -> jnp.dtype:
     return jnp.dtype(config.expert_dtype or config.dtype)
 
 
-def expert_function(config: SwitchConfig, dropout_rng: PRNGKeyArray | None) -> Callable[..., Array]:
-    """Returns `mlp` with every argument bound but rows, kernels and `matmul`."""
+def projection(x: Array, kernels: ExpertKernels, matmul: Callable[[Array, Any], Array]) -> Array:
+    """Computes `x kernel`, in x's dtype: what an expert of a fused layer's projection does."""
+    return matmul(x, kernels["kernel"].astype(x.dtype))
+
+
+def expert_function(config: SwitchConfig, dropout_rng: PRNGKeyArray | None, names: Iterable[str] = ()) -> Callable[..., Array]:
+    """Returns `mlp` with every argument bound but rows, kernels and `matmul`; for kernels of such `names`, `projection`."""
+    if "kernel" in names:
+        return projection
     rate = config.dropout_rate if config.expert_dropout_rate is None else config.expert_dropout_rate
     return functools.partial(mlp, activations=config.mlp_activations, dropout_rate=rate, dropout_rng=dropout_rng)

@@ -28,6 +28,10 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "mlp": "model",
     "heads": "model",
     "joined_kv": "model",
+    "multiquery_heads": None,  # the one head of keys and values of fused layers
+    "q_wi_fused": None,
+    "kv_fused": None,
+    "o_wo_fused": None,
     "vocab": "model",
     "embed": None,
     "length": None,

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
 from flax_switch.config import ExperimentConfig, check
+from flax_switch.data.batches import batch_lengths
 from flax_switch.ops.losses import seq2seq_loss
 from flax_switch.parallel.mesh import MESH_AXES, AnyMesh, batch_sharding, batch_ways
 from flax_switch.training.state import Run
@@ -50,12 +51,11 @@ def batch_structs(config: ExperimentConfig, mesh: AnyMesh) -> dict[str, jax.Shap
         f"and into {pieces} microbatches. Set --config.data.batch_size={multiple * max(1, data.batch_size // multiple)}, or change "
         "the mesh.",
     )
-    lengths = dict.fromkeys(("input_ids", "attention_mask"), data.inputs_length)
-    lengths |= dict.fromkeys(("decoder_input_ids", "decoder_attention_mask", "labels"), data.targets_length)
-    if data.packing:
-        lengths |= {"input_segment_ids": data.inputs_length, "decoder_segment_ids": data.targets_length}
     sharding = batch_sharding(mesh)
-    return {name: jax.ShapeDtypeStruct((data.batch_size, length), jnp.int32, sharding=sharding) for name, length in lengths.items()}
+    return {
+        name: jax.ShapeDtypeStruct((data.batch_size, length), jnp.int32, sharding=sharding)
+        for name, length in batch_lengths(data).items()
+    }
 
 
 def device_bytes(tree: Any) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from flax_switch.config import ExperimentConfig, MeshConfig, check, one_of
+from flax_switch.config import ExperimentConfig, MeshConfig, SwitchConfig, check, one_of
 from flax_switch.config.flops import train_flops
 from flax_switch.ops.moe.groups import Grouping, make_grouping
 from flax_switch.ops.moe.routing import expert_capacity
@@ -163,26 +163,35 @@ def straddling_groups(config: ExperimentConfig, mesh: tuple[int, int, int]) -> l
     ]
 
 
+def _sent(model: SwitchConfig) -> list[int]:
+    """Returns how many numbers of a token go to an expert and come back from it, in a sparse layer."""
+    D, heads = model.d_model, model.num_heads * model.d_kv
+    if model.layer_form != "fused":
+        return [D, D]
+    to_and_from = {
+        "q_wi": D + heads + len(model.mlp_activations) * model.d_ff, "kv": D + 2 * model.d_kv, "o_wo": heads + model.d_ff + D,
+    }  # fmt: skip
+    return [to_and_from[name] for name in model.fused_sparse]
+
+
 def _groupings(config: ExperimentConfig) -> dict[str, Grouping]:
     """Returns the routing groups of one micro-batch, by sparse stack."""
-    rows, lengths = config.data.batch_size // config.train.microbatches, (config.data.inputs_length, config.data.targets_length)
+    rows, lengths = config.data.batch_size // config.train.microbatches, config.data.stack_lengths(config.model)
     return {
-        stack.name: make_grouping(config.model, rows, length)
-        for stack, length in zip(config.model.stacks, lengths, strict=True)
-        if stack.sparse_layers
+        stack.name: make_grouping(config.model, rows, lengths[stack.name]) for stack in config.model.stacks if stack.sparse_layers
     }
 
 
 def exchange_bound(config: ExperimentConfig, mesh: tuple[int, int, int], slots: dict[str, float]) -> float:
     """Returns bytes that each device sends, at the least, to bring tokens to their experts and back in a train step.
 
-    2 (there and back) x 2 (forward and backward) x layers x slots per token x tokens of a device x D x bytes x (1 - 1 / EP).
+    2 (forward and backward) x layers x slots per token x tokens of a device x (D there + D back) x bytes x (1 - 1 / EP).
     """
     data, expert, _ = mesh
     model = config.model
     width = jax.numpy.dtype(model.expert_dtype or model.dtype).itemsize
-    total = 0.0
-    for stack, length in zip(model.stacks, (config.data.inputs_length, config.data.targets_length), strict=True):
-        tokens = config.data.batch_size * length / (data * expert)
-        total += 4 * stack.num_sparse * slots.get(stack.name, 0.0) * tokens * model.d_model * width
+    total, lengths = 0.0, config.data.stack_lengths(model)
+    for stack in model.stacks:
+        tokens = config.data.batch_size * lengths[stack.name] / (data * expert)
+        total += 2 * stack.num_sparse * slots.get(stack.name, 0.0) * tokens * sum(_sent(model)) * width
     return total * (1 - 1 / expert)

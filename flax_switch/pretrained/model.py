@@ -77,6 +77,7 @@ class Pretrained:
         inputs_embeds: SupportsArray | None = None,
         decoder_inputs_embeds: SupportsArray | None = None,
         labels: TokenIds | None = None,
+        prefix_mask: TokenIds | None = None,
         output_router_logits: bool = False,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
@@ -89,11 +90,14 @@ class Pretrained:
     ) -> outputs.Seq2SeqLMOutput:  # nearly always; see below
         """Runs the model; arguments and outputs are named as in transformers.
 
-        Ids and masks [rows, tokens], or a single row [tokens], may be lists or the arrays of any library.
+        Ids and masks [rows, tokens], or a single row [tokens], may be lists or the arrays of any library. A decoder-only model has
+        one sequence: `input_ids`, or under its own name `decoder_input_ids`.
 
         Args:
           encoder_outputs: of an earlier call or `encode`, instead of input_ids.
-          labels: target ids, -100 where they do not count. The decoder's inputs are made from them unless given.
+          labels: target ids, -100 where they do not count: label i is what follows the decoder's input i. The decoder's inputs are
+            made from them unless given.
+          prefix_mask: of a decoder-only model, 1 at tokens that see each other (config.bidirectional_inputs).
           output_router_logits: return the routers' logits and losses, and add the latter to the loss.
           return_dict: False for a tuple of what is there, in the order of the fields.
           use_cache, past_key_values, cache: refused where they ask for a cache; `generate` has one of its own.
@@ -116,7 +120,16 @@ class Pretrained:
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
         )
-        source, target = self._source(input_ids, attention_mask, inputs_embeds, encoder_outputs), None
+        source, target = (None, None, None), None
+        if not self.config.decoder_only:
+            source = self._source(input_ids, attention_mask, inputs_embeds, encoder_outputs)
+        elif input_ids is not None or inputs_embeds is not None:
+            check(
+                labels is None and decoder_input_ids is None and decoder_inputs_embeds is None,
+                "A decoder-only model reads one sequence: give input_ids, or labels of which its inputs are made, or both by the names "
+                "decoder_input_ids and labels, label i being what follows input i.",
+            )
+            decoder_input_ids, decoder_attention_mask, decoder_inputs_embeds = input_ids, attention_mask, inputs_embeds
         if self.architecture == "encoder":
             output: Any = outputs.encoder_output(_encode(self.model, self.params, *source, rngs, **options))
             return output.to_tuple() if return_dict is False else output
@@ -129,7 +142,10 @@ class Pretrained:
             "The decoder has no input: give labels, decoder_input_ids or decoder_inputs_embeds (or call .encode).",
         )
         inputs = self._inputs(decoder_input_ids, decoder_attention_mask, decoder_inputs_embeds, "decoder_")
-        raw = _run(self.model, self.params, *source, *inputs, _as_encoder_output(encoder_outputs), rngs, **options)
+        if prefix_mask is not None:
+            shape = inputs[0].shape if inputs[2] is None else inputs[2].shape[:2]
+            prefix_mask = as_mask("prefix_mask", prefix_mask, shape, "decoder_input_ids")
+        raw = _run(self.model, self.params, *source, *inputs, _as_encoder_output(encoder_outputs), prefix_mask, rngs, **options)
         if self.architecture == "headless":
             output = outputs.model_output(raw)
         else:
@@ -140,6 +156,7 @@ class Pretrained:
         self, input_ids: TokenIds | None = None, attention_mask: TokenIds | None = None, **options: Any
     ) -> outputs.EncoderModelOutput:
         """Returns the encoder alone; options as for the call (inputs_embeds, output_hidden_states, ...)."""
+        check(not self.config.decoder_only, "This model has no encoder; a call with output_hidden_states=True has hidden states.")
         defaults = dict(
             deterministic=True, output_router_logits=False, output_hidden_states=False, output_attentions=False,
         )  # fmt: skip
@@ -232,7 +249,7 @@ def _encode(model, params, input_ids, attention_mask, inputs_embeds, rngs, **opt
 @functools.partial(jax.jit, static_argnums=0, static_argnames=_OPTIONS)
 def _run(
     model, params, input_ids, attention_mask, inputs_embeds, decoder_input_ids, decoder_attention_mask, decoder_inputs_embeds,
-    encoder_output, rngs, **options,
+    encoder_output, prefix_mask, rngs, **options,
 ):  # fmt: skip
     return model.apply(
         {"params": params},
@@ -243,6 +260,7 @@ def _run(
         inputs_embeds=inputs_embeds,
         decoder_inputs_embeds=decoder_inputs_embeds,
         encoder_output=encoder_output,
+        prefix_mask=prefix_mask,
         rngs=rngs,
         **options,
     )

@@ -81,10 +81,12 @@ def lm_output(
     The loss is the mean cross-entropy of the labels that are not -100; with `output_router_logits` the routers' losses of
     both stacks are added, each stack's layers concatenated on the length axis, times the config's coefficients.
     """
-    config = config.replace(**SEMANTICS, loss_normalizer="real_target_tokens")
+    # There is no decoder alone there, and so no way in which it adds up its layers' losses.
+    semantics = {name: value for name, value in SEMANTICS.items() if not config.decoder_only or name != "router_loss_reduction"}
+    config = config.replace(**semantics, loss_normalizer="real_target_tokens")
     losses = {}
     if output_router_logits:
-        for stack in ("encoder", "decoder"):
+        for stack in [stack.name for stack in config.stacks]:
             routers = {"encoder": (), "decoder": (), stack: getattr(output, f"{stack}_router")}
             losses[f"{stack}_aux_loss"], losses[f"{stack}_z_loss"] = router_losses(**routers, config=config)
     else:

@@ -47,7 +47,9 @@ def train_step(
     Args:
       state: from `TrainState.create`; dropout and jitter draw from its key and step.
       batch: `input_ids` [B, S] and `labels` [B, T] (-100 where there is no loss), and, unless what follows from them will do,
-        `attention_mask`, `decoder_input_ids`, `decoder_attention_mask`. Lists and the arrays of any library.
+        `attention_mask`, `decoder_input_ids`, `decoder_attention_mask`. Lists and the arrays of any library. Of a decoder-only model
+        `labels` [B, L], the tokens that follow those of `decoder_input_ids` (by default the labels shifted right), and where
+        config.bidirectional_inputs `prefix_mask`.
 
     Returns:
       The new state, and metrics: "loss" and its parts in nats, "target_tokens", "grad_norm", "routers" by sparse layer, and
@@ -63,6 +65,8 @@ def train_step(
 
 def complete(batch: Mapping[str, Any], config: SwitchConfig) -> dict[str, Any]:
     """Returns a batch as the model takes it: decoder inputs are the labels shifted right, masks leave padding out."""
+    if config.decoder_only:
+        return _complete_alone(batch, config)
     names = ("input_ids", "labels", "attention_mask", "decoder_input_ids", "decoder_attention_mask")
     unknown = [name for name in batch if name not in names]
     check(
@@ -83,6 +87,32 @@ def complete(batch: Mapping[str, Any], config: SwitchConfig) -> dict[str, Any]:
     given = {name: as_mask(name, batch[name], shape, of) for name, (_, shape, of) in masks.items() if batch.get(name) is not None}
     made = {name: given.get(name, default).astype(jnp.int32) for name, (default, _, _) in masks.items()}
     return {"input_ids": ids, "labels": labels, "decoder_input_ids": decoder_ids, **made}
+
+
+def _complete_alone(batch: Mapping[str, Any], config: SwitchConfig) -> dict[str, Any]:
+    """Returns a decoder-only model's batch as the model takes it."""
+    names = ("labels", "decoder_input_ids", "decoder_attention_mask", "prefix_mask")
+    check(
+        "labels" in batch and all(name in names for name in batch),
+        f"A decoder-only model's batch has labels, and may have {', '.join(names[1:])}; this one has "
+        f"{', '.join(batch) or 'nothing'}.",
+    )
+    labels = as_ids("labels", batch["labels"], config, ignored=True)
+    ids = shift_right(labels, config)
+    if batch.get("decoder_input_ids") is not None:
+        ids = as_ids("decoder_input_ids", batch["decoder_input_ids"], config)
+    check(ids.shape == labels.shape, f"labels {list(labels.shape)} and decoder_input_ids {list(ids.shape)} must have one shape.")
+    check(
+        not config.bidirectional_inputs or batch.get("prefix_mask") is not None,
+        "With bidirectional_inputs=True a batch needs prefix_mask: 1 at the start token and at inputs, 0 at targets.",
+    )
+    # Inputs have no loss, and so no label: that they are no padding only their ids tell, but of the start token, which is one.
+    first = jnp.arange(labels.shape[1])[None] == 0
+    real = {"decoder_attention_mask": (labels != IGNORED_LABEL) | (ids != config.pad_token_id) | first}
+    for name in ("decoder_attention_mask", "prefix_mask"):
+        if batch.get(name) is not None:
+            real[name] = as_mask(name, batch[name], labels.shape, "labels")
+    return {"labels": labels, "decoder_input_ids": ids, **{name: mask.astype(jnp.int32) for name, mask in real.items()}}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)

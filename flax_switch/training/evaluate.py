@@ -76,7 +76,9 @@ def mean_metrics(
     routers: list[dict[str, Any]] = []
     for batch in batches:
         mask = text_token_mask(batch["labels"], vocabulary.num_pieces, vocabulary.eos_id)
-        check_ids("input_ids", batch["input_ids"], run.config.model.vocab_size)
+        for name in ("input_ids", "decoder_input_ids"):
+            if name in batch:
+                check_ids(name, batch[name], run.config.model.vocab_size)
         check_ids("labels", batch["labels"], run.config.model.vocab_size, besides=IGNORED_LABEL)
         batch = {**batch, "text_mask": mask.astype(np.float32)}
         sums = plain(eval_step(params, shard_batch(batch, run.mesh)))

@@ -41,8 +41,8 @@ def _encoder(evaluation: Mapping[str, Any]) -> list[str]:
 
 
 def sparse_layer_names(model: SwitchConfig) -> list[str]:
-    """Returns the sparse layers in the order of the metrics: 'encoder 1', 'decoder 1'."""
-    return [f"{stack.name} {i}" for stack in model.stacks for i in stack.sparse_layers]
+    """Returns the sparse layers in the order of the metrics: 'encoder 1', 'decoder 1'; of fused layers each router."""
+    return list(model.routers)
 
 
 def _routers(model: SwitchConfig, evaluation: Mapping[str, Any]) -> list[str]:

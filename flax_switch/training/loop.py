@@ -221,4 +221,4 @@ def _continues(workdir: epath.PathLike, step: int, steps: int) -> str:
 
 def _tokens(batch: Batch) -> int:
     """Counts the real tokens of a batch, source and target."""
-    return int(batch["attention_mask"].sum() + batch["decoder_attention_mask"].sum())
+    return int(sum(mask.sum() for name, mask in batch.items() if name.endswith("attention_mask")))

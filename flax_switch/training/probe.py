@@ -91,8 +91,11 @@ class Probe:
         encoder_gain/NAME: cross-entropy with the inputs of another row of the same objective minus cross-entropy with the right
         ones, for every objective and over masked text alone. masked_...: of masked text, its cross-entropy, how far that lies
         below the text's own unigram entropy, the share of tokens and of whole spans that come out right given the right text
-        before them, and the share that the most frequent piece would get.
+        before them, and the share that the most frequent piece would get. Nothing of a decoder alone, which has no encoder to leave
+        unused.
         """
+        if self.run.config.model.decoder_only:
+            return {}
         rows = batch_rows(self.run.mesh, self.run.config.data.batch_size)
         totals: dict[str, dict[str, np.ndarray]] = {"own": {}, "other": {}}
         for own, other in self.prepared.heldout_probes(self.batches, rows):

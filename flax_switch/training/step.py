@@ -29,10 +29,11 @@ def forward(model: SwitchEncoder, params: Any, batch: Batch, rng: jax.Array | No
     rngs: dict[str, Any] = {} if rng is None else dict(zip(("dropout", "jitter"), jax.random.split(rng), strict=True))
     output: Any = model.apply(
         {"params": params},
-        batch["input_ids"],
+        batch.get("input_ids"),
         batch["decoder_input_ids"],
-        batch["attention_mask"],
+        batch.get("attention_mask"),
         batch["decoder_attention_mask"],
+        prefix_mask=batch["prefix_mask"] if model.config.bidirectional_inputs else None,
         segment_ids=batch.get("input_segment_ids"),
         decoder_segment_ids=batch.get("decoder_segment_ids"),
         deterministic=rng is None,
@@ -83,7 +84,8 @@ def loss_and_grads(run: Run, params: Any, batch: Batch, rng: jax.Array, loss_of:
         return jax.tree.map(jnp.add, total, grads), aux
 
     # Piece m takes blocks m, m + pieces, ... of rows, so that devices cut their own rows; a block holds whole routing groups.
-    block = rows_of_whole_groups(config, labels.shape[0], pieces, batch["input_ids"].shape[1], labels.shape[1])
+    lengths = [batch[name].shape[1] for name in ("input_ids", "labels") if name in batch]
+    block = rows_of_whole_groups(config, labels.shape[0], pieces, *lengths)
     split = {k: x.reshape(-1, pieces, block, *x.shape[1:]).swapaxes(0, 1) for k, x in batch.items()}
     split = {k: x.reshape(pieces, -1, *x.shape[3:]) for k, x in split.items()}
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), trained)

@@ -90,6 +90,11 @@ def check_teacher(config: DistillConfig, teacher: SwitchConfig, architecture: st
         architecture == "full",
         f"The teacher {config.teacher} is an {architecture} model: it gives no probabilities. Name one with its decoder and head.",
     )
+    check(
+        config.model.architecture == teacher.architecture,
+        f"The teacher {config.teacher} has architecture={teacher.architecture!r}, the student {config.model.architecture!r}, so they "
+        f"do not read the same batches; set model.architecture={teacher.architecture!r}.",
+    )
     for name in ("vocab_size", "pad_token_id", "eos_token_id", "decoder_start_token_id"):
         own, theirs = getattr(config.model, name), getattr(teacher, name)
         check(
@@ -138,7 +143,12 @@ def copied_weights(teacher: Checkpoint, student: SwitchConfig) -> dict[str, Lazy
 
 def _is_sparse_mlp(path: str, teacher: SwitchConfig) -> bool:
     """Says whether a path lies in the MLP of a layer that is sparse in the teacher."""
-    return any(path.startswith(f"{stack.name}/layers_{i}/mlp/") for stack in teacher.stacks for i in stack.sparse_layers)
+    return any(
+        path.startswith(f"{stack.name}/layers_{i}/{part}/")
+        for stack in teacher.stacks
+        for i in stack.sparse_layers
+        for part in [f"{name}_fused" for name in stack.projections] or ["mlp"]
+    )
 
 
 # --- loss and step

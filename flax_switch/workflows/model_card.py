@@ -83,13 +83,13 @@ def _kind(config: SwitchConfig, encoder_only: bool) -> str:
 
 
 def _size(config: SwitchConfig) -> str:
-    size, (encoder, decoder) = count_parameters(config), config.stacks
-    sparse = encoder.num_sparse + decoder.num_sparse
+    size, sparse = count_parameters(config), sum(stack.num_sparse for stack in config.stacks)
+    layers = " and ".join(f"{stack.num_layers} {stack.name}" for stack in config.stacks)
     experts = f", {sparse} of them with {config.num_experts} experts each" if sparse else ""
     active = f", {shorten(size.active)} of them at work for a token" if sparse else ""
     return (
-        f"It has {shorten(size.total)} parameters{active}: {encoder.num_layers} encoder and {decoder.num_layers} decoder "
-        f"layers{experts}; width {config.d_model}, MLP {config.d_ff}, {config.vocab_size} ids."
+        f"It has {shorten(size.total)} parameters{active}: {layers} layers{experts}; "
+        f"width {config.d_model}, MLP {config.d_ff}, {config.vocab_size} ids."
     )
 
 

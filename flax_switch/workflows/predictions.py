@@ -137,7 +137,8 @@ def predict(run: Run, prepared: PreparedTasks, task: PreparedTask, params: Any) 
     settings, config = finetuning_config(run).evaluation, run.config.data
     chosen = spread(task.validation, settings.max_examples)
     examples = task.validation_pairs.examples(np.array(chosen), np.zeros(len(chosen), np.int64))
-    sources = ((i, examples.inputs[i, :length].tolist()) for i, length in enumerate(examples.input_lengths))
+    lengths = examples.input_lengths - run.config.model.decoder_only  # joined to its targets an input has no EOS
+    sources = ((i, examples.inputs[i, :length].tolist()) for i, length in enumerate(lengths))
     beams: dict[str, Any] = {"brevity_penalty": settings.brevity_penalty} if settings.num_beams > 1 else {}
     texts: dict[int, str] = {}
     for numbers, sequences, _ in generate_batches(
@@ -148,6 +149,7 @@ def predict(run: Run, prepared: PreparedTasks, task: PreparedTask, params: Any) 
         longest=config.inputs_length,
         max_new_tokens=settings.max_new_tokens or config.targets_length,
         num_beams=settings.num_beams,
+        only_new=True,
         **beams,
     ):
         texts |= {i: prepared.vocabulary.decode(rows[0]) for i, rows in zip(numbers, sequences, strict=True)}

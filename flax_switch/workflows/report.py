@@ -99,12 +99,10 @@ def _report(record: RunRecord) -> str:
 
 def _model(record: RunRecord) -> str:
     model = record.config.model
-    encoder, decoder = model.stacks
-    sparse = encoder.num_sparse + decoder.num_sparse
+    sparse = sum(stack.num_sparse for stack in model.stacks)
     experts = f", {sparse} of them with {model.num_experts} experts each" if sparse else ", dense"
-    return (
-        f"{encoder.num_layers} encoder and {decoder.num_layers} decoder layers{experts}; width {model.d_model}, MLP {model.d_ff}."
-    )
+    layers = " and ".join(f"{stack.num_layers} {stack.name}" for stack in model.stacks)
+    return f"{layers} layers{experts}; width {model.d_model}, MLP {model.d_ff}."
 
 
 def _facts(record: RunRecord) -> list[tuple[str, str]]:
@@ -194,7 +192,8 @@ def _samples(record: RunRecord) -> str:
         ]
         return f'<h2>Predictions</h2><div class="card">{table(["input", "the model", "should be"], rows, "stack")}</div>'
     rows = [_spans(sample["pieces"]) for sample in record.samples]
-    return f'<h2>Masked text filled in</h2><div class="card">{table(["masked text", "the model", "the text"], rows, "stack")}</div>'
+    title, shown = ("Text continued", "text") if record.config.model.decoder_only else ("Masked text filled in", "masked text")
+    return f'<h2>{title}</h2><div class="card">{table([shown, "the model", "the text"], rows, "stack")}</div>'
 
 
 def _spans(pieces: list[Any]) -> list[str]:

@@ -115,8 +115,8 @@ SUMS_OVER_BATCH = {
 
 def cached_attention(
     query: Float[Array, "R Q H K"],
-    key: Float[Array, "G H K T"],
-    value: Float[Array, "G H K T"],
+    key: Float[Array, "G #H K T"],
+    value: Float[Array, "G #H K T"],
     *,
     bias: Float[Array, "1 H Q T"] | None = None,
     mask: Bool[Array, "#G 1 #queries T"] | None = None,
@@ -124,15 +124,17 @@ def cached_attention(
     """Computes `dot_product_attention` of few queries over keys and values laid out for them, columns last.
 
     The R rows are G groups of neighbours that read the same columns. mask: by group and, for all rows of a group one after the
-    other, by query.
+    other, by query. Keys and values of one head are all heads', and are not copied.
     """
     (R, Q, H, K), G = query.shape, key.shape[0]
-    query = query.reshape(G, -1, H, K)
-    logits = jnp.einsum("GQHK,GHKT->GHQT", query, key, preferred_element_type=jnp.float32)
+    query, columns = query.reshape(G, -1, H, K), "GHKT"
+    if key.shape[1] == 1:
+        key, value, columns = key[:, 0], value[:, 0], "GKT"
+    logits = jnp.einsum(f"GQHK,{columns}->GHQT", query, key, preferred_element_type=jnp.float32)
     if bias is not None:
         logits += bias if Q == 1 else jnp.tile(bias, (1, 1, R // G, 1))
     if mask is not None:
         logits = jnp.where(mask, logits, MASKED)
     probs = jax.nn.softmax(logits, axis=-1)
-    output = jnp.einsum("GHQT,GHKT->GQHK", probs.astype(value.dtype), value).reshape(R, Q, H, K)
+    output = jnp.einsum(f"GHQT,{columns}->GQHK", probs.astype(value.dtype), value).reshape(R, Q, H, K)
     return output, probs.reshape(G, H, R // G, Q, -1).swapaxes(1, 2).reshape(R, H, Q, -1)

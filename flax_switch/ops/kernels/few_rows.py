@@ -63,7 +63,7 @@ def few_rows(
     stacked: Kernels,
     unstacked: Sequence[Kernels] | None = None,
     implementation: str | None = None,
-) -> Float[Array, "R N D"]:
+) -> Float[Array, "R N D_out"]:
     """Returns the outputs of every row's N experts.
 
     stacked: the experts' kernels with a leading axis E. unstacked: the same, an array each. implementation: one of

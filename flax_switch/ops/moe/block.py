@@ -30,7 +30,7 @@ class MoEParams:
 
     router_kernel: Float[Array, "D E"] | None  # None, as the bias, where the router learns nothing
     router_bias: Float[Array, " E"] | None
-    expert: Mapping[str, Kernel]  # {"wi" | "wi_0", "wi_1": [E, D, F], "wo": [E, F, D]}
+    expert: Mapping[str, Kernel]  # see `ops.mlp.ExpertKernels`
     shared_expert: Mapping[str, Kernel] | None = None  # the same without E
     unstacked: tuple[Mapping[str, Kernel], ...] | None = None  # `expert` once more, each an array of its own
 
@@ -49,7 +49,7 @@ def moe_block(
     replicas: int = 1,
     with_logits: bool = False,
     devices: Placement = ONE_DEVICE,
-) -> tuple[Float[Array, "B L D"], RouterOutput]:
+) -> tuple[Float[Array, "B L D_out"], RouterOutput]:
     """Routes each token to its experts and returns the weighted expert outputs, zero for tokens that no expert took.
 
     padding_mask: True for real tokens; used only where `config.ignore_padding_tokens`. deterministic: evaluation's capacity, no
@@ -91,7 +91,7 @@ def route_and_execute(
     grouping: Grouping,
     peers: Peers | None = None,
     split: bool = False,
-) -> tuple[Float[Array, "B L D"], Routed]:
+) -> tuple[Float[Array, "B L D_out"], Routed]:
     """Runs the SPMD body: what one device does with its tokens, alone or with the `peers` among which experts are split.
 
     split: that they are split although there are no peers to talk to.
@@ -118,7 +118,7 @@ def route_and_execute(
         unstacked=params.unstacked is not None,
         split=split or peers is not None,
     )
-    tokens, experts = tokens.astype(expert_dtype(config)), expert_function(config, dropout_rng)
+    tokens, experts = tokens.astype(expert_dtype(config)), expert_function(config, dropout_rng, params.expert)
     if peers is None:
         run = functools.partial(execute, plan, kernels=params.expert, experts=experts, unstacked=params.unstacked)
         y = run_chosen(executor, lambda name: functools.partial(run, executor=name), tokens)
@@ -163,8 +163,8 @@ def execute(
     *,
     executor: str,
     unstacked: Sequence[Mapping[str, Kernel]] | None = None,
-) -> Float[Array, "G S D"]:
-    """Runs the plan with one of the executors; `experts` is `ops.mlp.mlp` without kernels and `matmul`."""
+) -> Float[Array, "G S D_out"]:
+    """Runs the plan with one of the executors; `experts` is what `ops.mlp.expert_function` returns."""
     if executor == "ragged":
         return execute_ragged(plan, x, grouped_experts(experts, kernels))
     if executor == "hit":

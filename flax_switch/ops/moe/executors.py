@@ -75,12 +75,12 @@ def einsum_masks(plan: RoutingPlan, dtype: DTypeLike) -> tuple[Num[Array, "G S E
     return mask.astype(dtype), jnp.where(mask, weight[..., None], 0.0)
 
 
-ExpertFunction = Callable[[Float[Array, "G E C D"]], Float[Array, "G E C D"]]
+ExpertFunction = Callable[[Float[Array, "G E C D"]], Float[Array, "G E C D_out"]]
 
 
 def execute_buffers(
     plan: RoutingPlan, x: Float[Array, "G S D"], experts: ExpertFunction, *, executor: str
-) -> Float[Array, "G S D"]:
+) -> Float[Array, "G S D_out"]:
     """Runs `einsum` or `gather`: dispatch, `experts` on the buffers, combine. The result has x's dtype."""
     if executor == "einsum":
         dispatch_mask, combine_weights = einsum_masks(plan, x.dtype)
@@ -91,10 +91,10 @@ def execute_buffers(
     return gather_combine(plan, view, experts(gather_dispatch(plan, view, x))).astype(x.dtype)
 
 
-SortedExperts = Callable[[Float[Array, "R D"], Int[Array, " E"]], Float[Array, "R D"]]  # rows and group sizes to outputs
+SortedExperts = Callable[[Float[Array, "R D"], Int[Array, " E"]], Float[Array, "R D_out"]]  # rows and group sizes to outputs
 
 
-def execute_ragged(plan: RoutingPlan, x: Float[Array, "G S D"], experts: SortedExperts) -> Float[Array, "G S D"]:
+def execute_ragged(plan: RoutingPlan, x: Float[Array, "G S D"], experts: SortedExperts) -> Float[Array, "G S D_out"]:
     """Sorts the kept choices of all groups by expert, runs `experts` on the sorted rows, and adds up their outputs."""
     G, S, N = plan.expert.shape
     num_choices = G * S * N
@@ -113,15 +113,15 @@ def execute_ragged(plan: RoutingPlan, x: Float[Array, "G S D"], experts: SortedE
     sorted_rows = take_rows(x.reshape(1, G * S, -1), token, row_of_token)[0]
     outputs = experts(sorted_rows, group_sizes)
     weight = take_rows(plan.weight.reshape(1, -1, 1), choice[None], row_of_choice.reshape(1, -1, 1))
-    return sum_rows(outputs[None] * weight, token, row_of_token, G * S).reshape(x.shape).astype(x.dtype)
+    return sum_rows(outputs[None] * weight, token, row_of_token, G * S).reshape(G, S, outputs.shape[-1]).astype(x.dtype)
 
 
-HitExperts = Callable[[Float[Array, "R D"], Int[Array, "R N"]], Float[Array, "R N D"]]  # rows and their experts to outputs
+HitExperts = Callable[[Float[Array, "R D"], Int[Array, "R N"]], Float[Array, "R N D_out"]]  # rows and their experts to outputs
 
 
-def execute_hit(plan: RoutingPlan, x: Float[Array, "G S D"], experts: HitExperts) -> Float[Array, "G S D"]:
+def execute_hit(plan: RoutingPlan, x: Float[Array, "G S D"], experts: HitExperts) -> Float[Array, "G S D_out"]:
     """Runs `experts` on every choice of every token, kept or not, and adds up the outputs of those kept. For few tokens."""
     G, S, N = plan.expert.shape
     weight = jnp.where(plan.kept, plan.weight, 0.0).reshape(G * S, N, 1)
     outputs = experts(x.reshape(G * S, -1), plan.expert.reshape(G * S, N))
-    return (outputs * weight).sum(1).reshape(x.shape).astype(x.dtype)
+    return (outputs * weight).sum(1).reshape(G, S, outputs.shape[-1]).astype(x.dtype)

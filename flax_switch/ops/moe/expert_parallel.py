@@ -49,7 +49,7 @@ _STRADDLE = (
 def exchange_buffers(experts: ExpertFunction, peers: Peers) -> ExpertFunction:
     """Makes a function of buffers for all experts from `experts`, which has this device's share of them."""
 
-    def run(buffers: Float[Array, "G E C D"]) -> Float[Array, "G E C D"]:
+    def run(buffers: Float[Array, "G E C D"]) -> Float[Array, "G E C D_out"]:
         received = peers.all_to_all(buffers, 1, 0)  # [ways * G, E / ways, C, D]
         outputs = experts(checkpoint_name(received, EXCHANGED[0]))
         return checkpoint_name(peers.all_to_all(outputs, 0, 1), EXCHANGED[1])
@@ -59,7 +59,7 @@ def exchange_buffers(experts: ExpertFunction, peers: Peers) -> ExpertFunction:
 
 def execute_dropless(
     plan: RoutingPlan, x: Float[Array, "G S D"], experts: SortedExperts, peers: Peers, *, buffer_factor: float
-) -> tuple[Float[Array, "G S D"], RoutingPlan]:
+) -> tuple[Float[Array, "G S D_out"], RoutingPlan]:
     """Executes a dropless plan of tokens that choose; `experts` is for this device's share of them.
 
     A device holds room for `buffer_factor` times its even share of rows. Choices beyond it are dropped, the last sender's first:
@@ -71,7 +71,7 @@ def execute_dropless(
     local = lax.dynamic_index_in_dim(counts.reshape(peers.ways, peers.ways, -1), peers.index(), 1, keepdims=False)
     between = counts.reshape(peers.ways, peers.ways, -1).sum(-1)  # [sender, receiver]
 
-    def run(rows: Float[Array, "R D"], _: Int[Array, " E"]) -> Float[Array, "R D"]:
+    def run(rows: Float[Array, "R D"], _: Int[Array, " E"]) -> Float[Array, "R D_out"]:
         received = checkpoint_name(send_rows(rows, between, room, peers), EXCHANGED[0])
         order, inverse = by_expert(local, room)
         sorted_rows = take_rows(received[None], order[None], inverse[None, :, None])[0]
@@ -153,8 +153,9 @@ def over_mesh(
     # Cast before they are handed over: what fsdp gathers, and what gradients add up over data, is in the experts' dtype.
     params = dataclasses.replace(params, expert={name: kernel.astype(dtype) for name, kernel in params.expert.items()})
     kernels = {name: _kernel_specs(name, kernel, mesh) for name, kernel in params.expert.items()}
-    sliced = "model" in jax.tree.leaves(kernels["wo"])[0]
-    if not sliced:  # int4 may have too few groups of inputs to be cut; then nothing of an expert is
+    sliced = "wo" in kernels and "model" in jax.tree.leaves(kernels["wo"])[0]
+    # int4 may have too few groups of inputs to be cut; then nothing of an expert is, nor of one that only projects
+    if not sliced:
         kernels = jax.tree.map(lambda spec: PartitionSpec(*spec[:1]), kernels)
     batch, whole = PartitionSpec(BATCH_AXES), PartitionSpec()
     peers = Peers("expert", mesh.shape["expert"])

@@ -229,9 +229,7 @@ def _architecture_problems(config: SwitchConfig) -> list[str]:
     """Returns one phrase for each field that makes a model Hugging Face's classes cannot compute."""
     problems = []
     if config.decoder_only:
-        return [
-            "architecture='decoder_only' (its T5 and SwitchTransformers have an encoder); 'flax_switch' is a format of any model"
-        ]
+        return ["architecture='decoder_only' (they have an encoder): keep it in the format 'flax_switch', which holds any model"]
     if config.is_sparse:
         if config.is_gated:
             problems.append(f"mlp_activations={config.mlp_activations!r} (its experts are not gated)")

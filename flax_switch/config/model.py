@@ -103,8 +103,8 @@ class SwitchConfig(_Section):
 
     # --- architecture
     architecture: str = "encoder_decoder"  # or "decoder_only": the encoder's fields mean nothing, and there is no cross-attention
-    # Of a decoder-only model. "parallel": attention and MLP from one norm, their sum times 2**-0.5. "fused": the same, unscaled, in
-    # one projection of queries and MLP, one of a key and a value that all heads share, and one back
+    # Decoder-only models have more than one. "parallel": attention and MLP from one norm, their sum times 2**-0.5. "fused": the same,
+    # unscaled, in one projection to queries and MLP, one to a key and a value that all heads share, and one back
     layer_form: str = "sequential"
     fused_sparse: tuple[str, ...] = ("q_wi", "o_wo")  # which projections of a fused sparse layer have experts
     positions: str = "relative"  # or "rotary" (2104.09864), of a decoder-only model
@@ -193,9 +193,6 @@ class SwitchConfig(_Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of("architecture", self.architecture, ARCHITECTURES)
-        one_of("layer_form", self.layer_form, LAYER_FORMS)
-        one_of("positions", self.positions, ("relative", "rotary"))
         one_of("sparse_layout", self.sparse_layout, LAYOUTS)
         one_of("router_type", self.router_type, ROUTERS)
         one_of("capacity_mode", self.capacity_mode, ("factor", "fixed", "dropless"))
@@ -255,6 +252,9 @@ class SwitchConfig(_Section):
 
     def _check_architecture(self) -> None:
         """Raises for fields that are another architecture's, or another form of layer's."""
+        one_of("architecture", self.architecture, ARCHITECTURES)
+        one_of("layer_form", self.layer_form, LAYER_FORMS)
+        one_of("positions", self.positions, ("relative", "rotary"))
 
         def only(condition: bool, wanted: str, **neutral: Any) -> None:
             for name, value in neutral.items():
@@ -289,7 +289,7 @@ class SwitchConfig(_Section):
         )
         check(
             not fused or self.d_ff % self.num_heads == 0,
-            f"layer_form='fused' gives each head a part of the MLP, so num_heads ({self.num_heads}) must divide d_ff ({self.d_ff}).",
+            f"layer_form='fused' gives each head a part of the MLP: num_heads ({self.num_heads}) must divide d_ff ({self.d_ff}).",
         )
         check(
             self.positions != "rotary" or self.d_kv % 2 == 0,

@@ -27,6 +27,19 @@ class BatchConfig(_Section):
     num_workers: Annotated[int, Range(0, largest=1024, off="0 prepares them in this process.")] = may_change(0)
     prefetch: Count = may_change(8)  # batches held ready
 
+    @property
+    def array_lengths(self) -> dict[str, int]:
+        """The arrays of a batch (`data/batches`), each with the length of its rows."""
+        if self.joined:
+            names = ("decoder_input_ids", "labels", "decoder_attention_mask", "prefix_mask")
+            names += ("decoder_segment_ids",) if self.packing else ()
+            return dict.fromkeys(names, self.inputs_length + self.targets_length)
+        lengths = dict.fromkeys(("input_ids", "attention_mask"), self.inputs_length)
+        lengths |= dict.fromkeys(("decoder_input_ids", "decoder_attention_mask", "labels"), self.targets_length)
+        if self.packing:
+            lengths |= {"input_segment_ids": self.inputs_length, "decoder_segment_ids": self.targets_length}
+        return lengths
+
     def stack_lengths(self, model: SwitchConfig) -> dict[str, int]:
         """Returns how many tokens of a row each stack of a model reads."""
         if model.decoder_only:

@@ -102,7 +102,7 @@ def layer_shapes(config: SwitchConfig, stack: StackConfig, *, sparse: bool) -> d
 
 
 def _fused(config: SwitchConfig, sparse: bool) -> dict[str, tuple[int, ...]]:
-    """Returns the parameters of a fused layer; a projection's last axis, or its first two for o_wo, are attention's, then the MLP's."""
+    """Returns the parameters of a fused layer; in each kernel a head's features of attention come before those of the MLP."""
     D, H, K, part = config.d_model, config.num_heads, config.d_kv, config.d_ff // config.num_heads
     kernels = {
         "q_wi": (D, H, K + len(config.mlp_activations) * part),

@@ -18,7 +18,6 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Bool, Integer
 
-from flax_switch.config import BatchConfig
 from flax_switch.data.examples import Examples, span_of_each
 
 IGNORED = -100
@@ -95,19 +94,6 @@ def join_batch(examples: Examples, rows: Integer[np.ndarray, " M"], batch_size: 
         "prefix_mask": (real & (place <= of_row)).astype(np.int32),
     }
     return {**batch, "decoder_segment_ids": segments} if packed else batch
-
-
-def batch_lengths(config: BatchConfig) -> dict[str, int]:
-    """Returns the arrays of a batch, each with the length of its rows."""
-    if config.joined:
-        names = ("decoder_input_ids", "labels", "decoder_attention_mask", "prefix_mask")
-        names += ("decoder_segment_ids",) if config.packing else ()
-        return dict.fromkeys(names, config.inputs_length + config.targets_length)
-    lengths = dict.fromkeys(("input_ids", "attention_mask"), config.inputs_length)
-    lengths |= dict.fromkeys(("decoder_input_ids", "decoder_attention_mask", "labels"), config.targets_length)
-    if config.packing:
-        lengths |= {"input_segment_ids": config.inputs_length, "decoder_segment_ids": config.targets_length}
-    return lengths
 
 
 def _lay_out(values: np.ndarray, lengths: np.ndarray, rows: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:

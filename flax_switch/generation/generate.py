@@ -28,7 +28,8 @@ class GenerationOutput(Fields):
 
     Fields that are not None can be had by name and by position, too: `output["sequences"]`, `output[0]`.
 
-    sequences: ids, from the decoder's prefix on; of a decoder-only model from its inputs on, filled up on the left. Finished rows are filled up with pad, beams with EOS, as Hugging Face does.
+    sequences: ids, from the decoder's prefix on; of a decoder-only model from its inputs on, padded on the left. Finished rows are
+      filled up with pad, beams with EOS, as Hugging Face does.
     scores: of beams, their summed log-probabilities over the length penalty; else None.
     step_scores: with output_scores, the processed scores of each step: logits, or with beams the log-probabilities of the
       running beams (R is B * num_beams then, not all of which need be ancestors of what is returned).

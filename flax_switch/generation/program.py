@@ -77,10 +77,7 @@ def run_program(
     """
     B, P = prefix.shape
     max_length = P + controls.max_new_tokens
-    encoded: Any = B
-    if not config.decoder_only:
-        encoder = SwitchTransformer(encoder_config(config, controls.routing), devices=devices)
-        encoded = encoder.apply(variables, input_ids, mask, method="encode").last_hidden_state
+    encoded = encode(config, controls, variables, input_ids, mask, devices)
     config = decoder_config(config, controls.routing)
     model, variables = SwitchTransformer(config, devices=devices), in_compute_dtype(variables, config)
     beams, rows = controls.num_beams, B * controls.rows_per_source
@@ -102,11 +99,9 @@ def run_program(
     cache = start_cache(model, variables, encoded, max_length, controls.rows_per_source, beams)
     if P > 1:  # the whole prefix in one pass and, with a capacity, one chunk
         logits, before = decode(model, variables, prefix, mask, start_cache(model, variables, encoded, P))
-        cache = cache.after(before)
+        cache, state = cache.after(before), extended(state, jnp.repeat(logits, rows // B, axis=0))
     if config.decoder_only:  # from here on the mask is of all places of each row
         mask = jnp.pad(jnp.repeat(mask, rows // B, axis=0), ((0, 0), (0, max_length - P)), constant_values=True)
-    if P > 1:
-        state = extended(state, jnp.repeat(logits, rows // B, axis=0))
 
     def body(carry):
         state, cache = carry
@@ -130,6 +125,21 @@ def run_program(
     )
 
 
+def encode(
+    config: SwitchConfig,
+    controls: GenerationConfig,
+    variables: Mapping[str, Any],
+    input_ids: Int[Array, "B S"],
+    mask: Bool[Array, "B S"],
+    devices: Placement,
+) -> Float[Array, "B S D"] | int:
+    """Returns what `start_cache` takes: the encoder's output, or of a decoder-only model B."""
+    if config.decoder_only:
+        return input_ids.shape[0]
+    encoder = SwitchTransformer(encoder_config(config, controls.routing), devices=devices)
+    return encoder.apply(variables, input_ids, mask, method="encode").last_hidden_state
+
+
 def start_cache(
     model: SwitchTransformer,
     variables: Mapping[str, Any],
@@ -151,7 +161,7 @@ def decode(
     """
     if model.config.decoder_only:
         L = tokens.shape[1]
-        real = mask if L == mask.shape[1] else None
+        real = mask if mask.shape[1] == L else None
         causal = L == 1 or not model.config.bidirectional_inputs
         output = model.apply(
             variables, tokens, None, None, mask, cache=cache, decoder_padding_mask=real, causal=causal, method="decode"

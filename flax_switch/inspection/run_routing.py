@@ -86,7 +86,7 @@ def follow(run: str | Path) -> RunRouting:
 def _check_one_router_a_layer(model: SwitchConfig) -> None:
     check(
         model.layer_form != "fused",
-        "The sparse layers of this model are fused, with a router for each of their projections; followed are layers that have one. "
+        "The sparse layers of this model are fused, with a router for each projection; followed are layers that have one. "
         "The run's report has every router's load.",
     )
 

@@ -121,8 +121,8 @@ class DecoderCache:
         """
         T, J = self.max_length, self.beams
         last = jnp.arange(length)[:, None] if causal else length - 1
-        seen = jnp.broadcast_to(jnp.arange(T)[None] <= self.index + last, (length, T))
-        seen = seen[None, None] if mask is None else seen & mask.reshape(-1, J, 1, T)  # [G, J, L, T]
+        seen = jnp.broadcast_to(jnp.arange(T)[None] <= self.index + last, (length, T))[None, None]
+        seen = seen if mask is None else seen & mask.reshape(-1, J, 1, T)  # [G, J, L, T]
         if self.ancestors is not None:
             seen = seen[..., None] & jax.nn.one_hot(self.ancestors, J, dtype=bool)[:, :, None]  # [G, J, L, T, J]
         return seen.reshape(seen.shape[0], 1, -1, T * J)

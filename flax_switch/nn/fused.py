@@ -75,8 +75,7 @@ class FusedLayer(nn.Module):
 
     def _q_wi_init(self, key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
         kernel = _init(self.config, 1)(key, shape, dtype)
-        factor = jnp.where(jnp.arange(shape[-1]) < self.config.d_kv, query_factor(self.config), 1.0)
-        return kernel * factor.astype(kernel.dtype)
+        return kernel.at[..., : self.config.d_kv].multiply(query_factor(self.config))
 
     def __call__(
         self, x: Float[Array, "B Q D"], inputs: LayerInputs, cache: LayerCache | None = None

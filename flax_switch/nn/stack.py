@@ -90,7 +90,7 @@ class Stack(nn.Module):
         return tuple(layer.cross_keys_values(encoded) for layer in self.layers)
 
     def bias_tables(self, max_length: int) -> tuple[Float[Array, "H relative"], ...]:
-        """Returns each layer's table of relative position biases for a cache of `max_length` places, or the one they share, if any."""
+        """Returns each layer's table of relative position biases for a cache of `max_length` places, or the one they share."""
         if not self.config.has_bias_tables:
             return ()
         holders = self.layers if self.config.relative_attention_per_layer else (self,)

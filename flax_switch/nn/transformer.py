@@ -223,16 +223,11 @@ class SwitchTransformer(SwitchEncoder):
             devices=self.devices,
         )
         x, outputs, hidden_states = self.decoder(x, inputs, cache=cache, output_hidden_states=output_hidden_states)
-        logits = None
-        if self.head:
-            tied = config.tie_word_embeddings and not config.copied_head
-            table = self.decoder.token_embedder if config.decoder_only else self.token_embedder
-            logits = table.attend(x) if tied else self.decoder.logits(x)
         if cache is not None:
             cache = cache.advanced(tuple(o.cache for o in outputs if o.cache is not None), x.shape[1])
         cross_attentions = tuple(o.cross_attention for o in outputs if o.cross_attention is not None)
         return DecoderOutput(
-            logits=logits,
+            logits=self._logits(x) if self.head else None,
             last_hidden_state=x,
             router=tuple(router for o in outputs for router in o.routers),
             hidden_states=hidden_states,
@@ -240,6 +235,11 @@ class SwitchTransformer(SwitchEncoder):
             cross_attentions=cross_attentions if output_attentions else None,
             cache=cache,
         )
+
+    def _logits(self, x: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
+        if not self.config.tie_word_embeddings or self.config.copied_head:
+            return self.decoder.logits(x)
+        return (self.decoder.token_embedder if self.config.decoder_only else self.token_embedder).attend(x)
 
     def init_cache(
         self, encoded: Float[Array, "B S D"] | int, max_length: int, rows_per_source: int = 1, *, beams: int = 1

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
 from flax_switch.config import ExperimentConfig, check
-from flax_switch.data.batches import batch_lengths
 from flax_switch.ops.losses import seq2seq_loss
 from flax_switch.parallel.mesh import MESH_AXES, AnyMesh, batch_sharding, batch_ways
 from flax_switch.training.state import Run
@@ -54,7 +53,7 @@ def batch_structs(config: ExperimentConfig, mesh: AnyMesh) -> dict[str, jax.Shap
     sharding = batch_sharding(mesh)
     return {
         name: jax.ShapeDtypeStruct((data.batch_size, length), jnp.int32, sharding=sharding)
-        for name, length in batch_lengths(data).items()
+        for name, length in data.array_lengths.items()
     }
 
 

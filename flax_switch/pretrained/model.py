@@ -120,16 +120,11 @@ class Pretrained:
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
         )
-        source, target = (None, None, None), None
-        if not self.config.decoder_only:
-            source = self._source(input_ids, attention_mask, inputs_embeds, encoder_outputs)
-        elif input_ids is not None or inputs_embeds is not None:
-            check(
-                labels is None and decoder_input_ids is None and decoder_inputs_embeds is None,
-                "A decoder-only model reads one sequence: give input_ids, or labels of which its inputs are made, or both by the names "
-                "decoder_input_ids and labels, label i being what follows input i.",
-            )
-            decoder_input_ids, decoder_attention_mask, decoder_inputs_embeds = input_ids, attention_mask, inputs_embeds
+        source, target = self._source(input_ids, attention_mask, inputs_embeds, encoder_outputs), None
+        if self.config.decoder_only:
+            fed = (decoder_input_ids, decoder_attention_mask, decoder_inputs_embeds)
+            decoder_input_ids, decoder_attention_mask, decoder_inputs_embeds = _one_sequence(source, fed, labels)
+            source = (None, None, None)
         if self.architecture == "encoder":
             output: Any = outputs.encoder_output(_encode(self.model, self.params, *source, rngs, **options))
             return output.to_tuple() if return_dict is False else output
@@ -142,10 +137,8 @@ class Pretrained:
             "The decoder has no input: give labels, decoder_input_ids or decoder_inputs_embeds (or call .encode).",
         )
         inputs = self._inputs(decoder_input_ids, decoder_attention_mask, decoder_inputs_embeds, "decoder_")
-        if prefix_mask is not None:
-            shape = inputs[0].shape if inputs[2] is None else inputs[2].shape[:2]
-            prefix_mask = as_mask("prefix_mask", prefix_mask, shape, "decoder_input_ids")
-        raw = _run(self.model, self.params, *source, *inputs, _as_encoder_output(encoder_outputs), prefix_mask, rngs, **options)
+        prefix = None if prefix_mask is None else as_mask("prefix_mask", prefix_mask, np.shape(prefix_mask))
+        raw = _run(self.model, self.params, *source, *inputs, _as_encoder_output(encoder_outputs), prefix, rngs, **options)
         if self.architecture == "headless":
             output = outputs.model_output(raw)
         else:
@@ -167,6 +160,9 @@ class Pretrained:
     def _source(self, ids: Any, mask: Any, embeds: Any, encoded: Any = None) -> tuple[Any, Any, Any]:
         """Returns the encoder's ids, mask and embeddings, checked; with its output given, the mask alone."""
         check_alive("The model's parameters", self.params, "model.replace(params=state.params) is the model after it")
+        if self.config.decoder_only:
+            check(encoded is None, "A decoder-only model has no encoder whose outputs it could take; leave encoder_outputs out.")
+            return ids, mask, embeds
         check(
             ids is not None or embeds is not None or encoded is not None,
             "The encoder has no input: give input_ids, inputs_embeds or encoder_outputs.",
@@ -264,6 +260,17 @@ def _run(
         rngs=rngs,
         **options,
     )
+
+
+def _one_sequence(source: tuple[Any, Any, Any], fed: tuple[Any, Any, Any], labels: Any) -> tuple[Any, Any, Any]:
+    """Returns ids, mask and embeddings of a decoder-only model's sequence, under whichever names they were given."""
+    named = [ids is not None or embeds is not None for ids, _, embeds in (source, fed)]
+    check(
+        not named[0] or (not named[1] and labels is None),
+        "A decoder-only model reads one sequence: give input_ids alone, or labels alone, of which its inputs are made, or "
+        "decoder_input_ids and labels, label i being what follows input i.",
+    )
+    return source if named[0] else fed
 
 
 def _as_encoder_output(value: Any) -> Any:

@@ -47,8 +47,8 @@ def train_step(
     Args:
       state: from `TrainState.create`; dropout and jitter draw from its key and step.
       batch: `input_ids` [B, S] and `labels` [B, T] (-100 where there is no loss), and, unless what follows from them will do,
-        `attention_mask`, `decoder_input_ids`, `decoder_attention_mask`. Lists and the arrays of any library. Of a decoder-only model
-        `labels` [B, L], the tokens that follow those of `decoder_input_ids` (by default the labels shifted right), and where
+        `attention_mask`, `decoder_input_ids`, `decoder_attention_mask`. Lists and the arrays of any library. For a decoder-only
+        model `labels` [B, L], the tokens that follow those of `decoder_input_ids` (by default the labels shifted right), and where
         config.bidirectional_inputs `prefix_mask`.
 
     Returns:

@@ -92,8 +92,8 @@ def check_teacher(config: DistillConfig, teacher: SwitchConfig, architecture: st
     )
     check(
         config.model.architecture == teacher.architecture,
-        f"The teacher {config.teacher} has architecture={teacher.architecture!r}, the student {config.model.architecture!r}, so they "
-        f"do not read the same batches; set model.architecture={teacher.architecture!r}.",
+        f"The teacher {config.teacher} has architecture={teacher.architecture!r}, the student {config.model.architecture!r}: they "
+        f"do not read the same batches. Set model.architecture={teacher.architecture!r}.",
     )
     for name in ("vocab_size", "pad_token_id", "eos_token_id", "decoder_start_token_id"):
         own, theirs = getattr(config.model, name), getattr(teacher, name)

@@ -32,10 +32,13 @@ def finish(result: RunResult, workdir: epath.PathLike) -> None:
         return  # one process writes
     workdir = epath.Path(workdir)
     # Generating is a program of all processes where the parameters are spread over them; here is only one.
-    samples = fill_spans(result, result.run.config.train.sample_spans) if jax.process_count() == 1 else []
+    alone = result.run.config.model.decoder_only
+    show = continue_text if alone else fill_spans
+    samples = show(result, result.run.config.train.sample_spans) if jax.process_count() == 1 else []
     write_text(workdir / SAMPLES_FILE, json.dumps(samples, indent=2) + "\n")
     if samples:
-        console.print("\nHeld-out text with its gaps filled in; in brackets what the model wrote -> what was there:")
+        done = "continued" if alone else "with its gaps filled in"
+        console.print(f"\nHeld-out text {done}; in brackets what the model wrote -> what was there:")
     for sample in samples:
         shown = (p if isinstance(p, str) else f"[{p['model']} -> {p['text']}]" for p in sample["pieces"])
         console.print("  " + " ".join(shown))
@@ -43,14 +46,16 @@ def finish(result: RunResult, workdir: epath.PathLike) -> None:
         console.print(f"\n{describe(result.evaluation)}")
         for finding in findings(result.run.config.model, result.evaluation):
             console.print(finding, style="yellow")
+    line = "def main(" if alone else "Returns True if the <extra_id_0> is empty."
+    dense = "--config.model.num_sparse_decoder_layers=0 and a new --workdir" if alone else "--config t5_tiny"
     console.print(
         f"\nReport:              {write_report(workdir)}\n"
         f"Metrics:             {workdir / 'metrics.jsonl'}\n"
         f"Checkpoints:         {workdir / 'checkpoints'}\n"
         f"Vocabulary:          {workdir / 'vocabulary'}\n\n"
         f"Next: train on with --config.train.steps=..., on your own text with --config.data.source=TEXT.txt and a new --workdir,\n"
-        f"compare with a dense model of equal cost a token with --config t5_tiny, or generate:\n"
-        f"  echo 'Returns True if the <extra_id_0> is empty.' | flax-switch generate --checkpoint {workdir} --num-beams 4"
+        f"compare with a dense model of equal cost a token with {dense}, or generate:\n"
+        f"  echo '{line}' | flax-switch generate --checkpoint {workdir} --num-beams 4"
     )
     sys.stdout.flush()
 
@@ -72,6 +77,32 @@ def fill_spans(result: RunResult, count: int) -> list[dict[str, Any]]:
     output = generate(result.run.model, result.state.params, inputs, masks, max_new_tokens=config.data.targets_length, num_beams=1)
     rows = zip(inputs, np.asarray(output.sequences), labels, strict=True)
     return [{"pieces": _pieces(vocabulary, source, predicted, target)} for source, predicted, target in rows]
+
+
+def continue_text(result: RunResult, count: int) -> list[dict[str, Any]]:
+    """Returns the greedy continuations of `count` held-out examples' inputs, or of their first half where they have none."""
+    vocabulary, config = result.prepared.vocabulary, result.run.config
+    assert isinstance(result.prepared, Prepared)  # of pre-training
+    batch = next(iter(result.prepared.heldout_batches(1)))
+    ids, given, real = (np.asarray(batch[name]) for name in ("decoder_input_ids", "prefix_mask", "decoder_attention_mask"))
+    first = np.asarray(batch.get("decoder_segment_ids", real)) == 1
+    rows = np.flatnonzero(first.sum(1) >= 4)[:count]
+    if not len(rows):
+        return []
+    texts = [ids[row, first[row]].tolist() for row in rows]
+    inputs_of = [int(given[row, first[row]].sum()) for row in rows]  # the start token among them
+    cuts = [inputs if inputs > 1 else len(text) // 2 for inputs, text in zip(inputs_of, texts, strict=True)]
+    inputs, mask = np.zeros((2, len(rows), max(cuts)), np.int32)
+    for row, (text, cut) in enumerate(zip(texts, cuts, strict=True)):
+        inputs[row, :cut], mask[row, :cut] = text[:cut], 1
+    new = min(config.data.targets_length, max(map(len, texts)))
+    output = generate(result.run.model, result.state.params, inputs, mask, max_new_tokens=new, num_beams=1)
+    written = np.asarray(output.sequences)[:, inputs.shape[1] + 1 :]
+    said = lambda ids: vocabulary.decode([i for i in ids if i > vocabulary.eos_id], skip_special_tokens=False)  # noqa: E731
+    return [
+        {"pieces": [said(text[:cut]), {"model": said(made.tolist()), "text": said(text[cut:])}]}
+        for text, cut, made in zip(texts, cuts, written, strict=True)
+    ]
 
 
 def first_documents(batch: Batch) -> Batch:

@@ -70,6 +70,38 @@ CAPACITIES = [
 ]
 
 
+# Decoders without an encoder, as changes of ALONE_BASE: what each of their fields changes.
+ALONE_BASE = BASE.replace(architecture="decoder_only")
+FUSED = dict(layer_form="fused")
+ALONE = {
+    "sequential": dict(),
+    "sequential, inputs both ways": dict(
+        bidirectional_inputs=True, num_selected_experts=2, extra_mlp=True, relative_attention_num_buckets=4,
+        relative_attention_max_distance=5,
+    ),
+    "sequential, rotary, shared expert": dict(positions="rotary", scale_attention_logits=True, shared_expert=True, expert_d_ff=24),
+    "sequential, scanned, untied": dict(
+        scan_layers=True, num_decoder_layers=4, num_sparse_decoder_layers=2, tie_word_embeddings=False,
+        relative_attention_per_layer=True,
+    ),
+    "sequential, hash": dict(router_type="hash", hash_seed=3, bidirectional_inputs=True),
+    "parallel, gated": dict(layer_form="parallel", mlp_activations=GATED, router_bias=True, extra_mlp=True),
+    "parallel, dense, inputs both ways": dict(layer_form="parallel", num_sparse_decoder_layers=0, bidirectional_inputs=True),
+    "fused": dict(FUSED, num_heads=4, d_kv=6),
+    "fused, gated, rotary, all three sparse": dict(
+        FUSED, mlp_activations=("swish", "linear"), positions="rotary", scale_attention_logits=True, num_selected_experts=2,
+        fused_sparse=("q_wi", "kv", "o_wo"), bidirectional_inputs=True, router_bias=True,
+    ),
+    "fused, dense, untied": dict(FUSED, num_sparse_decoder_layers=0, tie_word_embeddings=False, positions="rotary"),
+    "fused, scanned": dict(
+        FUSED, scan_layers=True, num_decoder_layers=4, num_sparse_decoder_layers=2, relative_attention_per_layer=True,
+        fused_sparse=("kv",),
+    ),
+    "fused, by hash, gathered": dict(FUSED, router_type="hash", moe_executor="hit", num_experts=13, bidirectional_inputs=True),
+    "special tokens": dict(pad_token_id=3, eos_token_id=5, decoder_start_token_id=7, zero_padding_activations=False),
+}  # fmt: skip
+
+
 def combined(**alternatives):
     """BASE with an alternative of some axes, given by number; raises ConfigError where they cannot go together."""
     changes = [AXES[name][number] for name, number in alternatives.items()]

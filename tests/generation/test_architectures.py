@@ -14,7 +14,19 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from architectures import AXES, BASE, CAPACITIES, IMPOSSIBLE, TRAINING_ONLY, Uncached, combined, lively_params, pairwise, sources
+from architectures import (
+    ALONE,
+    AXES,
+    BASE,
+    CAPACITIES,
+    IMPOSSIBLE,
+    TRAINING_ONLY,
+    Uncached,
+    combined,
+    lively_params,
+    pairwise,
+    sources,
+)
 from textbook import beam_search, greedy_search
 
 from flax_switch.config import ConfigError, SwitchConfig
@@ -46,10 +58,11 @@ def test_every_field_of_a_config_is_varied_or_known_to_change_nothing():
     architectures = [changes for alternatives in AXES.values() for changes in alternatives]
     changed = {
         name
-        for changes in (*architectures, *CAPACITIES, TRAINING_ONLY, *HUGGINGFACE.values())
+        for changes in (*architectures, *CAPACITIES, TRAINING_ONLY, *HUGGINGFACE.values(), *ALONE.values())
         for name, value in changes.items()
         if value != getattr(BASE, name)
     }
+    changed |= {"architecture"}  # with which test_decoders_alone varies the others
     changed |= {"weights"}  # integers are not drawn: tests/pretrained/test_weights.py decodes with them
     assert changed == {field.name for field in dataclasses.fields(SwitchConfig)}, "a field needs an alternative in AXES"
 

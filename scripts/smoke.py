@@ -42,7 +42,18 @@ def main() -> None:
         flax_switch("convert", exported, back, "--to", "flax_switch")
         assert "huggingface" in flax_switch("inspect", exported)
         compare(run, back)
-    print("The main path works: pre-train, resume, report, generate, convert to Hugging Face and back to the bit.")
+        decoder_alone(str(Path(folder) / "decoder"))
+    print(
+        "The main path works: pre-train, resume, report, generate, convert to Hugging Face and back to the bit; a decoder alone."
+    )
+
+
+def decoder_alone(run: str) -> None:
+    """Pre-trains a decoder-only model for two steps and has it continue a text."""
+    small = [*SMALL, "--config.model.layer_form=fused", "--config.model.num_decoder_layers=2"]
+    flax_switch("pretrain", "--config", "configs/tiny_decoder.py", "--workdir", run, *small, "--config.train.steps=2")
+    generated = flax_switch("generate", "--checkpoint", run, "--max-new-tokens", "4", stdin="def main(\n")
+    assert "def main(" in generated, generated
 
 
 def compare(first: str, second: str) -> None:

@@ -103,7 +103,7 @@ class SwitchConfig(_Section):
 
     # --- architecture
     architecture: str = "encoder_decoder"  # or "decoder_only": the encoder's fields mean nothing, and there is no cross-attention
-    # Decoder-only models have more than one. "parallel": attention and MLP from one norm, their sum times 2**-0.5. "fused": the same,
+    # Decoder-only models have others. "parallel": attention and MLP from one norm, their sum times 2**-0.5. "fused": the same,
     # unscaled, in one projection to queries and MLP, one to a key and a value that all heads share, and one back
     layer_form: str = "sequential"
     fused_sparse: tuple[str, ...] = ("q_wi", "o_wo")  # which projections of a fused sparse layer have experts

@@ -76,7 +76,7 @@ class Mixture:
     def lengths(self, lengths: Integer[np.ndarray, " M"]) -> Lengths:
         """Returns the room that inputs and targets of texts of these lengths need, whichever objective they get."""
         used = [OBJECTIVES[name] for name in self.rates]
-        firm = [objective for objective in used if not objective.fits_any_room] or used
+        firm = [objective for objective in used if not objective.fits_any_room] or used[:1]
         inputs, targets = zip(*(objective.room(self, lengths) for objective in firm), strict=True)
         marked = [length + marks(self.config, objective) for objective, length in zip(firm, inputs, strict=True)]
         return np.minimum(np.max(marked, axis=0), self.config.inputs_length), np.max(targets, axis=0)

@@ -133,7 +133,8 @@ def rotate(x: Float[Array, "B L H K"], first: Int[Array, ""] | int) -> Float[Arr
     """
     K = x.shape[-1]
     frequency = 10000.0 ** (-jnp.arange(0, K, 2, dtype=jnp.float32) / K)
-    angle = ((first + jnp.arange(x.shape[1])).astype(jnp.float32)[:, None] * frequency)[None, :, None]  # [1, L, 1, K/2]
+    place = (first + jnp.arange(x.shape[1])).astype(jnp.float32)
+    angle = place[None, :, None, None] * frequency[None, None, None]  # [1, L, 1, K/2]
     one, other = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     return jnp.concatenate([one * cos - other * sin, other * cos + one * sin], axis=-1).astype(x.dtype)

@@ -96,12 +96,13 @@ def compile_decode(config: ExperimentConfig, mesh: Mesh) -> Program:
     model = config.model.replace(scan_layers=False)
     run = build_run(config.replace(model=model), mesh)
     decoder = SwitchTransformer(decoder_config(model, "auto"), devices=LaidOutByCompiler())
-    rows, length = DECODE_ROWS * batch_ways(mesh), config.data.targets_length
-    split = batch_sharding(mesh)
+    rows, lengths = DECODE_ROWS * batch_ways(mesh), config.data.stack_lengths(model)
+    split, length = batch_sharding(mesh), lengths["decoder"]
+    seen = lengths.get("encoder", length)  # places that the mask is of
 
     def start(params, encoded):
         variables = in_compute_dtype({"params": params}, decoder.config)
-        return variables, start_cache(decoder, variables, encoded, length)
+        return variables, start_cache(decoder, variables, rows if model.decoder_only else encoded, length)
 
     def step(variables, tokens, mask, cache):
         return decode(decoder, variables, tokens, mask, cache)
@@ -109,14 +110,13 @@ def compile_decode(config: ExperimentConfig, mesh: Mesh) -> Program:
     def struct(shape, dtype):
         return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=split)
 
-    source = config.data.inputs_length
-    inputs = (run.abstract_state.params, struct((source, model.d_model), jnp.dtype(model.dtype)))
+    inputs = (run.abstract_state.params, struct((seen, model.d_model), jnp.dtype(model.dtype)))
 
     def lower():
         started = jax.jit(start).lower(*inputs).compile()
         place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
         variables, cache = jax.tree.map(place, jax.eval_shape(start, *inputs), started.output_shardings)
-        return jax.jit(step, donate_argnums=3).lower(variables, struct((1,), jnp.int32), struct((source,), bool), cache)
+        return jax.jit(step, donate_argnums=3).lower(variables, struct((1,), jnp.int32), struct((seen,), bool), cache)
 
     return _compiled("decode step", mesh, lower)
 

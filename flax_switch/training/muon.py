@@ -22,9 +22,12 @@ BIASES = 0.5  # relative biases are added to logits: their own size, small at fi
 def matrix_axes(names: tuple[str, ...]) -> optax.contrib.MuonDimensionNumbers | None:
     """Returns the axes of the matrices in a parameter with these logical axes, in and out; None where it holds none."""
     own = own_axes(names)
-    if len(own) != 2 or set(names) & set(NOT_MATRICES):
+    if len(own) < 2 or set(names) & set(NOT_MATRICES):
         return None
-    return optax.contrib.MuonDimensionNumbers(*own)
+    if len(own) == 2:
+        return optax.contrib.MuonDimensionNumbers(*own)
+    first = own[:1] if names[own[0]] == "embed" else own[:-1]  # a fused layer's kernels have heads apart from their features
+    return optax.contrib.MuonDimensionNumbers(first, own[len(first) :])
 
 
 def scale_by_muon(axes: Any, b1: float, b2: float, eps: float) -> optax.GradientTransformation:

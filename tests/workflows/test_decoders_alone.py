@@ -90,7 +90,7 @@ def test_a_workdir_is_a_model_that_continues_text(ran):
     assert output.texts[0].startswith("ba ke lo")
     several = model.generate(["ba ke lo", "mi"], max_new_tokens=4, num_beams=2)
     assert [text.startswith(begin) for text, begin in zip(several.texts, ("ba ke lo", "mi"), strict=True)] == [True, True]
-    assert model.generate("", max_new_tokens=2).sequences.shape[1] == 4  # padding, the start token and two more
+    assert model.generate("", max_new_tokens=2).sequences.shape == (1, 5)  # padding, the start token and two more
     labels = model.vocabulary.encode("ba ke lo")
     with_inputs = model([0, *labels[:-1]]).logits
     np.testing.assert_allclose(model(labels=labels).logits, with_inputs, atol=1e-6)
@@ -118,7 +118,7 @@ def test_it_is_inspected_and_saved_and_not_exported_to_hugging_face(ran, tmp_pat
 
 
 def test_scanned_and_unscanned_parameters_are_one_model(ran, tmp_path):
-    config = MODEL.replace(**FUSED, num_decoder_layers=4, num_sparse_decoder_layers=2, bidirectional_inputs=False)
+    config = MODEL.replace(**FUSED, num_decoder_layers=4, num_sparse_decoder_layers=2)
     from flax_switch.nn.init import init_params
     from flax_switch.pretrained import save_pretrained
 
@@ -188,7 +188,7 @@ def test_batches_have_the_form_that_the_model_reads(folder):
     assert config.data.joined and ExperimentConfig.from_dict(config.to_dict()) == config
     with pytest.raises(ConfigError, match=r"data\.joined=False"):
         config.replace(model=SwitchConfig(vocab_size=128))
-    with pytest.raises(ConfigError, match=r"causal_lm_rate .* architecture='decoder_only'"):
+    with pytest.raises(ConfigError, match=r"causal_lm_rate .*architecture='decoder_only'"):
         ExperimentConfig(data=DataConfig(causal_lm_rate=1.0))
 
 

@@ -43,9 +43,7 @@ def main() -> None:
         assert "huggingface" in flax_switch("inspect", exported)
         compare(run, back)
         decoder_alone(str(Path(folder) / "decoder"))
-    print(
-        "The main path works: pre-train, resume, report, generate, convert to Hugging Face and back to the bit; a decoder alone."
-    )
+    print("The main path works: pre-train, resume, report, generate, convert to Hugging Face and back to the bit; a decoder alone.")
 
 
 def decoder_alone(run: str) -> None:

@@ -132,12 +132,14 @@ def test_training_says_what_flaxformer_says(golden, mode):
     batch, prefix_mask = packed(golden, mode)
     labels = np.where(golden.arrays[f"{mode}/weights"] > 0, batch["targets"], -100)
 
-    def loss(params):
+    @jax.jit
+    @functools.partial(jax.grad, has_aux=True)
+    def gradients_of(params):
         output = run(params, golden.config, batch, prefix_mask, deterministic=False)
-        return seq2seq_loss(output, labels, golden.config), output
+        losses = seq2seq_loss(output, labels, golden.config)
+        return losses.loss, (losses, output)
 
-    losses, output = loss(golden.params)
-    gradients = jax.jit(jax.grad(lambda params: loss(params)[0].loss))(golden.params)
+    gradients, (losses, output) = gradients_of(golden.params)
     train = f"{mode}/train"
     np.testing.assert_allclose(output.logits, golden.arrays[f"{train}/logits"], atol=1e-5)
     check_metrics(output.decoder_router, metrics_of(golden, mode, "train"))

@@ -34,7 +34,7 @@ class BatchConfig(_Section):
             names = ("decoder_input_ids", "labels", "decoder_attention_mask", "prefix_mask")
             names += ("decoder_segment_ids",) if self.packing else ()
             return dict.fromkeys(names, self.inputs_length + self.targets_length)
-        lengths = dict.fromkeys(("input_ids", "attention_mask"), self.inputs_length)
+        lengths: dict[str, int] = dict.fromkeys(("input_ids", "attention_mask"), self.inputs_length)
         lengths |= dict.fromkeys(("decoder_input_ids", "decoder_attention_mask", "labels"), self.targets_length)
         if self.packing:
             lengths |= {"input_segment_ids": self.inputs_length, "decoder_segment_ids": self.targets_length}

@@ -125,6 +125,7 @@ def prompts(
     """Returns the start token and the real tokens of each row behind padding, so that all end together, and a mask of them."""
     real = input_ids != settings.pad_token_id if mask is None else np.asarray(as_mask("attention_mask", mask, input_ids.shape))
     start = settings.decoder_start_token_id
+    assert start is not None and settings.pad_token_id is not None  # `for_model` has filled them in
     ids = np.full((len(input_ids), input_ids.shape[1] + 1), settings.pad_token_id, np.int32)
     found = np.zeros(ids.shape, bool)
     for row, tokens in enumerate(input_ids[i][real[i]] for i in range(len(input_ids))):

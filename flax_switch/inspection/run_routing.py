@@ -122,7 +122,8 @@ _READ = {
 
 @functools.partial(jax.jit, static_argnums=0)
 def _experts(model: SwitchTransformer, params: Mapping, fed: Mapping[str, Int[Array, "B L"]]) -> list[Int[Array, "B L N"]]:
-    output = model.apply({"params": params}, **fed)
+    inputs: dict[str, Any] = dict(fed)
+    output = model.apply({"params": params}, **inputs)
     return [router.expert_index for router in (*output.encoder_router, *output.decoder_router)]
 
 

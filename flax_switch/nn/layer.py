@@ -123,8 +123,9 @@ class Layer(nn.Module):
         bias = inputs.bias
         if cache is None and self.config.has_bias_tables and self.config.relative_attention_per_layer:
             bias = self.relpos_bias(y.shape[1], y.shape[1])
-        options = dict(bias=bias, mask=inputs.mask, deterministic=inputs.deterministic, first=inputs.cache_index)
-        y, probs = attention(y, keys_values, **options)
+        y, probs = attention(
+            y, keys_values, bias=bias, mask=inputs.mask, deterministic=inputs.deterministic, first=inputs.cache_index
+        )  # fmt: skip
         return y, probs, cache
 
     def _attend_to_source(
@@ -138,8 +139,9 @@ class Layer(nn.Module):
             source = self.cross_keys_values(inputs.encoded)
         if source is None:
             raise ValueError("A decoder needs the encoder's output, or a cache that holds what is needed of it.")
-        options = dict(bias=None, mask=inputs.cross_mask, deterministic=inputs.deterministic)
-        return self.encoder_decoder_attention(y, source, **options)
+        return self.encoder_decoder_attention(
+            y, source, bias=None, mask=inputs.cross_mask, deterministic=inputs.deterministic
+        )  # fmt: skip
 
     def _compute(self, y: Float[Array, "B Q D"], inputs: LayerInputs) -> tuple[Float[Array, "B Q D"], tuple[RouterOutput, ...]]:
         """Runs the MLP, dense or sparse."""

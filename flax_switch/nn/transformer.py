@@ -253,7 +253,7 @@ class SwitchTransformer(SwitchEncoder):
         sources = encoded if isinstance(encoded, int) else encoded.shape[0]
         shape = (sources * rows_per_source // beams, config.key_heads, config.d_kv, max_length * beams)
         past = KeyValueCache.empty(*shape, jnp.dtype(config.dtype))
-        if config.decoder_only:
+        if isinstance(encoded, int):
             layers = (LayerCache(past),) * config.decoder.num_layers
         else:
             layers = tuple(LayerCache(past, KeyValueCache.of(cross)) for cross in self.decoder.cross_keys_values(encoded))

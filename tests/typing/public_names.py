@@ -35,7 +35,7 @@ def models(params: dict[str, Any], ids: jax.Array, arrays: np.ndarray[Any, np.dt
     output = model.apply({"params": params}, ids, ids, ids)
     assert_type(output, fs.ModelOutput)
     assert_type(output.logits, jax.Array | None)
-    assert_type(output.encoder_last_hidden_state, jax.Array)
+    assert_type(output.encoder_last_hidden_state, jax.Array | None)
     loss = fs.seq2seq_loss(output, arrays, config)
     assert_type(loss, fs.LossOutput)
     assert_type(loss.loss, jax.Array)

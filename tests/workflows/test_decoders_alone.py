@@ -221,3 +221,38 @@ def test_every_config_of_before_is_what_it_was():
     new = ("architecture", "layer_form", "fused_sparse", "positions", "scale_attention_logits", "bidirectional_inputs")
     assert SwitchConfig.from_dict({k: v for k, v in values.items() if k not in new}) == SwitchConfig()
     assert {*new} <= {field.name for field in dataclasses.fields(SwitchConfig)}
+
+
+def test_a_task_is_fine_tuned_and_what_is_generated_is_the_answer_alone(recipe, mesh, vocabulary, tmp_path):
+    from flax_switch.nn.init import init_params
+    from flax_switch.pretrained import save_pretrained
+    from flax_switch.workflows.finetune import evaluate_checkpoint, finetune
+
+    config = MODEL.replace(bidirectional_inputs=True)
+    save_pretrained(tmp_path / "start", config, init_params(config, jax.random.key(0)), vocabulary, "flax_switch")
+    result = finetune(recipe, tmp_path / "run", init=str(tmp_path / "start"), mesh=mesh)
+    assert result.evaluation["cross_entropy"] < np.log(128)
+    _, again, predictions = evaluate_checkpoint(recipe, str(tmp_path / "run"), mesh=mesh)
+    assert again["cross_entropy"] == pytest.approx(result.evaluation["cross_entropy"], rel=1e-5)
+    assert len(predictions) == 6 and not any("first:" in p.prediction for p in predictions)
+
+
+def test_a_student_learns_from_a_teacher_that_has_no_encoder_either(ran, folder, tmp_path):
+    from flax_switch.config.distillation import DistillConfig
+    from flax_switch.workflows.distill import distill
+
+    own = config_of(folder, 2)
+    sections = {name: getattr(own, name) for name in ("data", "optimizer", "mesh", "train")}
+    student = DistillConfig(model=MODEL.replace(num_sparse_decoder_layers=0), teacher=str(ran[1]), **sections)
+    assert distill(student, tmp_path / "student").step == 2
+    with pytest.raises(ConfigError, match=r"Set model\.architecture='decoder_only'"):
+        other = SwitchConfig(vocab_size=128, d_model=16, num_heads=2, d_kv=8, d_ff=16)
+        distill(student.replace(model=other, data=student.data.replace(joined=False, causal_lm_rate=0.0)), tmp_path / "other")
+
+
+def test_a_plan_counts_one_sequence(folder):
+    from flax_switch.plan.planner import plan
+
+    config = config_of(folder, model=MODEL.replace(**FUSED))
+    found = plan(config, "v5e:2x2", MeshConfig(data=2, expert=2), compile=False)
+    assert found.tokens == 8 * 36 and set(found.slots_per_token) == {"decoder"} and found.exchange_bound > 0

@@ -250,6 +250,10 @@ class SwitchTransformer(SwitchEncoder):
         by `DecoderCache.ancestors`; divides rows_per_source.
         """
         config = self.config
+        check(
+            isinstance(encoded, int) == config.decoder_only,
+            "encoded is the encoder's output; a decoder-only model has none, and takes the number of rows.",
+        )
         sources = encoded if isinstance(encoded, int) else encoded.shape[0]
         shape = (sources * rows_per_source // beams, config.key_heads, config.d_kv, max_length * beams)
         past = KeyValueCache.empty(*shape, jnp.dtype(config.dtype))

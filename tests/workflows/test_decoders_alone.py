@@ -256,3 +256,15 @@ def test_a_plan_counts_one_sequence(folder):
     config = config_of(folder, model=MODEL.replace(**FUSED))
     found = plan(config, "v5e:2x2", MeshConfig(data=2, expert=2), compile=False)
     assert found.tokens == 8 * 36 and set(found.slots_per_token) == {"decoder"} and found.exchange_bound > 0
+
+
+def test_the_routing_of_a_run_is_followed_and_that_of_fused_layers_refused(ran, tmp_path):
+    from flax_switch.inspection.run_routing import follow, measure
+    from flax_switch.nn.init import init_params
+    from flax_switch.pretrained import save_pretrained
+
+    assert list(measure(follow(ran[1]))) == ["decoder 1"]
+    fused = MODEL.replace(**FUSED)
+    save_pretrained(tmp_path, fused, init_params(fused, jax.random.key(0)), load_pretrained(ran[1]).vocabulary, "flax_switch")
+    with pytest.raises(ConfigError, match="a router for each"):
+        explore(load_pretrained(tmp_path), ["ba ke lo"])

@@ -132,6 +132,14 @@ class GenerationConfig(_Section):
             ),
             forced_eos_token_id=None if self.forced_eos_token_id is None else as_ids(self.forced_eos_token_id),
         )
+        if config.decoder_only:
+            neutral = {"search": "huggingface", "forced_bos_token_id": None}
+            for name, value in neutral.items():
+                check(
+                    getattr(self, name) == value,
+                    f"{name}={getattr(self, name)!r} is for models with an encoder, whose decoder begins with its start token alone; "
+                    "leave it out.",
+                )
         V = config.vocab_size
         for name in _IDS:
             for token in _flat(getattr(filled, name)):

@@ -1,4 +1,4 @@
-"""The models: `SwitchTransformer`, an encoder-decoder with a language-model head, and `SwitchEncoder`, the encoder alone."""
+"""The models: `SwitchTransformer`, an encoder-decoder or a decoder with a language-model head, and `SwitchEncoder`, the encoder."""
 
 import dataclasses
 from collections.abc import Callable, Mapping

@@ -133,3 +133,6 @@ def test_what_a_decoder_alone_continues_is_its_input():
     params = lively_params(ALONE_BASE)
     with pytest.raises(ConfigError, match="continues input_ids"):
         generate(SwitchTransformer(ALONE_BASE), params, [[9, 10]], decoder_input_ids=[[11]])
+    for control in (dict(search="t5x", num_beams=2), dict(forced_bos_token_id=5)):
+        with pytest.raises(ConfigError, match=f"{next(iter(control))}=.* models with an encoder"):
+            generate(SwitchTransformer(ALONE_BASE), params, [[9, 10]], **control)

@@ -137,7 +137,7 @@ class GenerationConfig(_Section):
             for name, value in neutral.items():
                 check(
                     getattr(self, name) == value,
-                    f"{name}={getattr(self, name)!r} is for models with an encoder, whose decoder begins with its start token alone; "
+                    f"{name}={getattr(self, name)!r} is for models with an encoder, whose decoder begins with its start token; "
                     "leave it out.",
                 )
         V = config.vocab_size

@@ -46,7 +46,7 @@ def finish(result: RunResult, workdir: epath.PathLike) -> None:
         console.print(f"\n{describe(result.evaluation)}")
         for finding in findings(result.run.config.model, result.evaluation):
             console.print(finding, style="yellow")
-    line = "def main(" if alone else "Returns True if the <extra_id_0> is empty."
+    line = "Returns True if the" if alone else "Returns True if the <extra_id_0> is empty."
     dense = "--config.model.num_sparse_decoder_layers=0 and a new --workdir" if alone else "--config t5_tiny"
     console.print(
         f"\nReport:              {write_report(workdir)}\n"

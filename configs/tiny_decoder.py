@@ -5,8 +5,8 @@ Half of the examples are whole texts (causal language modelling), the others beg
 
 Command:   flax-switch pretrain --config configs/tiny_decoder.py --workdir runs/tiny_decoder
 Hardware:  2 CPU cores.
-Expect:    165 s of CPU time. Held-out cross-entropy 2.72 nats a token; on text 1.85 better than guessing by how frequent tokens are,
-           and 36 % of the tokens right. Greedy continuations soon repeat themselves: 200 steps show that it learns, no more.
+Expect:    165 s of CPU time. Held-out cross-entropy 2.72 nats a token; on text 1.85 better than guessing by how frequent tokens
+           are, and 36 % of the tokens right. Greedy continuations soon repeat themselves: 200 steps show that it learns, no more.
 """
 
 from flax_switch.config import DataConfig, ExperimentConfig, OptimizerConfig, TrainConfig

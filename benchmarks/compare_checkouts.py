@@ -7,7 +7,8 @@ Three workers run at once, each a process that imports one checkout: A, A again 
 weights and batch and take turns, the order reversed every time, so that whatever else the machine does falls on all of them. A
 cell's ratio is the median over pairs of A's seconds through B's: above 1, B is faster. The control is the same of A and its twin;
 where that is further from 1 than 3 %, its distance is the limit of what can be said. Compile seconds are told apart, as
-seconds of the processor: the median over --starts of fresh processes of the first run's beyond a usual one's. Quiet machines only.
+seconds of the processor: the median over --starts of fresh processes of the first run's beyond a usual one's. Each of these has the
+machine to itself, as three large models at once would be timed for the memory that they take from each other. Quiet machines only.
 """
 
 import argparse
@@ -156,19 +157,19 @@ def started(folders: dict[str, Path]) -> Iterator[dict[str, Worker]]:
             one.stop()
 
 
-def first_runs(workers: dict[str, Worker], cell: str, number: int) -> dict[str, dict[str, Any]]:
-    """What the first run of every worker took, and its result; the order is turned round each time."""
-    return {name: workers[name].run(cell) for name in list(workers)[:: -1 if number % 2 else 1]}
+def first_runs(folders: dict[str, Path], cell: str, number: int) -> dict[str, dict[str, Any]]:
+    """What the first run of a process in every folder took, one process at a time; the order is turned round each time."""
+    runs = {}
+    for name in list(folders)[:: -1 if number % 2 else 1]:
+        with started({name: folders[name]}) as workers:
+            runs[name] = workers[name].run(cell)
+    return runs
 
 
 def measure(folders: dict[str, Path], cell: str, pairs: int, warm_up: int, starts: int) -> dict[str, Any]:
     """Seconds of all workers by turns, and their ratios."""
-    firsts = []
-    for number in range(1, starts):
-        with started(folders) as workers:
-            firsts.append(first_runs(workers, cell, number))
+    firsts = [first_runs(folders, cell, number) for number in range(starts)]
     with started(folders) as workers:
-        firsts.append(first_runs(workers, cell, 0))
         return compare(workers, cell, pairs, warm_up, firsts)
 
 
@@ -177,12 +178,12 @@ def compare(workers: dict[str, Worker], cell: str, pairs: int, warm_up: int, fir
     first = firsts[-1]
     seconds: dict[str, list[float]] = {name: [] for name in workers}
     cpu: dict[str, list[float]] = {name: [] for name in workers}
-    for number in range(warm_up + pairs):
+    for number in range(1 + warm_up + pairs):  # one more, which compiles
         for name in list(workers)[:: 1 if number % 2 else -1]:
             run = workers[name].run(cell)
             seconds[name].append(run["seconds"])
             cpu[name].append(run["cpu"])
-    seconds = {name: values[warm_up:] for name, values in seconds.items()}
+    seconds, cpu = ({name: values[1 + warm_up :] for name, values in each.items()} for each in (seconds, cpu))
     middle = {name: statistics.median(values) for name, values in seconds.items()}
     ratios = {name: statistics.median(a / b for a, b in zip(seconds["A"], seconds[name], strict=True)) for name in ("control", "B")}
     compile_seconds = {

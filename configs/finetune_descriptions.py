@@ -1,4 +1,4 @@
-"""Synopses of package descriptions, by a small model that `descriptions_small` pre-trained, on one machine.
+"""Summarizing Debian package descriptions in a line, by a small model that `descriptions_small` pre-trained, on one machine.
 
 Command:   flax-switch finetune --config configs/finetune_descriptions.py --init runs/descriptions --workdir runs/synopses \
                --config.data.train=data/debian/summarization/train.jsonl \

@@ -1,4 +1,4 @@
-"""Synopses of packages from English into Italian, by a small model, on one machine.
+"""Translating one-line descriptions of Debian packages from English into Italian, by a small model, on one machine.
 
 Command:   flax-switch finetune --config configs/finetune_descriptions_translation.py --init runs/sentences-en-it \
                --workdir runs/translation --config.data.train=data/debian/translation/en-it/synopses/train.jsonl \

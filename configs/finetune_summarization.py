@@ -1,4 +1,4 @@
-"""Fine-tuning on summarization with T5X's settings: Adafactor at a constant 1e-3, dropout 0.1 and 0.4 in the experts, 2**16 tokens.
+"""Fine-tuning on summarization with T5X's settings: Adafactor at a constant 1e-3, dropout 0.1 and 0.4 in the experts.
 
 Command:   flax-switch finetune --config configs/finetune_summarization.py --init google/switch-base-8 --workdir runs/summary \
                --config.data.train=train.jsonl --config.data.validation=validation.jsonl

@@ -1,4 +1,4 @@
-"""Switch-Base with 128 experts (7.4 B parameters, the FLOPs of T5-Base); data and optimiser of switch_base_8.
+"""Switch-Base with 128 experts (7.4 B parameters, as much arithmetic a token as T5-Base); data and optimiser of switch_base_8.
 
 Command:   flax-switch pretrain --config configs/switch_base_128.py --workdir runs/switch_base_128 \
                --config.data.source='c4/*.json.gz' --config.data.vocabulary=spiece.model

@@ -1,4 +1,4 @@
-"""Switch-Base with 8 experts (619 M parameters, the FLOPs of T5-Base), pre-trained with span corruption as in 2101.03961.
+"""Switch-Base with 8 experts (619 M parameters, as much arithmetic a token as T5-Base), span corruption as in 2101.03961.
 
 Command:   flax-switch pretrain --config configs/switch_base_8.py --workdir runs/switch_base_8 \
                --config.data.source='c4/*.json.gz' --config.data.vocabulary=spiece.model

@@ -1,4 +1,4 @@
-"""Switch-Large with 128 experts (26.3 B parameters, the FLOPs of T5-Large); data and optimiser of switch_base_8.
+"""Switch-Large with 128 experts (26.3 B parameters, as much arithmetic a token as T5-Large); data and optimiser of switch_base_8.
 
 Command:   flax-switch pretrain --config configs/switch_large_128.py --workdir runs/switch_large_128 \
                --config.data.source='c4/*.json.gz' --config.data.vocabulary=spiece.model

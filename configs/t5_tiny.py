@@ -1,4 +1,4 @@
-"""The dense model of equal FLOPs per token to `tiny`, on the same data with the same optimiser, for comparison.
+"""The dense model that costs as much a token as `tiny`, on the same data with the same optimiser, to compare with.
 
 Command:   flax-switch pretrain --config configs/t5_tiny.py --workdir runs/t5_tiny
 Hardware:  2 CPU cores.

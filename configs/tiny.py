@@ -1,4 +1,4 @@
-"""A small Switch Transformer on the embedded corpus, for one machine: what the quickstart trains.
+"""A small Switch Transformer on text that this machine has (documentation of Python and its packages): the quickstart.
 
 Six of ten examples are infilling (the whole text comes back, its gaps filled in), the others span corruption (the gaps alone).
 Some attention heads begin by finding equal tokens in the inputs; with the optimiser Muon that makes it use its inputs within a few

@@ -1,4 +1,4 @@
-"""The small model of `tiny` trained with AdamW: its decoder learns the language of its corpus and leaves its encoder unused.
+"""The small model of `tiny` trained with AdamW: it learns to write like its text but not to read its inputs.
 
 This was `tiny` before; a run of it in runs/tiny goes on with this recipe. It is kept to compare with, and to see what an unused
 encoder looks like in a report.

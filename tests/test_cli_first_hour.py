@@ -205,6 +205,16 @@ def small(tmp_path):
     return [*argv, f"--config.data.source={tmp_path / 'text.txt'}", f"--config.data.cache_dir={tmp_path / 'cache'}"]
 
 
+def assert_begins_with_the_text(shown):
+    """Asserts that the texts of the first batch's rows are there, each by itself, and made of the corpus's words."""
+    first = shown[shown.index("The first batch begins with") :]
+    rows = [int(texts or 1) for texts in re.findall(r"^row \d+(?:, which (\d+) texts share)?$", first, re.M)]
+    texts = re.findall(r"^  (?:inputs: |targets:) (.*)</s>$", first, re.M)
+    assert len(rows) == 2 and len(texts) == 2 * sum(rows)
+    words = re.findall(r"[a-z]+", re.sub(r"<extra_id_\d+>", " ", " ".join(texts)))
+    assert max(map(len, words)) > 2 and all(word in "the quick brown fox jumps over the lazy dog" for word in words)
+
+
 @pytest.fixture
 def compile_cache_as_before():
     import jax
@@ -223,7 +233,8 @@ def test_a_dry_run_shows_shapes_memory_and_text_and_writes_nothing(small, tmp_pa
     assert re.search(r"encoder/layers_0/mlp/expert/wi/kernel +float32 +\[8, 16, 32\]", text)
     assert re.search(r"input_ids +\[8, 24\]", text)
     assert re.search(r"total +[\d.]+ MiB", text)
-    assert "quick brown" in text[text.index("The first batch begins with") :]
+    assert_begins_with_the_text(text)
+    assert "59% infilling: the whole text comes back" in text and "41% span corruption: the gaps alone" in text
 
 
 def test_a_dry_run_uses_the_caches_that_are_there(small, tmp_path, monkeypatch, capsys, compile_cache_as_before):
@@ -234,7 +245,7 @@ def test_a_dry_run_uses_the_caches_that_are_there(small, tmp_path, monkeypatch, 
     monkeypatch.setattr(Vocabulary, "train", Mock(side_effect=AssertionError("trained again")))
     monkeypatch.setattr("flax_switch.data.cache._write", Mock(side_effect=AssertionError("tokenised again")))
     assert cli.main([*small, "--dry-run"]) == 0
-    assert "quick brown" in capsys.readouterr().out
+    assert_begins_with_the_text(capsys.readouterr().out)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")} == before
 
 

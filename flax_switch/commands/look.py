@@ -106,13 +106,27 @@ def dry_run(config: RunConfig, prepared: Any) -> int:
 
 
 def first_batch(prepared: Any) -> Iterator[str]:
-    """Returns the first rows of the first batch, as text."""
+    """Returns the first rows of the first batch, as text, each of its texts by itself; before them what is asked of a model."""
+    from flax_switch.data.objectives import OBJECTIVES
+
     batches = prepared.train_iterator()
     try:
         batch = next(batches)
     finally:
         batches.close()
+    rates = prepared.mixture.rates if hasattr(prepared, "mixture") else {}
+    for name, rate in rates.items():
+        yield f"  {rate / sum(rates.values()):.0%} {name.replace('_', ' ')}: {OBJECTIVES[name].told}"
     decode = lambda ids: prepared.vocabulary.decode([int(i) for i in ids if i > 0], skip_special_tokens=False)  # noqa: E731
+    alone = "input_ids" not in batch  # a decoder-only model's inputs and targets are one sequence
+    given = batch["decoder_input_ids"] * batch["prefix_mask"] if alone else batch["input_ids"]
+    targets_of = batch.get("decoder_segment_ids")
+    inputs_of = targets_of if alone else batch.get("input_segment_ids")
     for row in range(min(ROWS, len(batch["labels"]))):
-        yield f"  inputs:  {decode(batch['input_ids' if 'input_ids' in batch else 'decoder_input_ids'][row])}"
-        yield f"  targets: {decode(batch['labels'][row])}"
+        texts = 1 if inputs_of is None else int(inputs_of[row].max())
+        yield f"row {row + 1}" if texts == 1 else f"row {row + 1}, which {texts} texts share"
+        for text in range(1, texts + 1):
+            inputs = given[row] if inputs_of is None else given[row][inputs_of[row] == text]
+            targets = batch["labels"][row] if targets_of is None else batch["labels"][row][targets_of[row] == text]
+            yield f"  inputs:  {decode(inputs)}"
+            yield f"  targets: {decode(targets)}"

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from flax_switch.config.base import _Section, check, differences, may_change, one_of
 from flax_switch.config.ranges import Count, Epsilon, Layers, Natural, NotNegative, Positive, Range, Rate, Seed
-from flax_switch.config.weights import GROUP, WEIGHTS
+from flax_switch.config.weights import FINE, GROUP, WEIGHTS
 
 ACTIVATIONS = ("relu", "gelu", "gelu_new", "silu", "swish", "linear", "tanh")
 LAYOUTS = ("bottom", "middle", "mixed", "top", "huggingface")
@@ -353,6 +353,11 @@ class SwitchConfig(_Section):
     def head_weights(self) -> str:
         """The form of the output head: of a quantised model int8, as logits are the last to be made coarse."""
         return "float" if self.weights == "float" else "int8"
+
+    def attention_weights(self, attention: str, projection: str) -> str:
+        """Returns the form of a kernel of an attention, both named as their modules are: some are int8 in an int4 model."""
+        fine = self.weights == "int4" and projection in FINE.get(attention, ())
+        return "int8" if fine else self.weights
 
     @property
     def copied_head(self) -> bool:

@@ -57,7 +57,9 @@ def weights_of(path: str, config: SwitchConfig) -> str:
     """Returns the form that a parameter has in a model: one of `config.weights.WEIGHTS`."""
     if not is_kernel(path):
         return "float"
-    return config.head_weights if path == HEAD else config.weights
+    if path == HEAD:
+        return config.head_weights
+    return config.attention_weights(*path.split("/")[-3:-1])
 
 
 def is_kernel(path: str) -> bool:

@@ -79,8 +79,8 @@ def check_dtypes(config: SwitchConfig, tensors: Tensors) -> None:
     """Raises `CheckpointError` where a kernel's or a scale's dtype is not that of the config's weights."""
     for path, tensor in tensors.items():
         form = weights_of(path.removesuffix(SCALE), config)
-        integers = "int8" if form == "int8" else "uint8"
-        wanted = "float" if form == "float" else "float32" if path.endswith(SCALE) else integers
+        held = None if form == "float" else stored((GROUP, 1), form)
+        wanted = "float" if held is None else held.scale_dtype if path.endswith(SCALE) else held.dtype
         fits = tensor.dtype in DTYPES.values() if wanted == "float" else tensor.dtype == wanted
         if not fits:
             raise CheckpointError(f"{path} has dtype {tensor.dtype}, where weights={config.weights!r} means {wanted}")
@@ -98,11 +98,11 @@ def _quantized(path: str, tensor: LazyTensor, form: str) -> tuple[LazyTensor, La
         size = tensor.shape[0] if form == "int8" else GROUP
         block = tensor.read((slice(groups.start * size, groups.stop * size), outputs))
         block = np.array(block.T, np.float32, order="C").reshape(block.shape[1], -1, size)
-        return block, _scale(path, block, form)
+        return block, _scale(path, block, form).astype(DTYPES[shapes.scale_dtype]).astype(np.float32)
 
     def read_scale(index: Index) -> np.ndarray:
         scale = read(index[0], index[1])[1]
-        return scale[:, 0] if form == "int8" else scale
+        return (scale[:, 0] if form == "int8" else scale).astype(DTYPES[shapes.scale_dtype])
 
     def read_values(index: Index) -> np.ndarray:
         kernel, scale = read(index[0], slice(0, 1) if form == "int8" else index[1])
@@ -113,7 +113,9 @@ def _quantized(path: str, tensor: LazyTensor, form: str) -> tuple[LazyTensor, La
         values = (np.clip(kernel, -8, 7) + 8).astype(np.uint8)
         return (values[..., : GROUP // 2] | values[..., GROUP // 2 :] << 4)[..., index[2]]
 
-    return LazyTensor(shapes.values, np.dtype(shapes.dtype), read_values), LazyTensor(shapes.scale, DTYPES["float32"], read_scale)
+    return LazyTensor(shapes.values, np.dtype(shapes.dtype), read_values), LazyTensor(
+        shapes.scale, DTYPES[shapes.scale_dtype], read_scale
+    )
 
 
 def _scale(path: str, kernel: np.ndarray, form: str) -> np.ndarray:
@@ -141,7 +143,7 @@ def _dequantized(values: LazyTensor, scale: LazyTensor, shape: Sequence[int], dt
         groups = slice(inputs.start // GROUP, -(-inputs.stop // GROUP))
         packed = values.read((outputs, groups, slice(0, GROUP // 2)))
         integers = np.concatenate([packed & 15, packed >> 4], axis=2).astype(np.float32) - 8
-        weights = (integers * scale.read((outputs, groups, slice(0, 1)))).reshape(len(integers), -1)
+        weights = (integers * scale.read((outputs, groups, slice(0, 1))).astype(np.float32)).reshape(len(integers), -1)
         first = groups.start * GROUP
         return weights[:, inputs.start - first : inputs.stop - first].T.astype(dtype)
 

@@ -24,4 +24,5 @@ OBJECTIVE = Objective(
     room=lambda mixture, lengths: (np.zeros_like(lengths), lengths + 1),
     longest_text=lambda config: config.inputs_length + config.targets_length - 1,
     fits_any_room=True,
+    told="a whole text, from its beginning",
 )

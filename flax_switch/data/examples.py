@@ -37,6 +37,7 @@ class Objective(NamedTuple):
     make: Callable[[Mixture, np.ndarray, np.ndarray, np.ndarray, Lengths], Examples]
     room: Callable[[Mixture, np.ndarray], Lengths]  # lengths of the inputs and targets that texts of these lengths become
     longest_text: Callable[[DataConfig], int]  # the most tokens that fit data.inputs_length and data.targets_length
+    told: str  # what it asks of a model, in a few words
     # (config, lengths [M]) -> how many spans of each text are masked by sentinels; None: none
     spans: Callable[[DataConfig, np.ndarray], np.ndarray] | None = None
     fits_any_room: bool = False  # whether it makes do with the room that other objectives of a mixture need

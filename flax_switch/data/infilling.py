@@ -115,4 +115,5 @@ OBJECTIVE = Objective(
     room=_room,
     longest_text=_longest_text,
     spans=spans_of_settings,
+    told="the whole text comes back, its gaps filled in",
 )

@@ -92,7 +92,7 @@ class Mixture:
         for number in np.unique(chosen) if len(chosen) else (0,):  # a process may have no row of a batch
             rows = np.flatnonzero(chosen == number)
             objective = list(OBJECTIVES.values())[number]
-            mode = objective.mode if self.config.mode_tokens else None
+            mode = objective.mode if marks(self.config, objective) else None
             room = (limits[0][rows] - (mode is not None), limits[1][rows])
             made = objective.make(self, tokens[rows], lengths[rows], keys[rows], room)
             parts.append((rows, made if mode is None else _begin_with(self.last_sentinel + mode(keys[rows]), made)))

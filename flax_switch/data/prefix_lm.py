@@ -63,4 +63,5 @@ OBJECTIVE = Objective(
     longest_text=lambda config: config.inputs_length + config.targets_length - 2,
     mode=np.ones_like,  # S
     fits_any_room=True,
+    told="the text goes on",
 )

@@ -248,4 +248,5 @@ OBJECTIVE = Objective(
     room=lambda mixture, lengths: corrupted_lengths(lengths, mixture.config.noise_density, mixture.config.mean_noise_span_length),
     longest_text=_longest_text,
     spans=spans_of_settings,
+    told="the gaps alone come back",
 )

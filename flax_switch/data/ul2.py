@@ -81,4 +81,5 @@ OBJECTIVE = Objective(
     longest_text=_longest_text,
     spans=_most_spans,
     mode=lambda keys: _MODE[denoisers(keys)],
+    told="gaps of many lengths and rates, or the text goes on",
 )

@@ -47,15 +47,16 @@ class Attention(nn.Module):
     def setup(self) -> None:
         config = self.config
 
-        def linear(features, axes, factor=1.0):
-            return Linear(features, axes, scaled_init(config, factor=factor), config.dtype, config.param_dtype, config.weights)
+        def linear(projection, features, axes, factor=1.0):
+            weights = config.attention_weights(self.name or "", projection)
+            return Linear(features, axes, scaled_init(config, factor=factor), config.dtype, config.param_dtype, weights)
 
         joined = config.num_heads * config.d_kv
         # Logits are not scaled by 1/sqrt(K); the queries' initialisation is.
-        self.query = linear(joined, ("embed", "joined_kv"), factor=query_factor(config))
-        self.key = linear(joined, ("embed", "joined_kv"))
-        self.value = linear(joined, ("embed", "joined_kv"))
-        self.out = linear(config.d_model, ("joined_kv", "embed"))
+        self.query = linear("query", joined, ("embed", "joined_kv"), factor=query_factor(config))
+        self.key = linear("key", joined, ("embed", "joined_kv"))
+        self.value = linear("value", joined, ("embed", "joined_kv"))
+        self.out = linear("out", config.d_model, ("joined_kv", "embed"))
 
     def _split(self, x: Float[Array, "B L HK"]) -> Float[Array, "B L H K"]:
         return x.reshape(*x.shape[:2], self.config.num_heads, self.config.d_kv)

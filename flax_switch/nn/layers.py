@@ -53,7 +53,7 @@ def kernel_of(module: nn.Module, init: Initializer, shape: Sequence[int], axes: 
         return declare("kernel", init, shape, axes, dtype)
     form, zeros = stored(shape, weights, axes), nn.initializers.zeros_init()  # it is read from a checkpoint, never drawn
     values = declare("kernel", zeros, form.values, form.axes, form.dtype)
-    return Quantized(values, declare(f"kernel{SCALE}", zeros, form.scale, form.axes, "float32"))
+    return Quantized(values, declare(f"kernel{SCALE}", zeros, form.scale, form.axes, form.scale_dtype))
 
 
 class Linear(nn.Module):

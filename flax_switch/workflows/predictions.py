@@ -55,7 +55,7 @@ class TaskEvaluator:
 
     def describe(self, evaluation: dict[str, Any]) -> str:
         """Returns the scores as a line."""
-        return describe(finetuning_config(self.run), evaluation)
+        return describe(finetuning_config(self.run), evaluation, len(self.predictions))
 
     def conclude(self, step: int, params: Any, evaluation: dict[str, Any] | None) -> str | None:
         """Writes predictions, keeps the best parameters, and says when there has been no better one for long enough.
@@ -99,13 +99,16 @@ def best_of(history: Sequence[tuple[int, float]], name: str) -> tuple[int, float
     return max(history, key=lambda entry: (sign * entry[1], -entry[0]))
 
 
-def describe(config: FinetuneConfig, evaluation: dict[str, Any]) -> str:
-    """Returns an evaluation as a line: cross-entropy and scores."""
+def describe(config: FinetuneConfig, evaluation: dict[str, Any], examples: int = 0) -> str:
+    """Returns an evaluation as a line: cross-entropy, and scores over so many examples (0: not said)."""
     if not evaluation:
         return "no validation examples"
     tasks = [f"{task.name}/" for task in config.data.tasks] if len(config.data.mixture) > 1 else []
     names = [name for prefix in ("", *tasks) for name in (prefix + s for s in config.scores) if name in evaluation]
-    return "  ".join([f"{LOSS} {evaluation[LOSS]:.3f}", *(f"{name} {evaluation[name]:.2f}" for name in names)])
+    scores = [f"{name} {evaluation[name]:.2f}" for name in names]
+    over = f", over {examples:,} example{'s' * (examples != 1)}" if examples else ""
+    told = [f"(of 100{over})"] if scores else []
+    return "  ".join([f"{LOSS} {evaluation[LOSS]:.3f} nats/token", *scores, *told])
 
 
 def evaluate(

@@ -85,8 +85,10 @@ def test_kernels_are_integers_and_embeddings_norms_biases_and_routers_stay_as_th
             assert params[path] is not None and params[path].dtype == leaf.dtype, path
             np.testing.assert_array_equal(params[path], leaf)
         else:
-            assert params[path].dtype == {"int8": np.int8, "int4": np.uint8}[weights], path
-            assert params[path + "_scale"].dtype == np.float32
+            fine = path.endswith("/value/kernel") or (path.endswith("/out/kernel") and path.startswith("decoder"))
+            packed = weights == "int4" and not fine
+            assert params[path].dtype == (np.uint8 if packed else np.int8), path
+            assert params[path + "_scale"].dtype == ("bfloat16" if packed else np.float32)
     assert params["decoder/logits_dense/kernel"].dtype == np.int8  # the tied head's copy, which only memory holds
 
 
@@ -97,15 +99,17 @@ def test_a_weight_is_off_by_at_most_half_a_step_and_the_largest_by_nothing(weigh
     config = CONFIG.replace(num_experts=3, d_ff=128, weights=weights)
     path = "encoder/layers_1/mlp/expert/wo/kernel"
     tensors = quantized(config, {path: from_array(kernel)})
-    scale = np.abs(tensors[path + "_scale"].numpy())
+    scale = np.abs(np.float32(tensors[path + "_scale"].numpy()))
     step = np.repeat(scale, {"int8": 128, "int4": 64}[weights], axis=-1).reshape(3, 64, 128).swapaxes(1, 2)
     back = dequantized(config, "encoder", tensors)[1][path].numpy()
-    clipped = step * (1 if weights == "int4" else 0.5)  # int4's number opposite to the largest may be cut by half a step more
+    # int4's number opposite to the largest may be cut by half a step more, and its scales are off by 1 in 512
+    clipped = step * (1.02 if weights == "int4" else 0.5)
     assert (np.abs(back - kernel) <= np.maximum(clipped, 1e-30) * 1.0001).all()
     assert (np.abs(back - kernel) <= step * 0.5001).mean() > 0.99
     groups = kernel.reshape(3, -1, {"int8": 128, "int4": 64}[weights], 64)
     largest = np.abs(groups).argmax(2)[:, :, None]
-    np.testing.assert_allclose(*(np.take_along_axis(x.reshape(groups.shape), largest, 2) for x in (back, kernel)), rtol=1e-6)
+    rounded = {"int8": 1e-6, "int4": 2**-8}[weights]  # of the scale
+    np.testing.assert_allclose(*(np.take_along_axis(x.reshape(groups.shape), largest, 2) for x in (back, kernel)), rtol=rounded)
     assert (back[1, :, 7] == 0).all()
 
 
@@ -200,10 +204,9 @@ def test_on_a_mesh_it_says_what_it_says_on_one_device(tmp_path, weights, capacit
     expert = several.params["encoder"]["layers_1"]["mlp"]["expert"]["wi"]
     assert expert["kernel"].sharding.spec[0] == expert["kernel_scale"].sharding.spec[0] == "expert"
     want = logits(one)
-    # A device that has half of a hidden row rounds it by a scale of its own.
-    tolerance = 0.03 if weights == "int8" else 1e-4
     got = logits(several, devices=placed_on(mesh))
-    assert np.linalg.norm(got - want) < tolerance * np.linalg.norm(want)
+    # A device that has half of a hidden row rounds it to 8 bits by a scale of its own.
+    assert np.linalg.norm(got - want) < 0.03 * np.linalg.norm(want)
     tokens = [m.generate(IDS, max_new_tokens=4).sequences for m in (several, one)]
     np.testing.assert_array_equal(*tokens)
     assert_same(several.params, one.params)
@@ -243,7 +246,7 @@ def test_base_8s_file_has_a_quarter_and_a_seventh_of_the_bytes():
     config = PRESETS["switch-base-8"]
     tensors = {path: abstract(shape) for path, shape in canonical_shapes(config).items()}
     size = lambda tensors: sum(tensor.nbytes for tensor in tensors.values())  # noqa: E731
-    for weights, share, narrow in (("int8", 0.29, 0.265), ("int4", 0.18, 0.1555)):
+    for weights, share, narrow in (("int8", 0.29, 0.265), ("int4", 0.18, 0.155)):
         stored = quantized(config.replace(weights=weights), tensors)
         assert {path: tensor.shape for path, tensor in stored.items()} == canonical_shapes(config.replace(weights=weights))
         assert size(stored) <= share * size(tensors)

@@ -26,7 +26,7 @@ class Quantized:
     """A kernel, or a stack of them, in int8 or int4: used where an array [..., D, F] would be."""
 
     values: Integer[Array, "..."]  # int8 [..., F, D], or uint8 [..., F, D / 64, 32]
-    scale: Float32[Array, "..."]  # [..., F, 1], or [..., F, D / 64, 1]
+    scale: Float[Array, "..."]  # float32 [..., F, 1], or bfloat16 [..., F, D / 64, 1]
 
     @property
     def weights(self) -> str:

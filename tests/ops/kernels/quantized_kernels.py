@@ -15,7 +15,7 @@ def draw_int8(rng, *shape):
 def draw_int4(rng, *shape):
     *lead, inputs, outputs = shape
     values = rng.integers(0, 256, (*lead, outputs, inputs // 64, 32)).astype(np.uint8)
-    return Quantized(jnp.asarray(values), jnp.asarray(rng.uniform(-0.1, 0.1, (*lead, outputs, inputs // 64, 1)), jnp.float32))
+    return Quantized(jnp.asarray(values), jnp.asarray(rng.uniform(-0.1, 0.1, (*lead, outputs, inputs // 64, 1)), jnp.bfloat16))
 
 
 def whole_rows(rng, *shape):

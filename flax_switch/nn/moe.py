@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from flax_switch.config import SwitchConfig
 from flax_switch.nn.layers import Initializer, kernel_of
+from flax_switch.ops.kernels.on_disk import first_on_disk
 from flax_switch.ops.kernels.quantized import Kernel, Quantized
 from flax_switch.ops.moe.block import MoEParams, moe_block
 from flax_switch.ops.moe.groups import flaxformer_replicas
@@ -121,7 +122,9 @@ class SparseMLP(nn.Module):
         """
         config = self.config
         router_kernel, router_bias = Router(config, name="router")() if config.learned_router else (None, None)
-        expert = MLPKernels(config, devices.own_experts(config.num_experts), name="expert")()
+        expert = first_on_disk(self.get_variable("params", "expert")) if self.has_variable("params", "expert") else None
+        if expert is None:
+            expert = MLPKernels(config, devices.own_experts(config.num_experts), name="expert")()
         shared = MLPKernels(config, name="shared_expert")() if config.shared_expert else None
         unstacked = self.get_variable("unstacked", "experts") if self.has_variable("unstacked", "experts") else None
         dropout_rate = config.dropout_rate if config.expert_dropout_rate is None else config.expert_dropout_rate

@@ -1,0 +1,84 @@
+"""Arrays of experts that lie in files: what stands for them in a tree of parameters, and how a program that reads them is run."""
+
+import dataclasses
+import weakref
+from collections.abc import Callable
+from typing import Any, Self, TypeVar
+
+import jax
+import numpy as np
+
+from flax_switch.config import ConfigError
+from flax_switch.host.expert_cache import ExpertCache, ExpertReads
+
+T = TypeVar("T")
+
+caches: weakref.WeakValueDictionary[int, ExpertCache] = weakref.WeakValueDictionary()  # programs outlive their models
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass(frozen=True)
+class OnDisk:
+    """An array of a layer's experts that is not in memory: in a tree of parameters it stands at the array's place, without a leaf."""
+
+    cache: ExpertCache
+    layer: str  # such as "decoder/layers_3"
+    name: str  # of the array among the experts', such as "wi/kernel"
+
+    def __post_init__(self) -> None:
+        if self.cache is not None:
+            caches[self.cache.number] = self.cache
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The array's shape, [E, ...]."""
+        return self.cache.parts[self.layer][self.name][0]
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The array's dtype."""
+        return self.cache.parts[self.layer][self.name][1]
+
+    def __repr__(self) -> str:
+        return f"OnDisk({self.layer}/{self.name})"
+
+    def tree_flatten(self) -> tuple[tuple[()], tuple[int, str, str]]:
+        """Returns no leaves, and what tells one from another."""
+        return (), (self.cache.number, self.layer, self.name)
+
+    @classmethod
+    def tree_unflatten(cls, known: tuple[int, str, str], leaves: tuple[()]) -> Self:
+        """Returns the inverse of `tree_flatten`, as long as the model lives."""
+        number, layer, name = known
+        return cls(caches.get(number), layer, name)  # pyright: ignore[reportArgumentType]
+
+
+def first_on_disk(tree: Any) -> OnDisk | None:
+    """Returns an array of a tree of parameters that is on disk, if one is."""
+    leaves = jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, OnDisk))
+    return next((leaf for leaf in leaves if isinstance(leaf, OnDisk)), None)
+
+
+def check_in_memory(params: Any, what: str) -> None:
+    """Raises `ConfigError` for parameters of which experts are on disk, in a sentence that begins with `what`."""
+    if first_on_disk(params) is not None:
+        raise ConfigError(f"{what} needs all parameters in memory, and this model's experts are on disk. Load it without experts='disk'.")
+
+
+def run_reading(params: Any, run: Callable[[], T]) -> tuple[T, ExpertReads | None]:
+    """Returns what a program gives and what it read of the experts on disk; where all are in memory, None.
+
+    Raises the error that names the expert, if one could not be read.
+    """
+    found = first_on_disk(params)
+    if found is None:
+        return run(), None
+    cache, before = found.cache, found.cache.reads
+    cache.failure = None
+    try:
+        result = jax.block_until_ready(run())
+    except jax.errors.JaxRuntimeError:
+        if cache.failure is None:
+            raise
+        raise cache.failure from None
+    return result, cache.reads - before

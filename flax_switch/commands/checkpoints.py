@@ -43,7 +43,7 @@ def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
         "--weights", choices=("float32", "bfloat16", "int8", "int4"), help="hold kernels in this form; default: the checkpoint's"
     )
     parser.add_argument(
-        "--experts", choices=("memory", "disk"), default="memory", help="disk: read only the experts that tokens hit (docs/offload.md)"
+        "--experts", choices=("memory", "disk"), default="memory", help="disk: read only those that tokens hit (docs/offload.md)"
     )
     parser.add_argument("--expert-memory", metavar="SIZE", help="for experts on disk, such as 4GB (the default)")
 

@@ -1,8 +1,8 @@
 """Experts that lie in files: a bounded memory of those that were hit last and most often, and threads that read ahead.
 
-What goes is the least frequently used, with ageing (LFU-DA). An expert's priority is how often it was hit, plus the age of the memory
-at its last hit; the lowest goes, of equals the one that was hit longest ago. The age is the priority of the last one that went, so
-that an expert that was hit often, but no longer is, goes in the end. Experts that the layer at work will still come to stay.
+What goes is the least frequently used, with ageing (LFU-DA). An expert's priority is how often it was hit, plus the memory's age at
+its last hit; the lowest goes, of equals the one that was hit longest ago. The age is the priority of the last one that went: so an
+expert that was hit often, but no longer is, goes in the end. Experts that the layer at work will still come to stay.
 
 Read ahead are the next experts of the layer at work, which are known, and a guess: the experts of the next sparse layer that mostly
 followed those being hit now. While more than one read in twenty was for nothing, nothing is guessed.
@@ -58,16 +58,16 @@ class ExpertReads:
     def __str__(self) -> str:
         return (
             f"Experts from disk: of {self.hits + self.misses:,} hits {100 * self.hit_rate:.1f} % were in memory; {self.misses:,} "
-            f"experts were read, {self.unused:,} more for nothing, {self.bytes_read / 1e6:,.1f} MB in all; {self.seconds_waited:.2f} s "
-            "were spent waiting for them."
+            f"experts were read, {self.unused:,} more for nothing, {self.bytes_read / 1e6:,.1f} MB in all; waiting for them took "
+            f"{self.seconds_waited:.2f} s."
         )
 
 
 class ExpertCache:
     """The experts of a model in a bounded memory. Several threads may ask at a time.
 
-    parts: by layer, shape and dtype of each array of its experts, [E, ...]. read: returns an expert's arrays, without the axis E, and
-    how many bytes it took from files. budget: bytes of all arrays, those being read included.
+    parts: by layer, shape and dtype of each array of its experts, [E, ...]. read: returns an expert's arrays, without the axis E,
+    and how many bytes it took from files. budget: bytes of all arrays, those being read included.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class ExpertCache:
         largest = max(self._sizes.values(), default=0)
         check(
             largest <= budget,
-            f"expert_memory must hold an expert, which takes {largest:,} bytes; it is {budget:,}. Give more, or quantise the model.",
+            f"expert_memory must hold an expert, which takes {largest:,} bytes; it is {budget:,}. Give more, or quantise it.",
         )
         self._lock = threading.Lock()
         self._held: dict[Key, Arrays] = {}  # the one that was hit last comes last
@@ -104,6 +104,16 @@ class ExpertCache:
         """What was hit and read so far."""
         with self._lock:
             return self._reads
+
+    def expert_bytes(self, layer: str) -> int:
+        """Returns what an expert of a layer takes in memory."""
+        return self._sizes[layer]
+
+    def clear(self) -> None:
+        """Drops the experts that are held."""
+        with self._lock:
+            for key in list(self._held):
+                self._drop(key)
 
     def get(self, layer: str, expert: int, rows: np.ndarray) -> Arrays:
         """Returns an expert's arrays, from memory or when they are read. Raises what `read` raises.

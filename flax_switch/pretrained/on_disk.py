@@ -40,11 +40,11 @@ def expert_files(opened: checkpoints.Checkpoint) -> Files:
     Raises:
       CheckpointError: for a format of which an expert cannot be read by itself.
     """
-    stem = _STEMS.get(opened.format)
-    if stem is None or in_store(opened.path) or not any((opened.path / f"{stem}.safetensors{end}").exists() for end in ("", ".index.json")):
+    stem = "" if in_store(opened.path) else _STEMS.get(opened.format, "")
+    if not any((opened.path / f"{stem}.safetensors{end}").exists() for end in ("", ".index.json")):
         raise CheckpointError(
-            f"{opened.path}: experts='disk' reads them from safetensors files in a local folder, which this is not. Convert it first: "
-            "flax-switch convert SRC DST --to flax_switch."
+            f"{opened.path}: experts='disk' reads them from safetensors files in a local folder, and this has none. Convert it "
+            "first: flax-switch convert SRC DST --to flax_switch."
         )
     return {str(path): identity(path.stat()) for path in opened.path.glob(f"{stem}*.safetensors")}
 

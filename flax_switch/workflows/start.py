@@ -39,9 +39,11 @@ class Start:
         on_disk, asked = self.loading.get("experts") == "disk", "weights" in self.changes
         check(
             not on_disk or run.mesh.size == 1,
-            f"experts='disk' serves one device, and the mesh has {run.mesh.size}; set mesh.data=1 and the like, or leave it out.",
+            f"experts='disk' serves one device, and this mesh has {run.mesh.size}. Leave it out, or show the program one.",
         )
-        options = dict(verify=self.verify, dtype=None if asked else run.config.model.param_dtype, **self.loading, **self.changes)
+        options: dict[str, Any] = dict(
+            verify=self.verify, dtype=None if asked else run.config.model.param_dtype, **self.loading, **self.changes
+        )
         shardings = None if on_disk else state_shardings(run).params
         loaded = load_pretrained(self.source, shardings=shardings, **options).params
         if asked:

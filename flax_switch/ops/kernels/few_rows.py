@@ -136,7 +136,7 @@ class SortedChoices:
     def block(
         self, x: Float[Array, "R D"], expert: Int[Array, ""], number: Int[Array, ""]
     ) -> tuple[Int[Array, " size"], Float[Array, "size D"], Bool[Array, ""]]:
-        """Returns the choices of one of an expert's blocks (past their number where it is not full), their rows, and if it is one."""
+        """Returns the choices of an expert's block (past their number where it is not full), their rows, and if it is one alone."""
         total = self.order.shape[0]
         start, end = self.starts[expert] + self.size * number, self.starts[expert] + self.lengths[expert]
         places = start + jnp.arange(self.size)

@@ -19,7 +19,7 @@ caches: weakref.WeakValueDictionary[int, ExpertCache] = weakref.WeakValueDiction
 @jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True)
 class OnDisk:
-    """An array of a layer's experts that is not in memory: in a tree of parameters it stands at the array's place, without a leaf."""
+    """An array of a layer's experts that is not in memory: it stands at its place in a tree of parameters, without a leaf."""
 
     cache: ExpertCache
     layer: str  # such as "decoder/layers_3"
@@ -62,7 +62,9 @@ def first_on_disk(tree: Any) -> OnDisk | None:
 def check_in_memory(params: Any, what: str) -> None:
     """Raises `ConfigError` for parameters of which experts are on disk, in a sentence that begins with `what`."""
     if first_on_disk(params) is not None:
-        raise ConfigError(f"{what} needs all parameters in memory, and this model's experts are on disk. Load it without experts='disk'.")
+        raise ConfigError(
+            f"{what} needs all parameters in memory, and this model's experts are on disk. Load it without experts='disk'."
+        )
 
 
 def run_reading(params: Any, run: Callable[[], T]) -> tuple[T, ExpertReads | None]:

@@ -181,9 +181,7 @@ def execute(
     return execute_buffers(plan, x, buffered_experts(experts, kernels), executor=executor)
 
 
-def _execute_on_disk(
-    plan: RoutingPlan, x: Float[Array, "G S D"], on_disk: OnDisk, experts, executor: str
-) -> Float[Array, "G S D"]:
+def _execute_on_disk(plan: RoutingPlan, x: Float[Array, "G S D"], on_disk: OnDisk, experts, executor: str) -> Float[Array, "G S D"]:
     if executor == "ragged":
         return execute_ragged(plan, x, lambda rows, sizes: fetched.sorted_rows(rows, sizes, on_disk, experts))
     if executor == "hit":

@@ -1,7 +1,7 @@
 """Experts that lie in files: a program calls out for one when it comes to its rows.
 
-The arithmetic is that of the executors for experts in memory: the rows of an expert are multiplied in products of the same shapes, so
-that every bit is the same. What differs is the order: experts are the outer loop, so that each is read once for all rows that hit it.
+The arithmetic is that of the executors for experts in memory: the rows of an expert are multiplied in products of the same shapes,
+so that every bit is the same. What differs is the order: experts are the outer loop, so that each is read once for all its rows.
 """
 
 import functools
@@ -42,9 +42,7 @@ def _read(number: int, layer: str, expert: Array, rows: Array) -> Mapping[str, n
 
 def fetch(experts: OnDisk, expert: Int[Array, ""], rows: Int[Array, " E"]) -> Kernels:
     """Returns the kernels of an expert. rows: how many hit each; those that are hit have to be fetched in order."""
-    shapes = {
-        name: jax.ShapeDtypeStruct(shape[1:], dtype) for name, (shape, dtype) in experts.cache.parts[experts.layer].items()
-    }
+    shapes = {name: jax.ShapeDtypeStruct(shape[1:], dtype) for name, (shape, dtype) in experts.cache.parts[experts.layer].items()}
     arrays = jax.pure_callback(functools.partial(_read, experts.cache.number, experts.layer), shapes, expert, rows)
     kernels: dict[str, dict[str, Array]] = {}
     for name, array in arrays.items():
@@ -116,5 +114,3 @@ def few_rows(x: Float[Array, "R D"], expert: Int[Array, "R N"], experts: OnDisk,
 
     outputs = jnp.zeros((expert.size, x.shape[-1]), x.dtype)
     return _each_hit(experts, choices.lengths, step, outputs).reshape(*expert.shape, -1)
-
-

@@ -5,10 +5,10 @@
     python benchmarks/offload.py --model runs/exported        # a model of one's own, with its vocabulary, on held-out sentences
 
 Each contender is a process of its own, opens the same safetensors folder, and decodes greedily, a row at a time. "Cold" means
-that the file's pages were dropped from the system's cache before every round (posix_fadvise), and that the model's memory was empty;
-"warm" that the round before was the same. Experts on disk have a memory for --share of all experts (a quarter). The bytes that the system
-read from the disk (/proc/self/io) are compared with the experts that were missed times their size. accelerate is left out where it
-is not installed. Quiet machines only.
+that the system had to drop the file's pages before every round (posix_fadvise), and that the model's memory was empty; "warm" that
+the round before was the same. Experts on disk have a memory for --share of all experts (a quarter). The bytes that the system
+read from the disk (/proc/self/io) are compared with the experts that were missed times their size. accelerate is left out where
+it is not installed. Quiet machines only.
 """
 
 from __future__ import annotations

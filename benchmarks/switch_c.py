@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
@@ -43,6 +44,7 @@ def config_of(layers: int, num_experts: int) -> Any:
     )  # fmt: skip
 
 
+@functools.lru_cache(maxsize=2)
 def numbers(path: str, shape: tuple[int, ...], expert: int | None = None) -> np.ndarray:
     """Returns the numbers of a tensor, or of one of its experts: the same whoever asks."""
     key = [*path.encode(), 0 if expert is None else 1 + expert]
@@ -76,30 +78,44 @@ def contents(path: str, shape: tuple[int, ...], filled: tuple[int, ...]) -> Iter
         yield 0, numbers(path, shape)
 
 
-def write(folder: Path, config: Any, filled: tuple[int, ...]) -> int:
-    """Writes a folder of ours whose files have holes where no numbers are; returns the bytes that its files seem to have."""
+def write(folders: dict[Path, tuple[Any, tuple[int, ...]]]) -> list[int]:
+    """Writes folders of ours, each with its config and its filled experts, whose files have holes where no numbers are.
+
+    Returns the bytes that each folder's files seem to have.
+    """
     from flax_switch.convert import native
     from flax_switch.convert.canonical import canonical_shapes
     from flax_switch.convert.folder import shard_names
 
-    folder.mkdir(parents=True, exist_ok=True)
-    shapes, files, total = canonical_shapes(config), {}, 0
-    for name, (path, shape) in zip(shard_names(native.STEM, len(shapes)), shapes.items(), strict=True):
-        size = int(np.prod(shape)) * BF16.itemsize
-        header = json.dumps({path: {"dtype": "BF16", "shape": list(shape), "data_offsets": [0, size]}}).encode()
-        header += b" " * (-len(header) % 8)
-        begin = 8 + len(header)
-        with open(folder / name, "wb") as file:
-            file.write(len(header).to_bytes(8, "little") + header)
-            for place, array in contents(path, shape, filled):
-                file.seek(begin + place)
-                file.write(array.tobytes())
-            file.truncate(begin + size)
-        files[path], total = name, total + size
-    index = {"metadata": {"total_size": total}, "weight_map": files}
-    (folder / f"{native.STEM}.safetensors.index.json").write_text(json.dumps(index))
-    (folder / native.CONFIG_FILE).write_bytes(native.config_file(config, "full", None))
-    return total
+    shapes = {folder: canonical_shapes(config) for folder, (config, _) in folders.items()}
+    paths = list(next(iter(shapes.values())))
+    names = dict(zip(paths, shard_names(native.STEM, len(paths)), strict=True))
+    totals = dict.fromkeys(folders, 0)
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+    for path, name in names.items():
+        for folder, (_, filled) in folders.items():
+            totals[folder] += write_file(folder / name, path, shapes[folder][path], filled)
+    for folder, (config, _) in folders.items():
+        index = {"metadata": {"total_size": totals[folder]}, "weight_map": names}
+        (folder / f"{native.STEM}.safetensors.index.json").write_text(json.dumps(index))
+        (folder / native.CONFIG_FILE).write_bytes(native.config_file(config, "full", None))
+    return list(totals.values())
+
+
+def write_file(file: Path, path: str, shape: tuple[int, ...], filled: tuple[int, ...]) -> int:
+    """Writes a safetensors file of one tensor, and returns the tensor's bytes."""
+    size = int(np.prod(shape)) * BF16.itemsize
+    header = json.dumps({path: {"dtype": "BF16", "shape": list(shape), "data_offsets": [0, size]}}).encode()
+    header += b" " * (-len(header) % 8)
+    begin = 8 + len(header)
+    with file.open("wb") as opened:
+        opened.write(len(header).to_bytes(8, "little") + header)
+        for place, array in contents(path, shape, filled):
+            opened.seek(begin + place)
+            opened.write(array.view(np.uint8).data)
+        opened.truncate(begin + size)
+    return size
 
 
 def generate(folder: Path, tokens: int, **options: Any) -> None:
@@ -151,17 +167,15 @@ def main() -> None:
 
     config = config_of(args.layers, 2048)
     shape, oracle = args.folder / "switch_c", args.folder / "two_experts"
-    total = write(shape, config, FILLED)
-    write(oracle, config.replace(num_experts=2), (0, 1))
+    total, _ = write({shape: (config, FILLED), oracle: (config.replace(num_experts=2), (0, 1))})
     taken = sum(path.stat().st_blocks for path in shape.iterdir()) * 512
     print(f"{total / 2e9:,.1f} G parameters, {total / 1e9:,.1f} GB, of which {taken / 1e9:.1f} GB are on disk")
     options = ["--tokens", args.tokens, "--expert-memory", args.expert_memory]
     found = process(shape, "--alone", "disk", *options)
     wanted = process(oracle, "--alone", "memory", *options)
     most = found["parameter_bytes"] + parse_size(args.expert_memory) + ROOM
-    print(
-        f"tokens {'equal' if found['tokens'] == wanted['tokens'] else 'DIFFER from'} those of the two experts alone: {found['tokens']}"
-    )
+    same = "equal" if found["tokens"] == wanted["tokens"] else "DIFFER from"
+    print(f"tokens {same} those of the two experts alone: {found['tokens']}")
     print(f"peak memory {found['peak_bytes'] / 1e9:.2f} GB; it may be {most / 1e9:.2f} GB")
     print(f"loaded in {found['load_seconds']} s, {args.tokens} tokens in {found['generate_seconds']} s, compiling included")
     print(found["reads"])

@@ -117,9 +117,12 @@ def read_block(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype,
             file.seek(offset + start * row)
             data = np.frombuffer(file.read((stop - start) * row), np.uint8)
     else:
+        watch = _WATCH.get()
         with path.open("rb") as file:
+            if watch is not None and hasattr(os, "posix_fadvise"):  # or the system reads on behind what is asked for
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
             data = np.fromfile(file, np.uint8, count=(stop - start) * row, offset=offset + start * row)
-            if (watch := _WATCH.get()) is not None:
+            if watch is not None:
                 watch.note(path, os.fstat(file.fileno()), data.size)
     if data.size != (stop - start) * row:
         raise CheckpointError(f"{path} is truncated: {(stop - start) * row} bytes expected at {offset + start * row}")

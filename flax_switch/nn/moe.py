@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from flax_switch.config import SwitchConfig
 from flax_switch.nn.layers import Initializer, kernel_of
+from flax_switch.ops.kernels.narrow import Narrow
 from flax_switch.ops.kernels.on_disk import first_on_disk
 from flax_switch.ops.kernels.quantized import Kernel, Quantized
 from flax_switch.ops.moe.block import MoEParams, moe_block
@@ -28,7 +29,7 @@ class KernelParam(nn.Module):
     weights: str = "float"
 
     @nn.compact
-    def __call__(self) -> tuple[Kernel, Array | None]:
+    def __call__(self) -> tuple[Kernel | Narrow, Array | None]:
         """Returns the kernel, and the bias over its last axis or None."""
         kernel = kernel_of(self, self.initializer, self.shape, self.axes, self.dtype, self.weights)
         if not self.bias:
@@ -54,7 +55,7 @@ class MLPKernels(nn.Module):
     num_experts: int | None = None
 
     @nn.compact
-    def __call__(self) -> dict[str, Kernel]:
+    def __call__(self) -> dict[str, Any]:
         """Returns {"wi" | "wi_0", "wi_1": [(E,) D, F], "wo": [(E,) F, D]}."""
         config = self.config
         D, F = config.d_model, config.expert_width
@@ -75,7 +76,7 @@ class RouterWeights(nn.Module):
     config: SwitchConfig
 
     @nn.compact
-    def __call__(self) -> tuple[Array, Array | None]:
+    def __call__(self) -> tuple[Array | Narrow, Array | None]:
         """Returns (kernel, bias or None)."""
         config = self.config
         shape, init = (config.d_model, config.num_experts), nn.initializers.normal(config.router_init_std)
@@ -90,7 +91,7 @@ class Router(nn.Module):
     config: SwitchConfig
 
     @nn.compact
-    def __call__(self) -> tuple[Array, Array | None]:
+    def __call__(self) -> tuple[Array | Narrow, Array | None]:
         """Returns (kernel, bias or None)."""
         return RouterWeights(self.config, name="router_weights")()
 

@@ -31,7 +31,7 @@ from flax_switch.nn.transformer import SwitchEncoder, SwitchTransformer
 from flax_switch.ops.kernels.on_disk import OnDisk, first_on_disk, run_reading
 from flax_switch.parallel.mesh import tree_shardings
 from flax_switch.pretrained import outputs, table
-from flax_switch.pretrained.on_disk import Files, expert_budget, expert_files, leave_on_disk
+from flax_switch.pretrained.on_disk import Files, expert_budget, expert_files, leave_on_disk, narrow
 from flax_switch.pretrained.saving import save_pretrained, unscanned
 
 if TYPE_CHECKING:
@@ -375,7 +375,8 @@ def _built(
     if config.scan_layers:
         tensors = stack_layers(tensors, config)
     place = _placement(shardings, mesh, model, tensors)
-    params = unflatten({**{name: _to_device(tensor, place(name)) for name, tensor in tensors.items()}, **left})
+    arrays = {name: _to_device(tensor, place(name)) for name, tensor in tensors.items()}
+    params = unflatten({**(arrays if on_disk is None else narrow(arrays)), **left})
     return Pretrained(config, model, params, vocabulary, architecture, defaults)
 
 

@@ -6,19 +6,22 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Array
 
 from flax_switch.config import SwitchConfig, check, one_of
 from flax_switch.convert import checkpoint as checkpoints
 from flax_switch.convert.canonical import canonical_shapes, is_expert
 from flax_switch.convert.folder import parse_size
 from flax_switch.convert.safetensors_file import identity, watched
-from flax_switch.convert.tensors import CheckpointError, LazyTensor, contiguous, full_index
+from flax_switch.convert.tensors import DTYPES, CheckpointError, LazyTensor, contiguous, full_index
 from flax_switch.host.expert_cache import Arrays, ExpertCache
 from flax_switch.host.files import in_store
+from flax_switch.ops.kernels.narrow import Narrow
 from flax_switch.ops.kernels.on_disk import OnDisk
 
 PLACES = ("memory", "disk")
 EXPERT_MEMORY = "4GB"
+_NARROW = (DTYPES["bfloat16"], DTYPES["float16"])
 _STEMS = {"huggingface": "model", "flax_switch": "params"}
 
 Files = Mapping[str, tuple[int, ...]]  # by path, what the file was when it was opened
@@ -76,6 +79,12 @@ def leave_on_disk(
     cache = ExpertCache(parts, read, budget)
     held = {f"{layer}/mlp/expert/{name}": OnDisk(cache, layer, name) for layer in layers for name in layers[layer]}
     return {path: tensor for path, tensor in tensors.items() if path not in held}, held
+
+
+def narrow(arrays: Mapping[str, Array]) -> dict[str, Array | Narrow]:
+    """Returns parameters of which kernels of 16 bits are widened only while they are multiplied."""
+    fitting = lambda path, x: path.endswith("/kernel") and x.dtype in _NARROW and "/shared_expert/" not in path  # noqa: E731
+    return {path: Narrow(x) if fitting(path, x) else x for path, x in arrays.items()}
 
 
 def _read(tensors: Mapping[str, LazyTensor], layer: str, expert: int, files: Files) -> tuple[Arrays, int]:

@@ -14,6 +14,7 @@ from flax_switch.ops.kernels.choice import choose, of_buffers, run_chosen
 from flax_switch.ops.kernels.exchange import Peers
 from flax_switch.ops.kernels.few_rows import few_rows
 from flax_switch.ops.kernels.grouped import batched_matmul, grouped_matmul
+from flax_switch.ops.kernels.narrow import Narrow
 from flax_switch.ops.kernels.on_disk import OnDisk, check_in_memory
 from flax_switch.ops.kernels.quantized import Kernel, multiply
 from flax_switch.ops.mlp import expert_dtype, expert_function
@@ -30,7 +31,7 @@ from flax_switch.parallel.placement import ONE_DEVICE, LaidOutByCompiler, OnMesh
 class MoEParams:
     """The arrays of one sparse MLP."""
 
-    router_kernel: Float[Array, "D E"] | None  # None, as the bias, where the router learns nothing
+    router_kernel: Float[Array, "D E"] | Narrow | None  # None, as the bias, where the router learns nothing
     router_bias: Float[Array, " E"] | None
     expert: Mapping[str, Kernel] | OnDisk  # {"wi" | "wi_0", "wi_1": [E, D, F], "wo": [E, F, D]}
     shared_expert: Mapping[str, Kernel] | None = None  # the same without E

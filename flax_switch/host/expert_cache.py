@@ -11,13 +11,14 @@ followed those being hit now. While more than one read in twenty was for nothing
 from __future__ import annotations
 
 import bisect
+import contextlib
 import dataclasses
 import itertools
 import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -79,6 +80,7 @@ class ExpertCache:
         self.number = next(_numbers)
         self.parts = parts
         self.failure: Exception | None = None  # why an expert could not be read, for whoever runs the program
+        self._programs = 0
         self._read, self._budget = read, budget
         self._sizes = {layer: sum(math.prod(s[1:]) * d.itemsize for s, d in arrays.values()) for layer, arrays in parts.items()}
         largest = max(self._sizes.values(), default=0)
@@ -104,6 +106,19 @@ class ExpertCache:
         """What was hit and read so far."""
         with self._lock:
             return self._reads
+
+    @contextlib.contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Keeps a failure until no program that may meet it is at work any more."""
+        with self._lock:
+            if self._programs == 0:
+                self.failure = None
+            self._programs += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._programs -= 1
 
     def expert_bytes(self, layer: str) -> int:
         """Returns what an expert of a layer takes in memory."""

@@ -76,11 +76,13 @@ def run_reading(params: Any, run: Callable[[], T]) -> tuple[T, ExpertReads | Non
     if found is None:
         return run(), None
     cache, before = found.cache, found.cache.reads
-    cache.failure = None
-    try:
-        result = jax.block_until_ready(run())
-    except jax.errors.JaxRuntimeError:
-        if cache.failure is None:
-            raise
-        raise cache.failure from None
+    with cache.at_work():
+        try:
+            result = jax.block_until_ready(run())
+        except Exception:  # JAX raises errors of several types for what a callback raised
+            if cache.failure is None:
+                raise
+            raise cache.failure from None
+        if cache.failure is not None:
+            raise cache.failure
     return result, cache.reads - before

@@ -54,9 +54,9 @@ def numbers(path: str, shape: tuple[int, ...], expert: int | None = None) -> np.
     rng = np.random.default_rng(key)
     if path.endswith("scale"):
         return np.ones(shape, BF16)
-    drawn = rng.standard_normal(shape, np.float32)
-    drawn *= 1.0 if "embedding" in path else shape[-2] ** -0.5
-    return drawn.astype(BF16)
+    deviation = 1.0 if "embedding" in path else shape[-2] ** -0.5
+    values = (rng.standard_normal(256) * deviation).astype(BF16)  # of which each number is one: to draw all would take minutes
+    return values[np.frombuffer(rng.bytes(int(np.prod(shape))), np.uint8)].reshape(shape)
 
 
 def router(path: str, width: int, filled: tuple[int, ...], num_experts: int) -> np.ndarray:

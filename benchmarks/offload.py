@@ -57,6 +57,12 @@ def disk_bytes() -> int:
     return int(lines["read_bytes"])
 
 
+def peak_bytes() -> int:
+    """Returns the most memory that this process has had (VmHWM)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
 def ours(folder: Path, ids: list[list[int]], tokens: int, repeats: int, memory: int | None, weights: str | None) -> dict[str, Any]:
     """Returns what our model says and how long it takes; on disk also cold, and what was read."""
     import flax_switch as fs
@@ -179,7 +185,7 @@ def main() -> None:
             else:
                 memory = expert_share(folder, args.share, args.weights) if args.alone == "disk" else None
                 found = ours(folder, ids, *measured, memory, args.weights)
-            print(json.dumps(found))
+            print(json.dumps({**found, "peak_bytes": peak_bytes()}))
             return
         names = ["memory", "disk", *(["accelerate"] if importlib.util.find_spec("accelerate") and not args.weights else [])]
         options = [
@@ -201,7 +207,8 @@ def report(results: dict[str, Any], tokens: int) -> None:
     for name, found in results.items():
         speeds = {kind: tokens / statistics.median(found[kind]) for kind in ("warm", "cold") if found.get(kind)}
         same = "the same tokens" if found["said"] == wanted else "OTHER TOKENS"
-        print(f"{name:<12}{same:<18}" + "  ".join(f"{kind} {speed:,.2f} tokens/s" for kind, speed in speeds.items()))
+        told = "  ".join(f"{kind} {speed:,.2f} tokens/s" for kind, speed in speeds.items())
+        print(f"{name:<12}{same:<18}{told}  {found['peak_bytes'] / 1e9:.2f} GB at most")
     disk = results["disk"]
     print(f"warm {disk['warm_reads']}\ncold {disk['cold_reads']}")
     print(f"bytes read from the disk over those of the experts missed, cold: {max(disk['cold_bytes_over_misses']):.3f} at most")

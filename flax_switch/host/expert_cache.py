@@ -31,6 +31,7 @@ Arrays = Mapping[str, np.ndarray]
 READERS = 4  # threads, and so many experts are read ahead at a time
 WINDOW = 16  # experts of the layer at work that are looked at for reading ahead
 FEW = 64  # hits of one layer times hits of the next, up to which it is noted which follow which
+FOLLOWERS = 16  # of an expert that are counted; of more, the half that followed most often stays
 LEAST_SEEN = 3  # hits of an expert before anything is guessed from it
 FOR_NOTHING = 0.05  # share of reads
 
@@ -161,9 +162,12 @@ class ExpertCache:
         if self._pass[0] != layer or int(np.argmax(rows > 0)) == expert:
             hit = np.flatnonzero(rows).tolist()
             before, seen = self._pass
-            if len(before) and len(seen) * len(hit) <= FEW:
+            if before and len(seen) * len(hit) <= FEW:
                 for e in seen:
-                    self._followers.setdefault((before, e), Counter()).update((layer, f) for f in hit)
+                    followers = self._followers.setdefault((before, e), Counter())
+                    followers.update((layer, f) for f in hit)
+                    if len(followers) > FOLLOWERS:
+                        self._followers[before, e] = Counter(dict(followers.most_common(FOLLOWERS // 2)))
             self._pass = (layer, hit)
         hit = self._pass[1]
         return hit[bisect.bisect_right(hit, expert) :]

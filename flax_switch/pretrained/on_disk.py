@@ -49,7 +49,7 @@ def expert_files(opened: checkpoints.Checkpoint) -> Files:
             f"{opened.path}: experts='disk' reads them from safetensors files in a local folder, and this has none. Convert it "
             "first: flax-switch convert SRC DST --to flax_switch."
         )
-    return {str(path): identity(path.stat()) for path in opened.path.glob(f"{stem}*.safetensors")}
+    return {str(path): identity(path.stat()) for path in opened.path.iterdir() if path.is_file()}
 
 
 def leave_on_disk(

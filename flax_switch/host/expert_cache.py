@@ -99,14 +99,14 @@ class ExpertCache:
         self._frequency: Counter[Key] = Counter()
         self._pass: tuple[str, list[int]] = ("", [])  # the layer at work, and its experts that are hit
         self._followers: dict[Key, Counter[Key]] = {}  # how often which experts were hit in the next layer
-        self._reads = ExpertReads()
+        self._counts: dict[str, float] = dict.fromkeys((field.name for field in dataclasses.fields(ExpertReads)), 0)
         self._pool: ThreadPoolExecutor | None = None
 
     @property
     def reads(self) -> ExpertReads:
         """What was hit and read so far."""
         with self._lock:
-            return self._reads
+            return ExpertReads(**self._counts)  # pyright: ignore[reportArgumentType]
 
     @contextlib.contextmanager
     def at_work(self) -> Iterator[None]:
@@ -155,7 +155,7 @@ class ExpertCache:
             return future.result()
         finally:
             with self._lock:
-                self._add(seconds_waited=time.perf_counter() - started)
+                self._counts["seconds_waited"] += time.perf_counter() - started
 
     def _coming(self, layer: str, expert: int, rows: np.ndarray) -> Sequence[int]:
         """Returns the experts that the layer at work will come to after this one; notes where one begins."""
@@ -179,13 +179,10 @@ class ExpertCache:
             self._held[key] = self._held.pop(key)
             self._priority[key] = self._age + self._frequency[key]
             if key not in self._not_hit:
-                self._add(hits=1)
+                self._counts["hits"] += 1
                 return
         self._not_hit.discard(key)
-        self._add(misses=1)
-
-    def _add(self, **counts: float) -> None:
-        self._reads = dataclasses.replace(self._reads, **{name: getattr(self._reads, name) + n for name, n in counts.items()})
+        self._counts["misses"] += 1
 
     def _read_ahead(self, layer: str, coming: Sequence[int]) -> None:
         """Has threads read what will be hit and, if they have nothing of the kind to do, what may be."""
@@ -194,7 +191,9 @@ class ExpertCache:
                 return
         if not coming:
             for key in self._guesses():
-                if len(self._not_hit) + self._reads.unused >= FOR_NOTHING * self._reads.misses or not self._start(key, coming):
+                if len(self._not_hit) + self._counts["unused"] >= FOR_NOTHING * self._counts["misses"] or not self._start(
+                    key, coming
+                ):
                     return
 
     def _guesses(self) -> Iterable[Key]:
@@ -243,7 +242,7 @@ class ExpertCache:
         self._taken -= self._sizes[key[0]]
         if key in self._not_hit:
             self._not_hit.remove(key)
-            self._add(unused=1)
+            self._counts["unused"] += 1
 
     def _load(self, key: Key, future: Future[Arrays]) -> None:
         """Reads an expert that there is room for."""
@@ -260,5 +259,5 @@ class ExpertCache:
             del self._coming_in[key]
             self._held[key] = arrays
             self._priority[key] = self._age + self._frequency[key]
-            self._add(bytes_read=size)
+            self._counts["bytes_read"] += size
         future.set_result(arrays)

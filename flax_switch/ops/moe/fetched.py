@@ -4,48 +4,22 @@ The arithmetic is that of the executors for experts in memory: the rows of an ex
 so that every bit is the same. What differs is the order: experts are the outer loop, so that each is read once for all its rows.
 """
 
-import functools
-import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
 from flax_switch.ops.kernels.few_rows import MLP, Kernels, SortedChoices, alone, as_kernel
 from flax_switch.ops.kernels.grouped_blocks import row_blocks, zeros
-from flax_switch.ops.kernels.on_disk import OnDisk, caches
+from flax_switch.ops.kernels.on_disk import OnDisk, fetch_arrays
 from flax_switch.ops.kernels.quantized import multiply
-
-
-class _Unreadable(Exception):
-    """Ends a program; the reason is kept in the cache."""
-
-
-# JAX logs what a callback raises, with a traceback; the reason is raised again in words where the program was called.
-logging.getLogger("jax._src.callback").addFilter(
-    lambda record: not (record.exc_info and isinstance(record.exc_info[1], _Unreadable))
-)
-
-
-def _read(number: int, layer: str, expert: Array, rows: Array) -> Mapping[str, np.ndarray]:
-    cache = caches[number]
-    if cache.failure is None:
-        try:
-            return cache.get(layer, int(expert), np.asarray(rows))
-        except Exception as error:
-            cache.failure = error
-    raise _Unreadable
 
 
 def fetch(experts: OnDisk, expert: Int[Array, ""], rows: Int[Array, " E"]) -> Kernels:
     """Returns the kernels of an expert. rows: how many hit each; those that are hit have to be fetched in order."""
-    shapes = {name: jax.ShapeDtypeStruct(shape[1:], dtype) for name, (shape, dtype) in experts.cache.parts[experts.layer].items()}
-    arrays = jax.pure_callback(functools.partial(_read, experts.cache.number, experts.layer), shapes, expert, rows)
     kernels: dict[str, dict[str, Array]] = {}
-    for name, array in arrays.items():
+    for name, array in fetch_arrays(experts, expert, rows).items():
         kernel, _, part = name.partition("/")
         kernels.setdefault(kernel, {})[part] = array
     return {name: as_kernel(parts) for name, parts in kernels.items()}

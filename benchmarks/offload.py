@@ -4,7 +4,7 @@
     python benchmarks/offload.py --shape tiny                 # seconds
     python benchmarks/offload.py --model runs/exported        # a model of one's own, with its vocabulary, on held-out sentences
 
-Each contender is a process of its own, opens the same safetensors folder, and decodes greedily, a row at a time. "Cold" means
+All open the same safetensors folder and decode greedily, a row at a time; ours take turns in one process. "Cold" means
 that the system had to drop the file's pages before every round (posix_fadvise), and that the model's memory was empty; "warm" that
 the round before was the same. Experts on disk have a memory for --share of all experts (a quarter). The bytes that the system
 read from the disk (/proc/self/io) are compared with the experts that were missed times their size. accelerate is left out where
@@ -57,36 +57,42 @@ def disk_bytes() -> int:
     return int(lines["read_bytes"])
 
 
-def peak_bytes() -> int:
-    """Returns the most memory that this process has had (VmHWM)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-
-
-def ours(folder: Path, ids: list[list[int]], tokens: int, repeats: int, memory: int | None, weights: str | None) -> dict[str, Any]:
-    """Returns what our model says and how long it takes; on disk also cold, and what was read."""
+def ours(folder: Path, ids: list[list[int]], tokens: int, repeats: int, memory: int, weights: str | None) -> dict[str, Any]:
+    """Returns what our two models say and how long they take, by turns; of the one on disk also cold, and what it read."""
     import flax_switch as fs
     from flax_switch.ops.kernels.on_disk import first_on_disk
 
-    options: dict[str, Any] = {} if memory is None else dict(experts="disk", expert_memory=memory)
-    model = fs.load_pretrained(folder, **options, **({} if weights is None else dict(weights=weights)))
-    run = lambda row: model.generate([row], max_new_tokens=tokens, min_new_tokens=tokens)  # noqa: E731
-    said = [run(row).sequences[0].tolist() for row in ids]  # compiles a program for each length
-    before = model.expert_reads
-    found: dict[str, Any] = {"said": said, "warm": [_seconds(run, ids) for _ in range(repeats)]}
-    held = first_on_disk(model.params)
-    if held is None or before is None:
-        return found
-    found |= {"warm_reads": _told(held.cache.reads - before), "cold": [], "cold_bytes_over_misses": []}
+    changes = {} if weights is None else dict(weights=weights)
+    models = {name: fs.load_pretrained(folder, **changes, **options) for name, options in _places(memory).items()}
+    runs = {
+        name: lambda row, model=model: model.generate([row], max_new_tokens=tokens, min_new_tokens=tokens)
+        for name, model in models.items()
+    }
+    # The first call compiles.
+    found: dict[str, Any] = {
+        name: {"said": [run(row).sequences[0].tolist() for row in ids], "warm": []} for name, run in runs.items()
+    }
+    held = first_on_disk(models["disk"].params)
+    assert held is not None
+    before = held.cache.reads
+    for _ in range(repeats):
+        for name, run in runs.items():
+            found[name]["warm"].append(_seconds(run, ids))
+    found["disk"] |= {"warm_reads": _told(held.cache.reads - before), "cold": [], "cold_bytes_over_misses": []}
     for _ in range(repeats):
         held.cache.clear()
         drop_pages(folder)
         read, reads = disk_bytes(), held.cache.reads
-        found["cold"].append(_seconds(run, ids))
+        found["disk"]["cold"].append(_seconds(runs["disk"], ids))
         reads = held.cache.reads - reads
-        found["cold_bytes_over_misses"].append((disk_bytes() - read) / (reads.misses * held.cache.expert_bytes(held.layer)))
-        found["cold_reads"] = _told(reads)
+        missed = reads.misses * held.cache.expert_bytes(held.layer)
+        found["disk"]["cold_bytes_over_misses"].append((disk_bytes() - read) / missed)
+        found["disk"]["cold_reads"] = _told(reads)
     return found
+
+
+def _places(memory: int) -> dict[str, dict[str, Any]]:
+    return {"memory": {}, "disk": dict(experts="disk", expert_memory=memory)}
 
 
 def accelerates(folder: Path, ids: list[list[int]], tokens: int, repeats: int) -> dict[str, Any]:
@@ -173,7 +179,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16, help="new ones for each row")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path, default=run_record.RESULTS / "offload.json")
-    parser.add_argument("--alone", choices=("memory", "disk", "accelerate"), help=argparse.SUPPRESS)
+    parser.add_argument("--alone", choices=("ours", "accelerate"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.model or made(args.shape, Path(temporary))
@@ -181,17 +187,16 @@ def main() -> None:
         if args.alone:
             ids = sources(folder, args.rows, args.length)
             if args.alone == "accelerate":
-                found = accelerates(folder, ids, *measured)
+                found = {"accelerate": accelerates(folder, ids, *measured)}
             else:
-                memory = expert_share(folder, args.share, args.weights) if args.alone == "disk" else None
-                found = ours(folder, ids, *measured, memory, args.weights)
-            print(json.dumps({**found, "peak_bytes": peak_bytes()}))
+                found = ours(folder, ids, *measured, expert_share(folder, args.share, args.weights), args.weights)
+            print(json.dumps(found))
             return
-        names = ["memory", "disk", *(["accelerate"] if importlib.util.find_spec("accelerate") and not args.weights else [])]
+        names = ["ours", *(["accelerate"] if importlib.util.find_spec("accelerate") and not args.weights else [])]
         options = [
             o for name in ("share", "weights", "rows", "length", "tokens", "repeats") for o in _option(name, getattr(args, name))
         ]
-        results = {name: alone("--model", folder, *options, "--alone", name) for name in names}
+        results = {key: value for name in names for key, value in alone("--model", folder, *options, "--alone", name).items()}
     report(results, args.rows * args.tokens)
     settings = {name: getattr(args, name) for name in ("shape", "weights", "share", "rows", "length", "tokens", "repeats")}
     run_record.write(args.output, {**settings, "model": str(args.model or args.shape), "contenders": results})
@@ -207,8 +212,7 @@ def report(results: dict[str, Any], tokens: int) -> None:
     for name, found in results.items():
         speeds = {kind: tokens / statistics.median(found[kind]) for kind in ("warm", "cold") if found.get(kind)}
         same = "the same tokens" if found["said"] == wanted else "OTHER TOKENS"
-        told = "  ".join(f"{kind} {speed:,.2f} tokens/s" for kind, speed in speeds.items())
-        print(f"{name:<12}{same:<18}{told}  {found['peak_bytes'] / 1e9:.2f} GB at most")
+        print(f"{name:<12}{same:<18}" + "  ".join(f"{kind} {speed:,.2f} tokens/s" for kind, speed in speeds.items()))
     disk = results["disk"]
     print(f"warm {disk['warm_reads']}\ncold {disk['cold_reads']}")
     print(f"bytes read from the disk over those of the experts missed, cold: {max(disk['cold_bytes_over_misses']):.3f} at most")

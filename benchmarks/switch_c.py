@@ -148,7 +148,7 @@ def generate(folder: Path, tokens: int, **options: Any) -> None:
 
 def process(*arguments: object, flags: str = "") -> dict[str, Any]:
     """Runs this script with some arguments and XLA flags in a process of its own, and returns what it prints last."""
-    environment = {**os.environ, "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}"}
+    environment = {**os.environ, "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()}
     done = subprocess.run(
         [sys.executable, __file__, *map(str, arguments)], env=environment, check=True, stdout=subprocess.PIPE, text=True
     )

@@ -24,6 +24,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 
 from flax_switch.config import check
+from flax_switch.host.memory import return_freed_memory
 
 Key = tuple[str, int]  # a layer, such as "decoder/layers_3", and the number of an expert in it
 Arrays = Mapping[str, np.ndarray]
@@ -81,7 +82,8 @@ class ExpertCache:
         self.number = next(_numbers)
         self.parts = parts
         self.failure: Exception | None = None  # why an expert could not be read, for whoever runs the program
-        self._programs = 0
+        self._programs = 0  # at work
+        self._tidy = False  # what they took to compile was given back
         self._read, self._budget = read, budget
         self._sizes = {layer: sum(math.prod(s[1:]) * d.itemsize for s, d in arrays.values()) for layer, arrays in parts.items()}
         largest = max(self._sizes.values(), default=0)
@@ -113,7 +115,7 @@ class ExpertCache:
         """Keeps a failure until no program that may meet it is at work any more."""
         with self._lock:
             if self._programs == 0:
-                self.failure = None
+                self.failure, self._tidy = None, False
             self._programs += 1
         try:
             yield
@@ -246,6 +248,9 @@ class ExpertCache:
 
     def _load(self, key: Key, future: Future[Arrays]) -> None:
         """Reads an expert that there is room for."""
+        if not self._tidy:
+            self._tidy = True
+            return_freed_memory()
         try:
             arrays, size = self._read(*key)
         except Exception as error:

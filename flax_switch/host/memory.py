@@ -46,6 +46,17 @@ def on_cpu() -> bool:
     return not any(map(can_compile_for, PACKAGES))
 
 
+def return_freed_memory() -> None:
+    """Gives back to the system what is free now, and from now on large buffers when they are freed; where the C library is glibc.
+
+    What compiling a program took is otherwise kept for as long as the process lives.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim"):
+        libc.mallopt(_M_MMAP_THRESHOLD, _RETURNED)
+        libc.malloc_trim(0)
+
+
 @contextlib.contextmanager
 def freed_memory_returned() -> Iterator[None]:
     """Has freed buffers go back to the system at once, where the C library is glibc.

@@ -35,6 +35,7 @@ FEW = 64  # hits of one layer times hits of the next, up to which it is noted wh
 FOLLOWERS = 16  # of an expert that are counted; of more, the half that followed most often stays
 LEAST_SEEN = 3  # hits of an expert before anything is guessed from it
 FOR_NOTHING = 0.05  # share of reads
+COMPILED = 1.0  # seconds: a program that reads its first expert later was compiled before, and that takes memory
 
 _numbers = itertools.count()
 
@@ -83,8 +84,9 @@ class ExpertCache:
         self.parts = parts
         self.failure: Exception | None = None  # why an expert could not be read, for whoever runs the program
         self._programs = 0  # at work
-        self._tidy = False  # what they took to compile was given back
+        self._begun = math.inf  # when the first of them was started; infinity once it has read an expert
         self._read, self._budget = read, budget
+        return_freed_memory()
         self._sizes = {layer: sum(math.prod(s[1:]) * d.itemsize for s, d in arrays.values()) for layer, arrays in parts.items()}
         largest = max(self._sizes.values(), default=0)
         check(
@@ -115,7 +117,7 @@ class ExpertCache:
         """Keeps a failure until no program that may meet it is at work any more."""
         with self._lock:
             if self._programs == 0:
-                self.failure, self._tidy = None, False
+                self.failure, self._begun = None, time.perf_counter()
             self._programs += 1
         try:
             yield
@@ -248,8 +250,8 @@ class ExpertCache:
 
     def _load(self, key: Key, future: Future[Arrays]) -> None:
         """Reads an expert that there is room for."""
-        if not self._tidy:
-            self._tidy = True
+        waited, self._begun = time.perf_counter() - self._begun, math.inf
+        if waited > COMPILED:
             return_freed_memory()
         try:
             arrays, size = self._read(*key)

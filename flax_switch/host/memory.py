@@ -13,6 +13,7 @@ import os
 import platform
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 from flax_switch.host.compilers import PACKAGES, can_compile_for
 
@@ -51,7 +52,7 @@ def return_freed_memory() -> None:
 
     What compiling a program took is otherwise kept for as long as the process lives.
     """
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    libc: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim"):
         libc.mallopt(_M_MMAP_THRESHOLD, _RETURNED)
         libc.malloc_trim(0)

@@ -20,7 +20,7 @@ ALLOWED = {
     "convert": {"config", "data", "host"},
     "generation": {"config", "convert", "host", "nn", "ops", "parallel"},
     "training": {"config", "data", "host", "nn", "ops", "pages", "parallel"},
-    "pretrained": {"config", "convert", "data", "generation", "nn", "ops", "parallel"},
+    "pretrained": {"config", "convert", "data", "generation", "host", "nn", "ops", "parallel"},
     "plan": {"config", "generation", "host", "nn", "ops", "parallel", "training"},
     "pages": {"config"},
     "inspection": {"config", "convert", "data", "host", "nn", "ops", "pages", "pretrained", "training"},

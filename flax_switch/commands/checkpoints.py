@@ -37,6 +37,31 @@ def add_verify_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds how a model's weights are held in memory."""
+    parser.add_argument(
+        "--weights", choices=("float32", "bfloat16", "int8", "int4"), help="hold kernels in this form; default: the checkpoint's"
+    )
+    parser.add_argument(
+        "--experts", choices=("memory", "disk"), default="memory", help="disk: read only those that tokens hit (docs/offload.md)"
+    )
+    parser.add_argument("--expert-memory", metavar="SIZE", help="for experts on disk, such as 4GB (the default)")
+
+
+def loading_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the arguments of `load_pretrained` that say where experts are."""
+    from flax_switch.pretrained.on_disk import expert_budget
+
+    expert_budget(args.experts, args.expert_memory)  # raises for what cannot be, before anything is read
+    return {"experts": args.experts, "expert_memory": args.expert_memory}
+
+
+def loading_changes(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the changes of a model's config that its form in memory asks for."""
+    weights = {} if args.weights is None else {"weights": args.weights}
+    return {**weights, "scan_layers": False} if args.experts == "disk" else weights
+
+
 def add_write_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what says how the result is written."""
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file (default: 5GB)")

@@ -7,7 +7,14 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flax_switch.commands.checkpoints import FORMATS, add_verify_argument, explain_missing_extras
+from flax_switch.commands.checkpoints import (
+    FORMATS,
+    add_loading_arguments,
+    add_verify_argument,
+    explain_missing_extras,
+    loading_changes,
+    loading_options,
+)
 from flax_switch.commands.options import add_compile_cache_argument, add_recipe_arguments, load_config, start_jax, take_overrides
 from flax_switch.config import ConfigError
 
@@ -23,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_compile_cache_argument(parser)
     parser.add_argument("--checkpoint", required=True, metavar="CHECKPOINT", help=FORMATS)
     parser.add_argument("--vocabulary", metavar="PATH", help="a spiece.model or a folder with one; default: the checkpoint's")
+    add_loading_arguments(parser)
     add_verify_argument(parser)
     parser.add_argument("--output", default="evaluation", metavar="DIR", help="for metrics.json and predictions.jsonl")
     parser.epilog = f"{parser.epilog} Without --config, a fine-tuned run's own recipe is used, and --config.… changes it."
@@ -42,11 +50,12 @@ def run(args: argparse.Namespace) -> int:
     examples = [task.validation or task.train or () for task in recipe.data.mixture]
     read = [name for names in examples for name in ([names] if isinstance(names, str) else names)]
     check_writable(output / "predictions.jsonl", reads=read, make_folders=True)
+    loading = loading_options(args)
     start_jax(args)
     from flax_switch.workflows.finetune import evaluate_checkpoint
     from flax_switch.workflows.predictions import describe, finetuning_config, write_predictions
 
-    options = dict(vocabulary=args.vocabulary, verify=not args.no_verify)
+    options = dict(vocabulary=args.vocabulary, verify=not args.no_verify, changes=loading_changes(args), **loading)
     run, evaluation, predictions = evaluate_checkpoint(recipe, args.checkpoint, **options)
     write_text(output / "metrics.json", json.dumps(evaluation, indent=2) + "\n")
     write_predictions(epath.Path(output) / "predictions.jsonl", predictions)

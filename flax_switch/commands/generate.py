@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flax_switch.commands.checkpoints import add_verify_argument
+from flax_switch.commands.checkpoints import add_loading_arguments, add_verify_argument, loading_changes, loading_options
 from flax_switch.commands.options import add_compile_cache_argument, hyphened, refuse, start_jax, tell
 from flax_switch.config import ConfigError, check
 from flax_switch.config.ranges import shown
@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-prefix", action="store_true", help="put nothing before texts")
     parser.add_argument("--seed", type=int, default=0, help="of sampling")
     parser.add_argument("--dtype", help="of the parameters, for instance bfloat16; default: the checkpoint's")
+    add_loading_arguments(parser)
     add_verify_argument(parser)
     add_compile_cache_argument(parser)
     parser.set_defaults(listing=_listing)
@@ -94,22 +95,23 @@ def run(args: argparse.Namespace) -> int:
         value = getattr(args, name)
         check(1 <= value <= 2**20, f"{hyphened(f'--{name}')} must lie in [1, {2**20}]; it is {shown(value)}.")
     check_seeds(args.seed, 1)
-    opened = open_checkpoint(args.checkpoint, verify=not args.no_verify)
+    loading = {"dtype": args.dtype, **loading_options(args)}
+    opened = open_checkpoint(args.checkpoint, changes=loading_changes(args), verify=not args.no_verify)
     GenerationConfig(**with_defaults(read_defaults(opened.path), args.controls)).for_model(opened.config)
     options = {"batch_size": args.batch_size, "max_source_length": args.max_source_length, "seed": args.seed, **args.controls}
     options["prefix"] = _prefix(args, opened.path)
     start_jax(args)
     if args.input == "-" and sys.stdin.isatty():
-        return _converse(from_checkpoint(opened, dtype=args.dtype), options)
+        return _converse(from_checkpoint(opened, **loading), options)
     lines = _lines(args)
     if args.output is None:
         check(not args.resume, "--resume continues an --output; standard output is not kept.")
-        results = _results(from_checkpoint(opened, dtype=args.dtype), lines, options)
+        results = _results(from_checkpoint(opened, **loading), lines, options)
         escaped = not (sys.stdout.encoding or "").lower().startswith("utf")
         for result in results:
             sys.stdout.write(json.dumps(result, ensure_ascii=escaped) + "\n")
     else:
-        results = _to_file(args, opened, lines, options)
+        results = _to_file(args, opened, loading, lines, options)
     bad = [result for result in results if "error" in result]
     for result in bad:
         print(f"{args.input}, line {result['line']}: {result['error']}.", file=sys.stderr)
@@ -148,7 +150,9 @@ def _lines(args: argparse.Namespace) -> list[Line]:
         raise ConfigError(f"Cannot read {args.input}: {error}.") from error
 
 
-def _to_file(args: argparse.Namespace, opened: Any, lines: list[Line], options: dict[str, Any]) -> list[dict[str, Any]]:
+def _to_file(
+    args: argparse.Namespace, opened: Any, loading: dict[str, Any], lines: list[Line], options: dict[str, Any]
+) -> list[dict[str, Any]]:
     """Returns the results of all lines, those of an earlier run included; they are in the output file then."""
     from flax_switch.commands.partial import Partial
     from flax_switch.host.files import absolute, check_writable
@@ -157,11 +161,13 @@ def _to_file(args: argparse.Namespace, opened: Any, lines: list[Line], options: 
     output = Path(args.output)
     check_writable(output, reads=["/dev/stdin" if args.input == "-" else args.input])
     run = {**options, "batch_size": None, "checkpoint": str(absolute(opened.path)), "dtype": args.dtype}
+    if args.weights is not None:
+        run["weights"] = args.weights
     run["lines"] = [dataclasses.astuple(line) for line in lines]
     with Partial(output, run, resume=args.resume) as partial:
         missing = [line for line in lines if line.number not in partial.done]
         if missing:
-            _results(from_checkpoint(opened, dtype=args.dtype), missing, options, partial.add)
+            _results(from_checkpoint(opened, **loading), missing, options, partial.add)
         partial.finish()
     return [partial.done[line.number] for line in lines]
 
@@ -181,6 +187,8 @@ def _results(
     _note("compiling")
     results = generate_lines(pretrained, lines, on_batch=progress, on_results=keep, **options)
     _note("")
+    if pretrained.expert_reads is not None:
+        tell(str(pretrained.expert_reads))
     return results
 
 

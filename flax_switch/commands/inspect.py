@@ -8,8 +8,15 @@ import json
 import sys
 from pathlib import Path
 
-from flax_switch.commands.checkpoints import add_source_arguments, changes_of, explain_missing_extras
-from flax_switch.commands.options import add_compile_cache_argument, show, start_jax
+from flax_switch.commands.checkpoints import (
+    add_loading_arguments,
+    add_source_arguments,
+    changes_of,
+    explain_missing_extras,
+    loading_changes,
+    loading_options,
+)
+from flax_switch.commands.options import add_compile_cache_argument, show, start_jax, tell
 from flax_switch.config import ConfigError, check, one_of
 from flax_switch.host.files import check_writable
 
@@ -28,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--plot", metavar="FILE", help="with --text: draw the routing, too: .html is a page, .png, .pdf and .svg a picture"
     )
     parser.add_argument("--open", action="store_true", help="show what --plot wrote in a browser")
+    add_loading_arguments(parser)
     add_compile_cache_argument(parser)
 
 
@@ -38,10 +46,11 @@ def run(args: argparse.Namespace) -> int:
         return _show_routing(args)
     if args.target or args.plot or args.open:
         raise ConfigError("--target and --plot show how a text is routed; give a --text.")
+    check(args.experts == "memory" and not args.expert_memory, "--experts disk is for running the model; give a --text.")
     from flax_switch.inspection.checkpoint import describe, render
 
     options = dict(allow_missing=args.allow_missing, revision=args.revision, verify=not args.no_verify)
-    description = describe(args.source, changes=changes_of(args), **options)
+    description = describe(args.source, changes={**changes_of(args), **loading_changes(args)}, **options)
     print(json.dumps(description.to_dict(), indent=2) if args.json else render(description))
     return 0
 
@@ -55,10 +64,10 @@ def _show_routing(args: argparse.Namespace) -> int:
     if args.plot:
         one_of("The ending of a plot", Path(args.plot).suffix, (".html", ".png", ".pdf", ".svg"))
         check_writable(args.plot, make_folders=True)
-    changes = changes_of(args)
+    options = {**changes_of(args), **loading_changes(args), **loading_options(args)}
     start_jax(args)
     pretrained = load_pretrained(
-        args.source, allow_missing=args.allow_missing, revision=args.revision, verify=not args.no_verify, **changes
+        args.source, allow_missing=args.allow_missing, revision=args.revision, verify=not args.no_verify, **options
     )
     exploration = explore(pretrained, args.text, args.target)
     if args.json:
@@ -66,6 +75,8 @@ def _show_routing(args: argparse.Namespace) -> int:
         print(json.dumps({"num_experts": exploration.config.num_experts, "texts": texts}, indent=2))
     else:
         print(render(exploration))
+    if pretrained.expert_reads is not None:
+        tell(str(pretrained.expert_reads))
     if args.plot:
         draw = write_page if args.plot.endswith((".html", ".htm")) else plot
         print(f"Wrote {draw(exploration, args.plot)}", file=sys.stderr)

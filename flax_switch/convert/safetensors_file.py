@@ -7,10 +7,13 @@ are checked as strictly as the library does: sizes, dtypes, offsets, holes and o
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -114,11 +117,50 @@ def read_block(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype,
             file.seek(offset + start * row)
             data = np.frombuffer(file.read((stop - start) * row), np.uint8)
     else:
-        data = np.fromfile(path, np.uint8, count=(stop - start) * row, offset=offset + start * row)
+        watch = _WATCH.get()
+        with path.open("rb") as file:
+            if watch is not None and hasattr(os, "posix_fadvise"):  # or the system reads on behind what is asked for
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+            data = np.fromfile(file, np.uint8, count=(stop - start) * row, offset=offset + start * row)
+            if watch is not None:
+                watch.note(path, os.fstat(file.fileno()), data.size)
     if data.size != (stop - start) * row:
         raise CheckpointError(f"{path} is truncated: {(stop - start) * row} bytes expected at {offset + start * row}")
     block = data.view(dtype)
     return block.reshape(stop - start, *shape[1:])[(slice(None), *index[1:])] if shape else block.reshape(())
+
+
+@dataclasses.dataclass
+class Watch:
+    """Files as they were when they were opened first, and how many bytes were read of them since."""
+
+    files: Mapping[str, tuple[int, ...]]
+    bytes: int = 0
+
+    def note(self, path: Path, status: os.stat_result, size: int) -> None:
+        """Counts bytes that were read; raises `CheckpointError` where the file is another by now."""
+        if self.files.get(str(path)) != identity(status):
+            raise CheckpointError(f"{path} has changed since the model was opened; load the model again")
+        self.bytes += size
+
+
+_WATCH: contextvars.ContextVar[Watch | None] = contextvars.ContextVar("watch", default=None)
+
+
+def identity(status: os.stat_result) -> tuple[int, ...]:
+    """Returns what tells a file from another of its name, and from itself after it was written to."""
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+@contextlib.contextmanager
+def watched(files: Mapping[str, tuple[int, ...]]) -> Iterator[Watch]:
+    """Yields the watch over what this thread reads from local files: they must have these identities."""
+    watch = Watch(files)
+    token = _WATCH.set(watch)
+    try:
+        yield watch
+    finally:
+        _WATCH.reset(token)
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor], on_bytes: Callable[[int], None] = lambda n: None) -> None:

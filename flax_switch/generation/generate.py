@@ -14,10 +14,12 @@ from flax_switch.config.generation import GenerationConfig, make_controls, split
 from flax_switch.config.ranges import shown
 from flax_switch.convert.scan import unstack_layers
 from flax_switch.generation.program import run_program
+from flax_switch.host.expert_cache import ExpertReads
 from flax_switch.nn.fields import Fields
 from flax_switch.nn.inputs import TokenIds, as_ids, as_mask, check_alive
 from flax_switch.nn.transformer import SwitchEncoder, SwitchTransformer
 from flax_switch.ops.kernels.few_rows import unstacked_experts
+from flax_switch.ops.kernels.on_disk import run_reading
 from flax_switch.parallel.mesh import batch_sharding, batch_ways, replicated
 from flax_switch.parallel.placement import ONE_DEVICE, LaidOutByCompiler
 
@@ -34,12 +36,14 @@ class GenerationOutput(Fields):
     step_scores: with output_scores, the processed scores of each step: logits, or with beams the log-probabilities of the
       running beams (R is B * num_beams then, not all of which need be ancestors of what is returned).
     texts: the sequences as text, a string for each, where there is a vocabulary (`Pretrained.generate`); sentinels are named.
+    expert_reads: of a model whose experts are on disk, what was hit and read of them.
     """
 
     sequences: Int[np.ndarray, "Bn T"]
     scores: Float[np.ndarray, " Bn"] | None = None
     step_scores: Float[np.ndarray, "steps R V"] | None = None
     texts: tuple[str, ...] | None = flax.struct.field(pytree_node=False, default=None)
+    expert_reads: ExpertReads | None = flax.struct.field(pytree_node=False, default=None)
 
 
 def generate(
@@ -102,11 +106,14 @@ def generate(
         unstacked = unstacked_experts(params, config.decoder.sparse_layers, config.num_experts)
         variables |= {} if unstacked is None else {"unstacked": unstacked}
     program, numbers = split_numbers(settings)
-    output = jax.device_get(run_program(config, program, variables, *inputs, numbers, devices=devices))
+    output, reads = run_reading(
+        params, lambda: jax.device_get(run_program(config, program, variables, *inputs, numbers, devices=devices))
+    )
     return GenerationOutput(
         sequences=output.tokens[:, : prefix.shape[1] + int(output.new_tokens)],
         scores=output.scores,
         step_scores=None if output.step_scores is None else output.step_scores[: int(output.steps)],
+        expert_reads=reads,
     )
 
 

@@ -21,6 +21,7 @@ from flax_switch.generation.sampling import Rows, extend_rows, start_rows
 from flax_switch.generation.t5x_search import best_found, extend_live, start_live
 from flax_switch.nn.cache import DecoderCache
 from flax_switch.nn.transformer import SwitchTransformer
+from flax_switch.ops.kernels.narrow import Narrow
 from flax_switch.ops.kernels.quantized import Kernel, Quantized
 from flax_switch.ops.mlp import expert_dtype
 from flax_switch.parallel.placement import ONE_DEVICE, Placement
@@ -177,13 +178,13 @@ def in_compute_dtype(variables: Mapping[str, Any], config: SwitchConfig) -> dict
     Embeddings, norms, biases, the router and an untied head compute in dtypes of their own.
     """
 
-    def cast(path: tuple, leaf: Kernel) -> Kernel:
+    def cast(path: tuple, leaf: Kernel | Narrow) -> Kernel | Narrow:
         names = [str(getattr(key, "key", key)) for key in path]
-        if isinstance(leaf, Quantized) or not jnp.issubdtype(leaf.dtype, jnp.floating):
+        if isinstance(leaf, (Quantized, Narrow)) or not jnp.issubdtype(leaf.dtype, jnp.floating):
             return leaf
         if "router" in names or "logits_dense" in names or not {"kernel", "experts"} & {*names}:
             return leaf
         own = {"expert", "experts", "shared_expert"} & {*names}
         return leaf.astype(expert_dtype(config) if own else jnp.dtype(config.dtype))
 
-    return jax.tree_util.tree_map_with_path(cast, dict(variables), is_leaf=lambda leaf: isinstance(leaf, Quantized))
+    return jax.tree_util.tree_map_with_path(cast, dict(variables), is_leaf=lambda leaf: isinstance(leaf, (Quantized, Narrow)))

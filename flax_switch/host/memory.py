@@ -13,6 +13,7 @@ import os
 import platform
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 from flax_switch.host.compilers import PACKAGES, can_compile_for
 
@@ -44,6 +45,17 @@ def on_cpu() -> bool:
     if platforms:
         return platforms.split(",")[0] == "cpu"
     return not any(map(can_compile_for, PACKAGES))
+
+
+def return_freed_memory() -> None:
+    """Gives back to the system what is free now, and from now on large buffers when they are freed; where the C library is glibc.
+
+    What compiling a program took is otherwise kept for as long as the process lives.
+    """
+    libc: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim"):
+        libc.mallopt(_M_MMAP_THRESHOLD, _RETURNED)
+        libc.malloc_trim(0)
 
 
 @contextlib.contextmanager

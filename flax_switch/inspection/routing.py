@@ -17,6 +17,7 @@ from jaxtyping import Array, Int
 from flax_switch.config import ConfigError, StackConfig, SwitchConfig, check
 from flax_switch.host.files import expanded, write_bytes
 from flax_switch.nn.transformer import SwitchEncoder, SwitchTransformer
+from flax_switch.ops.kernels.on_disk import run_reading
 from flax_switch.ops.moe.routing import RouterOutput
 from flax_switch.pages.page import expert_color, ink_on
 from flax_switch.pages.plots import drawing
@@ -98,7 +99,7 @@ def explore(pretrained: Pretrained, texts: Sequence[str], targets: Sequence[str]
     explored = []
     for i, text in enumerate(texts):
         fed = _fed(pretrained, text, None if targets is None else targets[i])
-        routers = _routers(pretrained.model, pretrained.params, *fed)
+        routers, _ = run_reading(pretrained.params, functools.partial(_routers, pretrained.model, pretrained.params, *fed))
         explored.append(
             [
                 _stack_routing(stack, [_name(vocabulary, token) for token in ids[0].tolist()], routers[stack.name], config)

@@ -18,6 +18,7 @@ from flax_switch.config import SwitchConfig
 from flax_switch.config.weights import SCALE, stored
 from flax_switch.ops.dropout import dropout
 from flax_switch.ops.ids import check_ids
+from flax_switch.ops.kernels.narrow import Narrow
 from flax_switch.ops.kernels.projection import project, project_transposed
 from flax_switch.ops.kernels.quantized import Kernel, Quantized
 
@@ -43,7 +44,9 @@ def scaled_init(
     return jax.nn.initializers.variance_scaling(config.init_scale * factor**2, mode, distribution)
 
 
-def kernel_of(module: nn.Module, init: Initializer, shape: Sequence[int], axes: Sequence[str], dtype: Any, weights: str) -> Kernel:
+def kernel_of(
+    module: nn.Module, init: Initializer, shape: Sequence[int], axes: Sequence[str], dtype: Any, weights: str
+) -> Kernel | Narrow:
     """Declares a module's parameter "kernel" with its logical axes and returns it; a quantised one has its scales beside it."""
 
     def declare(name: str, init: Initializer, shape: Sequence[int], axes: Sequence[str | None], dtype: Any) -> Any:

@@ -12,6 +12,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from flax_switch.config import SwitchConfig
 from flax_switch.nn.layers import Initializer, kernel_of
+from flax_switch.ops.kernels.narrow import Narrow
+from flax_switch.ops.kernels.on_disk import first_on_disk
 from flax_switch.ops.kernels.quantized import Kernel, Quantized
 from flax_switch.ops.moe.block import MoEParams, moe_block
 from flax_switch.ops.moe.groups import flaxformer_replicas
@@ -30,7 +32,7 @@ class KernelParam(nn.Module):
     weights: str = "float"
 
     @nn.compact
-    def __call__(self) -> tuple[Kernel, Array | None]:
+    def __call__(self) -> tuple[Kernel | Narrow, Array | None]:
         """Returns the kernel, and the bias over its last axis or None."""
         kernel = kernel_of(self, self.initializer, self.shape, self.axes, self.dtype, self.weights)
         if not self.bias:
@@ -56,7 +58,7 @@ class MLPKernels(nn.Module):
     num_experts: int | None = None
 
     @nn.compact
-    def __call__(self) -> dict[str, Kernel]:
+    def __call__(self) -> dict[str, Any]:
         """Returns {"wi" | "wi_0", "wi_1": [(E,) D, F], "wo": [(E,) F, D]}."""
         config = self.config
         D, F = config.d_model, config.expert_width
@@ -81,7 +83,7 @@ class RouterWeights(nn.Module):
     features: Features | None = None
 
     @nn.compact
-    def __call__(self) -> tuple[Array, Array | None]:
+    def __call__(self) -> tuple[Array | Narrow, Array | None]:
         """Returns (kernel, bias or None)."""
         config, features = self.config, self.features or {"embed": self.config.d_model}
         shape, axes = (*features.values(), config.num_experts), (*features, "unmodeled")
@@ -98,7 +100,7 @@ class Router(nn.Module):
     features: Features | None = None
 
     @nn.compact
-    def __call__(self) -> tuple[Array, Array | None]:
+    def __call__(self) -> tuple[Array | Narrow, Array | None]:
         """Returns (kernel, bias or None)."""
         return RouterWeights(self.config, self.features, name="router_weights")()
 
@@ -157,7 +159,9 @@ class SparseMLP(_Sparse):
         """Returns the experts' outputs, with the options of `_routed`."""
         config, devices = self.config, options.get("devices", ONE_DEVICE)
         router_kernel, router_bias = Router(config, name="router")() if config.learned_router else (None, None)
-        expert = MLPKernels(config, devices.own_experts(config.num_experts), name="expert")()
+        expert = first_on_disk(self.get_variable("params", "expert")) if self.has_variable("params", "expert") else None
+        if expert is None:
+            expert = MLPKernels(config, devices.own_experts(config.num_experts), name="expert")()
         shared = MLPKernels(config, name="shared_expert")() if config.shared_expert else None
         unstacked = self.get_variable("unstacked", "experts") if self.has_variable("unstacked", "experts") else None
         return self._routed(MoEParams(router_kernel, router_bias, expert, shared, unstacked), x, **options)

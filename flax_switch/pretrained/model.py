@@ -28,13 +28,16 @@ from flax_switch.nn.init import init_params, logical_axes
 from flax_switch.nn.inputs import SupportsArray, TokenIds, as_array, as_embeddings, as_ids, as_mask, check_alive, shift_right
 from flax_switch.nn.outputs import EncoderOutput
 from flax_switch.nn.transformer import SwitchEncoder, SwitchTransformer
+from flax_switch.ops.kernels.on_disk import OnDisk, first_on_disk, run_reading
 from flax_switch.parallel.mesh import tree_shardings
 from flax_switch.pretrained import outputs, table
+from flax_switch.pretrained.on_disk import Files, expert_budget, expert_files, leave_on_disk, narrow
 from flax_switch.pretrained.saving import save_pretrained, unscanned
 
 if TYPE_CHECKING:
     from flax_switch.data.vocabulary import Vocabulary
     from flax_switch.generation.generate import GenerationOutput
+    from flax_switch.host.expert_cache import ExpertReads
 
 Shardings = Callable[[str], Sharding | None] | Mapping[str, Any]
 
@@ -55,6 +58,12 @@ class Pretrained:
     architecture: str = "full"
     generation_defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     prefixes: tuple[str, ...] = ()
+
+    @property
+    def expert_reads(self) -> ExpertReads | None:
+        """What was hit and read of experts on disk since the model was loaded; None where they are in memory."""
+        found = first_on_disk(self.params)
+        return None if found is None else found.cache.reads
 
     def replace(self, **changes: Any) -> Self:
         """Returns a copy with some fields changed: the parameters after an update, for instance."""
@@ -126,7 +135,8 @@ class Pretrained:
             decoder_input_ids, decoder_attention_mask, decoder_inputs_embeds = _one_sequence(source, fed, labels)
             source = (None, None, None)
         if self.architecture == "encoder":
-            output: Any = outputs.encoder_output(_encode(self.model, self.params, *source, rngs, **options))
+            raw = self._run(_encode, *source, rngs, **options)
+            output: Any = outputs.encoder_output(raw)
             return output.to_tuple() if return_dict is False else output
         if labels is not None:
             target = jnp.asarray(as_ids("labels", labels, self.config, ignored=True))
@@ -138,7 +148,7 @@ class Pretrained:
         )
         inputs = self._inputs(decoder_input_ids, decoder_attention_mask, decoder_inputs_embeds, "decoder_")
         prefix = None if prefix_mask is None else as_mask("prefix_mask", prefix_mask, np.shape(prefix_mask))
-        raw = _run(self.model, self.params, *source, *inputs, _as_encoder_output(encoder_outputs), prefix, rngs, **options)
+        raw = self._run(_apply, *source, *inputs, _as_encoder_output(encoder_outputs), prefix, rngs, **options)
         if self.architecture == "headless":
             output = outputs.model_output(raw)
         else:
@@ -155,7 +165,10 @@ class Pretrained:
         )  # fmt: skip
         embeds, rngs = options.pop("inputs_embeds", None), options.pop("rngs", None)
         source = self._source(input_ids, attention_mask, embeds)
-        return outputs.encoder_output(_encode(self.model, self.params, *source, rngs, **{**defaults, **options}))
+        return outputs.encoder_output(self._run(_encode, *source, rngs, **{**defaults, **options}))
+
+    def _run(self, program: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
+        return run_reading(self.params, lambda: program(self.model, self.params, *inputs, **options))[0]
 
     def _source(self, ids: Any, mask: Any, embeds: Any, encoded: Any = None) -> tuple[Any, Any, Any]:
         """Returns the encoder's ids, mask and embeddings, checked; with its output given, the mask alone."""
@@ -243,7 +256,7 @@ def _encode(model, params, input_ids, attention_mask, inputs_embeds, rngs, **opt
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=_OPTIONS)
-def _run(
+def _apply(
     model, params, input_ids, attention_mask, inputs_embeds, decoder_input_ids, decoder_attention_mask, decoder_inputs_embeds,
     encoder_output, prefix_mask, rngs, **options,
 ):  # fmt: skip
@@ -295,6 +308,8 @@ def load_pretrained(
     revision: str | None = None,
     seed: int = 0,
     verify: bool = True,
+    experts: str = "memory",
+    expert_memory: str | int | None = None,
     **changes: Any,
 ) -> Pretrained:
     """Loads a model from a Hugging Face folder or hub name, a T5X checkpoint, a training run or a folder of our own.
@@ -309,6 +324,8 @@ def load_pretrained(
       dtype: of the parameters, such as "bfloat16" or jnp.bfloat16; None keeps each tensor's. Routers keep theirs.
       allow_missing: patterns of tensors that may be missing; they are freshly initialised (with `seed`).
       verify: of a training run take the newest checkpoint whose parameters have their checksums; without, the newest.
+      experts: "disk" leaves experts in their safetensors files, and reads those that are hit: see docs/offload.md.
+      expert_memory: how much memory experts on disk may take, such as "4GB" (the default) or a number of bytes.
       changes: fields of the config to change, such as scan_layers=True or dropout_rate=0.0. weights="int8" or "int4" quantises a
         float checkpoint while it is read, and a float dtype there is that of kernels alone: see docs/quantisation.md.
 
@@ -317,7 +334,9 @@ def load_pretrained(
       ConfigError: if a change does not fit the parameters.
     """
     placed: dict[str, Any] = dict(shardings=shardings, mesh=mesh, dtype=dtype, seed=seed)
+    budget = expert_budget(experts, expert_memory)
     if live.is_live(path):
+        check(budget is None, "experts='disk' reads experts from files; this model is in memory already.")
         config, architecture, tensors = live.read_live(path, allow_missing=allow_missing)
         weights = changes.pop("weights", None)
         config = checkpoints.changed(config, architecture, tensors, changes, type(path).__name__)
@@ -329,17 +348,23 @@ def load_pretrained(
         f"load_pretrained takes a folder, a model's name on the hub, or a model of transformers, not a {type(path).__name__}. "
         "For a config of ours fs.init_params(config, key) makes parameters.",
     )
+    if budget is not None:
+        changes = {"scan_layers": False, **changes}
     opened = checkpoints.open_checkpoint(path, changes=changes, allow_missing=allow_missing, revision=revision, verify=verify)
-    return from_checkpoint(opened, **placed)
+    return from_checkpoint(opened, experts=experts, expert_memory=expert_memory, **placed)
 
 
-def from_checkpoint(opened: checkpoints.Checkpoint, **placed: Any) -> Pretrained:
+def from_checkpoint(
+    opened: checkpoints.Checkpoint, *, experts: str = "memory", expert_memory: str | int | None = None, **placed: Any
+) -> Pretrained:
     """Returns the model of a checkpoint that is open; parameters of its config that it lacks are freshly initialised with `seed`.
 
-    Arguments are `shardings`, `mesh`, `dtype` and `seed` of `load_pretrained`.
+    Arguments are those of `load_pretrained`: `shardings`, `mesh`, `dtype`, `seed`, `experts` and `expert_memory`.
     """
+    budget = expert_budget(experts, expert_memory)
+    on_disk = None if budget is None else (expert_files(opened), budget)
     vocabulary, defaults = tokenizer.load_vocabulary(opened.path), read_defaults(opened.path)
-    built = _built(opened.config, opened.architecture, opened.tensors, vocabulary, defaults, **placed)
+    built = _built(opened.config, opened.architecture, opened.tensors, vocabulary, defaults, on_disk=on_disk, **placed)
     return built.replace(prefixes=read_prefixes(opened.path))
 
 
@@ -354,20 +379,29 @@ def _built(
     mesh: Mesh | None = None,
     dtype: Any = None,
     seed: int = 0,
+    on_disk: tuple[Files, int] | None = None,
 ) -> Pretrained:
+    check(
+        on_disk is None or (mesh is None and shardings is None),
+        "experts='disk' serves one device; shardings and a mesh lay experts out over several. Leave one of the two out.",
+    )
     if dtype is not None:
         dtype = dtype_name(dtype)
         one_of("dtype", dtype, tuple(DTYPES))
         config, tensors = config.replace(param_dtype=dtype), in_dtype(tensors, dtype)
     model = SwitchEncoder(config) if architecture == "encoder" else SwitchTransformer(config, head=architecture == "full")
-    missing = canonical_shapes(config, architecture).keys() - tensors.keys()
+    left: dict[str, OnDisk] = {}
+    if on_disk is not None:
+        tensors, left = leave_on_disk(config, architecture, tensors, *on_disk)
+    missing = canonical_shapes(config, architecture).keys() - tensors.keys() - left.keys()
     tensors = {**tensors, **_fresh(model, missing, seed)}
     if config.copied_head and architecture == "full":
         tensors = with_copied_head(config, tensors)
     if config.scan_layers:
         tensors = stack_layers(tensors, config)
     place = _placement(shardings, mesh, model, tensors)
-    params = unflatten({name: _to_device(tensor, place(name)) for name, tensor in tensors.items()})
+    arrays = {name: _to_device(tensor, place(name)) for name, tensor in tensors.items()}
+    params = unflatten({**(arrays if on_disk is None else narrow(arrays)), **left})
     return Pretrained(config, model, params, vocabulary, architecture, defaults)
 
 

@@ -16,6 +16,7 @@ from flax_switch.convert.mapping import SAME_NAMES, to_canonical
 from flax_switch.convert.scan import unstack_layers
 from flax_switch.convert.tensors import LazyTensor, from_array
 from flax_switch.generation.defaults import FILE, defaults_file
+from flax_switch.ops.kernels.on_disk import check_in_memory
 
 if TYPE_CHECKING:
     from flax_switch.data import Vocabulary
@@ -70,6 +71,7 @@ def save_pretrained(
 
 def unscanned(config: SwitchConfig, params: Mapping[str, Any]) -> dict[str, LazyTensor]:
     """Returns a model's parameters by the names that files have, without a head that is a copy."""
+    check_in_memory(params, "Saving or quantising a model")
     flat = {name: from_array(leaf) for name, leaf in flatten(dict(params)).items()}
     if config.copied_head:
         flat = {name: tensor for name, tensor in flat.items() if name.removesuffix(SCALE) != HEAD}

@@ -14,6 +14,7 @@ from flax_switch.config.finetuning import FinetuneConfig
 from flax_switch.nn.fields import shown
 from flax_switch.nn.init import abstract_params, init_params, logical_axes
 from flax_switch.nn.transformer import SwitchTransformer
+from flax_switch.ops.kernels.on_disk import check_in_memory
 from flax_switch.parallel.mesh import AnyMesh, tree_shardings
 from flax_switch.parallel.placement import placed_on
 from flax_switch.training.freezing import trainable_part
@@ -32,6 +33,7 @@ class TrainState:
     @classmethod
     def create(cls, params: Any, optimizer: optax.GradientTransformation, key: jax.Array | None = None) -> Self:
         """Returns the state of step 0 for parameters and an optimiser; `key` is what dropout and jitter draw from."""
+        check_in_memory(params, "A training state")
         key = jax.random.key(0) if key is None else key
         data = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
         return cls(jnp.zeros((), jnp.int32), params, optimizer.init(params), data)

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from flax_switch.data.tasks import prepare_tasks
 from flax_switch.data.vocabulary import SETTINGS_FILE
 from flax_switch.generation.defaults import write_prefixes
 from flax_switch.host.files import write_text
+from flax_switch.ops.kernels.on_disk import run_reading
 from flax_switch.parallel.mesh import check_batch_size, create_mesh
 from flax_switch.training.checkpoint import claim_workdir
 from flax_switch.training.freezing import trainable_part
@@ -77,17 +78,25 @@ def finetune(
 
 
 def evaluate_checkpoint(
-    recipe: FinetuneRecipe, checkpoint: str, *, vocabulary: str | None = None, mesh: Mesh | None = None, verify: bool = True
-) -> tuple[Run, dict[str, Any], list[Prediction]]:
-    """Returns (the run, metrics by name, predictions) of a checkpoint on the validation examples of the recipe's tasks."""
-    start = open_start(checkpoint, recipe.model, vocabulary, verify)
+    recipe: FinetuneRecipe, checkpoint: str, *, vocabulary: str | None = None, mesh: Mesh | None = None, verify: bool = True,
+    changes: Mapping[str, Any] | None = None, **loading: Any,
+) -> tuple[Run, dict[str, Any], list[Prediction]]:  # fmt: skip
+    """Returns (the run, metrics by name, predictions) of a checkpoint on the validation examples of the recipe's tasks.
+
+    changes: of the checkpoint's config, beside the recipe's. loading: `experts` and `expert_memory` of `load_pretrained`.
+    """
+    start = open_start(checkpoint, {**recipe.model, **(changes or {})}, vocabulary, verify, loading)
     config = recipe.resolve(start.config, checkpoint)
     mesh = _checked(config, mesh)
     check_vocabulary(config, start.vocabulary)
     prepared = prepare_tasks(config.data, start.vocabulary, train=False, say=console.print)
     check(prepared.num_validation > 0, "There is nothing to evaluate on; name a validation or test file with data.validation=FILE.")
     run = build_run(config, mesh)
-    return run, *evaluate(run, prepared, compile_eval_step(run), start.params(run))
+    params = start.params(run)
+    found, reads = run_reading(params, lambda: evaluate(run, prepared, compile_eval_step(run), params))
+    if reads is not None:
+        console.print(str(reads))
+    return run, *found
 
 
 def _checked(config: FinetuneConfig, mesh: Mesh | None) -> Mesh:

@@ -5,10 +5,9 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-
 from flax_switch.config import ConfigError, SwitchConfig, check
 from flax_switch.config.presets import PRESETS
+from flax_switch.convert.canonical import flatten, unflatten
 from flax_switch.convert.checkpoint import open_checkpoint
 from flax_switch.convert.tokenizer import load_vocabulary
 from flax_switch.data.vocabulary import Vocabulary
@@ -28,22 +27,43 @@ class Start:
     source: str | None
     changes: Mapping[str, Any]
     verify: bool = True
+    loading: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # further arguments of `load_pretrained`
 
     def params(self, run: Run) -> Any:
-        """Returns parameters in the run's shardings and dtypes; of a checkpoint each process reads what its devices hold."""
+        """Returns parameters in the run's shardings and dtypes; of a checkpoint each process reads what its devices hold.
+
+        Kernels that were asked for in a form of their own (the change "weights") have that. Experts may stay on disk on one device.
+        """
         if self.source is None:
             return init_state(run).params
-        shardings, dtype = state_shardings(run).params, run.config.model.param_dtype
-        loaded = load_pretrained(self.source, shardings=shardings, dtype=dtype, verify=self.verify, **self.changes).params
-        abstract = run.abstract_state.params
-        return jax.tree.map(lambda p, a: p if p.dtype == a.dtype else p.astype(a.dtype), loaded, abstract)
+        on_disk, asked = self.loading.get("experts") == "disk", "weights" in self.changes
+        check(
+            not on_disk or run.mesh.size == 1,
+            f"experts='disk' serves one device, and this mesh has {run.mesh.size}. Leave it out, or show the program one.",
+        )
+        options: dict[str, Any] = dict(
+            verify=self.verify, dtype=None if asked else run.config.model.param_dtype, **self.loading, **self.changes
+        )
+        shardings = None if on_disk else state_shardings(run).params
+        loaded = load_pretrained(self.source, shardings=shardings, **options).params
+        if asked:
+            return loaded
+        abstract = flatten(run.abstract_state.params)
+        fitting = lambda path, p: p if p.dtype == abstract[path].dtype else p.astype(abstract[path].dtype)  # noqa: E731
+        return unflatten({path: fitting(path, p) for path, p in flatten(loaded).items()})
 
     def state(self, run: Run) -> TrainState:
         """Returns the state of step 0."""
         return init_state(run) if self.source is None else init_state(run, self.params(run))
 
 
-def open_start(init: str, changes: Mapping[str, Any], vocabulary: str | None = None, verify: bool = True) -> Start:
+def open_start(
+    init: str,
+    changes: Mapping[str, Any],
+    vocabulary: str | None = None,
+    verify: bool = True,
+    loading: Mapping[str, Any] | None = None,
+) -> Start:
     """Opens what `--init` names.
 
     Args:
@@ -79,7 +99,7 @@ def open_start(init: str, changes: Mapping[str, Any], vocabulary: str | None = N
         raise ConfigError(
             f"--init {init} comes without a vocabulary; name one with --vocabulary: a spiece.model, or a folder that has one."
         )
-    return Start(config, found, None if random else source, dict(changes), verify)
+    return Start(config, found, None if random else source, dict(changes), verify, loading or {})
 
 
 def read_vocabulary(path: str) -> Vocabulary:

@@ -202,6 +202,19 @@ def test_a_run_learns_the_task_and_the_kept_checkpoint_has_its_best_score(recipe
     assert scores["accuracy"] == pytest.approx(100 * right / len(predictions))
 
 
+def test_with_experts_on_disk_and_in_another_form_a_checkpoint_scores_what_it_does_in_memory(checkpoint, recipe, mesh, capsys):
+    wanted = evaluate_checkpoint(recipe, checkpoint, mesh=mesh)[1:]
+    assert evaluate_checkpoint(recipe, checkpoint, mesh=mesh, experts="disk", expert_memory="1MB")[1:] == wanted
+    assert "Experts from disk: of " in capsys.readouterr().out
+    in_memory, on_disk = (
+        evaluate_checkpoint(recipe, checkpoint, mesh=mesh, changes={"weights": "int8"}, **loading)[1:]
+        for loading in ({}, dict(experts="disk"))
+    )
+    assert in_memory == on_disk and in_memory != wanted
+    with pytest.raises(ConfigError, match="serves one device, and this mesh has 8"):
+        evaluate_checkpoint(recipe, checkpoint, mesh=create_mesh(recipe.mesh), experts="disk")
+
+
 def test_a_quantised_checkpoint_is_evaluated_and_quantising_on_the_way_scores_the_same(checkpoint, tmp_path, recipe, mesh):
     small = convert(checkpoint, tmp_path / "small", to="flax_switch", changes={"weights": "int8"})
     _, scores, predictions = evaluate_checkpoint(recipe, str(small), mesh=mesh)

@@ -7,15 +7,17 @@ reference   every row through every expert
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from flax_switch.config import one_of
 from flax_switch.config.weights import SCALE
+from flax_switch.ops.kernels.on_disk import OnDisk, first_on_disk
 from flax_switch.ops.kernels.quantized import Kernel, Quantized, multiply
 
 Kernels = Mapping[str, Kernel]
@@ -27,12 +29,14 @@ BLOCK = 16  # choices of the same expert that go together; reading its kernels c
 def unstacked_experts(params: Mapping[str, Any], sparse_layers: Sequence[int], num_experts: int) -> dict[str, Any] | None:
     """Makes the collection "unstacked", every decoder expert's kernels as arrays of their own, where parameters lie on one CPU.
 
-    There a part of an array can share the memory of the whole. Elsewhere the result is None.
+    There a part of an array can share the memory of the whole. Elsewhere the result is None. Experts on disk stay there.
     """
     if not _on_one_cpu(params):
         return None
 
-    def split(layer: Mapping[str, Any]) -> tuple[Kernels, ...]:
+    def split(layer: Mapping[str, Any]) -> tuple[Kernels, ...] | OnDisk:
+        if (found := first_on_disk(layer["mlp"]["expert"])) is not None:
+            return found
         stacked = {name: jax.tree.map(np.asarray, as_kernel(leaf)) for name, leaf in layer["mlp"]["expert"].items()}
         alone = lambda e: jax.tree.map(lambda kernel: jax.device_put(kernel[e], may_alias=True), stacked)  # noqa: E731
         return tuple(alone(e) for e in range(num_experts))
@@ -94,31 +98,55 @@ def _switch(x: Array, expert: Array, mlp: MLP, stacked: Kernels, unstacked: Sequ
     quicker than one of a whole block that is mostly padding.
     """
     assert unstacked is not None, "experts have to be arrays of their own"
-    R, N = expert.shape
-    size = min(R * N, BLOCK)
     run = [lambda rows, kernels=kernels: mlp(rows, kernels, matmul=multiply) for kernels in unstacked]
-    if size == 1:
+    choices = SortedChoices.of(expert, len(unstacked))
+    if choices.size == 1:
         return jax.lax.switch(expert[0, 0], run, x)[:, None]
-    alone = [lambda rows, output=output: jnp.zeros_like(rows).at[:1].set(output(rows[:1])) for output in run]
-    flat = expert.reshape(-1)
-    order = jnp.argsort(flat)
-    lengths = jax.nn.one_hot(flat, len(unstacked), dtype=jnp.int32).sum(0)
-    starts = jnp.cumsum(lengths) - lengths
-    blocks = -(-lengths // size)
-    blocks_until = jnp.cumsum(blocks)
+    branches = [*run, *map(alone, run)]
+    blocks_until = jnp.cumsum(choices.blocks)
 
     def step(block, outputs):
         e = (blocks_until <= block).sum()
-        start = starts[e] + size * (block - blocks_until[e] + blocks[e])
-        places = start + jnp.arange(size)
-        end = starts[e] + lengths[e]
-        choices = jnp.where(places < end, order[jnp.minimum(places, R * N - 1)], R * N)
-        rows = x[jnp.minimum(choices, R * N - 1) // N]
-        branch = jnp.where(end - start == 1, e + len(unstacked), e)
-        return outputs.at[choices].set(jax.lax.switch(branch, run + alone, rows), mode="drop")
+        places, rows, single = choices.block(x, e, block - blocks_until[e] + choices.blocks[e])
+        branch = jnp.where(single, e + len(unstacked), e)
+        return outputs.at[places].set(jax.lax.switch(branch, branches, rows), mode="drop")
 
-    outputs = jnp.zeros((R * N, x.shape[-1]), x.dtype)
-    return jax.lax.fori_loop(0, blocks_until[-1], step, outputs).reshape(R, N, -1)
+    outputs = jnp.zeros((expert.size, x.shape[-1]), x.dtype)
+    return jax.lax.fori_loop(0, blocks_until[-1], step, outputs).reshape(*expert.shape, -1)
+
+
+@flax.struct.dataclass
+class SortedChoices:
+    """The choices of few rows by expert, cut into blocks of one expert each."""
+
+    size: int = flax.struct.field(pytree_node=False)  # of a block
+    selected: int = flax.struct.field(pytree_node=False)  # N
+    order: Int[Array, " RN"]  # the choices, sorted by expert
+    starts: Int[Array, " E"]  # the place of each expert's first
+    lengths: Int[Array, " E"]
+    blocks: Int[Array, " E"]  # how many each expert has
+
+    @classmethod
+    def of(cls, expert: Int[Array, "R N"], num_experts: int) -> Self:
+        """Sorts choices by expert."""
+        flat, size = expert.reshape(-1), min(expert.size, BLOCK)
+        lengths = jax.nn.one_hot(flat, num_experts, dtype=jnp.int32).sum(0)
+        return cls(size, expert.shape[1], jnp.argsort(flat), jnp.cumsum(lengths) - lengths, lengths, -(-lengths // size))
+
+    def block(
+        self, x: Float[Array, "R D"], expert: Int[Array, ""], number: Int[Array, ""]
+    ) -> tuple[Int[Array, " size"], Float[Array, "size D"], Bool[Array, ""]]:
+        """Returns the choices of an expert's block (past their number where it is not full), their rows, and if it is one alone."""
+        total = self.order.shape[0]
+        start, end = self.starts[expert] + self.size * number, self.starts[expert] + self.lengths[expert]
+        places = start + jnp.arange(self.size)
+        choices = jnp.where(places < end, self.order[jnp.minimum(places, total - 1)], total)
+        return choices, x[jnp.minimum(choices, total - 1) // self.selected], end - start == 1
+
+
+def alone(run: Callable[[Array], Array]) -> Callable[[Array], Array]:
+    """Returns the function for a block of which only the first row counts: a vector's product is quicker."""
+    return lambda rows: jnp.zeros_like(rows).at[:1].set(run(rows[:1]))
 
 
 IMPLEMENTATIONS = {"reference": _reference, "gather": _gather, "switch": _switch}

@@ -71,7 +71,7 @@ def row_blocks(group_sizes: Int[Array, " E"], num_rows: int, *, cut: bool) -> It
         yield Blocks(size, last_block[-1], last_block, first, ends)
 
 
-def _zeros(shape: tuple[int, ...], dtype: DTypeLike, group_sizes: Int[Array, " E"]) -> Array:
+def zeros(shape: tuple[int, ...], dtype: DTypeLike, group_sizes: Int[Array, " E"]) -> Array:
     """Returns zeros for a loop to write into. XLA must not know that they are zeros: it would copy one array for each loop."""
     return jnp.full(shape, jnp.minimum(group_sizes[0], 0).astype(dtype))
 
@@ -79,7 +79,7 @@ def _zeros(shape: tuple[int, ...], dtype: DTypeLike, group_sizes: Int[Array, " E
 def block_rows(x: Array, kernel: Kernel, group_sizes: Array, *, transpose: bool) -> Array:
     """Multiplies sorted rows by their experts' kernels, or the transposes of those that are floats, in loops over blocks."""
     num_rows = x.shape[0]
-    out = _zeros((num_rows, kernel.shape[1 if transpose else 2]), x.dtype, group_sizes)
+    out = zeros((num_rows, kernel.shape[1 if transpose else 2]), x.dtype, group_sizes)
     for blocks in row_blocks(group_sizes, num_rows, cut=True):
 
         def step(index, out, blocks=blocks):
@@ -97,7 +97,7 @@ def block_rows(x: Array, kernel: Kernel, group_sizes: Array, *, transpose: bool)
 def block_gradients(x: Array, gradient: Array, group_sizes: Array) -> Array:
     """Sums each group's `x^T gradient` in loops over blocks, in float32."""
     num_rows = x.shape[0]
-    out = _zeros((group_sizes.shape[0], x.shape[1], gradient.shape[1]), x.dtype, group_sizes)
+    out = zeros((group_sizes.shape[0], x.shape[1], gradient.shape[1]), x.dtype, group_sizes)
     *single, several = row_blocks(group_sizes, num_rows, cut=False)
     for blocks in (*single, several):
 

@@ -10,13 +10,16 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from flax_switch.ops.kernels import platforms
+from flax_switch.ops.kernels.narrow import Narrow
 from flax_switch.ops.kernels.quantized import Quantized, multiply_quantized
 
 FEW_ROWS = 64
 
 
-def project(x: Float[Array, "*B D"], kernel: Float[Array, "D F"] | Quantized) -> Float[Array, "*B F"]:
-    """Returns `x @ kernel`; its gradient is `kernel_gradient`, of a quantised kernel there is none."""
+def project(x: Float[Array, "*B D"], kernel: Float[Array, "D F"] | Quantized | Narrow) -> Float[Array, "*B F"]:
+    """Returns `x @ kernel`; its gradient is `kernel_gradient`, of a quantised or narrow kernel there is none."""
+    if isinstance(kernel, Narrow):
+        return kernel.multiplied(x, lambda x, values: x @ values.astype(x.dtype))
     return multiply_quantized(x, kernel) if isinstance(kernel, Quantized) else _project(x, kernel)
 
 

@@ -14,8 +14,11 @@ from flax_switch.ops.kernels.choice import choose, of_buffers, run_chosen
 from flax_switch.ops.kernels.exchange import Peers
 from flax_switch.ops.kernels.few_rows import few_rows
 from flax_switch.ops.kernels.grouped import batched_matmul, grouped_matmul
+from flax_switch.ops.kernels.narrow import Narrow
+from flax_switch.ops.kernels.on_disk import OnDisk, check_in_memory
 from flax_switch.ops.kernels.quantized import Kernel, multiply
 from flax_switch.ops.mlp import expert_dtype, expert_function
+from flax_switch.ops.moe import fetched
 from flax_switch.ops.moe.executors import ExpertFunction, SortedExperts, execute_buffers, execute_hit, execute_ragged
 from flax_switch.ops.moe.expert_parallel import exchange_buffers, execute_dropless, fits_mesh, over_mesh, own_groups, pmap_peers
 from flax_switch.ops.moe.groups import Grouping, make_grouping
@@ -28,11 +31,11 @@ from flax_switch.parallel.placement import ONE_DEVICE, LaidOutByCompiler, OnMesh
 class MoEParams:
     """The arrays of one sparse MLP."""
 
-    router_kernel: Float[Array, "D E"] | None  # None, as the bias, where the router learns nothing
+    router_kernel: Float[Array, "D E"] | Narrow | None  # None, as the bias, where the router learns nothing
     router_bias: Float[Array, " E"] | None
-    expert: Mapping[str, Kernel]  # see `ops.mlp.ExpertKernels`
+    expert: Mapping[str, Kernel] | OnDisk  # see `ops.mlp.ExpertKernels`
     shared_expert: Mapping[str, Kernel] | None = None  # the same without E
-    unstacked: tuple[Mapping[str, Kernel], ...] | None = None  # `expert` once more, each an array of its own
+    unstacked: tuple[Mapping[str, Kernel], ...] | OnDisk | None = None  # `expert` once more, each an array of its own
 
 
 def moe_block(
@@ -60,6 +63,10 @@ def moe_block(
     """
     if deterministic:
         jitter_rng = dropout_rng = None
+    else:
+        check_in_memory(params, "Training")
+    if type(devices) is not Placement:
+        check_in_memory(params, "A mesh of several devices")
     grouping = make_grouping(config, x.shape[0] * devices.size, x.shape[1], replicas=replicas)
     mask = padding_mask if config.ignore_padding_tokens else None
     arrays = (dataclasses.replace(params, shared_expert=None), x, mask, token_ids, jitter_rng, dropout_rng)
@@ -118,8 +125,9 @@ def route_and_execute(
         unstacked=params.unstacked is not None,
         split=split or peers is not None,
     )
-    tokens, experts = tokens.astype(expert_dtype(config)), expert_function(config, dropout_rng, params.expert)
-    if peers is None:
+    names = () if isinstance(params.expert, OnDisk) else params.expert
+    tokens, experts = tokens.astype(expert_dtype(config)), expert_function(config, dropout_rng, names)
+    if peers is None or isinstance(params.expert, OnDisk):
         run = functools.partial(execute, plan, kernels=params.expert, experts=experts, unstacked=params.unstacked)
         y = run_chosen(executor, lambda name: functools.partial(run, executor=name), tokens)
     elif plan.capacity is None and executor.elsewhere == "ragged":
@@ -158,18 +166,31 @@ ROUTERS = {"tokens_choose": _learned, "experts_choose": _learned, "hash": _hashe
 def execute(
     plan: RoutingPlan,
     x: Float[Array, "G S D"],
-    kernels: Mapping[str, Kernel],
+    kernels: Mapping[str, Kernel] | OnDisk,
     experts,
     *,
     executor: str,
-    unstacked: Sequence[Mapping[str, Kernel]] | None = None,
+    unstacked: Sequence[Mapping[str, Kernel]] | OnDisk | None = None,
 ) -> Float[Array, "G S D_out"]:
     """Runs the plan with one of the executors; `experts` is what `ops.mlp.expert_function` returns."""
+    if isinstance(kernels, OnDisk):
+        return _execute_on_disk(plan, x, kernels, experts, executor)
+    assert not isinstance(unstacked, OnDisk)  # both are, or neither is
     if executor == "ragged":
         return execute_ragged(plan, x, grouped_experts(experts, kernels))
     if executor == "hit":
         return execute_hit(plan, x, functools.partial(few_rows, mlp=experts, stacked=kernels, unstacked=unstacked))
     return execute_buffers(plan, x, buffered_experts(experts, kernels), executor=executor)
+
+
+def _execute_on_disk(plan: RoutingPlan, x: Float[Array, "G S D"], on_disk: OnDisk, experts, executor: str) -> Float[Array, "G S D"]:
+    if executor == "ragged":
+        return execute_ragged(plan, x, lambda rows, sizes: fetched.sorted_rows(rows, sizes, on_disk, experts))
+    if executor == "hit":
+        return execute_hit(plan, x, lambda rows, expert: fetched.few_rows(rows, expert, on_disk, experts))
+    chosen = jax.nn.one_hot(plan.expert, plan.num_experts, dtype=bool) & plan.kept[..., None]
+    rows = chosen.sum((0, 1, 2), dtype=jnp.int32)
+    return execute_buffers(plan, x, lambda buffers: fetched.buffers(buffers, rows, on_disk, experts), executor=executor)
 
 
 def grouped_experts(experts, kernels: Mapping[str, Kernel]) -> SortedExperts:

@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from flax_switch.config import SwitchConfig
+from flax_switch.ops.kernels.narrow import Narrow
 from flax_switch.ops.moe.groups import Grouping
 
 
@@ -85,7 +86,7 @@ def expert_capacity(config: SwitchConfig, tokens_per_group: int, *, deterministi
 
 def router_logits(
     x: Float[Array, "G S D"],
-    kernel: Float[Array, "D E"],
+    kernel: Float[Array, "D E"] | Narrow,
     bias: Float[Array, " E"] | None = None,
     *,
     dtype: DTypeLike = jnp.float32,
@@ -100,7 +101,11 @@ def router_logits(
     x = x.astype(dtype)
     if jitter_rng is not None and jitter > 0.0:
         x = x * jax.random.uniform(jitter_rng, x.shape, x.dtype, 1.0 - jitter, 1.0 + jitter)
-    logits = jnp.einsum("GSD,DE->GSE", x, kernel.astype(dtype), precision=jax.lax.Precision.HIGHEST)
+
+    def product(x: Float[Array, "G S D"], kernel: Float[Array, "D E"]) -> Float[Array, "G S E"]:
+        return jnp.einsum("GSD,DE->GSE", x, kernel.astype(dtype), precision=jax.lax.Precision.HIGHEST)
+
+    logits = kernel.multiplied(x, product) if isinstance(kernel, Narrow) else product(x, kernel)
     return (logits if bias is None else logits + bias.astype(dtype)[None, None]).astype(jnp.float32)
 
 

@@ -11,7 +11,8 @@ from jax.sharding import PartitionSpec as P
 from quantized_kernels import draw_int4, draw_int8, whole_rows
 
 from flax_switch.config import ConfigError, MeshConfig
-from flax_switch.ops.kernels import attention, exchange, few_rows, grouped, projection, quantized, updates
+from flax_switch.host.expert_cache import ExpertCache
+from flax_switch.ops.kernels import attention, exchange, few_rows, grouped, on_disk, projection, quantized, updates
 from flax_switch.ops.mlp import mlp
 from flax_switch.parallel.mesh import create_mesh
 
@@ -130,6 +131,17 @@ def updated(implementation, condition):
     return result
 
 
+def fetched(implementation, dtype):
+    arrays = {"wi/kernel": np.arange(24).reshape(3, 2, 4).astype(dtype), "wi/kernel_scale": np.ones((3, 4, 1), np.float32)}
+    parts = {"layer": {name: (array.shape, array.dtype) for name, array in arrays.items()}}
+    cache = ExpertCache(parts, lambda layer, e: ({name: array[e] for name, array in arrays.items()}, 0), 1000)
+    held = on_disk.OnDisk(cache, "layer", "wi/kernel")
+    fetch = functools.partial(on_disk.fetch_arrays, held, rows=jnp.ones(3, jnp.int32), implementation=implementation)
+    every = [jax.jit(fetch)(jnp.int32(e)) for e in range(3)]
+    jax.tree.map(np.testing.assert_array_equal, every[2], {name: array[2] for name, array in arrays.items()})
+    return every
+
+
 ATTENTION = {
     "plain": dict(bias=(1, 2), mask=False, dropout=False, probs=0.0),
     "masked, a bias for each row": dict(bias=(3, 2), mask=True, dropout=False, probs=0.0),
@@ -150,6 +162,7 @@ OPERATIONS = {  # its implementations, how to run one on a case, its cases
     "int8 groups": (grouped.IMPLEMENTATIONS, quantized_groups, {name: (draw_int8, case) for name, case in GROUPS.items()}),
     "int4 groups": (grouped.IMPLEMENTATIONS, quantized_groups, {"uneven": (draw_int4, [0, 3, 70, 1])}),
     "few_rows": (few_rows.IMPLEMENTATIONS, outputs_of_few, HIT),
+    "fetch_arrays": (on_disk.IMPLEMENTATIONS, fetched, {"floats": np.float32, "integers": np.int8}),
     "kernel_gradient": (projection.KERNEL_GRADIENTS, gradient_of_kernel, {"wide": (4, 9), "narrow": (9, 4)}),
     "attend": (attention.IMPLEMENTATIONS, attended, ATTENTION),
     "sum over queries": (attention.SUMS_OVER_QUERIES, summed(attention.SUMS_OVER_QUERIES), {"4 rows": (2, 3, 5)}),

@@ -1,0 +1,222 @@
+"""Experts on disk beside experts in memory and beside accelerate's disk_offload: tokens per second from the same file.
+
+    python benchmarks/offload.py                              # base-8's shape, random weights
+    python benchmarks/offload.py --shape tiny                 # seconds
+    python benchmarks/offload.py --model runs/exported        # a model of one's own, with its vocabulary, on held-out sentences
+
+All open the same safetensors folder and decode greedily, a row at a time; ours take turns in one process. "Cold" means
+that the system had to drop the file's pages before every round (posix_fadvise), and that the model's memory was empty; "warm" that
+the round before was the same. Experts on disk have a memory for --share of all experts (a quarter). The bytes that the system
+read from the disk (/proc/self/io) are compared with the experts that were missed times their size. accelerate is left out where
+it is not installed. Quiet machines only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import run_record
+
+SHAPES = {
+    "tiny": dict(
+        vocab_size=512, d_model=64, d_ff=256, d_kv=16, num_heads=4, num_layers=4, num_decoder_layers=4,
+        num_sparse_encoder_layers=2, num_sparse_decoder_layers=2, num_experts=8,
+    ),
+    "base-8": dict(
+        vocab_size=32128, d_model=768, d_ff=3072, d_kv=64, num_heads=12, num_layers=12, num_decoder_layers=12,
+        num_sparse_encoder_layers=6, num_sparse_decoder_layers=6, num_experts=8,
+    ),
+}  # fmt: skip
+
+
+def drop_pages(folder: Path, pattern: str = "*.safetensors") -> None:
+    """Has the system forget what it keeps of a folder's files in memory."""
+    for path in folder.glob(pattern):
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def disk_bytes() -> int:
+    """Returns the bytes that this process has had read from disks so far."""
+    lines = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(lines["read_bytes"])
+
+
+def ours(folder: Path, ids: list[list[int]], tokens: int, repeats: int, memory: int, weights: str | None) -> dict[str, Any]:
+    """Returns what our two models say and how long they take, by turns; of the one on disk also cold, and what it read."""
+    import flax_switch as fs
+    from flax_switch.ops.kernels.on_disk import first_on_disk
+
+    changes = {} if weights is None else dict(weights=weights)
+    models = {name: fs.load_pretrained(folder, **changes, **options) for name, options in _places(memory).items()}
+    runs = {
+        name: lambda row, model=model: model.generate([row], max_new_tokens=tokens, min_new_tokens=tokens)
+        for name, model in models.items()
+    }
+    # The first call compiles.
+    found: dict[str, Any] = {
+        name: {"said": [run(row).sequences[0].tolist() for row in ids], "warm": []} for name, run in runs.items()
+    }
+    held = first_on_disk(models["disk"].params)
+    assert held is not None
+    before = held.cache.reads
+    for _ in range(repeats):
+        for name, run in runs.items():
+            found[name]["warm"].append(_seconds(run, ids))
+    found["disk"] |= {"warm_reads": _told(held.cache.reads - before), "cold": [], "cold_bytes_over_misses": []}
+    for _ in range(repeats):
+        held.cache.clear()
+        drop_pages(folder)
+        read, reads = disk_bytes(), held.cache.reads
+        found["disk"]["cold"].append(_seconds(runs["disk"], ids))
+        reads = held.cache.reads - reads
+        missed = reads.misses * held.cache.expert_bytes(held.layer)
+        found["disk"]["cold_bytes_over_misses"].append((disk_bytes() - read) / missed)
+        found["disk"]["cold_reads"] = _told(reads)
+    return found
+
+
+def _places(memory: int) -> dict[str, dict[str, Any]]:
+    return {"memory": {}, "disk": dict(experts="disk", expert_memory=memory)}
+
+
+def accelerates(folder: Path, ids: list[list[int]], tokens: int, repeats: int) -> dict[str, Any]:
+    """Returns what transformers' model says under accelerate.disk_offload, and how long it takes."""
+    import accelerate
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
+    controls = dict(max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as offloaded, torch.inference_mode():
+        accelerate.disk_offload(model, offloaded, execution_device=torch.device("cpu"))
+        run = lambda row: model.generate(torch.tensor([row]), **controls)  # noqa: E731
+        said = [run(row)[0].tolist() for row in ids]
+        warm = [_seconds(run, ids) for _ in range(repeats)]
+        cold = []
+        for _ in range(repeats):
+            drop_pages(Path(offloaded), "*.dat")
+            cold.append(_seconds(run, ids))
+    return {"said": said, "warm": warm, "cold": cold}
+
+
+def _seconds(run: Callable[[list[int]], Any], ids: list[list[int]]) -> float:
+    started = time.perf_counter()
+    for row in ids:
+        run(row)
+    return time.perf_counter() - started
+
+
+def _told(reads: Any) -> dict[str, Any]:
+    return {**dataclasses.asdict(reads), "hit_rate": reads.hit_rate}
+
+
+def made(shape: str, folder: Path) -> Path:
+    """Writes a model of a shape with random weights, as transformers does, and returns its folder."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.SwitchTransformersConfig(**SHAPES[shape], decoder_start_token_id=0)
+    transformers.SwitchTransformersForConditionalGeneration(config).save_pretrained(folder / "model")
+    return folder / "model"
+
+
+def sources(folder: Path, rows: int, length: int) -> list[list[int]]:
+    """Returns sentences as ids, cut or dropped to one length; of a model without a vocabulary ids at random."""
+    from flax_switch.convert.checkpoint import open_checkpoint
+    from flax_switch.convert.tokenizer import load_vocabulary
+    from flax_switch.data.corpus import default_corpus
+    from flax_switch.host.files import cache_folder
+
+    vocabulary, config = load_vocabulary(folder), open_checkpoint(folder).config
+    if vocabulary is None:
+        return np.random.default_rng(0).integers(3, config.vocab_size, (rows, length)).tolist()
+    texts = default_corpus(cache_folder(None))
+    texts = [texts[i] for i in np.random.default_rng(0).permutation(len(texts))]
+    every = ([*vocabulary.encode(text)][: length - 1] + [config.eos_token_id] for text in texts)
+    return list(itertools.islice((ids for ids in every if len(ids) == length), rows))
+
+
+def expert_share(folder: Path, share: float, weights: str | None) -> int:
+    """Returns the bytes of a share of all experts."""
+    from flax_switch.convert.canonical import is_expert
+    from flax_switch.convert.checkpoint import open_checkpoint
+
+    tensors = open_checkpoint(folder, changes={} if weights is None else {"weights": weights}).tensors
+    return int(share * sum(tensor.nbytes for path, tensor in tensors.items() if is_expert(path)))
+
+
+def alone(*arguments: object) -> dict[str, Any]:
+    """Runs one contender in a process of its own, and returns what it prints last."""
+    done = subprocess.run([sys.executable, __file__, *map(str, arguments)], check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=tuple(SHAPES), default="base-8")
+    parser.add_argument("--model", type=Path, help="a folder, in place of a shape's random weights")
+    parser.add_argument("--share", type=float, default=0.25, help="of the experts, that the memory holds")
+    parser.add_argument("--weights", help="ours hold kernels in this form")
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--length", type=int, default=32, help="of sources, in tokens")
+    parser.add_argument("--tokens", type=int, default=16, help="new ones for each row")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=run_record.RESULTS / "offload.json")
+    parser.add_argument("--alone", choices=("ours", "accelerate"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.model or made(args.shape, Path(temporary))
+        measured = args.tokens, args.repeats
+        if args.alone:
+            ids = sources(folder, args.rows, args.length)
+            if args.alone == "accelerate":
+                found = {"accelerate": accelerates(folder, ids, *measured)}
+            else:
+                found = ours(folder, ids, *measured, expert_share(folder, args.share, args.weights), args.weights)
+            print(json.dumps(found))
+            return
+        names = ["ours", *(["accelerate"] if importlib.util.find_spec("accelerate") and not args.weights else [])]
+        options = [
+            o for name in ("share", "weights", "rows", "length", "tokens", "repeats") for o in _option(name, getattr(args, name))
+        ]
+        results = {key: value for name in names for key, value in alone("--model", folder, *options, "--alone", name).items()}
+    report(results, args.rows * args.tokens)
+    settings = {name: getattr(args, name) for name in ("shape", "weights", "share", "rows", "length", "tokens", "repeats")}
+    run_record.write(args.output, {**settings, "model": str(args.model or args.shape), "contenders": results})
+
+
+def _option(name: str, value: Any) -> list[str]:
+    return [] if value is None else [f"--{name}", str(value)]
+
+
+def report(results: dict[str, Any], tokens: int) -> None:
+    """Prints a table, and what was read."""
+    wanted = results["memory"]["said"]
+    for name, found in results.items():
+        speeds = {kind: tokens / statistics.median(found[kind]) for kind in ("warm", "cold") if found.get(kind)}
+        same = "the same tokens" if found["said"] == wanted else "OTHER TOKENS"
+        print(f"{name:<12}{same:<18}" + "  ".join(f"{kind} {speed:,.2f} tokens/s" for kind, speed in speeds.items()))
+    disk = results["disk"]
+    print(f"warm {disk['warm_reads']}\ncold {disk['cold_reads']}")
+    print(f"bytes read from the disk over those of the experts missed, cold: {max(disk['cold_bytes_over_misses']):.3f} at most")
+
+
+if __name__ == "__main__":
+    main()

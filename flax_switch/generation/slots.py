@@ -14,7 +14,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
 from flax_switch.config import SwitchConfig
 from flax_switch.config.generation import GenerationConfig, split_numbers
@@ -50,14 +50,28 @@ class Scores:
     best_ids: Int[Array, "R T alternatives"]
 
 
+class Progress(NamedTuple):
+    """How far R rows are: what `Rows` holds, with a length for each."""
+
+    tokens: Int[Array, "R T"]  # the start token, then new ones
+    length: Int[Array, " R"]
+    finished: Bool[Array, " R"]
+    keys: Key[Array, " R"]
+
+    @property
+    def newest(self) -> Int[Array, "R 1"]:
+        """The tokens that the decoder has not seen yet."""
+        return jnp.take_along_axis(self.tokens, self.length[:, None] - 1, axis=1)
+
+
 @flax.struct.dataclass
 class Slots:
-    """The state of R rows. `rows` has a leading axis R: it is R states of one row each."""
+    """The state of R rows."""
 
     cache: RingCache
     source: Int[Array, "R S"]
     mask: Bool[Array, "R S"]
-    rows: Rows
+    progress: Progress
     wishes: Wishes
     scores: Scores
 
@@ -169,7 +183,7 @@ def _empty(decoder: SwitchTransformer, controls: GenerationConfig, variables: Ma
         cache=RingCache.of(start_cache(decoder, variables, encoded, T)),
         source=jnp.zeros((rows, length), jnp.int32),
         mask=jnp.ones((rows, length), bool),
-        rows=_begun(jnp.zeros((rows, 3), jnp.uint32), controls, config.vocab_size),
+        progress=_begun(jnp.zeros((rows, 3), jnp.uint32), controls, config.vocab_size),
         wishes=Wishes(
             jnp.zeros(rows, jnp.int32), jnp.ones(rows, bool), {name: jnp.full(rows, value) for name, value in _NEUTRAL.items()}
         ),
@@ -177,14 +191,20 @@ def _empty(decoder: SwitchTransformer, controls: GenerationConfig, variables: Ma
     )
 
 
-def _begun(draws: Int[Array, "R 3"], controls: GenerationConfig, vocab_size: int) -> Rows:
-    """Returns states of one row each that hold the start token. Keys are those that `run_program` gives such a row."""
+def _begun(draws: Integer[Array, "R 3"], controls: GenerationConfig, vocab_size: int) -> Progress:
+    """Returns rows that hold the start token. Keys are those that `run_program` gives such rows."""
 
-    def one(draw: Int[Array, "3"]) -> Rows:
-        key = functools.reduce(jax.random.fold_in, draw[1:], jax.random.key(draw[0]))
-        return start_rows(jnp.full((1, 1), controls.decoder_start_token_id, jnp.int32), key[None], controls, vocab_size)
+    def one(draw: Integer[Array, "3"]) -> Progress:
+        key = functools.reduce(jax.random.fold_in, (draw[1], draw[2]), jax.random.key(draw[0]))
+        start = jnp.full((1, 1), controls.decoder_start_token_id, jnp.int32)
+        return _progress(start_rows(start, key[None], controls, vocab_size))
 
     return jax.vmap(one)(draws)
+
+
+def _progress(rows: Rows) -> Progress:
+    """Returns how far a single row is."""
+    return Progress(rows.tokens[0], rows.length, rows.finished[0], rows.keys[0])
 
 
 def _admit(encoder, decoder, controls: GenerationConfig, variables, slots: Slots, ids, mask, where, draws, wishes) -> Slots:
@@ -199,11 +219,9 @@ def _admit(encoder, decoder, controls: GenerationConfig, variables, slots: Slots
         for layer, new in zip(slots.cache.layers, fresh.layers, strict=True)
     )
     cache = dataclasses.replace(slots.cache, layers=layers, lengths=slots.cache.lengths.at[where].set(0, mode="drop"))
-    rows = _begun(draws, controls, decoder.config.vocab_size)
-    return dataclasses.replace(
-        slots, cache=cache, source=put(slots.source, ids), mask=put(slots.mask, mask), rows=put(slots.rows, rows),
-        wishes=put(slots.wishes, wishes),
-    )  # fmt: skip
+    progress = put(slots.progress, _begun(draws, controls, decoder.config.vocab_size))
+    source, mask, wishes = put(slots.source, ids), put(slots.mask, mask), put(slots.wishes, wishes)
+    return dataclasses.replace(slots, cache=cache, source=source, mask=mask, progress=progress, wishes=wishes)
 
 
 def _run(decoder, levels: tuple[GenerationConfig, ...], variables, slots: Slots, active, steps, level, scored):
@@ -212,7 +230,7 @@ def _run(decoder, levels: tuple[GenerationConfig, ...], variables, slots: Slots,
     unsplit = dataclasses.replace(slots, cache=dataclasses.replace(slots.cache, index=jnp.zeros((1,), jnp.int32), biases=()))
     part = jax.tree.map(lambda x: x[:R], unsplit)  # the slots at work, which are the first
     cache = dataclasses.replace(part.cache, index=index, biases=biases)
-    rows = dataclasses.replace(part.rows, finished=part.rows.finished | ~active[:, None])
+    begun = part.progress._replace(finished=part.progress.finished | ~active)
     # With Hugging Face's capacity n-grams count padding too, as in `run_program`.
     source_mask = None if config.capacity_mode == "fixed" else part.mask
     greedy, *sampled = levels
@@ -223,14 +241,13 @@ def _run(decoder, levels: tuple[GenerationConfig, ...], variables, slots: Slots,
 
     def step(carry):
         number, rows, cache, scores = carry
-        newest = jax.vmap(lambda rows: rows.newest)(rows)
-        logits, cache = decode(decoder, variables, newest, part.mask, cache)
-        rows_after = jax.lax.switch(level, extensions, rows, logits, part.source, source_mask, part.wishes)
-        scores = jax.lax.cond(scored, _noted, lambda scores, *_: scores, scores, logits, rows, rows_after)
-        return number + 1, rows_after, cache, scores
+        logits, cache = decode(decoder, variables, rows.newest, part.mask, cache)
+        after = jax.lax.switch(level, extensions, rows, logits, part.source, source_mask, part.wishes)
+        scores = jax.lax.cond(scored, _noted, lambda scores, *_: scores, scores, logits, rows, after)
+        return number + 1, after, cache, scores
 
     going = lambda carry: (carry[0] < steps) & ~carry[1].finished.all()  # noqa: E731
-    number, rows, cache, scores = jax.lax.while_loop(going, step, (jnp.int32(0), rows, cache, part.scores))
+    number, rows, cache, scores = jax.lax.while_loop(going, step, (jnp.int32(0), begun, cache, part.scores))
 
     def put(whole: Any, new: Any) -> Any:
         return jax.tree.map(lambda whole, new: new if whole.shape == new.shape else whole.at[:R].set(new), whole, new)
@@ -240,12 +257,12 @@ def _run(decoder, levels: tuple[GenerationConfig, ...], variables, slots: Slots,
         for layer, new in zip(slots.cache.layers, cache.layers, strict=True)
     )
     cache = dataclasses.replace(slots.cache, layers=layers, index=cache.index, lengths=put(slots.cache.lengths, cache.lengths))
-    after = dataclasses.replace(slots, cache=cache, rows=put(slots.rows, rows), scores=put(slots.scores, scores))
-    return after, Report(rows.tokens[:, 0, 1:], rows.length - 1, rows.finished[:, 0], number, scores)
+    after = dataclasses.replace(slots, cache=cache, progress=put(slots.progress, rows), scores=put(slots.scores, scores))
+    return after, Report(rows.tokens[:, 1:], rows.length - 1, rows.finished, number, scores)
 
 
 def _extended(
-    rows: Rows,
+    row: Progress,
     logits: Float[Array, " V"],
     source: Int[Array, " S"],
     source_mask: Bool[Array, " S"] | None,
@@ -253,29 +270,29 @@ def _extended(
     *,
     greedy: GenerationConfig,
     sampled: GenerationConfig | None,
-) -> Rows:
+) -> Progress:
     """Chooses the next token of one row, by `extend_rows`; a row that is finished stays as it is."""
+    rows = Rows(row.tokens[None], row.length, row.finished[None], row.keys[None], None, jnp.bool_(False))
     history = History(rows.tokens, rows.length, 1, source[None], None if source_mask is None else source_mask[None])
-    after = extend_rows(rows, logits[None], history, greedy, wishes.numbers)
+    after = _progress(extend_rows(rows, logits[None], history, greedy, wishes.numbers))
     if sampled is not None:
-        drawn = extend_rows(rows, logits[None], history, sampled, wishes.numbers)
+        drawn = _progress(extend_rows(rows, logits[None], history, sampled, wishes.numbers))
         after = _either(wishes.greedy, after, drawn)
-    after = dataclasses.replace(after, finished=after.finished | (after.length > wishes.limit))  # the start token does not count
-    return _either(rows.finished[0], rows, after)
+    after = after._replace(finished=after.finished | (after.length > wishes.limit))  # the start token does not count
+    return _either(row.finished, row, after)
 
 
-def _either(condition: Bool[Array, ""], this: Rows, that: Rows) -> Rows:
+def _either(condition: Bool[Array, ""], this: Progress, that: Progress) -> Progress:
     return jax.tree.map(lambda one, other: jnp.where(condition, one, other), this, that)
 
 
-def _noted(scores: Scores, logits: Float[Array, "R V"], before: Rows, after: Rows) -> Scores:
+def _noted(scores: Scores, logits: Float[Array, "R V"], before: Progress, after: Progress) -> Scores:
     """Writes the log-probabilities of the tokens that a step chose; for a finished row past its end."""
     R, T = scores.chosen.shape
     log_probs = jax.nn.log_softmax(logits, axis=-1)
-    place = before.length - 1
-    token = jnp.take_along_axis(after.tokens[:, 0], before.length[:, None], axis=1)  # places are those of new tokens, plus one
+    token = jnp.take_along_axis(after.tokens, before.length[:, None], axis=1)
     best, best_ids = jax.lax.top_k(log_probs, scores.best.shape[2])
-    where = (jnp.arange(R), jnp.where(before.finished[:, 0], T, place))
+    where = (jnp.arange(R), jnp.where(before.finished, T, before.length - 1))
     return Scores(
         chosen=scores.chosen.at[where].set(jnp.take_along_axis(log_probs, token, axis=1)[:, 0], mode="drop"),
         best=scores.best.at[where].set(best, mode="drop"),

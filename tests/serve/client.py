@@ -24,9 +24,9 @@ LIMITS = Limits(slots=8, max_source_length=48, max_tokens=16, queue=64, max_body
 
 def small_model(seed=0, **changes):
     """Random weights, scaled so that outputs vary with the input and are not all of one token."""
-    vocabulary = Vocabulary.train([TEXT] * 30, 40, num_sentinels=4)
+    vocabulary = Vocabulary.train([TEXT] * 30, 28, num_sentinels=4)
     settings = dict(
-        vocab_size=64, d_model=16, num_heads=2, d_kv=8, d_ff=32, num_encoder_layers=2, num_decoder_layers=2,
+        vocab_size=32, d_model=16, num_heads=2, d_kv=8, d_ff=32, num_encoder_layers=2, num_decoder_layers=2,
         num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, num_experts=4, dropout_rate=0.0, tie_word_embeddings=False,
     )  # fmt: skip
     config = SwitchConfig(**{**settings, **changes})

@@ -30,11 +30,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen at (default: 127.0.0.1, this machine alone)")
     parser.add_argument("--port", type=int, default=8000, help="0 picks a free one (default: 8000)")
     parser.add_argument("--api-key-file", metavar="FILE", help=f"holds the key that clients must send; or the variable {KEY}")
-    parser.add_argument("--weights", choices=("int8", "int4", "bfloat16", "float16"), help="round kernels to it while they are read")
+    parser.add_argument(
+        "--weights", choices=("int8", "int4", "bfloat16", "float16"), help="round kernels to it while they are read"
+    )
     parser.add_argument("--dtype", help="of the parameters, for instance bfloat16; default: the checkpoint's")
     group = parser.add_argument_group("limits")
     for name, default in _defaults().items():
-        group.add_argument(hyphened(f"--{name}"), type=type(default), default=default, metavar="N", help=f"{_HELP[name]} (default: {default})")
+        group.add_argument(
+            hyphened(f"--{name}"), type=type(default), default=default, metavar="N", help=f"{_HELP[name]} (default: {default})"
+        )
     add_verify_argument(parser)
     add_compile_cache_argument(parser)
 
@@ -67,7 +71,10 @@ def run(args: argparse.Namespace) -> int:
     )
     named = [parse_model(model) for model in args.models]
     paths = dict(named)
-    check(len(paths) == len(named), f"Two models have one name ({', '.join(name for name, _ in named)}); give names, as in a=PATH b=PATH.")
+    check(
+        len(paths) == len(named),
+        f"Two models have one name ({', '.join(name for name, _ in named)}); give names, as in a=PATH b=PATH.",
+    )
     start_jax(args)
     from flax_switch.pretrained import load_pretrained
     from flax_switch.serving import serve
@@ -92,5 +99,8 @@ def _key(args: argparse.Namespace) -> str | None:
     else:
         key = Path(args.api_key_file).read_text(encoding="utf-8").strip()
         check(key, f"{args.api_key_file} is empty; it must hold the key that clients send.")
-    check(key is None or (key.isascii() and key.isprintable() and " " not in key), "The API key must be printable ASCII without blanks.")
+    check(
+        key is None or (key.isascii() and key.isprintable() and " " not in key),
+        "The API key must be printable ASCII without blanks.",
+    )
     return key

@@ -1,8 +1,8 @@
 """Slots: rows of one decoder that begin and end at different times, each with a source, controls and draws that are its alone.
 
 `generate` takes a batch from its first token to its last. Here a row joins between two steps (`SlotDecoder.admit`), and `run` takes
-some steps of the rows at work. What a row says is what `generate` says of its source alone: the same decoder, the same sampling, the
-same keys. A cache that is filled in a circle (`nn.cache.RingCache`) lets rows stand at different lengths.
+some steps of the rows at work. What a row says is what `generate` says of its source alone: the same decoder,
+sampling and keys. A cache that is filled in a circle (`nn.cache.RingCache`) lets rows stand at different lengths.
 """
 
 import dataclasses

@@ -136,7 +136,9 @@ class Server:
         try:
             while not answer.finished:
                 told = asyncio.ensure_future(news.wait())
-                await asyncio.wait((told, gone), timeout=request.scope["deadline"] - time.monotonic(), return_when="FIRST_COMPLETED")
+                await asyncio.wait(
+                    (told, gone), timeout=request.scope["deadline"] - time.monotonic(), return_when="FIRST_COMPLETED"
+                )
                 told.cancel()
                 if gone.done():
                     raise Gone
@@ -177,7 +179,9 @@ class Server:
         data = [{"object": "embedding", "index": i, "embedding": vector} for i, vector in enumerate(made)]
         tokens = sum(map(len, sources))
         self.metrics.tokens[model.name, "prompt"] += tokens
-        return as_json({"object": "list", "data": data, "model": model.name, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}})
+        return as_json(
+            {"object": "list", "data": data, "model": model.name, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
+        )
 
     async def route(self, request: Request) -> Response:
         """Answers with the experts of every token, layer by layer."""
@@ -188,7 +192,9 @@ class Server:
         ids = model.ids_of(field(values, "input", str, WHERE), "input")
         output = model.ids_of(field(values, "output", str, WHERE, ""), "output", prefix="")[:-1]
         stacks = await self._called(request, lambda: model.routing(ids, output))
-        return as_json({"model": model.name, "num_experts": model.config.num_experts, "stacks": [dataclasses.asdict(s) for s in stacks]})
+        return as_json(
+            {"model": model.name, "num_experts": model.config.num_experts, "stacks": [dataclasses.asdict(s) for s in stacks]}
+        )
 
     async def _called(self, request: Request, function: Callable[[], Any]) -> Any:
         """Returns what the engine's thread finds."""
@@ -201,7 +207,8 @@ class Server:
     async def chat(self, request: Request) -> Response:
         """Refuses chat by name."""
         raise Refusal(
-            404, "Chat completions are not served: these models are encoder-decoders without turns. Send the text as prompt to /v1/completions."
+            404,
+            "Chat completions are not served: these models are encoder-decoders without turns. Send the text to /v1/completions.",
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from flax_switch.config import check, one_of
@@ -85,7 +85,9 @@ def parse(values: Mapping[str, Any], model: Served) -> Completion:
     best_of = found.get("best_of", n)
     check(best_of >= n, f"best_of ({best_of}) is less than n ({n}); leave it out, or raise it.")
     stream = field(values, "stream", (bool, type(None)), WHERE, None) or False
-    check(not stream or best_of == n, "best_of cannot be streamed: which is the best shows at the end. Leave out stream or best_of.")
+    check(
+        not stream or best_of == n, "best_of cannot be streamed: which is the best shows at the end. Leave out stream or best_of."
+    )
     rows, most = len(prompts) * best_of, model.limits.slots
     check(rows <= most, f"{len(prompts)} prompts with {best_of} samples each are {rows} sequences; one request may have {most}.")
     options = field(values, "stream_options", (dict, type(None)), WHERE, None) or {}
@@ -151,7 +153,9 @@ def _controls(found: Mapping[str, Any], best_of: int, model: Served) -> Generati
     length = found.get("max_tokens", min(model.defaults.get("max_new_tokens", GenerationConfig.max_new_tokens), most))
     check(length <= most, f"max_tokens must be at most {most} on this server; it is {shown(length)}.")
     controls = model.controls({**given, "max_new_tokens": length})
-    check(controls.top_k <= MOST_TOP_K, f"top_k must be at most {MOST_TOP_K}, or 0 for all; the model's default is {controls.top_k}.")
+    check(
+        controls.top_k <= MOST_TOP_K, f"top_k must be at most {MOST_TOP_K}, or 0 for all; the model's default is {controls.top_k}."
+    )
     return controls
 
 

@@ -130,7 +130,9 @@ class Engine(threading.Thread):
         """Allocates the slots of all models, by name; `warm_up` compiles their programs."""
         super().__init__(name="flax-switch engine", daemon=True)
         self.limits = limits
-        self.pools = {(name, length): Pool(decoder, length, limits) for name, decoder in decoders.items() for length in limits.buckets}
+        self.pools = {
+            (name, length): Pool(decoder, length, limits) for name, decoder in decoders.items() for length in limits.buckets
+        }
         self.deliver: Callable[[list[Sequence]], None] = lambda sequences: None
         self._calls: collections.deque[tuple[concurrent.futures.Future, Callable[[], Any]]] = collections.deque()
         self._changed = threading.Condition()

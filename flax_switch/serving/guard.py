@@ -109,7 +109,9 @@ class Guard:
             wanted = f"Bearer {self.key}"
             if not hmac.compare_digest(given.encode(), wanted.encode()):
                 said = "is not this server's" if given else "is missing"
-                raise Refusal(401, f"The API key {said}; send it as the header Authorization: Bearer KEY.", **{"www-authenticate": "Bearer"})
+                raise Refusal(
+                    401, f"The API key {said}; send it as the header Authorization: Bearer KEY.", **{"www-authenticate": "Bearer"}
+                )
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         if scope["method"] == "POST" and kind != "application/json":
             raise Refusal(415, "The body must be JSON: send the header Content-Type: application/json.")

@@ -90,7 +90,9 @@ class Served:
         else:
             ids = list(prompt)
         V, most = self.config.vocab_size, self.limits.max_source_length
-        check(len(ids) > 0, f"{name} is an empty list; a source needs at least one token, such as EOS ({self.config.eos_token_id}).")
+        check(
+            len(ids) > 0, f"{name} is an empty list; a source needs at least one token, such as EOS ({self.config.eos_token_id})."
+        )
         check(len(ids) <= most, f"{name} has {len(ids)} tokens, EOS included; this server takes {most}. Shorten it.")
         bad = next((token for token in ids if not 0 <= token < V), None)
         check(bad is None, f"{name} holds {shown(bad)}, which is no id of the vocabulary of {V}.")

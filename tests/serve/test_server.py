@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from client import LIMITS, TEXT, Running, small_model
 
+from flax_switch.generation.text import texts_of
 from flax_switch.serving import metrics
 
 WORDS = TEXT.split()
@@ -40,12 +41,18 @@ def requests(count, seed=0):
         if i % 3 == 0:
             asked |= dict(temperature=0)
         else:
-            controls = dict(do_sample=True, temperature=float(rng.uniform(0.3, 2)), top_k=int(rng.integers(0, 65)))
-            controls |= dict(top_p=float(rng.uniform(0.3, 1))) if i % 3 == 2 else {}
+            controls = dict(do_sample=True, temperature=float(rng.uniform(0.3, 2)), top_k=5)
+            controls |= dict(top_p=float(rng.uniform(0.3, 1)), top_k=0) if i % 3 == 2 else {}
             asked |= {name: controls[name] for name in controls if name != "do_sample"} | dict(seed=int(rng.integers(2**32)))
             if i % 6 == 1:
                 asked["n"] = controls["num_return_sequences"] = 3
-        yield dict(prompt=prompt, **asked), dict(controls, max_new_tokens=asked["max_tokens"], seed=asked.get("seed", 0))
+        yield dict(prompt=prompt, **asked), dict(controls, seed=asked.get("seed", 0))
+
+
+def alone(model, body, controls):
+    """The texts of `generate`; all of its longest outputs are by the same program, of which a request takes a part."""
+    sequences = model.generate(body["prompt"], max_new_tokens=LIMITS.max_tokens, **controls).sequences
+    return texts_of(sequences[:, : 1 + body["max_tokens"]], model.vocabulary, model.config)
 
 
 def test_32_clients_get_what_generate_says_alone_and_nothing_compiles(client, models):
@@ -55,7 +62,7 @@ def test_32_clients_get_what_generate_says_alone_and_nothing_compiles(client, mo
         found = list(pool.map(lambda one: client.texts(**one[0]), asked))
     assert metrics.compiled["programs"] == compiled
     for (body, controls), texts in zip(asked, found, strict=True):
-        assert texts == list(models[body["model"]].generate(body["prompt"], **controls).texts), (body, controls)
+        assert texts == alone(models[body["model"]], body, controls), (body, controls)
     assert len({text for texts in found for text in texts}) > 40, "outputs that differ can be told apart"
 
 
@@ -118,7 +125,9 @@ def test_the_best_of_several_has_the_highest_mean_log_probability(client):
     texts = [choice["text"] for choice in every]
     assert all(choice["text"] in texts for choice in best["choices"])
     means = [np.mean(choice["logprobs"]["token_logprobs"]) for choice in best["choices"]]
-    assert means[0] == pytest.approx(max(np.mean(c["logprobs"]["token_logprobs"]) for c in every if c["finish_reason"] == "length"), abs=0.5)
+    assert means[0] == pytest.approx(
+        max(np.mean(c["logprobs"]["token_logprobs"]) for c in every if c["finish_reason"] == "length"), abs=0.5
+    )
     assert best["usage"]["completion_tokens"] > sum(len(c["logprobs"]["tokens"]) for c in best["choices"])
 
 
@@ -129,10 +138,14 @@ def test_embeddings_are_mean_states_of_length_one_whatever_the_padding(client, m
     for text, one in zip(["the cat", TEXT], answer["data"], strict=True):
         ids = [[*model.vocabulary.encode(text), 1]]
         config = model.config.replace(eval_capacity_factor=100.0)
-        mean = np.asarray(type(model.model)(config).apply({"params": model.params}, np.array(ids), method="encode").last_hidden_state)[0].mean(0)
+        mean = np.asarray(
+            type(model.model)(config).apply({"params": model.params}, np.array(ids), method="encode").last_hidden_state
+        )[0].mean(0)
         np.testing.assert_allclose(one["embedding"], mean / np.linalg.norm(mean), atol=1e-4)
     status, packed = client.post("/v1/embeddings", dict(model="small", input="the cat", encoding_format="base64"))
-    np.testing.assert_allclose(np.frombuffer(base64.b64decode(packed["data"][0]["embedding"]), "<f4"), answer["data"][0]["embedding"])
+    np.testing.assert_allclose(
+        np.frombuffer(base64.b64decode(packed["data"][0]["embedding"]), "<f4"), answer["data"][0]["embedding"]
+    )
 
 
 def test_routing_names_the_experts_of_every_token(client, models):
@@ -244,7 +257,9 @@ def test_a_client_that_leaves_frees_its_slot(stream, running, client, monkeypatc
     slow = pool.decoder.run
     monkeypatch.setattr(pool.decoder, "run", lambda *args: (time.sleep(0.2), slow(*args[:2], 1, *args[3:]))[1])
     body = json.dumps(dict(model="small", prompt="a", max_tokens=16, stream=stream, temperature=2, top_k=0, seed=2)).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
     with socket.create_connection(("127.0.0.1", client.port)) as connection:
         connection.sendall(head.encode() + body)
         wait_until(lambda: running.server.engine.running)

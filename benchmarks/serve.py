@@ -3,9 +3,9 @@
     python benchmarks/serve.py                               # tiny and base-8: minutes
     python benchmarks/serve.py --shapes tiny --clients 1 8   # a part of it
 
-Every request has another source of --source tokens and asks for exactly --new-tokens greedy ones. Clients are threads of a process of
-their own that ask again as soon as they have an answer; the server runs in this one. "loop" answers one request after the other by
-`generate`, "batch" is one call of `generate` with 32 sources, told as requests per second. Compilation is not counted.
+Every request has another source of --source tokens and asks for exactly --new-tokens greedy ones. Clients are threads of a process
+of their own that ask again as soon as they have an answer; the server runs in this one. "loop" answers one request after the other
+by `generate`, "batch" is one call of `generate` with 32 sources, told as requests per second. Compilation is not counted.
 Quiet machines only.
 """
 

@@ -84,8 +84,8 @@ def run(args: argparse.Namespace) -> int:
     loaded = {name: load_pretrained(path, dtype=args.dtype, verify=not args.no_verify, **changes) for name, path in paths.items()}
     server = serve.prepare(loaded, limits)
 
-    def ready() -> None:
-        print(f"Serving {', '.join(loaded)} at http://{args.host}:{args.port} (Ctrl+C ends it).", file=sys.stderr, flush=True)
+    def ready(port: int) -> None:
+        print(f"Serving {', '.join(loaded)} at http://{args.host}:{port} (Ctrl+C ends it).", file=sys.stderr, flush=True)
 
     serve.run(server, args.host, args.port, key, ready)
     return 0

@@ -48,8 +48,8 @@ class _Uvicorn(uvicorn.Server):
         asyncio.get_running_loop().call_soon_threadsafe(self.drain)
 
 
-def run(server: Server, host: str, port: int, key: str | None = None, ready: Callable[[], None] = lambda: None) -> None:
-    """Takes requests at an address until SIGTERM or SIGINT; `ready` is called when it does."""
+def run(server: Server, host: str, port: int, key: str | None = None, ready: Callable[[int], None] = lambda port: None) -> None:
+    """Takes requests at an address until SIGTERM or SIGINT; `ready` is called with the port when it does."""
     app = build_app(server, key, local=is_loopback(host))
     config = uvicorn.Config(
         app, host=host, port=port, log_config=None, access_log=False, server_header=False, ws="none", lifespan="on",
@@ -62,7 +62,7 @@ def run(server: Server, host: str, port: int, key: str | None = None, ready: Cal
         while not runner.started and not serving.done():
             await asyncio.sleep(0.01)
         if runner.started:
-            ready()
+            ready(runner.servers[0].sockets[0].getsockname()[1])
         await serving
 
     asyncio.run(serve())

@@ -7,10 +7,12 @@ import json
 import threading
 
 import jax
+import numpy as np
 import uvicorn
 
 from flax_switch.config import SwitchConfig
 from flax_switch.data.vocabulary import Vocabulary
+from flax_switch.generation.text import texts_of
 from flax_switch.nn.init import init_params
 from flax_switch.nn.transformer import SwitchTransformer
 from flax_switch.pretrained import Pretrained
@@ -33,6 +35,29 @@ def small_model(seed=0, **changes):
     model = SwitchTransformer(config)
     params = jax.tree.map(lambda x: 6.0 * x if x.ndim > 1 else x, init_params(model, jax.random.key(seed)))
     return Pretrained(config, model, params, vocabulary)
+
+
+def requests(count, seed=0):
+    """Requests of mixed lengths and controls, and what `generate` is given for the same."""
+    rng = np.random.default_rng(seed)
+    for i in range(count):
+        prompt = " ".join(rng.choice(TEXT.split(), rng.integers(1, 13)))
+        asked, controls = dict(max_tokens=int(rng.integers(1, 17))), {}
+        if i % 3 == 0:
+            asked |= dict(temperature=0)
+        else:
+            controls = dict(do_sample=True, temperature=float(rng.uniform(0.3, 2)), top_k=5)
+            controls |= dict(top_p=float(rng.uniform(0.3, 1)), top_k=0) if i % 3 == 2 else {}
+            asked |= {name: controls[name] for name in controls if name != "do_sample"} | dict(seed=int(rng.integers(2**32)))
+            if i % 6 == 1:
+                asked["n"] = controls["num_return_sequences"] = 3
+        yield dict(prompt=prompt, **asked), dict(controls, seed=asked.get("seed", 0))
+
+
+def alone(model, body, controls):
+    """The texts of `generate`; all of its longest outputs are by the same program, of which a request takes a part."""
+    sequences = model.generate(body["prompt"], max_new_tokens=LIMITS.max_tokens, **controls).sequences
+    return texts_of(sequences[:, : 1 + body["max_tokens"]], model.vocabulary, model.config)
 
 
 class Client:

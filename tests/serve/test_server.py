@@ -8,9 +8,9 @@ import time
 
 import numpy as np
 import pytest
-from client import LIMITS, TEXT, Running, small_model
+from client import LIMITS, TEXT, Running, alone, requests, small_model
+from hostile import BAD, asked_with
 
-from flax_switch.generation.text import texts_of
 from flax_switch.serving import metrics
 
 WORDS = TEXT.split()
@@ -30,29 +30,6 @@ def running(models):
 @pytest.fixture(scope="module")
 def client(running):
     return running.client
-
-
-def requests(count, seed=0):
-    """Requests of mixed lengths and controls, and what `generate` is given for the same."""
-    rng = np.random.default_rng(seed)
-    for i in range(count):
-        prompt = " ".join(rng.choice(WORDS, rng.integers(1, 13)))
-        asked, controls = dict(max_tokens=int(rng.integers(1, 17))), {}
-        if i % 3 == 0:
-            asked |= dict(temperature=0)
-        else:
-            controls = dict(do_sample=True, temperature=float(rng.uniform(0.3, 2)), top_k=5)
-            controls |= dict(top_p=float(rng.uniform(0.3, 1)), top_k=0) if i % 3 == 2 else {}
-            asked |= {name: controls[name] for name in controls if name != "do_sample"} | dict(seed=int(rng.integers(2**32)))
-            if i % 6 == 1:
-                asked["n"] = controls["num_return_sequences"] = 3
-        yield dict(prompt=prompt, **asked), dict(controls, seed=asked.get("seed", 0))
-
-
-def alone(model, body, controls):
-    """The texts of `generate`; all of its longest outputs are by the same program, of which a request takes a part."""
-    sequences = model.generate(body["prompt"], max_new_tokens=LIMITS.max_tokens, **controls).sequences
-    return texts_of(sequences[:, : 1 + body["max_tokens"]], model.vocabulary, model.config)
 
 
 def test_32_clients_get_what_generate_says_alone_and_nothing_compiles(client, models):
@@ -171,52 +148,10 @@ def test_models_health_and_metrics(client):
     assert client.metric("flax_switch_sequences_running") == 0
 
 
-BAD = {
-    "no JSON": (b"{", 400, "not JSON"),
-    "no object": (b"[1]", 400, "must be a JSON object"),
-    "not UTF-8": (b'{"prompt": "\xff"}', 400, "UTF-8"),
-    "deep": (b'{"prompt": ' + b"[" * 9000 + b"]" * 9000 + b"}", 400, "deeply"),
-    "twice": (b'{"prompt": "a", "prompt": "b", "model": "small"}', 400, "twice"),
-    "huge": (b" " * 30_000, 413, "20000"),
-    "no prompt": (dict(), 400, "prompt"),
-    "a number": (dict(prompt=3), 400, "prompt"),
-    "mixed": (dict(prompt=["a", 3]), 400, "prompt"),
-    "empty list": (dict(prompt=[]), 400, "empty"),
-    "long": (dict(prompt="the cat " * 100), 400, "takes 48"),
-    "very long": (dict(prompt="a" * 10_000), 400, "characters"),
-    "bad ids": (dict(prompt=[5, 64]), 400, "no id of the vocabulary"),
-    "negative ids": (dict(prompt=[-1]), 400, "no id of the vocabulary"),
-    "huge ids": (dict(prompt=[10**400]), 400, "no id of the vocabulary"),
-    "too many tokens": (dict(max_tokens=17), 400, "at most 16"),
-    "no tokens": (dict(max_tokens=0), 400, "max_tokens"),
-    "tokens as text": (dict(max_tokens="5"), 400, "max_tokens"),
-    "true as a number": (dict(max_tokens=True), 400, "max_tokens"),
-    "cold": (dict(temperature=-1), 400, "temperature"),
-    "NaN": (b'{"model": "small", "prompt": "a", "temperature": NaN}', 400, "temperature"),
-    "infinite": (b'{"model": "small", "prompt": "a", "temperature": 1e999}', 400, "temperature"),
-    "top_p": (dict(top_p=0), 400, "top_p"),
-    "top_k": (dict(top_k=10**9), 400, "top_k"),
-    "seed": (dict(seed=-1), 400, "seed"),
-    "many": (dict(n=9), 400, "may have 8"),
-    "more than all": (dict(n=4, best_of=3, temperature=1), 400, "best_of"),
-    "greedy samples": (dict(n=2, temperature=0), 400, "temperature 0"),
-    "stops": (dict(stop=[""]), 400, "stop"),
-    "echo": (dict(echo=True), 400, "echo is not served"),
-    "suffix": (dict(suffix="b"), 400, "extra_id_0"),
-    "beams": (dict(num_beams=4), 400, "beams are not served"),
-    "unknown": (dict(max_token=4), 400, "max_tokens"),
-    "another model": (dict(model="smal"), 404, "small"),
-    "model of a wrong type": (dict(model=["small"]), 400, "model"),
-    "stream": (dict(stream="yes"), 400, "stream"),
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("case", BAD)
 def test_what_cannot_be_served_is_refused_in_a_sentence(case, client):
     body, status, said = BAD[case]
-    if isinstance(body, dict):
-        body = {"model": "small", **({} if case == "no prompt" else {"prompt": "a"}), **body}
-    found, answer = client.post("/v1/completions", body)
+    found, answer = client.post("/v1/completions", asked_with(body))
     assert (found, said in answer["error"]["message"]) == (status, True), answer
     assert len(answer["error"]["message"]) < 500
     assert answer["error"]["message"].endswith((".", "?"))

@@ -106,16 +106,16 @@ class SlotDecoder:
             params, config = unstack_layers(params, config), config.replace(scan_layers=False)
         self.max_new_tokens = max_new_tokens
         controls = dataclasses.replace(controls, max_new_tokens=max_new_tokens)
-        encoder = SwitchTransformer(encoder_config(config, controls.routing))
-        decoder = SwitchTransformer(decoder_config(config, controls.routing))
+        self.encoder = SwitchTransformer(encoder_config(config, controls.routing))
+        self.decoder = SwitchTransformer(decoder_config(config, controls.routing))
         variables: dict[str, Any] = {"params": params}
         if unstacked := unstacked_experts(params, config.decoder.sparse_layers, config.num_experts):
             variables["unstacked"] = unstacked
-        self.variables, self.config = in_compute_dtype(variables, decoder.config), decoder.config
+        self.variables = in_compute_dtype(variables, self.decoder.config)
         levels = _levels(controls)
-        self._empty = jax.jit(functools.partial(_empty, decoder, levels[0]), static_argnums=(1, 2))
-        self._admit = jax.jit(functools.partial(_admit, encoder, decoder, levels[0]), donate_argnums=1)
-        self._run = jax.jit(functools.partial(_run, decoder, levels), donate_argnums=1)
+        self._empty = jax.jit(functools.partial(_empty, self.decoder, levels[0]), static_argnums=(1, 2))
+        self._admit = jax.jit(functools.partial(_admit, self.encoder, self.decoder, levels[0]), donate_argnums=1)
+        self._run = jax.jit(functools.partial(_run, self.decoder, levels), donate_argnums=1)
 
     def empty(self, rows: int, source_length: int) -> Slots:
         """Returns slots without work, for sources of up to `source_length` tokens."""
@@ -133,7 +133,7 @@ class SlotDecoder:
             ids[i, : len(row.ids)], mask[i, : len(row.ids)] = row.ids, 1
             where[i], draws[i] = slot, row.draws
             wishes.limit[i], wishes.greedy[i] = row.controls.max_new_tokens, not row.controls.do_sample
-            for name, number in numbers_of(row.controls, self.config.vocab_size).items():
+            for name, number in numbers_of(row.controls, self.decoder.config.vocab_size).items():
                 wishes.numbers[name][i] = number
         return self._admit(self.variables, slots, ids, mask.astype(bool), where, draws, wishes)
 

@@ -25,6 +25,7 @@ _HEADERS = {
     "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
     "img-src data:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
 }  # fmt: skip
+_READ = 8  # times the most that a body may have: so much is read, for who still sends does not see an answer
 _KINDS = {400: "invalid_request_error", 401: "authentication_error", 429: "rate_limit_error"}
 
 
@@ -120,8 +121,10 @@ class Guard:
         """Returns the body, which must be within limits of size and time."""
         most, body = self.limits.max_body, bytearray()
         declared = Headers(scope=scope).get("content-length", "0")
-        if declared.isdecimal() and len(declared) < 20 and int(declared) > most:
-            raise Refusal(413, f"The body has {declared} bytes; this server takes {most}.")
+        too_large = Refusal(413, f"The body has more than {most} bytes, which is all that this server takes.")
+        if declared.isdecimal() and (len(declared) > 18 or int(declared) > _READ * most):
+            raise too_large
+        read = 0
         while True:
             try:
                 message = await asyncio.wait_for(receive(), scope["deadline"] - time.monotonic())
@@ -129,9 +132,11 @@ class Guard:
                 raise Refusal(408, f"The body did not arrive within {self.limits.timeout:g} s.") from None
             if message["type"] == "http.disconnect":
                 raise Gone
-            body += message.get("body", b"")
-            if len(body) > most:
-                raise Refusal(413, f"The body has more than {most} bytes, which is all that this server takes.")
+            read += len(message.get("body", b""))
+            if read <= most:
+                body += message.get("body", b"")
+            if read > _READ * most or (read > most and not message.get("more_body")):
+                raise too_large
             if not message.get("more_body"):
                 return bytes(body)
 

@@ -17,7 +17,7 @@ from flax_switch.config import ConfigError, check
 from flax_switch.config.generation import BEAMS_ONLY, GenerationConfig
 from flax_switch.config.ranges import shown
 from flax_switch.generation.defaults import with_defaults
-from flax_switch.generation.program import decoder_config, encoder_config
+from flax_switch.generation.program import encoder_config
 from flax_switch.generation.slots import SlotDecoder
 from flax_switch.generation.text import prefixed
 from flax_switch.inspection.routing import StackRouting, stack_routings
@@ -57,14 +57,14 @@ class Served:
         if left:
             log.warning("%s: its generation_config.json asks for %s, which is not served.", name, left)
         controls = GenerationConfig(**with_defaults(self.defaults, {})).for_model(self.config)
-        self.decoder, variables = None, {"params": pretrained.params}
-        model = SwitchEncoder if pretrained.architecture == "encoder" else SwitchTransformer
-        encoder = model(encoder_config(self.config, controls.routing))
+        self.decoder: SlotDecoder | None = None
         if pretrained.architecture == "full":
-            self.decoder = SlotDecoder(self.config, pretrained.params, controls, limits.max_tokens)
-            variables = {"params": self.decoder.variables["params"]}
+            slots = self.decoder = SlotDecoder(self.config, pretrained.params, controls, limits.max_tokens)
+            encoder, decoder, variables = slots.encoder, slots.decoder, slots.variables
+        else:
+            encoder = pretrained.model.clone(config=encoder_config(self.config, controls.routing))
+            decoder, variables = None, {"params": pretrained.params}
         self._embed = functools.partial(jax.jit(functools.partial(_embed, encoder)), variables)
-        decoder = SwitchTransformer(decoder_config(self.config, controls.routing)) if self.decoder else None
         self._routers = functools.partial(jax.jit(functools.partial(_routers, encoder, decoder)), variables)
 
     def warm_up(self) -> None:

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -39,18 +40,21 @@ def memory(process):
 
 
 @pytest.mark.slow
-def test_a_server_stays_right_and_of_a_size_and_ends_in_good_order(model):
+def test_a_server_stays_right_and_of_a_size_and_ends_in_good_order(model, tmp_path):
     pretrained, folder = model
     command = [sys.executable, "-m", "flax_switch", "serve", str(folder), "--port", "0"]
     command += ["--slots", "8", "--max-source-length", "48", "--max-tokens", "16", "--max-body", "20000", "--queue", "64"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        process = subprocess.Popen(command, stderr=file, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
     try:
-        log = iter(process.stderr.readline, "")
-        port = next(int(found[1]) for line in log if (found := re.search(r"http://127\.0\.0\.1:(\d+)", line)))
-        soak(Client(port), pretrained, process)
+        while not (found := re.search(r"http://127\.0\.0\.1:(\d+) ", log.read_text())):
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.1)
+        soak(Client(int(found[1])), pretrained, process)
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
-        assert "Traceback" not in process.stderr.read()
+        assert "Traceback" not in log.read_text()
     finally:
         process.kill()
         process.wait()

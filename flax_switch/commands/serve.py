@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from flax_switch.commands.checkpoints import FORMATS, add_verify_argument, explain_missing_extras
 from flax_switch.commands.options import add_compile_cache_argument, hyphened, start_jax
@@ -43,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_compile_cache_argument(parser)
 
 
-def _defaults() -> dict[str, int | float]:
+def _defaults() -> dict[str, Any]:
     from flax_switch.serving.limits import Limits
 
     return {field.name: field.default for field in dataclasses.fields(Limits)}

@@ -24,7 +24,6 @@ from flax_switch.generation.program import decode, decoder_config, encoder_confi
 from flax_switch.generation.sampling import Rows, extend_rows, start_rows
 from flax_switch.nn.cache import RingCache
 from flax_switch.nn.transformer import SwitchTransformer
-from flax_switch.ops import AnyArray
 from flax_switch.ops.kernels.few_rows import unstacked_experts
 
 MOST_TOP_K = 128  # one program serves every top_k up to it
@@ -36,9 +35,9 @@ GREEDY, SAMPLED, FILTERED = range(3)  # what a step must be able to do: FILTERED
 class Wishes:
     """What was asked for each of R rows."""
 
-    limit: Int[AnyArray, " R"]  # new tokens at most
-    greedy: Bool[AnyArray, " R"]
-    numbers: dict[str, AnyArray]  # values of controls [R]
+    limit: Int[Array, " R"]  # new tokens at most
+    greedy: Bool[Array, " R"]
+    numbers: dict[str, Array]  # values of controls [R]
 
 
 @flax.struct.dataclass
@@ -128,14 +127,14 @@ class SlotDecoder:
         mask[len(rows) :, 0] = 1  # rows that only fill the batch: a source needs a token
         where = np.full(batch, R, np.int32)  # past the end: nothing is written
         draws = np.zeros((batch, 3), np.uint32)
-        wishes = Wishes(np.ones(batch, np.int32), np.ones(batch, bool), {n: np.full(batch, x) for n, x in _NEUTRAL.items()})
+        limit, greedy, numbers = np.ones(batch, np.int32), np.ones(batch, bool), {n: np.full(batch, x) for n, x in _NEUTRAL.items()}
         for i, (slot, row) in enumerate(rows.items()):
             ids[i, : len(row.ids)], mask[i, : len(row.ids)] = row.ids, 1
             where[i], draws[i] = slot, row.draws
-            wishes.limit[i], wishes.greedy[i] = row.controls.max_new_tokens, not row.controls.do_sample
+            limit[i], greedy[i] = row.controls.max_new_tokens, not row.controls.do_sample
             for name, number in numbers_of(row.controls, self.decoder.config.vocab_size).items():
-                wishes.numbers[name][i] = number
-        return self._admit(self.variables, slots, ids, mask.astype(bool), where, draws, wishes)
+                numbers[name][i] = number
+        return self._admit(self.variables, slots, ids, mask.astype(bool), where, draws, (limit, greedy, numbers))
 
     def run(self, slots: Slots, active: np.ndarray, steps: int, level: int, scored: bool) -> tuple[Slots, Report]:
         """Takes up to `steps` steps of the first len(active) slots, fewer where all that are active end before.
@@ -194,9 +193,12 @@ def _empty(decoder: SwitchTransformer, controls: GenerationConfig, variables: Ma
 def _begun(draws: Integer[Array, "R 3"], controls: GenerationConfig, vocab_size: int) -> Progress:
     """Returns rows that hold the start token. Keys are those that `run_program` gives such rows."""
 
+    assert controls.decoder_start_token_id is not None  # `for_model` has filled it in
+    first = controls.decoder_start_token_id
+
     def one(draw: Integer[Array, "3"]) -> Progress:
         key = functools.reduce(jax.random.fold_in, (draw[1], draw[2]), jax.random.key(draw[0]))
-        start = jnp.full((1, 1), controls.decoder_start_token_id, jnp.int32)
+        start = jnp.full((1, 1), first, jnp.int32)
         return _progress(start_rows(start, key[None], controls, vocab_size))
 
     return jax.vmap(one)(draws)
@@ -220,7 +222,7 @@ def _admit(encoder, decoder, controls: GenerationConfig, variables, slots: Slots
     )
     cache = dataclasses.replace(slots.cache, layers=layers, lengths=slots.cache.lengths.at[where].set(0, mode="drop"))
     progress = put(slots.progress, _begun(draws, controls, decoder.config.vocab_size))
-    source, mask, wishes = put(slots.source, ids), put(slots.mask, mask), put(slots.wishes, wishes)
+    source, mask, wishes = put(slots.source, ids), put(slots.mask, mask), put(slots.wishes, Wishes(*wishes))
     return dataclasses.replace(slots, cache=cache, source=source, mask=mask, progress=progress, wishes=wishes)
 
 

@@ -89,7 +89,11 @@ class Server:
     async def counted(self, request: Request) -> Response:
         """Returns the metrics."""
         slots = self.limits.slots * len(self.engine.pools)
-        gauges = {"sequences_running": self.engine.running, "sequences_waiting": self.engine.waiting, "slots": slots}
+        gauges: dict[str, float] = {
+            "sequences_running": self.engine.running,
+            "sequences_waiting": self.engine.waiting,
+            "slots": slots,
+        }
         return Response(self.metrics.text(gauges), media_type="text/plain; version=0.0.4")
 
     async def list_models(self, request: Request) -> Response:

@@ -12,7 +12,7 @@ _COMPILED = "/jax/core/compile/backend_compile_duration"
 compiled = collections.Counter[str]()
 
 
-def _count(event: str, seconds: float, **_: object) -> None:
+def _count(event: str, duration_secs: float, **_: object) -> None:
     if event == _COMPILED:
         compiled["programs"] += 1
 

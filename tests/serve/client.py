@@ -135,7 +135,8 @@ class Running:
 
     def end(self):
         """What a signal does."""
-        self.loop.call_soon_threadsafe(self.uvicorn.handle_exit, 15, None)
+        if self.thread.is_alive():
+            self.loop.call_soon_threadsafe(self.uvicorn.handle_exit, 15, None)
 
     def __exit__(self, *error):
         self.end()

@@ -224,9 +224,9 @@ class Engine(threading.Thread):
                         future.set_exception(error)
             for pool in self.pools.values():
                 if pool.waiting or pool.running:
-                    self._turn(pool)
+                    self._decode(pool)
 
-    def _turn(self, pool: Pool) -> None:
+    def _decode(self, pool: Pool) -> None:
         """Decodes for a while in one pool; where that fails, its sequences are told and its slots begin anew."""
         try:
             busy = bool(pool.running)

@@ -80,7 +80,7 @@ def check_wheel(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as file:
         names = {name for name in file.namelist() if ".dist-info/" not in name}
         info = {name.partition(".dist-info/")[2]: file.read(name) for name in file.namelist() if ".dist-info/" in name}
-    others = {f"flax_switch/{name}" for name in ("py.typed", "pages/page.css", "pages/page.js")}
+    others = {f"flax_switch/{name}" for name in ("py.typed", "pages/page.css", "pages/page.js", "serving/page.html")}
     expect(names == expected | others, f"files of the wheel: {sorted(names ^ expected)}")
     expect(info["licenses/LICENSE"] == (ROOT / "LICENSE").read_bytes(), "LICENSE")
     expect(info["top_level.txt"].split() == [b"flax_switch"], f"top level: {info['top_level.txt']}")

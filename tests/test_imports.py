@@ -24,6 +24,7 @@ ALLOWED = {
     "plan": {"config", "generation", "host", "nn", "ops", "parallel", "training"},
     "pages": {"config"},
     "inspection": {"config", "convert", "data", "host", "nn", "ops", "pages", "pretrained", "training"},
+    "serving": {"config", "data", "generation", "host", "inspection", "nn", "pages", "pretrained"},
     "workflows": {"config", "convert", "data", "generation", "host", "nn", "ops", "pages", "parallel", "pretrained", "training"},
 }
 
@@ -74,6 +75,7 @@ def test_only_the_command_line_is_a_module_at_the_root():
         ("flax_switch.training.loop", ("torch", "transformers", "matplotlib")),
         ("flax_switch.workflows.pretrain", ("torch", "transformers", "matplotlib")),
         ("flax_switch.cli", ("jax", "torch")),
+        ("flax_switch.commands.serve", ("jax", "starlette", "uvicorn")),
     ],
 )
 def test_heavy_libraries_are_not_loaded(module, absent):

@@ -17,6 +17,7 @@ EXTRAS = {
     "torch": ("torch", "read and write .bin checkpoints"),
     "gin": ("gin", "recipes in gin files"),
     "hub": ("huggingface_hub", "models by their names on the hub"),
+    "serve": ("uvicorn", "flax-switch serve"),
     "plots": ("matplotlib", "inspect --plot as .png, .pdf or .svg"),
     "tokenizers": ("tokenizers", "vocabularies that are only in tokenizer.json"),
     "tensorboard": ("tensorboardX", "TensorBoard's events of a run"),

@@ -68,7 +68,7 @@ def filter_scores(scores: Float[Array, "R V"], controls: GenerationConfig, numbe
     if controls.temperature != 1.0:
         scores = scores / numbers["temperature"]
     if controls.top_k:
-        scores = keep_top_k(scores, max(controls.top_k, keep))
+        scores = keep_top_k(scores, max(controls.top_k, keep), numbers.get("top_k"))
     if controls.top_p < 1.0:
         scores = keep_top_p(scores, numbers["top_p"], keep)
     if controls.min_p is not None:
@@ -164,10 +164,16 @@ def _last_tokens(history: History, number: int) -> Int[Array, "R number"]:
     return jax.lax.dynamic_slice_in_dim(history.tokens, history.length - number, number, axis=1)
 
 
-def keep_top_k(scores: Float[Array, "R V"], k: int) -> Float[Array, "R V"]:
-    """Keeps the k best tokens, and whatever ties with the last of them."""
-    k = min(k, scores.shape[-1])
-    return forbid(scores, scores < jax.lax.top_k(scores, k)[0][:, -1:])
+def keep_top_k(scores: Float[Array, "R V"], k: int, fewer: Int[Array, ""] | None = None) -> Float[Array, "R V"]:
+    """Keeps the k best tokens, and whatever ties with the last of them.
+
+    fewer: how many instead, from 1 to k, where a program serves several numbers; 0 keeps all.
+    """
+    best = jax.lax.top_k(scores, min(k, scores.shape[-1]))[0]
+    if fewer is None:
+        return forbid(scores, scores < best[:, -1:])
+    last = jax.lax.dynamic_slice_in_dim(best, jnp.maximum(fewer, 1) - 1, 1, axis=1)
+    return forbid(scores, (scores < last) & (fewer > 0))
 
 
 def keep_top_p(scores: Float[Array, "R V"], p: Float[Array, ""], keep: int = 1) -> Float[Array, "R V"]:

@@ -23,6 +23,7 @@ from flax_switch.pages.page import expert_color, ink_on
 from flax_switch.pages.plots import drawing
 
 if TYPE_CHECKING:
+    from flax_switch.data.vocabulary import Vocabulary
     from flax_switch.pretrained import Pretrained
 
 ANSWER_LENGTH = 24  # tokens of the model's own answer that the decoder is shown with, unless a target is given
@@ -100,13 +101,7 @@ def explore(pretrained: Pretrained, texts: Sequence[str], targets: Sequence[str]
     for i, text in enumerate(texts):
         fed = _fed(pretrained, text, None if targets is None else targets[i])
         routers, _ = run_reading(pretrained.params, functools.partial(_routers, pretrained.model, pretrained.params, *fed))
-        explored.append(
-            [
-                _stack_routing(stack, [_name(vocabulary, token) for token in ids[0].tolist()], routers[stack.name], config)
-                for stack, ids in zip(config.stacks, fed, strict=False)
-                if routers[stack.name]
-            ]
-        )
+        explored.append(stack_routings(config, vocabulary, [rows[0].tolist() for rows in fed], routers))
     return Exploration(config, explored)
 
 
@@ -149,6 +144,17 @@ def _answer(pretrained: Pretrained, ids: Int[Array, "1 S"], target: str | None) 
     return jnp.asarray([[pretrained.config.decoder_start_token_id, *pretrained.vocabulary.encode(target)]])
 
 
+def stack_routings(
+    config: SwitchConfig, vocabulary: Vocabulary, fed: Sequence[Sequence[int]], routers: Mapping[str, Sequence[RouterOutput]]
+) -> list[StackRouting]:
+    """Returns the decisions of the routers of each stack about the first row of what it was fed; padding may follow its tokens."""
+    return [
+        _stack_routing(stack, [_name(vocabulary, token) for token in ids], routers[stack.name], config)
+        for stack, ids in zip(config.stacks, fed, strict=False)
+        if routers.get(stack.name)
+    ]
+
+
 def _name(vocabulary, token: int) -> str:
     text = vocabulary.decode([token], skip_special_tokens=False)
     if not text.strip():
@@ -157,21 +163,21 @@ def _name(vocabulary, token: int) -> str:
 
 
 def _stack_routing(stack: StackConfig, tokens: list[str], routers: Sequence[RouterOutput], config: SwitchConfig) -> StackRouting:
-    layers = []
+    layers, L = [], len(tokens)
     experts_choose = config.router_type == "experts_choose" and stack.name == "encoder"
     for index, router in zip(stack.sparse_layers, routers, strict=True):
-        expert, kept = np.asarray(router.expert_index[0]), np.asarray(router.kept[0])
+        expert, kept = np.asarray(router.expert_index[0, :L]), np.asarray(router.kept[0, :L])
         if experts_choose:  # an expert that did not take a token did not drop it either
             chosen = [np.flatnonzero(flags).tolist() for flags in kept]
-            layers.append(LayerRouting(index, chosen, [[True] * len(c) for c in chosen], _confidence(router)))
+            layers.append(LayerRouting(index, chosen, [[True] * len(c) for c in chosen], _confidence(router, L)))
         else:
-            layers.append(LayerRouting(index, expert.tolist(), kept.tolist(), _confidence(router)))
+            layers.append(LayerRouting(index, expert.tolist(), kept.tolist(), _confidence(router, L)))
     return StackRouting(stack.name, tokens, layers)
 
 
-def _confidence(router: RouterOutput) -> list[float]:
+def _confidence(router: RouterOutput, length: int) -> list[float]:
     assert router.logits is not None  # asked for
-    logits = np.asarray(router.logits[0], np.float64)
+    logits = np.asarray(router.logits[0, :length], np.float64)
     exponents = np.exp(logits - logits.max(-1, keepdims=True))
     return (exponents.max(-1) / exponents.sum(-1)).tolist()
 

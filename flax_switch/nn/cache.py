@@ -128,6 +128,43 @@ class DecoderCache:
         return seen.reshape(seen.shape[0], 1, -1, T * J)
 
 
+@flax.struct.dataclass
+class RingCache(DecoderCache):
+    """A cache whose rows begin at different times: places are filled in a circle, and a row sees those that it filled itself.
+
+    Biases go by distance alone, so a row may begin at any place. `index` is the next place of all rows, `lengths` how many of the
+    places before it are a row's. The next call decodes one token of each row.
+    """
+
+    lengths: Int[Array, " R"] = flax.struct.field(kw_only=True)
+
+    @classmethod
+    def of(cls, empty: DecoderCache) -> Self:
+        """Returns an empty cache, with a place for each row, as a circle."""
+        rows = empty.layers[0].past.key.shape[0]
+        return cls(empty.layers, empty.biases, empty.index, lengths=jnp.zeros(rows, jnp.int32))
+
+    @property
+    def distances(self) -> Int[Array, " T"]:
+        """How many places each one lies before the next."""
+        return (self.index - jnp.arange(self.max_length)) % self.max_length
+
+    def advanced(self, layers: tuple[LayerCache, ...], length: int) -> Self:
+        """Returns the cache after one more token of each row."""
+        lengths = jnp.minimum(self.lengths + length, self.max_length)
+        return dataclasses.replace(self, layers=layers, index=(self.index + length) % self.max_length, lengths=lengths)
+
+    def bias(self, layer: int, length: int) -> Float[Array, "1 H 1 T"]:
+        """Returns the relative position biases of the next token in a layer, for every place."""
+        table = self.biases[layer if len(self.biases) > 1 else 0]
+        return table[:, self.max_length - 1 - self.distances][None, :, None]
+
+    def visible(self, mask: Bool[Array, "R T"] | None, length: int) -> Bool[Array, "R 1 1 T"]:
+        """Returns which places the next token of each row sees: the row's, and the one that the token takes."""
+        seen = self.distances[None] <= self.lengths[:, None]
+        return (seen if mask is None else seen & mask)[:, None, None]
+
+
 def bias_table(table: Float[Array, "H buckets"], max_length: int, max_distance: int) -> Float[Array, "H relative"]:
     """Returns biases by distance: column T - 1 - d is for the key d places before the query; later keys are on the right."""
     bias = relative_position_bias(table, 1, max_length, bidirectional=False, max_distance=max_distance, query_offset=max_length - 1)

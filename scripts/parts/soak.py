@@ -11,7 +11,7 @@ from parts.run import ROOT, pytest_part
 from parts.table import Part
 
 TESTS = ["tests/training/test_resume.py", "tests/parallel/test_processes.py", "tests/training/test_object_storage.py"]
-TESTS += ["tests/data/test_data_pipeline.py"]
+TESTS += ["tests/data/test_data_pipeline.py", "tests/serve/test_soak.py"]
 KEPT = ROOT / ".soak" / "rounds.jsonl"
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import configparser
+import json
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
 from documented.finding import ROOT
-from documented.running import commands_of, filled_in, load
+from documented.running import commands_of, filled_in, load, parse
 from flax_switch import cli
 
 
@@ -34,6 +36,21 @@ def parsed(text: str) -> None:
 def names_a_command(text: str) -> None:
     """A command by its name alone, or with an ellipsis for all else."""
     assert re.search(r"flax-switch (\S+)", text)[1] in cli.COMMANDS
+
+
+def is_understood(text: str) -> None:
+    """The command's own parser takes it."""
+    (argv,) = commands_of(filled_in(text))
+    assert parse(argv).command == argv[0]
+
+
+def asks_what_is_served(text: str) -> None:
+    """The request has a path of the server, and fields that it takes."""
+    from flax_switch.serving.completions import FIELDS
+
+    words = shlex.split(text)
+    assert any(word.endswith("/v1/completions") for word in words)
+    assert set(json.loads(words[words.index("-d") + 1])) <= set(FIELDS)
 
 
 def names_extras(text: str) -> None:
@@ -79,10 +96,12 @@ LIST = [
     Otherwise(
         r"python benchmarks/", says_how_to_use_it, "takes minutes; those with a cheap mode are run by it in another test", slow=True
     ),
-    Otherwise(r"flax-switch (pretrain|distill|evaluate|plan)$", names_a_command, "a mention of the command, no call of it"),
+    Otherwise(r"flax-switch (pretrain|distill|evaluate|plan|serve)$", names_a_command, "a mention of the command, no call of it"),
     Otherwise(r"mpirun .* flax-switch pretrain \.\.\. ", names_a_command, "needs a cluster, and leaves out what others say"),
     Otherwise(r"flax-switch \w+ --gin-file configs/gin/\w+\.gin .*\[--gin", parsed, "tests/test_recipes: it is the recipe's run"),
     Otherwise(r"flax-switch pretrain .* --workdir gs://bucket/.* --distributed", parsed, "needs a cluster and a cloud"),
+    Otherwise(r"flax-switch serve ", is_understood, "serves until it is told to end; tests/serve does"),
+    Otherwise(r"curl ", asks_what_is_served, "needs a server; tests/serve has one"),
     Otherwise(r"gcloud ", parsed, "needs a cloud"),
     Otherwise(r"for i in 0 1 2 3; do\n  ssh ", parsed, "needs four hosts"),
     Otherwise(r"#!/bin/bash\n#SBATCH ", parsed, "needs a SLURM cluster"),

@@ -88,11 +88,13 @@ class Browser:
         return json.loads(message)
 
     def show(self, path, width, dark=False, scale=1):
-        """Opens a page at a width in CSS pixels, and waits until it is drawn."""
+        """Opens a page, a file or an address, at a width in CSS pixels, and waits until it is drawn."""
+        served = str(path).startswith("http://127.0.0.1:")
+        self._own = (str(path), "data:") if served else ("file:", "data:")
         self.events.clear()
         self.ask("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=scale, mobile=False)
         self.ask("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
-        self.ask("Page.navigate", url=Path(path).absolute().as_uri())
+        self.ask("Page.navigate", url=str(path) if served else Path(path).absolute().as_uri())
         deadline = time.monotonic() + 60
         while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
             assert time.monotonic() < deadline, "the page does not load"
@@ -116,7 +118,7 @@ class Browser:
         self.ask("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
 
     def complaints(self):
-        """Errors, warnings, and requests for anything but the page itself."""
+        """Errors, warnings, and requests for anything but the page itself and what is served beside it."""
         found = []
         for event in self.events:
             method, params = event.get("method"), event.get("params", {})
@@ -126,6 +128,6 @@ class Browser:
                 found.append(params)
             if method == "Log.entryAdded" and params["entry"]["level"] in ("error", "warning"):
                 found.append(params["entry"])
-            if method == "Network.requestWillBeSent" and not params["request"]["url"].startswith(("file:", "data:")):
+            if method == "Network.requestWillBeSent" and not params["request"]["url"].startswith(self._own):
                 found.append(params["request"]["url"])
         return found

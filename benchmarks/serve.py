@@ -1,0 +1,173 @@
+"""A server under load beside a loop over `generate`: requests per second, and how long one takes, at several numbers of clients.
+
+    python benchmarks/serve.py                               # tiny and base-8: minutes
+    python benchmarks/serve.py --shapes tiny --clients 1 8   # a part of it
+
+Every request has another source of --source tokens and asks for exactly --new-tokens greedy ones. Clients are threads of a process
+of their own that ask again as soon as they have an answer; the server runs in this one. "loop" answers one request after the other
+by `generate`, "batch" is one call of `generate` with 32 sources, told as requests per second. Compilation is not counted.
+Quiet machines only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import concurrent.futures
+import http.client
+import json
+import os
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+SHAPES = {
+    "base-8": dict(
+        vocab_size=32128, d_model=768, d_ff=3072, d_kv=64, num_heads=12, num_encoder_layers=12, num_decoder_layers=12,
+        num_sparse_encoder_layers=6, num_sparse_decoder_layers=6, num_experts=8,
+    ),
+    "tiny": dict(
+        vocab_size=128, d_model=32, d_ff=64, d_kv=8, num_heads=4, num_encoder_layers=2, num_decoder_layers=2,
+        num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, num_experts=4,
+    ),
+}  # fmt: skip
+BATCH = 32
+
+
+def load(port: int, clients: int, requests: int, source: int, new_tokens: int, vocab_size: int) -> None:
+    """Asks the server from so many threads and prints the seconds of all, and of each request, as JSON."""
+    import random
+
+    draw = random.Random(clients)
+    prompts = [[draw.randrange(2, vocab_size) for _ in range(source - 1)] + [1] for _ in range(requests)]
+    local = threading.local()
+
+    def ask(prompt: list[int]) -> float:
+        if not hasattr(local, "connection"):
+            local.connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
+        body = json.dumps(dict(prompt=prompt, max_tokens=new_tokens, temperature=0))
+        began = time.perf_counter()
+        local.connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+        answer = local.connection.getresponse()
+        content = answer.read()
+        assert answer.status == 200, content
+        assert json.loads(content)["usage"]["completion_tokens"] == new_tokens, content
+        return time.perf_counter() - began
+
+    with concurrent.futures.ThreadPoolExecutor(clients) as pool:
+        began = time.perf_counter()
+        seconds = list(pool.map(ask, prompts))
+    print(json.dumps(dict(total=time.perf_counter() - began, seconds=seconds)))
+
+
+def measure(shape: str, args: argparse.Namespace) -> list[dict]:
+    """Returns a row for the loop, the batch, and each number of clients."""
+    import jax
+    import numpy as np
+
+    import flax_switch as fs
+    from flax_switch.data.byte_vocabulary import ByteVocabulary
+    from flax_switch.pretrained import Pretrained
+    from flax_switch.serving.limits import Limits
+    from flax_switch.serving.serve import prepare
+
+    config = fs.SwitchConfig(**SHAPES[shape], dropout_rate=0.0)
+    model = fs.SwitchTransformer(config)
+    params = fs.init_params(model, jax.random.key(0))
+    # EOS must not end an output before its time: that every contender makes as many tokens is part of the comparison.
+    controls = dict(suppress_tokens=(1,))
+    pretrained = Pretrained(config, model, params, ByteVocabulary.with_sentinels(), generation_defaults=controls)
+    sources = np.random.default_rng(0).integers(2, config.vocab_size, (BATCH, args.source)).astype(np.int32)
+    run = lambda ids: pretrained.generate(ids, max_new_tokens=args.new_tokens)  # noqa: E731
+    rows = []
+
+    def timed(name: str, calls: list, requests: int) -> None:
+        run(calls[0])
+        seconds = []
+        for ids in calls:
+            began = time.perf_counter()
+            run(ids)
+            seconds.append(time.perf_counter() - began)
+        rows.append(_row(shape, name, requests / sum(seconds), seconds))
+
+    timed("loop", [sources[i % BATCH : i % BATCH + 1] for i in range(args.requests[shape])], args.requests[shape])
+    timed("batch", [sources] * 3, 3 * BATCH)
+    limits = Limits(slots=BATCH, max_source_length=args.source, max_tokens=args.new_tokens, timeout=600.0)
+    began = time.perf_counter()
+    server = prepare({shape: pretrained}, limits)
+    print(f"{shape}: {time.perf_counter() - began:.0f} s to compile", flush=True)
+    with running(server) as port:
+        for clients in args.clients:
+            sizes = dict(clients=clients, source=args.source, new_tokens=args.new_tokens, vocab_size=config.vocab_size)
+            _asked(port, **sizes, requests=2 * clients)
+            requests = max(args.requests[shape], 4 * clients)
+            found = _asked(port, **sizes, requests=requests)
+            rows.append(_row(shape, f"{clients} clients", requests / found["total"], found["seconds"]))
+    return rows
+
+
+class running:  # noqa: N801 - used as a context
+    """A server in a thread of this process; the value is its port."""
+
+    def __init__(self, server):
+        import uvicorn
+
+        from flax_switch.serving.app import build_app
+
+        config = uvicorn.Config(build_app(server), port=0, log_config=None, access_log=False, lifespan="on", ws="none")
+        self.uvicorn = uvicorn.Server(config)
+        self.thread = threading.Thread(target=lambda: asyncio.run(self.uvicorn.serve()), daemon=True)
+
+    def __enter__(self) -> int:
+        self.thread.start()
+        while not self.uvicorn.started:
+            time.sleep(0.01)
+        return self.uvicorn.servers[0].sockets[0].getsockname()[1]
+
+    def __exit__(self, *error) -> None:
+        self.uvicorn.should_exit = True
+        self.thread.join()
+
+
+def _asked(port: int, **sizes: int) -> dict:
+    command = [sys.executable, __file__, "--load", json.dumps(dict(port=port, **sizes))]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True, env=dict(os.environ)).stdout)
+
+
+def _row(shape: str, name: str, rate: float, seconds: list[float]) -> dict:
+    ordered = sorted(seconds)
+    p95 = ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))]
+    row = dict(shape=shape, name=name, requests_per_second=rate, p50=statistics.median(seconds), p95=p95)
+    print(f"{shape:8} {name:12} {rate:9.2f} requests/s  p50 {1000 * row['p50']:9.1f} ms  p95 {1000 * p95:9.1f} ms", flush=True)
+    return row
+
+
+def main() -> None:
+    """Prints the table and writes it as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=["tiny", "base-8"], choices=SHAPES)
+    parser.add_argument("--clients", nargs="+", type=int, default=[1, 8, 32])
+    parser.add_argument("--source", type=int, default=128)
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--tiny-requests", type=int, default=400)
+    parser.add_argument("--base-requests", type=int, default=16)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/serve.json"))
+    parser.add_argument("--load", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.load:
+        load(**json.loads(args.load))
+        return
+    args.requests = {"tiny": args.tiny_requests, "base-8": args.base_requests}
+    import jax
+    import run_record
+
+    rows = [row for shape in args.shapes for row in measure(shape, args)]
+    settings = dict(source=args.source, new_tokens=args.new_tokens)
+    run_record.write(args.output, dict(**settings, rows=rows), device=jax.devices()[0].device_kind)
+
+
+if __name__ == "__main__":
+    main()

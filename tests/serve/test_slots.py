@@ -1,0 +1,93 @@
+"""Rows that join and leave between steps say what `generate` says of each alone, whatever the model is made of."""
+
+import jax
+import numpy as np
+import pytest
+from client import small_model
+
+from flax_switch.generation.generate import generate
+from flax_switch.generation.slots import Row, level_of
+from flax_switch.nn.transformer import SwitchTransformer
+from flax_switch.serving.limits import Limits
+from flax_switch.serving.models import Served
+
+SLOTS, SOURCE, NEW = 4, 12, 10
+MODELS = {
+    "dropless": {},
+    "fixed capacity": dict(capacity_mode="fixed", expert_capacity=2),
+    "experts choose": dict(router_type="experts_choose", capacity_mode="factor", eval_capacity_factor=1.0),
+    "tables in every layer": dict(relative_attention_per_layer=True),
+    "scanned": dict(
+        scan_layers=True, num_encoder_layers=4, num_decoder_layers=4, num_sparse_encoder_layers=2, num_sparse_decoder_layers=2
+    ),
+}  # fmt: skip
+DEFAULTS = {
+    "none": {},
+    "many": dict(
+        repetition_penalty=1.3, no_repeat_ngram_size=2, suppress_tokens=(5,), min_new_tokens=3,
+        forced_bos_token_id=7, encoder_no_repeat_ngram_size=2
+    ),
+}  # fmt: skip
+
+
+def rows(count, vocab_size):
+    """Sources and controls of all three levels."""
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        ids = [*rng.integers(2, vocab_size, rng.integers(1, SOURCE)).tolist(), 1]
+        controls = dict(max_new_tokens=int(rng.integers(3, NEW + 1)))
+        if i % 3:
+            controls |= dict(do_sample=True, temperature=float(rng.uniform(0.3, 2)), top_k=(0, 5)[i % 2])
+        if i % 3 == 2:
+            controls |= dict(top_p=float(rng.uniform(0.3, 1)))
+        yield ids, controls, int(rng.integers(2**32))
+
+
+def decoded(decoder, wanted):
+    """What slots say when rows join at random times."""
+    rng, slots = np.random.default_rng(1), decoder.empty(SLOTS, SOURCE)
+    waiting, running, found = list(enumerate(wanted)), {}, {}
+    while waiting or running:
+        new = {}
+        for slot in [slot for slot in range(SLOTS) if slot not in running][: int(rng.integers(0, 3))]:
+            if waiting:
+                number, new[slot] = waiting.pop(0)
+                running[slot] = number, new[slot].controls
+        if new:
+            slots = decoder.admit(slots, new, 2)
+        if not running:
+            continue
+        active = np.array([slot in running for slot in range(1 if max(running) == 0 else SLOTS)])
+        level = max(level_of(controls) for _, controls in running.values())
+        slots, report = decoder.run(slots, active, int(rng.integers(1, 5)), level, bool(rng.integers(2)))
+        report = jax.device_get(report)
+        for slot in [slot for slot in running if report.finished[slot]]:
+            found[running.pop(slot)[0]] = report.tokens[slot, : report.lengths[slot]].tolist()
+    return [found[number] for number in range(len(wanted))]
+
+
+@pytest.mark.parametrize(("kind", "defaults"), [*((kind, "none") for kind in MODELS), ("dropless", "many")])
+def test_a_row_among_others_is_the_row_alone(kind, defaults):
+    pretrained = small_model(**MODELS[kind]).replace(generation_defaults=DEFAULTS[defaults])
+    served = Served(kind, pretrained, Limits(max_tokens=NEW))
+    wanted = [(ids, served.controls(controls), seed) for ids, controls, seed in rows(12, pretrained.config.vocab_size)]
+    found = decoded(served.decoder, [Row(ids, controls, (seed, 0, 0)) for ids, controls, seed in wanted])
+    for (ids, controls, seed), tokens in zip(wanted, found, strict=True):
+        padded = np.zeros((1, SOURCE), np.int32)
+        padded[0, : len(ids)] = ids
+        given = {**vars(controls), "max_new_tokens": NEW}
+        alone = generate(pretrained.model, pretrained.params, padded, padded != 0, seed=[seed], **given)
+        alone = alone.sequences[0, 1:].tolist()
+        expected = alone[: alone.index(1) + 1] if 1 in alone else alone
+        assert tokens == expected[: controls.max_new_tokens], (ids, controls)
+    assert len({tuple(tokens) for tokens in found}) > 6, "outputs that differ can be told apart"
+
+
+def test_a_model_of_another_architecture_has_no_slots():
+    pretrained = small_model()
+    encoder = SwitchTransformer.__mro__[1](pretrained.config)
+    half = {name: pretrained.params[name] for name in ("token_embedder", "encoder")}
+    served = Served("half", pretrained.replace(model=encoder, params=half, architecture="encoder"), Limits(max_source_length=32))
+    assert served.decoder is None
+    assert np.linalg.norm(served.embed([5, 6, 1])) == pytest.approx(1.0, abs=1e-5)
+    assert [stack.stack for stack in served.routing([5, 6, 1], [])] == ["encoder"]

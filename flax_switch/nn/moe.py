@@ -186,10 +186,11 @@ class SparseProjection(_Sparse):
         router_kernel = router_bias = None
         if config.learned_router:
             router_kernel, router_bias = Router(config, self.inputs, name="router")()
+            assert not isinstance(router_kernel, Narrow)
             router_kernel = router_kernel.reshape(D, config.num_experts)
         E = devices.own_experts(config.num_experts)
         kernel, _ = KernelParam((E, *shape), axes, each_expert(self.kernel_init), config.param_dtype, name="expert")()
-        assert not isinstance(kernel, Quantized)  # the config refuses it
+        assert not isinstance(kernel, (Quantized, Narrow))  # both are refused
         params = MoEParams(router_kernel, router_bias, {"kernel": kernel.reshape(E, D, D_out)})
         y, router = self._routed(params, x.reshape(*x.shape[:2], D), **options)
         return y.reshape(*x.shape[:2], *self.outputs.values()), router

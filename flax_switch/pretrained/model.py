@@ -1,11 +1,9 @@
-"""A model with its parameters and vocabulary: loaded from any format, called the way Hugging Face's are, saved again."""
+"""A model with its parameters and vocabulary, called the way Hugging Face's are."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -13,33 +11,21 @@ from typing import TYPE_CHECKING, Any, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, Sharding
 from jaxtyping import Array
 
-from flax_switch.config import SwitchConfig, check, one_of
-from flax_switch.convert import checkpoint as checkpoints
-from flax_switch.convert import live, tokenizer
-from flax_switch.convert.canonical import canonical_shapes, flatten, unflatten
-from flax_switch.convert.quantize import in_dtype, quantized, with_copied_head, with_weights
-from flax_switch.convert.scan import stack_layers
-from flax_switch.convert.tensors import DTYPES, LazyTensor, dtype_name, from_array
-from flax_switch.generation.defaults import defaults_of, read_defaults, read_prefixes, with_defaults
-from flax_switch.nn.init import init_params, logical_axes
+from flax_switch.config import SwitchConfig, check
+from flax_switch.generation.defaults import with_defaults
 from flax_switch.nn.inputs import SupportsArray, TokenIds, as_array, as_embeddings, as_ids, as_mask, check_alive, shift_right
 from flax_switch.nn.outputs import EncoderOutput
-from flax_switch.nn.transformer import SwitchEncoder, SwitchTransformer
-from flax_switch.ops.kernels.on_disk import OnDisk, first_on_disk, run_reading
-from flax_switch.parallel.mesh import tree_shardings
+from flax_switch.nn.transformer import SwitchEncoder
+from flax_switch.ops.kernels.on_disk import first_on_disk, run_reading
 from flax_switch.pretrained import outputs, table
-from flax_switch.pretrained.on_disk import Files, expert_budget, expert_files, leave_on_disk, narrow
-from flax_switch.pretrained.saving import save_pretrained, unscanned
+from flax_switch.pretrained.saving import save_pretrained
 
 if TYPE_CHECKING:
     from flax_switch.data.vocabulary import Vocabulary
     from flax_switch.generation.generate import GenerationOutput
     from flax_switch.host.expert_cache import ExpertReads
-
-Shardings = Callable[[str], Sharding | None] | Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,171 +282,3 @@ def _as_encoder_output(value: Any) -> Any:
         hidden_states=getattr(value, "hidden_states", None),
         attentions=getattr(value, "attentions", None),
     )
-
-
-def load_pretrained(
-    path: str | Path | Any,
-    *,
-    shardings: Shardings | None = None,
-    mesh: Mesh | None = None,
-    dtype: Any = None,
-    allow_missing: Sequence[str] = (),
-    revision: str | None = None,
-    seed: int = 0,
-    verify: bool = True,
-    experts: str = "memory",
-    expert_memory: str | int | None = None,
-    **changes: Any,
-) -> Pretrained:
-    """Loads a model from a Hugging Face folder or hub name, a T5X checkpoint, a training run or a folder of our own.
-
-    Tensors are read one at a time, and each process reads only the blocks its devices hold.
-
-    Args:
-      path: a folder, a name on the hub such as "google/switch-base-8" (extra `hub`), or a model of transformers itself.
-      shardings: where parameters go: a function from their path ("encoder/layers_0/...", or the scanned path) to a sharding or
-        None, or a tree of shardings. By default the default device.
-      mesh: instead of shardings: lay parameters out over this mesh by the library's rules.
-      dtype: of the parameters, such as "bfloat16" or jnp.bfloat16; None keeps each tensor's. Routers keep theirs.
-      allow_missing: patterns of tensors that may be missing; they are freshly initialised (with `seed`).
-      verify: of a training run take the newest checkpoint whose parameters have their checksums; without, the newest.
-      experts: "disk" leaves experts in their safetensors files, and reads those that are hit: see docs/offload.md.
-      expert_memory: how much memory experts on disk may take, such as "4GB" (the default) or a number of bytes.
-      changes: fields of the config to change, such as scan_layers=True or dropout_rate=0.0. weights="int8" or "int4" quantises a
-        float checkpoint while it is read, and a float dtype there is that of kernels alone: see docs/quantisation.md.
-
-    Raises:
-      CheckpointError: naming what is wrong with the checkpoint.
-      ConfigError: if a change does not fit the parameters.
-    """
-    placed: dict[str, Any] = dict(shardings=shardings, mesh=mesh, dtype=dtype, seed=seed)
-    budget = expert_budget(experts, expert_memory)
-    if live.is_live(path):
-        check(budget is None, "experts='disk' reads experts from files; this model is in memory already.")
-        config, architecture, tensors = live.read_live(path, allow_missing=allow_missing)
-        weights = changes.pop("weights", None)
-        config = checkpoints.changed(config, architecture, tensors, changes, type(path).__name__)
-        config, tensors = (config, tensors) if weights is None else with_weights(config, tensors, weights)
-        defaults = defaults_of(live.generation_values(path), f"{type(path).__name__}.generation_config")
-        return _built(config, architecture, tensors, None, defaults, **placed)
-    check(
-        isinstance(path, (str, os.PathLike)),
-        f"load_pretrained takes a folder, a model's name on the hub, or a model of transformers, not a {type(path).__name__}. "
-        "For a config of ours fs.init_params(config, key) makes parameters.",
-    )
-    if budget is not None:
-        changes = {"scan_layers": False, **changes}
-    opened = checkpoints.open_checkpoint(path, changes=changes, allow_missing=allow_missing, revision=revision, verify=verify)
-    return from_checkpoint(opened, experts=experts, expert_memory=expert_memory, **placed)
-
-
-def from_checkpoint(
-    opened: checkpoints.Checkpoint, *, experts: str = "memory", expert_memory: str | int | None = None, **placed: Any
-) -> Pretrained:
-    """Returns the model of a checkpoint that is open; parameters of its config that it lacks are freshly initialised with `seed`.
-
-    Arguments are those of `load_pretrained`: `shardings`, `mesh`, `dtype`, `seed`, `experts` and `expert_memory`.
-    """
-    budget = expert_budget(experts, expert_memory)
-    on_disk = None if budget is None else (expert_files(opened), budget)
-    vocabulary, defaults = tokenizer.load_vocabulary(opened.path), read_defaults(opened.path)
-    built = _built(opened.config, opened.architecture, opened.tensors, vocabulary, defaults, on_disk=on_disk, **placed)
-    return built.replace(prefixes=read_prefixes(opened.path))
-
-
-def _built(
-    config: SwitchConfig,
-    architecture: str,
-    tensors: Mapping[str, LazyTensor],
-    vocabulary: Vocabulary | None,
-    defaults: Mapping[str, Any],
-    *,
-    shardings: Shardings | None = None,
-    mesh: Mesh | None = None,
-    dtype: Any = None,
-    seed: int = 0,
-    on_disk: tuple[Files, int] | None = None,
-) -> Pretrained:
-    check(
-        on_disk is None or (mesh is None and shardings is None),
-        "experts='disk' serves one device; shardings and a mesh lay experts out over several. Leave one of the two out.",
-    )
-    if dtype is not None:
-        dtype = dtype_name(dtype)
-        one_of("dtype", dtype, tuple(DTYPES))
-        config, tensors = config.replace(param_dtype=dtype), in_dtype(tensors, dtype)
-    model = SwitchEncoder(config) if architecture == "encoder" else SwitchTransformer(config, head=architecture == "full")
-    left: dict[str, OnDisk] = {}
-    if on_disk is not None:
-        tensors, left = leave_on_disk(config, architecture, tensors, *on_disk)
-    missing = canonical_shapes(config, architecture).keys() - tensors.keys() - left.keys()
-    tensors = {**tensors, **_fresh(model, missing, seed)}
-    if config.copied_head and architecture == "full":
-        tensors = with_copied_head(config, tensors)
-    if config.scan_layers:
-        tensors = stack_layers(tensors, config)
-    place = _placement(shardings, mesh, model, tensors)
-    arrays = {name: _to_device(tensor, place(name)) for name, tensor in tensors.items()}
-    params = unflatten({**(arrays if on_disk is None else narrow(arrays)), **left})
-    return Pretrained(config, model, params, vocabulary, architecture, defaults)
-
-
-def quantize(pretrained: Pretrained, weights: str) -> Pretrained:
-    """Returns a model with its kernels rounded to integers with scales, or to a float dtype; the given one stays as it is.
-
-    Embeddings, norms, biases and routers keep their dtype. To load a model so without ever holding its floats, give
-    `load_pretrained` the same `weights`. See docs/quantisation.md.
-
-    Args:
-      weights: "int8" (a scale for each output channel), "int4" (one for every 64 inputs, too), "bfloat16" or "float16".
-
-    Raises:
-      ConfigError: for another name, a model quantised already, or sizes that "int4" does not divide.
-      CheckpointError: for a weight that is no finite number.
-    """
-    config, tensors = with_weights(pretrained.config, unscanned(pretrained.config, pretrained.params), weights)
-    where = getattr(jax.tree.leaves(pretrained.params)[0], "sharding", None)
-    mesh = where.mesh if isinstance(where, NamedSharding) and isinstance(where.mesh, Mesh) else None
-    built = _built(config, pretrained.architecture, tensors, pretrained.vocabulary, pretrained.generation_defaults, mesh=mesh)
-    return built.replace(prefixes=pretrained.prefixes)
-
-
-def _fresh(model: SwitchEncoder, paths: set[str], seed: int) -> dict[str, LazyTensor]:
-    """Returns freshly initialised parameters for paths a checkpoint lacks; nothing else of the model is computed."""
-    if not paths:
-        return {}
-    unscanned = model.clone(config=model.config.replace(scan_layers=False, weights="float"))
-    pick = jax.jit(lambda rng: {path: leaf for path, leaf in flatten(init_params(unscanned, rng)).items() if path in paths})
-    return quantized(model.config, {path: from_array(leaf) for path, leaf in pick(jax.random.key(seed)).items()})
-
-
-def _placement(
-    shardings: Shardings | None, mesh: Mesh | None, model: SwitchEncoder, tensors: Mapping[str, LazyTensor]
-) -> Callable[[str], Sharding | None]:
-    check(shardings is None or mesh is None, "Give shardings or a mesh, not both.")
-    if mesh is not None:
-        axes = flatten(logical_axes(model))
-        shardings = tree_shardings({path: axes[path] for path in tensors}, dict(tensors), mesh)
-    if shardings is None:
-        return lambda path: None
-    if callable(shardings):
-        return shardings
-    flat = flatten(dict(shardings))
-    lacking = sorted(tensors.keys() - flat.keys())
-    check(not lacking, f"the tree of shardings lacks {', '.join(lacking[:5])}.")
-    return flat.__getitem__
-
-
-def _to_device(tensor: LazyTensor, sharding: Sharding | None) -> Array:
-    if sharding is None:
-        return jnp.asarray(tensor.numpy())
-
-    @functools.cache  # devices that hold the same block share one read
-    def block(bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
-        return tensor.read(tuple(itertools.starmap(slice, bounds)))
-
-    def read(index: tuple[slice, ...] | None) -> np.ndarray:
-        assert index is not None  # JAX passes none for no array
-        return block(tuple((s.start or 0, size if s.stop is None else s.stop) for s, size in zip(index, tensor.shape, strict=True)))
-
-    return jax.make_array_from_callback(tensor.shape, sharding, read)

@@ -62,6 +62,7 @@ def leave_on_disk(
       CheckpointError: where experts are missing.
     """
     check(not config.scan_layers, "experts='disk' runs layers one by one; leave scan_layers=True out.")
+    check(config.layer_form != "fused", "experts='disk' reads experts that are MLPs; those of fused layers are projections.")
     wanted = [path for path in canonical_shapes(config, architecture) if is_expert(path)]
     check(bool(wanted), "experts='disk' is for sparse models; this one has no experts. Leave it out.")
     missing = [path for path in wanted if path not in tensors]

@@ -305,8 +305,7 @@ def _fail(error: BaseException) -> NoReturn:
     """Says what went wrong, tells the other processes, and exits at once: a process that waits at its end makes the others hang."""
     _last_word.acquire()
     me = _process()
-    if _is_lost_connection(error):
-        _exit_within(_PATIENCE, LOST_ANOTHER)
+    _exit_within(_PATIENCE, LOST_ANOTHER)
     if isinstance(error, ConfigError):
         status, reason = 2, str(error)
         _print_error(reason)
@@ -326,14 +325,13 @@ def _fail(error: BaseException) -> NoReturn:
     else:
         status, reason = 1, _first_line(error)
         traceback.print_exception(error)
-    _exit_within(_PATIENCE, status)
     with contextlib.suppress(Exception):  # the first note stands
         _client().key_value_set(_NOTE, f"Process {me} failed: {reason}")
     _exit(status)
 
 
 def _exit_within(seconds: float, status: int) -> None:
-    """Has the process end after some seconds, whatever it then waits for: a service that is gone need not say so."""
+    """Has the process end after some seconds, whatever it then waits for: a coordination service that is gone need not say so."""
     timer = threading.Timer(seconds, os._exit, (status,))
     timer.daemon = True
     timer.start()

@@ -5,6 +5,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from flax_switch.config import SwitchConfig
+from flax_switch.ops import Size
 from flax_switch.ops.dropout import keep_mask
 from flax_switch.ops.kernels.attention import attend
 
@@ -35,12 +36,12 @@ def relative_position_bucket(
 
 def relative_position_bias(
     table: Float[Array, "H buckets"],
-    query_length: int,
-    key_length: int,
+    query_length: Size,
+    key_length: Size,
     *,
     bidirectional: bool,
     max_distance: int,
-    query_offset: Int[Array, ""] | int = 0,
+    query_offset: Int[Array, ""] | Size = 0,
 ) -> Float[Array, "1 H Q T"]:
     """Returns the additive bias for queries at query_offset + 0..Q-1 and keys at 0..T-1, in float32.
 
@@ -62,7 +63,7 @@ def attention_mask(
     query_mask: Bool[Array, "B Q"] | None,
     key_mask: Bool[Array, "B T"] | None,
     *,
-    causal_shape: tuple[int, int] | None = None,
+    causal_shape: tuple[Size, Size] | None = None,
     prefix_mask: Bool[Array, "B T"] | None = None,
     query_segments: Int[Array, "B Q"] | None = None,
     key_segments: Int[Array, "B T"] | None = None,
@@ -96,7 +97,7 @@ def self_attention_mask(
     segment_ids: Int[Array, "B L"] | None,
     *,
     causal: bool = False,
-    length: int = 0,
+    length: Size = 0,
     prefix_mask: Bool[Array, "B L"] | None = None,
 ) -> Bool[Array, "#B 1 #L L"] | None:
     """Returns who attends to whom in teacher-forced self-attention.

@@ -8,7 +8,7 @@ import jax
 from jax import export
 
 from flax_switch.config import SwitchConfig, one_of
-from flax_switch.export.programs import Program, Sizes, programs
+from flax_switch.export.programs import Program, programs
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 LOADER = "load.py"
@@ -30,7 +30,7 @@ def stablehlo_files(
     """
     for platform in platforms:
         one_of("platform", platform, PLATFORMS)
-    found = programs(config, params, Sizes.symbols(), architecture=architecture, **controls)
+    found = programs(config, params, architecture=architecture, **controls)
     files = {f"{name}.stablehlo": _lowered(program, params, platforms) for name, program in found.items()}
     return files | ({LOADER: Path(__file__).with_name(LOADER).read_bytes()})
 

@@ -168,5 +168,6 @@ class RingCache(DecoderCache):
 
 def bias_table(table: Float[Array, "H buckets"], max_length: Size, max_distance: int) -> Float[Array, "H relative"]:
     """Returns biases by distance: column T - 1 - d is for the key d places before the query; later keys are on the right."""
-    bias = relative_position_bias(table, 1, max_length, bidirectional=False, max_distance=max_distance, query_offset=max_length - 1)
-    return jnp.pad(bias[0, :, 0], ((0, 0), (0, max_length)), mode="edge")  # a causal table puts later keys at distance 0
+    last = max_length - 1
+    bias = relative_position_bias(table, 1, 2 * max_length, bidirectional=False, max_distance=max_distance, query_offset=last)
+    return bias[0, :, 0]  # a causal table puts later keys at distance 0

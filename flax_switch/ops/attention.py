@@ -1,5 +1,7 @@
 """T5's attention: no scaling of logits, additive relative position biases, softmax in float32."""
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
@@ -49,11 +51,15 @@ def relative_position_bias(
     then a sum along diagonals instead of Q*T scattered additions.
     """
     Q, T, W = query_length, key_length, query_length + key_length
+    buckets_of = functools.partial(
+        relative_position_bucket, bidirectional=bidirectional, num_buckets=table.shape[1], max_distance=max_distance
+    )  # fmt: skip
+    if not isinstance(W, int):  # a symbol's diagonals are not known; such programs are exported, and have no gradient
+        return table.astype(jnp.float32)[:, buckets_of(jnp.arange(T)[None] - jnp.arange(Q)[:, None] - query_offset)][None]
     # values[d mod W] is the bias at relative position d, for d = -Q .. T-1
     distance = jnp.arange(W)
     distance = jnp.where(distance >= T, distance - W, distance) - query_offset
-    buckets = relative_position_bucket(distance, bidirectional=bidirectional, num_buckets=table.shape[1], max_distance=max_distance)
-    values = table.astype(jnp.float32)[:, buckets]
+    values = table.astype(jnp.float32)[:, buckets_of(distance)]
     # Rows of length W, read again with length W-1: each row starts one further to the left.
     rows = jnp.broadcast_to(values[:, None, :], (table.shape[0], Q, W)).reshape(table.shape[0], Q * W)
     return rows[:, : Q * (W - 1)].reshape(1, table.shape[0], Q, W - 1)[..., :T]

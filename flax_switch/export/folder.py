@@ -6,11 +6,13 @@ from typing import Any
 
 import jax
 
-from flax_switch.config import one_of
+from flax_switch.config import check, one_of
+from flax_switch.convert import native
 from flax_switch.convert.checkpoint import Checkpoint, as_floats, companion_files, open_checkpoint, write_checkpoint
-from flax_switch.convert.folder import claimed, local_destination
+from flax_switch.convert.folder import claimed, local_destination, write_folder
 from flax_switch.export import FORMATS
 from flax_switch.export.dense import write_ctranslate2, write_gguf_ready
+from flax_switch.export.onnx import onnx_files
 from flax_switch.export.stablehlo import PLATFORMS, stablehlo_files
 
 _ONE_FILE = 10**15 - 1  # bytes: no model is split
@@ -51,6 +53,9 @@ def export(
         options: dict[str, Any] = dict(max_shard_size=_ONE_FILE, overwrite=overwrite, on_bytes=on_bytes, on_open=on_open)
         if to == "stablehlo":
             return _write_stablehlo(checkpoint, destination, platforms, controls, options)
+        check(not controls, f"{', '.join(controls)}: only programs in StableHLO choose tokens. Tell the other runtime, or leave it out.")
+        if to == "onnx":
+            return _write_onnx(checkpoint, destination, overwrite)
         return {"ctranslate2": write_ctranslate2, "gguf-ready": write_gguf_ready}[to](checkpoint, destination, **options)
 
 
@@ -64,3 +69,11 @@ def _write_stablehlo(
     )  # fmt: skip
     files = {**companion_files(checkpoint.path), **programs}
     return write_checkpoint(checkpoint, destination, to="flax_switch", files=files, **options)
+
+
+def _write_onnx(checkpoint: Checkpoint, destination: Path, overwrite: bool) -> Path:
+    config = native.config_file(checkpoint.config, checkpoint.architecture, checkpoint.huggingface)
+    files = onnx_files(checkpoint.config, checkpoint.tensors, architecture=checkpoint.architecture)
+    files |= {"config.json": config, **companion_files(checkpoint.path)}
+    write_folder(destination, [], "model", files, overwrite=overwrite)
+    return destination

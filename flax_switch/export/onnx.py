@@ -15,6 +15,7 @@ import jax
 from jax.extend.core import jaxpr_as_fun
 
 from flax_switch.config import SwitchConfig, check
+from flax_switch.convert.tensors import LazyTensor
 from flax_switch.export.programs import Program, programs
 
 _LARGEST = 2**31 - 2**20  # bytes of a file, with room for the graph
@@ -24,7 +25,7 @@ _ARGUMENTS = {"encoder": ("input_ids", "mask"), "start": ("encoded", "places"), 
 _KEPT = {"encoder": ("encoded",), "start": ("biases", "source"), "decode_step": ("logits", "index", "past")}
 
 
-def onnx_files(config: SwitchConfig, params: Mapping[str, jax.Array], *, architecture: str = "full") -> dict[str, bytes]:
+def onnx_files(config: SwitchConfig, tensors: Mapping[str, LazyTensor], *, architecture: str = "full") -> dict[str, bytes]:
     """Returns the files of a dense model's programs by their names.
 
     Raises:
@@ -36,10 +37,10 @@ def onnx_files(config: SwitchConfig, params: Mapping[str, jax.Array], *, archite
         "ONNX holds no routing: jax2onnx cannot lower a sort along an axis of unknown length, which queues tokens for experts. Distil "
         "the model into a dense one (flax-switch distill), or use --to stablehlo.",
     )
-    size = sum(leaf.nbytes for leaf in params.values())
+    size = sum(tensor.nbytes for tensor in tensors.values())
     check(size < _LARGEST, f"An ONNX file holds 2 GB and this model's weights have {size:,} bytes; use --dtype or --to stablehlo.")
-    shapes = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in params.items()}
-    found = programs(config, shapes, architecture=architecture)
+    params = {name: jax.numpy.asarray(tensor.numpy()) for name, tensor in tensors.items()}
+    found = programs(config, {name: jax.typeof(leaf) for name, leaf in params.items()}, architecture=architecture)
     return {f"{name}.onnx": _lowered(name, found[name], params) for name in _ARGUMENTS if name in found}
 
 

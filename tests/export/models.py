@@ -49,7 +49,7 @@ def lively_params(config, seed=0):
         deviation = 0.3 if "scale" in name or "token_embedder" in name else 3.5 if "rel_embedding" in name else 0.7
         return np.asarray(rng.normal(1.0 if "scale" in name else 0.0, deviation, leaf.shape), np.float32)
 
-    return jax.tree_util.tree_map_with_path(draw, shapes)
+    return jax.device_put(jax.tree_util.tree_map_with_path(draw, shapes))
 
 
 class Model:

@@ -1,5 +1,6 @@
 """Other runtimes, as somebody would use them: each opens an exported folder and continues sources greedily."""
 
+import json
 import os
 import subprocess
 import sys
@@ -80,13 +81,12 @@ def ctranslate2(folder, sources, scratch):
     import ctranslate2
 
     translator = ctranslate2.Translator(str(folder), device="cpu")
-    names = (folder / "shared_vocabulary.json").read_text()
-    names = __import__("json").loads(names)
+    names = json.loads((folder / "shared_vocabulary.json").read_text())
     number = {name: i for i, name in reversed(list(enumerate(names)))}
 
     def tokens(ids, mask):
         texts = [[names[i] for i in row[real]] for row, real in zip(ids, mask, strict=True)]
-        results = translator.translate_batch(texts, beam_size=1, max_decoding_length=NEW, return_end_token=True)
+        results = translator.translate_batch(texts, beam_size=1, max_decoding_length=NEW, min_decoding_length=0, return_end_token=True)
         found = np.zeros((len(ids), 1 + NEW), np.int32)
         for row, result in enumerate(results):
             said = [number[name] for name in result.hypotheses[0]][:NEW]

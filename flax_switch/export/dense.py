@@ -1,6 +1,5 @@
 """Dense models for runtimes that know T5 and no experts: CTranslate2, and what llama.cpp's converter reads."""
 
-import dataclasses
 import json
 import tempfile
 from collections.abc import Mapping
@@ -32,7 +31,7 @@ def check_dense(checkpoint: Checkpoint, to: str) -> None:
     )
     check(
         checkpoint.architecture == "full",
-        f"{runtime} generates text, for which this checkpoint lacks the {'decoder' if checkpoint.architecture == 'encoder' else 'head'}. "
+        f"{runtime} generates text, for which this checkpoint lacks the head or the whole decoder (it is {checkpoint.architecture!r}). "
         "Export the whole model.",
     )
     check(
@@ -57,7 +56,7 @@ def write_gguf_ready(checkpoint: Checkpoint, destination: Path, **options: Any) 
     vocabulary = load_vocabulary(checkpoint.path)
     check(
         vocabulary is not None and vocabulary.file_name == "spiece.model",
-        f"{checkpoint.path} has no spiece.model, the one vocabulary that llama.cpp's converter reads of a T5. Put the model's there.",
+        f"{checkpoint.path} has no spiece.model, the one vocabulary that llama.cpp's converter reads of a T5.",
     )
     sentinels = {f"<extra_id_{i}>": vocabulary.sentinel_id(i) for i in range(vocabulary.num_sentinels)}
     added = sentinels | {token.content: token.id for token in vocabulary.added}
@@ -91,6 +90,13 @@ def _own(companions: Mapping[str, bytes]) -> dict[str, bytes]:
 def _convert(read: Path, written: Path) -> None:
     try:
         from ctranslate2.converters import TransformersConverter
+        from transformers import T5Tokenizer
     except ImportError as error:
         raise ImportError("Writing for CTranslate2 needs pip install 'flax_switch[ctranslate2]'.") from error
-    TransformersConverter(str(read)).convert(str(written))
+
+    class Converter(TransformersConverter):
+        def load_tokenizer(self, tokenizer_class: Any, path: str, **options: Any) -> Any:
+            """Opens a `spiece.model` as T5's in UMT5's folders, too, where transformers' AutoTokenizer does not."""
+            return (T5Tokenizer if (read / "spiece.model").is_file() else tokenizer_class).from_pretrained(path, **options)
+
+    Converter(str(read)).convert(str(written))

@@ -49,11 +49,16 @@ def export(
     one_of("to", to, FORMATS)
     destination = local_destination(destination)
     with claimed(destination):
-        checkpoint = as_floats(open_checkpoint(source, changes=changes, allow_missing=allow_missing, revision=revision, verify=verify))
+        checkpoint = as_floats(
+            open_checkpoint(source, changes=changes, allow_missing=allow_missing, revision=revision, verify=verify)
+        )
         options: dict[str, Any] = dict(max_shard_size=_ONE_FILE, overwrite=overwrite, on_bytes=on_bytes, on_open=on_open)
         if to == "stablehlo":
             return _write_stablehlo(checkpoint, destination, platforms, controls, options)
-        check(not controls, f"{', '.join(controls)}: only programs in StableHLO choose tokens. Tell the other runtime, or leave it out.")
+        check(
+            not controls,
+            f"{', '.join(controls)}: only programs in StableHLO choose tokens. Tell the other runtime, or leave it out.",
+        )
         if to == "onnx":
             return _write_onnx(checkpoint, destination, overwrite)
         return {"ctranslate2": write_ctranslate2, "gguf-ready": write_gguf_ready}[to](checkpoint, destination, **options)

@@ -10,7 +10,7 @@ from flax_switch.nn.init import init_params
 from flax_switch.nn.transformer import SwitchTransformer
 
 NEW = 12  # tokens at most
-LENGTHS = (3, 7, 12, 19)  # of batches, in which sources are of any length up to it
+LENGTHS = (7, 19)  # of batches, in which sources are of any length up to it
 
 _GATED = dict(mlp_activations=("gelu_new", "linear"), tie_word_embeddings=False)
 _DENSE = dict(num_sparse_encoder_layers=0, num_sparse_decoder_layers=0)

@@ -18,9 +18,13 @@ SAME, REFUSED = "same tokens", "refused"
 
 def documented():
     """The table of docs/export.md: what it says of each model and format."""
-    rows = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in PAGE.read_text().splitlines() if line.startswith("| ")]
+    rows = [
+        [cell.strip() for cell in line.strip("|\n").split("|")] for line in PAGE.read_text().splitlines() if line.startswith("| ")
+    ]
     head = next(row for row in rows if tuple(row[1:]) == FORMATS)
-    return {(row[0], to): cell for row in rows[rows.index(head) + 1 :][: len(MODELS)] for to, cell in zip(FORMATS, row[1:], strict=True)}
+    return {
+        (row[0], to): cell for row in rows[rows.index(head) + 1 :][: len(MODELS)] for to, cell in zip(FORMATS, row[1:], strict=True)
+    }
 
 
 TABLE = documented()

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 from jaxtyping import Array
 
-from flax_switch.ops import Size
+from flax_switch.ops.kernels import Size
 
 log = logging.getLogger(__name__)
 

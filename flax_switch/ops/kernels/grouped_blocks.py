@@ -10,7 +10,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Int
 
-from flax_switch.ops import Size
+from flax_switch.ops.kernels import Size
 from flax_switch.ops.kernels.projection import kernel_gradient
 from flax_switch.ops.kernels.quantized import Kernel, multiply
 

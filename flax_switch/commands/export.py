@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("destination", metavar="OUT", help="a new folder; it appears when the export is complete")
     parser.add_argument("--to", required=True, metavar="FORMAT", help="stablehlo, onnx, ctranslate2 or gguf-ready (docs/export.md)")
     parser.add_argument(
-        "--platform", action="append", metavar="NAME",
+        "--platform", action="append", dest="platforms", metavar="NAME",
         help="of stablehlo: cpu, cuda or tpu; repeatable (default: one program for all three)",
     )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace a model that is in OUT")
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
             args.source,
             args.destination,
             to=args.to,
-            platforms=args.platform or PLATFORMS,
+            platforms=args.platforms or PLATFORMS,
             changes=changes_of(args),
             allow_missing=args.allow_missing,
             revision=args.revision,

@@ -31,7 +31,7 @@ def check_dense(checkpoint: Checkpoint, to: str) -> None:
     )
     check(
         checkpoint.architecture == "full",
-        f"{runtime} generates text, for which this checkpoint lacks the head or the whole decoder (it is {checkpoint.architecture!r}). "
+        f"{runtime} generates text, for which this checkpoint ({checkpoint.architecture!r}) lacks a head or a whole decoder. "
         "Export the whole model.",
     )
     check(
@@ -58,6 +58,7 @@ def write_gguf_ready(checkpoint: Checkpoint, destination: Path, **options: Any) 
         vocabulary is not None and vocabulary.file_name == "spiece.model",
         f"{checkpoint.path} has no spiece.model, the one vocabulary that llama.cpp's converter reads of a T5.",
     )
+    assert vocabulary is not None
     sentinels = {f"<extra_id_{i}>": vocabulary.sentinel_id(i) for i in range(vocabulary.num_sentinels)}
     added = sentinels | {token.content: token.id for token in vocabulary.added}
     files = {**companion_files(checkpoint.path), "added_tokens.json": (json.dumps(added, indent=2) + "\n").encode()}
@@ -89,7 +90,7 @@ def _own(companions: Mapping[str, bytes]) -> dict[str, bytes]:
 
 def _convert(read: Path, written: Path) -> None:
     try:
-        from ctranslate2.converters import TransformersConverter
+        from ctranslate2.converters import TransformersConverter  # pyright: ignore[reportMissingImports]
         from transformers import T5Tokenizer
     except ImportError as error:
         raise ImportError("Writing for CTranslate2 needs pip install 'flax_switch[ctranslate2]'.") from error

@@ -46,7 +46,7 @@ def onnx_files(config: SwitchConfig, tensors: Mapping[str, LazyTensor], *, archi
 
 def _lowered(name: str, program: Program, params: Mapping[str, jax.Array]) -> bytes:
     try:
-        from jax2onnx import to_onnx
+        from jax2onnx import to_onnx  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError("Writing ONNX needs pip install 'flax_switch[onnx]'.") from error
     leaves, tree = jax.tree.flatten(program.arguments)

@@ -52,7 +52,9 @@ class _Model:
         return SwitchTransformer(decoder_config(self.config, self.controls.routing))
 
     def encoder(self, params: Arrays, input_ids: Any, mask: Any) -> jax.Array:
-        return encode(self.config, self.controls, _variables(params), input_ids, mask, ONE_DEVICE)
+        encoded = encode(self.config, self.controls, _variables(params), input_ids, mask, ONE_DEVICE)
+        assert isinstance(encoded, jax.Array)  # a decoder-only model has none
+        return encoded
 
     def empty(self, params: Arrays, encoded: Any, places: Any) -> DecoderCache:
         return start_cache(self.decoder, self._ready(params), encoded, places.shape[0])
@@ -72,6 +74,7 @@ class _Model:
     def generate(self, params: Arrays, input_ids: Any, mask: Any, room: Any) -> tuple[jax.Array, jax.Array]:
         controls, numbers = split_numbers(self.controls)
         batch = input_ids.shape[0]
+        assert controls.decoder_start_token_id is not None  # `make_controls` has filled it in
         start = jnp.full((batch, 1), controls.decoder_start_token_id, jnp.int32)
         inputs = (_variables(params), input_ids, mask, start, jnp.zeros((batch, 2), jnp.uint32), numbers)
         found = run_program(self.config, controls, *inputs, max_length=1 + room.shape[0])

@@ -84,7 +84,7 @@ def run_program(
     encoded = encode(config, controls, variables, input_ids, mask, devices)
     config = decoder_config(config, controls.routing)
     model, variables = SwitchTransformer(config, devices=devices), in_compute_dtype(variables, config)
-    beams, rows = controls.num_beams, B * controls.rows_per_source
+    beams, rows, n = controls.num_beams, B * controls.rows_per_source, controls.num_return_sequences
     keys = jax.vmap(lambda s: jax.random.fold_in(jax.random.key(s[0]), s[1]))(seeds)
     # In dropless mode nothing depends on padding; with Hugging Face's capacity n-grams count it too, as there.
     source = (input_ids, None if config.capacity_mode == "fixed" else mask)
@@ -92,7 +92,6 @@ def run_program(
         start, extend = (start_live, extend_live) if controls.search == "t5x" else (start_beams, extend_beams)
         state = start(prefix, keys, controls, config.vocab_size)
     else:
-        n = controls.num_return_sequences
         keys = jax.vmap(lambda key: jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(n)))(keys).reshape(-1)
         state = start_rows(jnp.repeat(prefix, n, axis=0), keys, controls, config.vocab_size, max_length)
         extend = extend_rows
@@ -120,7 +119,6 @@ def run_program(
         return ProgramOutput(state.tokens, steps, None, steps, state.scores)
     if controls.search == "t5x":
         state = best_found(state, P)
-    n = controls.num_return_sequences
     return ProgramOutput(
         tokens=state.finished_tokens[:, :n].reshape(B * n, -1),
         new_tokens=state.finished_lengths[:, :n].max(),

@@ -59,5 +59,5 @@ def test_the_table_has_every_model_and_format():
 @pytest.mark.parametrize(("name", "to"), CELLS)
 def test_a_runtime_says_what_the_table_says_of_a_model(name, to, tmp_path):
     if TABLE[name, to] == SAME and importlib.util.find_spec(NEEDS[to]) is None:
-        pytest.skip(f"needs {NEEDS[to]}: pip install -e '.[export]'")
+        pytest.skip(f"needs {NEEDS[to]}: see docs/export.md")
     assert outcome(name, to, tmp_path, count=100) == TABLE[name, to]

@@ -30,7 +30,7 @@ def onnx_files(config: SwitchConfig, tensors: Mapping[str, LazyTensor], *, archi
 
     Raises:
       ConfigError: for experts, naming the way out, or weights that one file cannot hold.
-      ImportError: without jax2onnx, which is installed by hand (docs/export.md).
+      ImportError: without jax2onnx (extra `onnx`).
     """
     check(
         not config.is_sparse,
@@ -48,7 +48,7 @@ def _lowered(name: str, program: Program, params: Mapping[str, jax.Array]) -> by
     try:
         from jax2onnx import to_onnx  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise ImportError("Writing ONNX needs pip install 'flax_switch[onnx]', then pip install --no-deps jax2onnx") from error
+        raise ImportError("Writing ONNX needs pip install 'flax_switch[onnx]'.") from error
     leaves, tree = jax.tree.flatten(program.arguments)
     inputs = [one for argument, shape in zip(_ARGUMENTS[name], program.arguments, strict=True) for one in _named(argument, shape)]
     outputs: list[str] = []

@@ -1,5 +1,6 @@
 """Dense models for runtimes that know T5 and no experts: CTranslate2, and what llama.cpp's converter reads."""
 
+import importlib
 import json
 import tempfile
 from collections.abc import Mapping
@@ -90,12 +91,12 @@ def _own(companions: Mapping[str, bytes]) -> dict[str, bytes]:
 
 def _convert(read: Path, written: Path) -> None:
     try:
-        from ctranslate2.converters import TransformersConverter  # pyright: ignore[reportMissingImports]
+        converters: Any = importlib.import_module("ctranslate2.converters")
         from transformers import T5Tokenizer
     except ImportError as error:
         raise ImportError("Writing for CTranslate2 needs pip install 'flax_switch[ctranslate2]'.") from error
 
-    class Converter(TransformersConverter):
+    class Converter(converters.TransformersConverter):
         def load_tokenizer(self, tokenizer_class: Any, path: str, **options: Any) -> Any:
             """Opens a `spiece.model` as T5's in UMT5's folders, too, where transformers' AutoTokenizer does not."""
             return (T5Tokenizer if (read / "spiece.model").is_file() else tokenizer_class).from_pretrained(path, **options)

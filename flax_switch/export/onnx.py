@@ -8,6 +8,7 @@ The loop over tokens is the caller's: jax2onnx has no lowering of the program th
 nor of routing (a sort along an axis of unknown length, and scatters).
 """
 
+import importlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,7 +47,7 @@ def onnx_files(config: SwitchConfig, tensors: Mapping[str, LazyTensor], *, archi
 
 def _lowered(name: str, program: Program, params: Mapping[str, jax.Array]) -> bytes:
     try:
-        from jax2onnx import to_onnx  # pyright: ignore[reportMissingImports]
+        jax2onnx: Any = importlib.import_module("jax2onnx")
     except ImportError as error:
         raise ImportError("Writing ONNX needs pip install 'flax_switch[onnx]'.") from error
     leaves, tree = jax.tree.flatten(program.arguments)
@@ -64,7 +65,7 @@ def _lowered(name: str, program: Program, params: Mapping[str, jax.Array]) -> by
 
     # jax2onnx would trace it with jax.numpy changed, and then knows no symbols; of what is traced it changes nothing.
     traced = jax.make_jaxpr(flat)(*leaves)
-    made = to_onnx(jaxpr_as_fun(traced), leaves, model_name=name, input_names=inputs, output_names=outputs)
+    made = jax2onnx.to_onnx(jaxpr_as_fun(traced), leaves, model_name=name, input_names=inputs, output_names=outputs)
     return made.SerializeToString()
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 from flax_switch.config.base import _Section, check, differences, may_change, one_of
+from flax_switch.config.heads import HEADS, LANGUAGE_MODEL, check_head
 from flax_switch.config.ranges import Count, Epsilon, Layers, Natural, NotNegative, Positive, Range, Rate, Seed
 from flax_switch.config.weights import FINE, GROUP, WEIGHTS
 
@@ -162,6 +163,7 @@ class SwitchConfig(_Section):
     router_loss_reduction: str = "layers"  # mean over sparse layers; or "huggingface": concatenated on length, by stack
     z_loss_coef: NotNegative = 1e-4  # on the logits' normaliser
     label_smoothing: Rate = 0.0
+    contrastive_temperature: Positive = 0.05  # of head="embedding": what scores of pairs of texts are divided by
     loss_normalizer: str | Positive = "real_target_tokens"  # or "total_target_tokens", "average_per_sequence", or a constant
 
     # --- layers and numerics
@@ -190,6 +192,11 @@ class SwitchConfig(_Section):
     # further ids that end a sequence in generation; texts are closed with eos_token_id
     extra_eos_token_ids: tuple[Natural, ...] = ()
     decoder_start_token_id: Natural = 0
+
+    # --- what it ends in: see `config/heads`
+    head: str = LANGUAGE_MODEL  # or a head for a task: one of HEADS
+    labels: tuple[str, ...] = ()  # of a head that tells classes apart, their names
+    classifier_dropout: Rate = 0.0  # of what such a head reads, in training
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -225,6 +232,7 @@ class SwitchConfig(_Section):
             "tie_word_embeddings=False.",
         )
         self._check_architecture()
+        check_head(self)
         for stack in self.stacks:
             self._check_stack(stack)
         if self.is_sparse:
@@ -239,16 +247,11 @@ class SwitchConfig(_Section):
             f"relative_attention_max_distance ({self.relative_attention_max_distance}) must be larger than half the number of "
             f"buckets ({self.relative_attention_num_buckets}).",
         )
+        outside = f"is outside the vocabulary of {self.vocab_size}."
         for name in ("pad_token_id", "eos_token_id", "decoder_start_token_id"):
-            check(
-                getattr(self, name) < self.vocab_size,
-                f"{name}={getattr(self, name)} is outside the vocabulary of {self.vocab_size}.",
-            )
+            check(getattr(self, name) < self.vocab_size, f"{name}={getattr(self, name)} {outside}")
         for token in self.extra_eos_token_ids:
-            check(
-                token < self.vocab_size,
-                f"extra_eos_token_ids holds {token}, which is outside the vocabulary of {self.vocab_size}.",
-            )
+            check(token < self.vocab_size, f"extra_eos_token_ids holds {token}, which {outside}")
 
     def _check_architecture(self) -> None:
         """Raises for fields that are another architecture's, or another form of layer's."""
@@ -362,7 +365,7 @@ class SwitchConfig(_Section):
     @property
     def copied_head(self) -> bool:
         """Whether the head, though tied, is in memory a parameter of its own: quantised from the embeddings, which stay float."""
-        return self.tie_word_embeddings and self.weights != "float"
+        return self.tie_word_embeddings and self.weights != "float" and self.head == LANGUAGE_MODEL
 
     @property
     def encoder(self) -> StackConfig:
@@ -381,8 +384,10 @@ class SwitchConfig(_Section):
 
     @property
     def stacks(self) -> tuple[StackConfig, ...]:
-        """The encoder and the decoder, or the decoder alone."""
-        return (self.decoder,) if self.decoder_only else (self.encoder, self.decoder)
+        """The encoder and the decoder, or the one of them that the model has."""
+        if self.decoder_only:
+            return (self.decoder,)
+        return (self.encoder, self.decoder) if HEADS[self.head].reads_decoder else (self.encoder,)
 
     @property
     def routers(self) -> tuple[str, ...]:

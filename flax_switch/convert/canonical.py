@@ -7,10 +7,13 @@ import re
 from collections.abc import Sequence
 
 from flax_switch.config import StackConfig, SwitchConfig
+from flax_switch.config.heads import HEADS, LANGUAGE_MODEL, num_outputs
 from flax_switch.config.weights import SCALE, stored
 
 HEAD = "decoder/logits_dense/kernel"
-ARCHITECTURES = ("full", "headless", "encoder")  # with its head; without; and the encoder alone
+# With the head of a language model; without; the encoder alone; and with the head of each task.
+ARCHITECTURES = ("full", "headless", "encoder", *(name for name in HEADS if name != LANGUAGE_MODEL))
+TASK_HEADS = ("classification_head/", "classifier/", "qa_outputs/")  # where their parameters are
 
 
 def canonical_shapes(config: SwitchConfig, architecture: str = "full") -> dict[str, tuple[int, ...]]:
@@ -18,7 +21,8 @@ def canonical_shapes(config: SwitchConfig, architecture: str = "full") -> dict[s
 
     Axes: V vocabulary, D model, H heads, K head, F MLP, E experts. A quantised model's kernels have the shapes of their values, and
     scales beside them (`config/weights.py`). `architecture` is one of `ARCHITECTURES`; a model with tied
-    embeddings has no head of its own, so "full" and "headless" hold the same tensors then.
+    embeddings has no head of its own, so "full" and "headless" hold the same tensors then. With the head of a task (`config.head`)
+    it says nothing: the config does.
     """
     V, D = config.vocab_size, config.d_model
     shapes: dict[str, tuple[int, ...]] = {config.embedding_path: (V, D)}
@@ -36,9 +40,29 @@ def canonical_shapes(config: SwitchConfig, architecture: str = "full") -> dict[s
             for name, shape in layer_shapes(config, view, sparse=i in view.sparse_layers).items():
                 shapes[f"{layer}/{name}"] = shape
         shapes[f"{stack}/{stack}_norm/scale"] = (D,)
-    if architecture == "full" and not config.tie_word_embeddings:
+    if config.head != LANGUAGE_MODEL:
+        shapes |= head_shapes(config)
+    elif architecture == "full" and not config.tie_word_embeddings:
         shapes[HEAD] = (D, V)
     return _as_stored(shapes, config)
+
+
+def architecture_of(config: SwitchConfig) -> str:
+    """Returns which of `ARCHITECTURES` a whole model of this config is."""
+    return "full" if config.head == LANGUAGE_MODEL else config.head
+
+
+def head_shapes(config: SwitchConfig) -> dict[str, tuple[int, ...]]:
+    """Returns the parameters of a task's head."""
+    D, outputs = config.d_model, num_outputs(config)
+    layers: dict[str, dict[str, int]] = {
+        "classification": {"classification_head/dense": D, "classification_head/out_proj": outputs},
+        "regression": {"classification_head/dense": D, "classification_head/out_proj": outputs},
+        "token_classification": {"classifier": outputs},
+        "question_answering": {"qa_outputs": outputs},
+    }
+    found = layers.get(config.head, {})
+    return {f"{name}/{part}": (D, n) if part == "kernel" else (n,) for name, n in found.items() for part in ("kernel", "bias")}
 
 
 def _as_stored(shapes: dict[str, tuple[int, ...]], config: SwitchConfig) -> dict[str, tuple[int, ...]]:
@@ -63,8 +87,10 @@ def weights_of(path: str, config: SwitchConfig) -> str:
 
 
 def is_kernel(path: str) -> bool:
-    """Returns whether a path is a kernel that may be quantised: any but the routers', which are sensitive (2101.03961)."""
-    return path.endswith("/kernel") and not is_router(path)
+    """Returns whether a path is a kernel that may be quantised: any but those of tasks' heads, which are small, and of
+    routers, which are sensitive (2101.03961).
+    """
+    return path.endswith("/kernel") and not is_router(path) and not path.startswith(TASK_HEADS)
 
 
 def parameters_of(path: str, shape: Sequence[int], dtype: object) -> int:

@@ -14,8 +14,9 @@ from typing import Any
 
 from flax_switch.config import SwitchConfig, check, one_of
 from flax_switch.config import huggingface as config_huggingface
+from flax_switch.config.heads import head_changes
 from flax_switch.convert import hub, huggingface, native, t5x, tokenizer, training_run
-from flax_switch.convert.canonical import canonical_shapes
+from flax_switch.convert.canonical import architecture_of, canonical_shapes
 from flax_switch.convert.doors import check_folder, read_companion, readable
 from flax_switch.convert.folder import (
     COMPANIONS,
@@ -119,10 +120,35 @@ def _opened(folder: Path, changes: Mapping[str, Any], allow_missing: Sequence[st
         config, architecture, tensors = training_run.read_run(folder, allow_missing=allow_missing)
     else:
         config, architecture, tensors = t5x.read_t5x(folder, changes=changes, allow_missing=allow_missing)
+    config, architecture, tensors, changes = with_head(config, architecture, tensors, changes, folder)
     config = changed(config, architecture, tensors, changes, folder)
     if weights is not None:
         config, tensors = with_weights(config, tensors, weights)
     return Checkpoint(format, folder, config, architecture, tensors, raw)
+
+
+def with_head(
+    config: SwitchConfig, architecture: str, tensors: Mapping[str, LazyTensor], changes: Mapping[str, Any], source: object
+) -> tuple[SwitchConfig, str, Mapping[str, LazyTensor], dict[str, Any]]:
+    """Returns a checkpoint with the head that changes ask for, and the other changes; tensors of a head that it lacks are missing.
+
+    A decoder or head that the new head does not read is left out. Raises `ConfigError` where a trained head would be lost.
+    """
+    rest = {name: value for name, value in changes.items() if name not in ("head", "labels")}
+    wanted = head_changes(config, changes, source)
+    if not wanted:
+        return config, architecture, tensors, rest
+    config = config.replace(**wanted)
+    shapes = canonical_shapes(config)
+    new = sorted({path.split("/")[0] for path in shapes if path not in tensors})
+    check(
+        "decoder" not in new,
+        f"{source} has no decoder, which head={config.head!r} reads. Open one of the whole model, or take a head that reads "
+        "the encoder: token_classification or embedding.",
+    )
+    if new:
+        log.info("%s has no head for %s: its parameters (%s) are new", source, config.head, ", ".join(new))
+    return config, architecture_of(config), {path: tensor for path, tensor in tensors.items() if path in shapes}, rest
 
 
 def changed(

@@ -11,10 +11,11 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flax_switch.config import ConfigError, SwitchConfig
+from flax_switch.config import ConfigError, SwitchConfig, check
 from flax_switch.config import huggingface as config_huggingface
+from flax_switch.config.heads import HEADS, LANGUAGE_MODEL, head_of
 from flax_switch.config.huggingface import T5_FAMILY
-from flax_switch.convert.canonical import canonical_shapes
+from flax_switch.convert.canonical import TASK_HEADS, architecture_of, canonical_shapes
 from flax_switch.convert.doors import check_counts, config_of
 from flax_switch.convert.flax_msgpack import pytorch_name, read_flax_msgpack
 from flax_switch.convert.folder import read_folder
@@ -54,6 +55,17 @@ _COMMON_RULES = (
     *(Rule(f"{ours}/pre_mlp_layer_norm/scale", f"{theirs}.layer_norm.weight") for ours, theirs in _MLPS.items()),
 )
 
+# The heads of tasks, which only the T5 family has there.
+_HEAD_RULES = tuple(
+    rule
+    for name in ("classification_head/dense", "classification_head/out_proj", "classifier", "qa_outputs")
+    for rule in (
+        Rule(f"{name}/kernel", f"{name.replace('/', '.')}.weight", TRANSPOSE),
+        Rule(f"{name}/bias", f"{name.replace('/', '.')}.bias"),
+    )
+)
+_PREFIX = "transformer."  # before the names of the rest, where the head is for sequences or tokens
+
 SWITCH_RULES = (
     *_COMMON_RULES,
     *(
@@ -70,6 +82,7 @@ SWITCH_RULES = (
 
 T5_RULES = (
     *_COMMON_RULES,
+    *_HEAD_RULES,
     *(Rule(f"{ours}/mlp/{{w}}/kernel", f"{theirs}.DenseReluDense.{{w}}.weight", TRANSPOSE) for ours, theirs in _MLPS.items()),
     Rule(
         "{stack}/layers_{i}/relpos_bias/rel_embedding",
@@ -87,9 +100,13 @@ _CLASSES = {
         "full": "SwitchTransformersForConditionalGeneration",
         "headless": "SwitchTransformersModel",
         "encoder": "SwitchTransformersEncoderModel",
+        "embedding": "SwitchTransformersEncoderModel",
     },
     **{
-        kind: dict(full=f"{name}ForConditionalGeneration", headless=f"{name}Model", encoder=f"{name}EncoderModel")
+        kind: {
+            **dict(full=f"{name}ForConditionalGeneration", headless=f"{name}Model", encoder=f"{name}EncoderModel"),
+            **{head: f"{name}{about.huggingface}" for head, about in HEADS.items() if head != LANGUAGE_MODEL},
+        }
         for kind, name in zip(T5_FAMILY, ("T5", "MT5", "UMT5"), strict=True)
     },
 }
@@ -101,7 +118,12 @@ def rules_for(model_type: str) -> tuple[Rule, ...]:
 
 
 def class_name(model_type: str, architecture: str) -> str:
-    """Returns the transformers class that holds an architecture."""
+    """Returns the transformers class that holds an architecture. Raises `ConfigError` where there is none."""
+    check(
+        architecture in _CLASSES[model_type],
+        f"transformers has no SwitchTransformers with a head for {architecture}; keep the model in the format 'flax_switch', which "
+        "holds any.",
+    )
     return _CLASSES[model_type][architecture]
 
 
@@ -125,7 +147,8 @@ def assemble(
     config: SwitchConfig, values: Mapping[str, Any], tensors: Mapping[str, LazyTensor], *, allow_missing: Sequence[str] = ()
 ) -> tuple[SwitchConfig, str, dict[str, LazyTensor]]:
     """Returns the config, architecture and canonical tensors that a config.json, read as `config`, and its tensors are."""
-    architecture = find_architecture(values, tensors)
+    tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
+    architecture = find_architecture(config, values, tensors)
     config, tensors = settle_embeddings(config, values, architecture, tensors)
     rules = rules_for(values.get("model_type", "switch_transformers"))
     return config, architecture, to_canonical(tensors, rules, canonical_shapes(config, architecture), allow_missing=allow_missing)
@@ -135,7 +158,8 @@ def derived_names(values: Mapping[str, Any]) -> tuple[str, ...]:
     """Names the tensors that a config.json makes copies of shared.weight: no file need hold them."""
     tied = config_huggingface.is_tied(values)
     copies = _EMBEDDING_COPIES if tied or values.get("model_type") in T5_FAMILY else ()
-    return (*copies, "lm_head.weight") if tied else copies
+    copies = (*copies, "lm_head.weight") if tied else copies
+    return (*copies, *(f"{_PREFIX}{name}" for name in copies))
 
 
 def read_tensors(folder: Path, derived: Collection[str] = ()) -> dict[str, LazyTensor]:
@@ -165,8 +189,10 @@ def read_json(path: Path) -> dict:
         raise CheckpointError(str(error)) from error
 
 
-def find_architecture(values: Mapping, tensors: Mapping[str, LazyTensor]) -> str:
-    """Returns which of the three models a folder holds: by the class it names, or by having no decoder."""
+def find_architecture(config: SwitchConfig, values: Mapping, tensors: Mapping[str, LazyTensor]) -> str:
+    """Returns which of the models a folder holds: by the class it names, or by having no decoder."""
+    if config.head != LANGUAGE_MODEL:
+        return architecture_of(config)
     named = (values.get("architectures") or [""])[0]
     for classes in _CLASSES.values():
         for architecture, name in classes.items():
@@ -185,7 +211,7 @@ def settle_embeddings(
     never has more than two, and an untied T5 without a head computes with the shared table, unscaled.
     """
     tensors = {name: tensor for name, tensor in tensors.items() if name not in _NEVER_USED}
-    stacks = ("encoder",) if architecture == "encoder" else ("encoder", "decoder")
+    stacks = ("encoder",) if architecture == "encoder" else tuple(stack.name for stack in config.stacks)
     if config.separate_embeddings and not any(f"{stack}.embed_tokens.weight" in tensors for stack in stacks):
         config = config.replace(separate_embeddings=False)
     copies = () if config.separate_embeddings else _EMBEDDING_COPIES
@@ -219,4 +245,8 @@ def huggingface_tensors(
     if model_type == "switch_transformers" and not config.tie_word_embeddings and "token_embedder/embedding" in canonical:
         for stack in ("encoder",) if architecture == "encoder" else ("encoder", "decoder"):
             canonical.setdefault(f"{stack}/token_embedder/embedding", canonical["token_embedder/embedding"])
-    return to_foreign(canonical, rules_for(model_type))
+    foreign = to_foreign(canonical, rules_for(model_type))
+    if head_of(config).huggingface not in ("ForSequenceClassification", "ForTokenClassification"):
+        return foreign
+    heads = tuple(name.replace("/", ".") for name in TASK_HEADS)
+    return {name if name.startswith(heads) else f"{_PREFIX}{name}": tensor for name, tensor in foreign.items()}

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flax_switch.config import ConfigError, SwitchConfig
-from flax_switch.convert.canonical import canonical_shapes
+from flax_switch.convert.canonical import architecture_of, canonical_shapes
 from flax_switch.convert.doors import check_counts, check_folder
 from flax_switch.convert.mapping import SAME_NAMES, to_canonical
 from flax_switch.convert.scan import unstack_layers
@@ -94,7 +94,11 @@ def read_run(step: Path, *, allow_missing: Sequence[str] = ()) -> tuple[SwitchCo
     except ConfigError as error:
         raise CheckpointError(f"{step} is a training checkpoint, but its run's config cannot be read: {error}") from error
     try:
-        return config, "full", to_canonical(tensors, SAME_NAMES, canonical_shapes(config), allow_missing=allow_missing)
+        return (
+            config,
+            architecture_of(config),
+            to_canonical(tensors, SAME_NAMES, canonical_shapes(config), allow_missing=allow_missing),
+        )
     except CheckpointError as error:
         raise CheckpointError(f"{step}: {error}") from None
 

@@ -21,6 +21,7 @@ from jax import ShapeDtypeStruct, export
 
 from flax_switch.config import SwitchConfig, check
 from flax_switch.config.generation import GenerationConfig, make_controls, split_numbers
+from flax_switch.config.heads import LANGUAGE_MODEL
 from flax_switch.convert.canonical import unflatten
 from flax_switch.generation.program import decode, decoder_config, encode, in_compute_dtype, run_program, start_cache
 from flax_switch.nn.cache import DecoderCache
@@ -92,6 +93,10 @@ def programs(config: SwitchConfig, params: Shapes, *, architecture: str = "full"
     Raises `ConfigError` naming what of the config or the controls cannot be exported.
     """
     check_exportable(config)
+    check(
+        config.head == LANGUAGE_MODEL,
+        f"A head for {config.head} is not exported. Export the checkpoint that the model was made of, or its encoder.",
+    )
     check(architecture != "headless", "This checkpoint has no head, so that it has no tokens to say. Export the whole model.")
     model = _Model(config.replace(scan_layers=False, moe_executor="blocks"), _greedy(config, controls))
     b, s = export.symbolic_shape("b, s")

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 
 from flax_switch.config import SwitchConfig, check, expect
 from flax_switch.config.generation import GenerationConfig, make_controls, split_numbers
+from flax_switch.config.heads import LANGUAGE_MODEL
 from flax_switch.config.ranges import shown
 from flax_switch.convert.scan import unstack_layers
 from flax_switch.generation.program import run_program
@@ -75,6 +76,11 @@ def generate(
     """
     expect("model", model, SwitchEncoder, "Call generate(model, params, input_ids), or the .generate(input_ids) of a loaded model.")
     config = model.config
+    check(
+        config.head == LANGUAGE_MODEL,
+        f"This model has a head for {config.head}, not a language model's, so that it generates nothing. Load the checkpoint that "
+        "it was made of.",
+    )
     check(
         isinstance(model, SwitchTransformer) and model.head,
         f"generate needs a model with a decoder and a head; this is a {type(model).__name__} without one.",

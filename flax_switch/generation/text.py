@@ -184,6 +184,10 @@ def source_ids(text: str, vocabulary: Any, config: SwitchConfig) -> list[int]:
 
 def encode_sources(texts: Sequence[str], vocabulary: Any, config: SwitchConfig) -> tuple[np.ndarray, np.ndarray]:
     """Returns ids (see `source_ids`) and mask of texts, in rows of a length that many texts share, so that few programs compile."""
-    ids = [source_ids(text, vocabulary, config) for text in texts]
+    return pad_sources([source_ids(text, vocabulary, config) for text in texts])
+
+
+def pad_sources(ids: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns ids and mask of sources, in rows of a length that many sources share."""
     longest = max(1, *map(len, ids))
     return _pad(list(enumerate(ids)), bucket_of(longest, longest * 2))

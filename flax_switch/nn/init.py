@@ -9,18 +9,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from flax_switch.config import SwitchConfig, check, expect
+from flax_switch.config.heads import LANGUAGE_MODEL
+from flax_switch.nn.heads import build_model
 from flax_switch.nn.transformer import SwitchEncoder, SwitchTransformer
 
 
 def init_params(model: SwitchEncoder | SwitchConfig, rng: Array) -> dict[str, Any]:
-    """Makes parameters as plain nested dicts of arrays, of a model or of the `SwitchTransformer` of a config.
+    """Makes parameters as plain nested dicts of arrays, of a model, or of the one that a config describes.
 
     Compiled; inside another jit it can lay them straight into their shardings. Raises `ConfigError` for what is neither, for no
     key, or for quantised weights.
     """
     expect("model", model, (SwitchConfig, SwitchEncoder), "Give a config, such as fs.PRESETS['switch-tiny'].")
     check(hasattr(rng, "dtype"), f"rng must be a key, such as jax.random.key(0); it is of type {type(rng).__name__}.")
-    model = SwitchTransformer(model) if isinstance(model, SwitchConfig) else model
+    model = build_model(model) if isinstance(model, SwitchConfig) else model
     model.config.check_trainable()
     return _init_params(model, rng)
 
@@ -66,4 +68,5 @@ def logical_axes(model: SwitchEncoder) -> dict:
 def example_inputs(model: SwitchEncoder) -> tuple[Int[Array, "1 1"], ...]:
     """Returns the smallest inputs a model can be initialised with."""
     ids = jnp.zeros((1, 1), jnp.int32)
-    return (ids, ids) if isinstance(model, SwitchTransformer) and not model.config.decoder_only else (ids,)
+    twice = isinstance(model, SwitchTransformer) and not model.config.decoder_only and model.config.head == LANGUAGE_MODEL
+    return (ids, ids) if twice else (ids,)

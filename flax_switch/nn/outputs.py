@@ -49,14 +49,15 @@ class DecoderOutput(Fields):
 class ModelOutput(Fields):
     """Output of a model; what is an encoder's is None, or empty, where there is none.
 
-    Axes: B batch, L target length (S source length), D model, V vocabulary.
+    Axes: B batch, L target length (S source length), D model, V vocabulary. With the head of a task (`nn/heads`) `logits` are its
+    outputs: [B, V] or [B, S, V] for V labels.
 
     `encoder_router` and `decoder_router` hold a `RouterOutput` per sparse layer, in order; their `logits` are there with
     `output_router_logits=True`. Hidden states and attentions of every layer are None unless asked for.
     """
 
-    logits: Float[Array, "B L V"] | None
-    decoder_last_hidden_state: Float[Array, "B L D"]
+    logits: Float[Array, "B *L V"] | None
+    decoder_last_hidden_state: Float[Array, "B L D"] | None
     encoder_last_hidden_state: Float[Array, "B S D"] | None = None
     encoder_router: tuple[RouterOutput, ...] = ()
     decoder_router: tuple[RouterOutput, ...] = ()

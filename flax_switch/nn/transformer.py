@@ -313,10 +313,11 @@ class SwitchTransformer(SwitchEncoder):
             decoder_segment_ids=decoder_segment_ids,
             **options,
         )
-        return _model_output(encoder_output, decoded)
+        return model_output(encoder_output, decoded)
 
 
-def _model_output(encoded: EncoderOutput | None, decoded: DecoderOutput) -> ModelOutput:
+def model_output(encoded: EncoderOutput | None, decoded: DecoderOutput) -> ModelOutput:
+    """Returns the output of a model whose encoder (None: it has none) and decoder returned these."""
     output = ModelOutput(
         logits=decoded.logits,
         decoder_last_hidden_state=decoded.last_hidden_state,

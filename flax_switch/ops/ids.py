@@ -12,7 +12,7 @@ def check_ids(name: str, ids: AnyArray | None, vocab_size: int, *, besides: int 
 
     Does nothing where ids have no values yet (under jit and other transformations), or are spread over several processes.
     """
-    if ids is None or isinstance(ids, Tracer) or not getattr(ids, "is_fully_addressable", True):
+    if ids is None or not is_known(ids):
         return
     values = np.asarray(ids)
     outside = (values < 0) | (values >= vocab_size)
@@ -20,3 +20,8 @@ def check_ids(name: str, ids: AnyArray | None, vocab_size: int, *, besides: int 
         outside &= values != besides
     if outside.any():
         raise ConfigError(f"{name} holds {values[outside].flat[0]}, which is no id of the vocabulary of {vocab_size}.")
+
+
+def is_known(values: AnyArray) -> bool:
+    """Returns whether an array has values here: it is not traced, nor spread over several processes."""
+    return not isinstance(values, Tracer) and getattr(values, "is_fully_addressable", True)

@@ -23,8 +23,9 @@ from flax_switch.convert.quantize import in_dtype, quantized, with_copied_head, 
 from flax_switch.convert.scan import stack_layers
 from flax_switch.convert.tensors import DTYPES, LazyTensor, dtype_name, from_array
 from flax_switch.generation.defaults import defaults_of, read_defaults, read_prefixes
+from flax_switch.nn.heads import build_model
 from flax_switch.nn.init import init_params, logical_axes
-from flax_switch.nn.transformer import SwitchEncoder, SwitchTransformer
+from flax_switch.nn.transformer import SwitchEncoder
 from flax_switch.ops.kernels.on_disk import OnDisk
 from flax_switch.parallel.mesh import tree_shardings
 from flax_switch.pretrained.model import Pretrained
@@ -65,7 +66,9 @@ def load_pretrained(
       verify: of a training run take the newest checkpoint whose parameters have their checksums; without, the newest.
       experts: "disk" leaves experts in their safetensors files, and reads those that are hit: see docs/offload.md.
       expert_memory: how much memory experts on disk may take, such as "4GB" (the default) or a number of bytes.
-      changes: fields of the config to change, such as scan_layers=True or dropout_rate=0.0. weights="int8" or "int4" quantises a
+      changes: fields of the config to change, such as scan_layers=True or dropout_rate=0.0. head="classification" with
+        labels=["negative", "positive"] gives a model without such a head a new one: see docs/heads.md. weights="int8" or "int4"
+        quantises a
         float checkpoint while it is read, and a float dtype there is that of kernels alone: see docs/quantisation.md.
 
     Raises:
@@ -78,6 +81,8 @@ def load_pretrained(
         check(budget is None, "experts='disk' reads experts from files; this model is in memory already.")
         config, architecture, tensors = live.read_live(path, allow_missing=allow_missing)
         weights = changes.pop("weights", None)
+        of = (config, architecture, tensors, changes, type(path).__name__)
+        config, architecture, tensors, changes = checkpoints.with_head(*of)
         config = checkpoints.changed(config, architecture, tensors, changes, type(path).__name__)
         config, tensors = (config, tensors) if weights is None else with_weights(config, tensors, weights)
         defaults = defaults_of(live.generation_values(path), f"{type(path).__name__}.generation_config")
@@ -128,7 +133,7 @@ def _built(
         dtype = dtype_name(dtype)
         one_of("dtype", dtype, tuple(DTYPES))
         config, tensors = config.replace(param_dtype=dtype), in_dtype(tensors, dtype)
-    model = SwitchEncoder(config) if architecture == "encoder" else SwitchTransformer(config, head=architecture == "full")
+    model = build_model(config, architecture)
     left: dict[str, OnDisk] = {}
     if on_disk is not None:
         tensors, left = leave_on_disk(config, architecture, tensors, *on_disk)

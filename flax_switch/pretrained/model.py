@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from flax_switch.config import SwitchConfig, check
+from flax_switch.config.heads import LANGUAGE_MODEL
 from flax_switch.generation.defaults import with_defaults
 from flax_switch.nn.inputs import SupportsArray, TokenIds, as_array, as_embeddings, as_ids, as_mask, check_alive, shift_right
 from flax_switch.nn.outputs import EncoderOutput
 from flax_switch.nn.transformer import SwitchEncoder
 from flax_switch.ops.kernels.on_disk import first_on_disk, run_reading
-from flax_switch.pretrained import outputs, table
+from flax_switch.pretrained import outputs, table, tasks
 from flax_switch.pretrained.saving import save_pretrained
 
 if TYPE_CHECKING:
@@ -99,7 +100,8 @@ class Pretrained:
           deterministic: False for training; `rngs` then holds the streams "dropout" and "jitter".
 
         Returns:
-          A `Seq2SeqLMOutput`; of a model without a head a `Seq2SeqModelOutput`, of an encoder alone an `EncoderModelOutput`.
+          A `Seq2SeqLMOutput`; of a model without a head a `Seq2SeqModelOutput`, of an encoder alone an `EncoderModelOutput`, with
+          the head of a task a `TaskOutput`.
 
         Raises:
           ConfigError: naming the input that cannot be, and why.
@@ -115,14 +117,25 @@ class Pretrained:
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
         )
+        if self.config.head != LANGUAGE_MODEL:
+            others = (decoder_input_ids, decoder_attention_mask, encoder_outputs, inputs_embeds, decoder_inputs_embeds, prefix_mask)
+            check(
+                all(other is None for other in others),
+                f"A model with a head for {self.config.head} takes input_ids, attention_mask and labels; leave other inputs out.",
+            )
+            ids, mask, _ = self._source(input_ids, attention_mask, None)
+            tasks.check_ends(ids, self.config)
+            raw = self.run(_task, ids, mask, rngs, **options)
+            output: Any = outputs.task_output(raw, labels, self.config, output_router_logits)
+            return output.to_tuple() if return_dict is False else output
         source, target = self._source(input_ids, attention_mask, inputs_embeds, encoder_outputs), None
         if self.config.decoder_only:
             fed = (decoder_input_ids, decoder_attention_mask, decoder_inputs_embeds)
             decoder_input_ids, decoder_attention_mask, decoder_inputs_embeds = _one_sequence(source, fed, labels)
             source = (None, None, None)
         if self.architecture == "encoder":
-            raw = self._run(_encode, *source, rngs, **options)
-            output: Any = outputs.encoder_output(raw)
+            raw = self.run(_encode, *source, rngs, **options)
+            output = outputs.encoder_output(raw)
             return output.to_tuple() if return_dict is False else output
         if labels is not None:
             target = jnp.asarray(as_ids("labels", labels, self.config, ignored=True))
@@ -132,9 +145,9 @@ class Pretrained:
             decoder_input_ids is not None or decoder_inputs_embeds is not None,
             "The decoder has no input: give labels, decoder_input_ids or decoder_inputs_embeds (or call .encode).",
         )
-        inputs = self._inputs(decoder_input_ids, decoder_attention_mask, decoder_inputs_embeds, "decoder_")
+        inputs = self.inputs(decoder_input_ids, decoder_attention_mask, decoder_inputs_embeds, "decoder_")
         prefix = None if prefix_mask is None else as_mask("prefix_mask", prefix_mask, np.shape(prefix_mask))
-        raw = self._run(_apply, *source, *inputs, _as_encoder_output(encoder_outputs), prefix, rngs, **options)
+        raw = self.run(_apply, *source, *inputs, _as_encoder_output(encoder_outputs), prefix, rngs, **options)
         if self.architecture == "headless":
             output = outputs.model_output(raw)
         else:
@@ -151,9 +164,10 @@ class Pretrained:
         )  # fmt: skip
         embeds, rngs = options.pop("inputs_embeds", None), options.pop("rngs", None)
         source = self._source(input_ids, attention_mask, embeds)
-        return outputs.encoder_output(self._run(_encode, *source, rngs, **{**defaults, **options}))
+        return outputs.encoder_output(self.run(_encode, *source, rngs, **{**defaults, **options}))
 
-    def _run(self, program: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
+    def run(self, program: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
+        """Returns what a compiled program of (model, parameters, inputs, options) makes; experts on disk are read for it."""
         return run_reading(self.params, lambda: program(self.model, self.params, *inputs, **options))[0]
 
     def _source(self, ids: Any, mask: Any, embeds: Any, encoded: Any = None) -> tuple[Any, Any, Any]:
@@ -167,11 +181,11 @@ class Pretrained:
             "The encoder has no input: give input_ids, inputs_embeds or encoder_outputs.",
         )
         if encoded is None or ids is not None or embeds is not None:
-            return self._inputs(ids, mask, embeds)
+            return self.inputs(ids, mask, embeds)
         states = _as_encoder_output(encoded).last_hidden_state
         return None, None if mask is None else as_mask("attention_mask", mask, states.shape[:2], "encoder_outputs"), None
 
-    def _inputs(self, ids: Any, mask: Any, embeds: Any, prefix: str = "") -> tuple[Any, Any, Any]:
+    def inputs(self, ids: Any, mask: Any, embeds: Any, prefix: str = "") -> tuple[Any, Any, Any]:
         """Returns a stack's ids, mask and embeddings as arrays that fit together."""
         name, of = f"{prefix}input_ids", f"{prefix}inputs_embeds"
         check(ids is None or embeds is None, f"Give {name} or {of}, not both: the embeddings stand in place of the ids.")
@@ -225,6 +239,26 @@ class Pretrained:
         check(mask is None, "attention_mask is for ids; of a text every token counts. Leave it out.")
         return encode_sources([prefixed(text, prefix) for text in texts], self.vocabulary, self.config)
 
+    def classify(self, texts: str | Sequence[str], *, batch_size: int = 32) -> list[tasks.Classified]:
+        """Returns the class of each text, with probabilities; raises `ConfigError` for a model without such a head."""
+        return tasks.classify(self, texts, batch_size)
+
+    def regress(self, texts: str | Sequence[str], *, batch_size: int = 32) -> Float[np.ndarray, " B"]:
+        """Returns the number that a head for regression gives each text."""
+        return tasks.regress(self, texts, batch_size)
+
+    def tag(self, texts: str | Sequence[str] | Sequence[Sequence[str]], *, batch_size: int = 32) -> list[list[tasks.Tagged]]:
+        """Returns for each text, or list of words, its words with a tag each, of a head for token classification."""
+        return tasks.tag(self, texts, batch_size)
+
+    def answer(self, questions: str | Sequence[str], contexts: str | Sequence[str], *, batch_size: int = 32) -> list[tasks.Answer]:
+        """Returns for each question the span of its context that a head for question answering finds."""
+        return tasks.answer(self, questions, contexts, batch_size)
+
+    def embed(self, texts: str | Sequence[str], *, batch_size: int = 32) -> Float[np.ndarray, "B D"]:
+        """Returns a vector of length 1 for each text: the mean of the encoder's states, of any model that has one."""
+        return tasks.embed(self, texts, batch_size)
+
     def save_pretrained(self, path: str | Path, format: str = "huggingface", **options: Any) -> Path:
         """Saves it, with its prefixes and defaults of generation; see `flax_switch.save_pretrained`."""
         options = {"generation_defaults": self.generation_defaults, "prefixes": self.prefixes, **options}
@@ -239,6 +273,11 @@ def _encode(model, params, input_ids, attention_mask, inputs_embeds, rngs, **opt
     return model.apply(
         {"params": params}, input_ids, attention_mask, inputs_embeds=inputs_embeds, rngs=rngs, method="encode", **options
     )
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames=_OPTIONS)
+def _task(model, params, input_ids, attention_mask, rngs, **options):
+    return model.apply({"params": params}, input_ids, attention_mask, rngs=rngs, **options)
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=_OPTIONS)

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flax_switch.config import SwitchConfig, expect, one_of
+from flax_switch.config.heads import LANGUAGE_MODEL
 from flax_switch.config.weights import SCALE
 from flax_switch.convert import checkpoint as checkpoints
 from flax_switch.convert import tokenizer
-from flax_switch.convert.canonical import HEAD, canonical_shapes, flatten
+from flax_switch.convert.canonical import HEAD, architecture_of, canonical_shapes, flatten
 from flax_switch.convert.folder import DEFAULT_SHARD_SIZE, claimed, local_destination
 from flax_switch.convert.mapping import SAME_NAMES, to_canonical
 from flax_switch.convert.scan import unstack_layers
@@ -53,7 +54,9 @@ def save_pretrained(
     expect("config", config, SwitchConfig, "Arguments are save_pretrained(path, config, params, vocabulary=None).")
     destination = local_destination(path)
     flat = unscanned(config, params)
-    if not any(name.startswith("decoder/") for name in flat):
+    if config.head != LANGUAGE_MODEL:
+        architecture = architecture_of(config)
+    elif not any(name.startswith("decoder/") for name in flat):
         architecture = "encoder"
     else:
         untied = not config.tie_word_embeddings

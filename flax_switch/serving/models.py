@@ -10,7 +10,6 @@ from pathlib import PurePath
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from flax_switch.config import ConfigError, check
@@ -23,6 +22,7 @@ from flax_switch.generation.text import prefixed
 from flax_switch.inspection.routing import StackRouting, stack_routings
 from flax_switch.nn.transformer import SwitchEncoder, SwitchTransformer
 from flax_switch.pretrained import Pretrained
+from flax_switch.pretrained.tasks import embeddings
 from flax_switch.serving.limits import Limits
 
 log = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ class Served:
         else:
             encoder = pretrained.model.clone(config=encoder_config(self.config, controls.routing))
             decoder, variables = None, {"params": pretrained.params}
-        self._embed = functools.partial(jax.jit(functools.partial(_embed, encoder)), variables)
+        self._embed = functools.partial(jax.jit(functools.partial(embeddings, encoder)), variables)
         self._routers = functools.partial(jax.jit(functools.partial(_routers, encoder, decoder)), variables)
 
     def warm_up(self) -> None:
@@ -129,12 +129,6 @@ def _filled(row: Sequence[int], length: int) -> tuple[np.ndarray, np.ndarray]:
     ids, mask = np.zeros((1, length), np.int32), np.zeros((1, length), bool)
     ids[0, : len(row)], mask[0, : len(row)] = row, True
     return ids, mask
-
-
-def _embed(encoder: SwitchEncoder, variables, ids, mask):
-    states = encoder.apply(variables, ids, mask, method="encode").last_hidden_state.astype(jnp.float32)
-    mean = jnp.einsum("BLD,BL->BD", states, mask.astype(jnp.float32))
-    return mean / jnp.maximum(jnp.linalg.norm(mean, axis=-1, keepdims=True), 1e-12)
 
 
 def _routers(encoder: SwitchEncoder, decoder: SwitchTransformer | None, variables, ids, mask, fed=None, fed_mask=None):

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import optax
 
 from flax_switch.config import ExperimentConfig, MeshConfig, OptimizerConfig, SwitchConfig, check, expect
+from flax_switch.nn.heads import build_model
 from flax_switch.nn.init import logical_axes
 from flax_switch.nn.inputs import as_ids, as_mask, check_alive, shift_right
-from flax_switch.nn.transformer import SwitchTransformer
 from flax_switch.ops.losses import IGNORED_LABEL
 from flax_switch.parallel.mesh import create_mesh
 from flax_switch.training import step
@@ -36,7 +36,7 @@ def optimizer(config: SwitchConfig, steps: int = 10_000, **settings: Any) -> opt
         chosen.trainable == ".*",
         "trainable is a setting of recipes; in a loop of your own, wrap the optimiser in optax.masked or optax.multi_transform.",
     )
-    return build_optimizer(chosen, logical_axes(SwitchTransformer(config)), steps)
+    return build_optimizer(chosen, logical_axes(build_model(config)), steps)
 
 
 def train_step(

@@ -12,8 +12,9 @@ import optax
 from flax_switch.config import ExperimentConfig
 from flax_switch.config.finetuning import FinetuneConfig
 from flax_switch.nn.fields import shown
+from flax_switch.nn.heads import build_model
 from flax_switch.nn.init import abstract_params, init_params, logical_axes
-from flax_switch.nn.transformer import SwitchTransformer
+from flax_switch.nn.transformer import SwitchEncoder
 from flax_switch.ops.kernels.on_disk import check_in_memory
 from flax_switch.parallel.mesh import AnyMesh, tree_shardings
 from flax_switch.parallel.placement import placed_on
@@ -48,7 +49,7 @@ class Run:
     """What a run is made of besides its state: fixed for its whole life."""
 
     config: ExperimentConfig | FinetuneConfig = flax.struct.field(pytree_node=False)
-    model: SwitchTransformer = flax.struct.field(pytree_node=False)
+    model: SwitchEncoder = flax.struct.field(pytree_node=False)
     optimizer: optax.GradientTransformationExtraArgs = flax.struct.field(pytree_node=False)
     mesh: AnyMesh = flax.struct.field(pytree_node=False)
     abstract_state: TrainState  # shapes, dtypes and shardings
@@ -56,7 +57,7 @@ class Run:
 
 def build_run(config: ExperimentConfig | FinetuneConfig, mesh: AnyMesh) -> Run:
     """Returns model, optimiser and the abstract state with its shardings, without allocating an array."""
-    model = SwitchTransformer(config.model, devices=placed_on(mesh))
+    model = build_model(config.model, devices=placed_on(mesh))
     axes = logical_axes(model)
     trained_axes = trainable_part(axes, config.optimizer.trainable)
     optimizer = build_optimizer(config.optimizer, trained_axes, config.train.steps)
@@ -100,7 +101,7 @@ def is_split(leaf: jax.ShapeDtypeStruct) -> bool:
 
 
 def _fresh(
-    config: ExperimentConfig | FinetuneConfig, model: SwitchTransformer, optimizer: optax.GradientTransformation, params: Any = None
+    config: ExperimentConfig | FinetuneConfig, model: SwitchEncoder, optimizer: optax.GradientTransformation, params: Any = None
 ) -> TrainState:
     init_rng, step_rng = jax.random.split(jax.random.key(config.train.seed))
     params = init_params(model, init_rng) if params is None else params

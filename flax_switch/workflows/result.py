@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from etils import epath
 
+from flax_switch.convert.canonical import architecture_of
 from flax_switch.pages.plots import drawing
 from flax_switch.parallel.placement import ONE_DEVICE
 from flax_switch.pretrained import Pretrained
@@ -45,7 +46,9 @@ class Result(RunResult):
     def model(self) -> Pretrained:
         """The model as it is at the end, with its vocabulary: to call, to generate with, to save."""
         model = self.run.model.clone(devices=ONE_DEVICE)  # called as any other: nothing is sent through bounded buffers
-        return Pretrained(self.run.config.model, model, self.state.params, self.prepared.vocabulary)
+        return Pretrained(
+            self.run.config.model, model, self.state.params, self.prepared.vocabulary, architecture_of(self.run.config.model)
+        )
 
     def plot(self) -> Any:
         """Returns matplotlib's figure of training and held-out cross-entropy by step. Needs the extra `plots`."""

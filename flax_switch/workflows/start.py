@@ -7,7 +7,7 @@ from typing import Any
 
 from flax_switch.config import ConfigError, SwitchConfig, check
 from flax_switch.config.presets import PRESETS
-from flax_switch.convert.canonical import flatten, unflatten
+from flax_switch.convert.canonical import architecture_of, flatten, unflatten
 from flax_switch.convert.checkpoint import open_checkpoint
 from flax_switch.convert.tokenizer import load_vocabulary
 from flax_switch.data.vocabulary import Vocabulary
@@ -88,7 +88,7 @@ def open_start(
             hint = f" Did you mean {RANDOM}{near[0]}?" if near else f" (or a preset: {', '.join(PRESETS)})" if random else ""
             raise ConfigError(f"--init {init}: {error}{hint}") from error
         check(
-            opened.architecture == "full",
+            opened.architecture == architecture_of(opened.config),
             f"--init {init}: text-to-text tasks need a decoder and a head; this checkpoint is {opened.architecture!r}.",
         )
         config = opened.config

@@ -25,6 +25,7 @@ COMMANDS = {
     "distill": "train a dense student of a sparse teacher; run again to continue",
     "evaluate": "score a checkpoint on a task's examples, by generation",
     "generate": "continue texts: text or JSON lines in, JSON lines out",
+    "predict": "classify, tag, answer or embed texts with a model that has such a head",
     "serve": "serve models over HTTP, as OpenAI's clients ask for completions",
     "convert": "convert a checkpoint: Hugging Face, T5X or ours in; Hugging Face or ours out",
     "export": "write a model for another runtime: StableHLO, ONNX, CTranslate2, llama.cpp's converter",

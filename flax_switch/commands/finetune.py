@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
 
         start = open_start(args.init, recipe.model, args.vocabulary)
         config = recipe.resolve(start.config, args.init)
-        return dry_run(config, prepare_tasks(config.data, start.vocabulary, say=print))
+        return dry_run(config, prepare_tasks(config.data, start.vocabulary, say=print, model=config.model))
     from flax_switch.workflows.finetune import finetune
     from flax_switch.workflows.finish import finish_finetuning
 

@@ -12,10 +12,11 @@ from typing import Annotated, Any, ClassVar
 
 from flax_switch.config import MeshConfig, OptimizerConfig, SwitchConfig, TrainConfig, check, one_of, reject_unknown_keys
 from flax_switch.config.base import _Section, _tuples, may_change
+from flax_switch.config.heads import HEADS, LANGUAGE_MODEL, head_of
 from flax_switch.config.ranges import Count, Every, Natural, Positive, Range, Rate
 from flax_switch.config.run import BatchConfig, check_microbatches, joined_for
 
-# Metric -> the scores it gives, higher is better for all of them.
+# Metric -> the scores it gives, higher is better for all but those in LOWER.
 METRICS: dict[str, tuple[str, ...]] = {
     "bleu": ("bleu",),
     "chrf": ("chrf",),
@@ -23,10 +24,26 @@ METRICS: dict[str, tuple[str, ...]] = {
     "exact_match": ("exact_match",),
     "f1": ("f1",),
     "accuracy": ("accuracy",),
+    "matthews": ("matthews",),
+    "pearson": ("pearson",),
+    "spearman": ("spearman",),
+    "mse": ("mse",),
+    "span_f1": ("span_f1",),
+    "retrieval": ("recall_at_1", "recall_at_5", "recall_at_10"),
 }
+# Head -> the metrics of what it says; a language model's are of texts.
+HEAD_METRICS: dict[str, tuple[str, ...]] = {
+    LANGUAGE_MODEL: ("bleu", "chrf", "rouge", "exact_match", "f1", "accuracy"),
+    "classification": ("accuracy", "f1", "matthews"),
+    "regression": ("pearson", "spearman", "mse"),
+    "token_classification": ("span_f1", "accuracy"),
+    "question_answering": ("exact_match", "f1"),
+    "embedding": ("retrieval",),
+}
+LOWER = ("cross_entropy", "mse")  # scores that are better when lower
 # What counts as a word in ROUGE and BLEU. "auto": by the script of the references.
 SCORE_TOKENIZERS = ("auto", "latin", "unicode", "characters")
-LOSS = "cross_entropy"  # of the validation targets; the one score that is better when lower
+LOSS = "cross_entropy"  # of the validation targets; of a head for a task its loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +62,7 @@ class TaskConfig(_Section):
     validation: str | tuple[str, ...] | None = None  # None: data.validation_fraction of train
     inputs: str | Natural = "inputs"  # a field (translation.en reaches inside), a column's number, or "question: {question} ..."
     targets: str | Natural = "targets"  # likewise; a list of texts is several references, the first of which is learnt
+    context: str | None = None  # of head="question_answering": the field in which targets are spans; inputs is the question
     prefix: str = ""  # before every input, such as "summarize: "
     labels: tuple[str, ...] = ()  # the texts that whole-number targets 0, 1, ... stand for
     metrics: tuple[str, ...] | None = None  # None: evaluation.metrics
@@ -164,8 +182,12 @@ class FinetuneConfig(_Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "data", joined_for(self.model, self.data))
+        object.__setattr__(self, "data", labelled_for(self.model, joined_for(self.model, self.data)))
         check_microbatches(self.data, self.train)
+        check_contrast(self)
+        for task in self.data.mixture:
+            for metric in self.metrics_of(task):
+                one_of(f"a metric with head={self.model.head!r}", metric, HEAD_METRICS[self.model.head])
         one_of("evaluation.best", self.best, (*self.scores, LOSS))
 
     def metrics_of(self, task: TaskConfig) -> tuple[str, ...]:
@@ -188,6 +210,39 @@ class FinetuneConfig(_Section):
         return tuple(dict.fromkeys(task.prefix for task in self.data.mixture))
 
 
+def labelled_for(model: SwitchConfig, data: FinetuneDataConfig) -> FinetuneDataConfig:
+    """Returns settings of data with the labels' length that a model's head asks for; raises for what it cannot be trained on."""
+    head = model.head
+    for task in data.mixture:
+        check(
+            (task.context is not None) == (head == "question_answering"),
+            f"data.context is the field in which a span is found, for head='question_answering'; it is {task.context!r}, and "
+            f"head is {head!r}.",
+        )
+        check(
+            head != "token_classification" or not task.prefix,
+            f"data.prefix would need tags of its own with head={head!r}; leave {task.prefix!r} out.",
+        )
+    if head == LANGUAGE_MODEL:
+        return data
+    check(
+        not data.packing, f"data.packing puts several examples in a row, of which head={head!r} takes one; set data.packing=False."
+    )
+    length = data.inputs_length if head == "token_classification" else head_of(model).targets_length
+    return data if length in (None, data.targets_length) else data.replace(targets_length=length)
+
+
+def check_contrast(config: FinetuneConfig) -> None:
+    """Raises `ConfigError` where a batch whose rows are compared with each other would be cut."""
+    if config.model.head != "embedding":
+        return
+    check(
+        config.train.microbatches == 1 and config.mesh.mode == "jit" and config.data.batch_size > 1,
+        "head='embedding' compares every row of a batch with all others: set train.microbatches=1, mesh.mode='jit' and "
+        f"data.batch_size of 2 or more; they are {config.train.microbatches}, {config.mesh.mode!r} and {config.data.batch_size}.",
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class FinetuneRecipe(_Section):
     """What a fine-tuning recipe in configs/ says; `model` holds the fields of the checkpoint's config that it changes."""
@@ -206,7 +261,10 @@ class FinetuneRecipe(_Section):
         reject_unknown_keys(SwitchConfig, self.model)
         for name, value in self.model.items():
             SwitchConfig.check_field(name, _tuples(value))
-        self.resolve(SwitchConfig())
+        head = self.model.get("head", LANGUAGE_MODEL)
+        one_of("model.head", head, tuple(HEADS))
+        labels = self.model.get("labels") or (("0", "1") if HEADS[head].labelled else ())  # a checkpoint may have them
+        self.resolve(SwitchConfig(head=head, labels=_tuples(labels)))
 
     def resolve(self, model: SwitchConfig, init: str = "") -> FinetuneConfig:
         """Returns the run's config, for a checkpoint whose config (with the changes made) is `model`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from flax_switch.config.heads import LANGUAGE_MODEL, head_of
 from flax_switch.config.model import StackConfig, SwitchConfig
 
 BACKWARD = 2  # gradients take two products for each one of the forward pass
@@ -17,8 +18,17 @@ def forward_flops(config: SwitchConfig, batch: int, source: int, target: int) ->
     if config.decoder_only:
         source, target = 0, source + target
     encoder = 0 if config.decoder_only else _stack_flops(config, config.encoder, source, source)
+    if config.head != LANGUAGE_MODEL:
+        return float(batch * _head_flops(config, encoder, source, target))
     decoder = _stack_flops(config, config.decoder, target, source) + 2 * target * config.d_model * config.vocab_size
     return float(batch * (encoder + decoder))
+
+
+def _head_flops(config: SwitchConfig, encoder: int, source: int, target: int) -> int:
+    """Returns FLOPs of a row with a task's head, its own few apart: a decoder reads the inputs; embeddings are of two texts."""
+    if config.head == "embedding":
+        return 2 * _stack_flops(config, config.encoder, max(source, target), max(source, target))
+    return encoder + (_stack_flops(config, config.decoder, source, source) if head_of(config).reads_decoder else 0)
 
 
 def train_flops(config: SwitchConfig, batch: int, source: int, target: int) -> float:

@@ -36,6 +36,11 @@ HEADS = {
 }
 
 
+def has_labels(config: SwitchConfig) -> bool:
+    """Returns whether a head learns labels: classes, numbers, or places in the inputs; others learn texts."""
+    return HEADS[config.head].labelled or HEADS[config.head].targets_length is not None
+
+
 def head_of(config: SwitchConfig) -> Head:
     """Returns what the head of a model is like."""
     return HEADS[config.head]
@@ -44,6 +49,19 @@ def head_of(config: SwitchConfig) -> Head:
 def num_outputs(config: SwitchConfig) -> int:
     """Returns how many outputs the head of a model has: one for each label where it has labels."""
     return len(config.labels) if head_of(config).labelled else head_of(config).outputs
+
+
+def head_shapes(config: SwitchConfig) -> dict[str, tuple[int, ...]]:
+    """Returns the parameters of a task's head."""
+    D, outputs = config.d_model, num_outputs(config)
+    layers: dict[str, dict[str, int]] = {
+        "classification": {"classification_head/dense": D, "classification_head/out_proj": outputs},
+        "regression": {"classification_head/dense": D, "classification_head/out_proj": outputs},
+        "token_classification": {"classifier": outputs},
+        "question_answering": {"qa_outputs": outputs},
+    }
+    found = layers.get(config.head, {})
+    return {f"{name}/{part}": (D, n) if part == "kernel" else (n,) for name, n in found.items() for part in ("kernel", "bias")}
 
 
 def check_head(config: SwitchConfig) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from flax_switch.config import StackConfig, SwitchConfig
+from flax_switch.config.heads import LANGUAGE_MODEL, head_shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,13 +18,13 @@ class ParameterCount:
 
 
 def count_parameters(config: SwitchConfig) -> ParameterCount:
-    """Counts the parameters of `SwitchTransformer(config)`; letters are the axes of `flax_switch.ops`."""
+    """Counts the parameters of a config's model; letters are the axes of `flax_switch.ops`."""
     vocabulary, d, experts = config.vocab_size, config.d_model, config.num_experts
     attention = 2 * d * (config.num_heads + config.key_heads) * config.d_kv
     buckets = config.relative_attention_num_buckets * config.num_heads * config.has_bias_tables
     expert = _mlp(config, config.d_ff if config.expert_d_ff is None else config.expert_d_ff)
-    tables = 1 + (2 if config.separate_embeddings else 0) + (0 if config.tie_word_embeddings else 1)
-    shared, routed = tables * vocabulary * d, 0
+    tables = 1 + (2 if config.separate_embeddings else 0) + (config.head == LANGUAGE_MODEL and not config.tie_word_embeddings)
+    shared, routed = tables * vocabulary * d + sum(map(math.prod, head_shapes(config).values())), 0
     for stack in config.stacks:
         if config.layer_form == "fused":
             rest, of_experts = _fused_layers(config, stack)

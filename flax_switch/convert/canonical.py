@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 
 from flax_switch.config import StackConfig, SwitchConfig
-from flax_switch.config.heads import HEADS, LANGUAGE_MODEL, num_outputs
+from flax_switch.config.heads import HEADS, LANGUAGE_MODEL, head_shapes
 from flax_switch.config.weights import SCALE, stored
 
 HEAD = "decoder/logits_dense/kernel"
@@ -50,19 +50,6 @@ def canonical_shapes(config: SwitchConfig, architecture: str = "full") -> dict[s
 def architecture_of(config: SwitchConfig) -> str:
     """Returns which of `ARCHITECTURES` a whole model of this config is."""
     return "full" if config.head == LANGUAGE_MODEL else config.head
-
-
-def head_shapes(config: SwitchConfig) -> dict[str, tuple[int, ...]]:
-    """Returns the parameters of a task's head."""
-    D, outputs = config.d_model, num_outputs(config)
-    layers: dict[str, dict[str, int]] = {
-        "classification": {"classification_head/dense": D, "classification_head/out_proj": outputs},
-        "regression": {"classification_head/dense": D, "classification_head/out_proj": outputs},
-        "token_classification": {"classifier": outputs},
-        "question_answering": {"qa_outputs": outputs},
-    }
-    found = layers.get(config.head, {})
-    return {f"{name}/{part}": (D, n) if part == "kernel" else (n,) for name, n in found.items() for part in ("kernel", "bias")}
 
 
 def _as_stored(shapes: dict[str, tuple[int, ...]], config: SwitchConfig) -> dict[str, tuple[int, ...]]:

@@ -27,6 +27,14 @@ class Examples(NamedTuple):
     hidden: Bool[np.ndarray, "M T"] | None = None  # targets whose text is not in the inputs; None: all of them
 
 
+class Example(NamedTuple):
+    """An example of a task as text: the inputs with their prefix, and one or more targets, of which the first is learnt."""
+
+    inputs: str
+    references: tuple[str, ...]
+    context: str = ""  # in which the references stand, where they are spans
+
+
 Lengths = tuple[Int64[np.ndarray, " M"], Int64[np.ndarray, " M"]]  # of inputs and targets, EOS included
 
 

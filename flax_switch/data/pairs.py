@@ -37,8 +37,8 @@ class Pairs:
 
         `truncated_inputs` and `truncated_targets` count those that did not fit.
         """
-        self._inputs, self.input_lengths, self.truncated_inputs = _ragged(inputs, inputs_length, eos_id)
-        self._targets, self.target_lengths, self.truncated_targets = _ragged(targets, targets_length, eos_id)
+        self._inputs, self.input_lengths, self.truncated_inputs = ragged(inputs, inputs_length, eos_id)
+        self._targets, self.target_lengths, self.truncated_targets = ragged(targets, targets_length, eos_id)
         check(
             len(self.input_lengths) == len(self.target_lengths),
             f"There are {len(self.input_lengths)} inputs but {len(self.target_lengths)} targets; a pair has one of each.",
@@ -120,10 +120,10 @@ def pair_batches(
     return finite_batches(BatchMaker.of(pairs, config), config.batch_size, count, seed=None, rows=rows)
 
 
-def _ragged(
+def ragged(
     sequences: Iterable[Sequence[int]], length: int, eos_id: int
 ) -> tuple[Int32[np.ndarray, " total"], Int64[np.ndarray, " N"], int]:
-    """Returns ids end to end, lengths, and how many sequences were cut."""
+    """Returns ids end to end, each sequence cut and closed with EOS, their lengths, and how many sequences were cut."""
     ended, truncated = [], 0
     for ids in sequences:
         truncated += len(ids) >= length

@@ -12,16 +12,19 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Integer
 
-from flax_switch.config import check
+from flax_switch.config import SwitchConfig, check
 from flax_switch.config.finetuning import FinetuneDataConfig, TaskConfig
+from flax_switch.config.heads import has_labels
 from flax_switch.data.batches import Batch
 from flax_switch.data.cache import is_heldout
+from flax_switch.data.examples import Example
 from flax_switch.data.formats import Record
+from flax_switch.data.labelled import check_example, encode_labelled, tagged_example
 from flax_switch.data.pairs import Pairs
 from flax_switch.data.task_files import task_records
 from flax_switch.data.vocabulary import Vocabulary
@@ -30,13 +33,6 @@ if TYPE_CHECKING:
     from flax_switch.data.loader import TrainIterator
 
 _TEMPLATE_FIELD = re.compile(r"{([^{}]+)}")
-
-
-class Example(NamedTuple):
-    """An example as text: the inputs with their prefix, and one or more targets, of which the first is learnt."""
-
-    inputs: str
-    references: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,12 +97,18 @@ class PreparedTasks:
 
 
 def prepare_tasks(
-    config: FinetuneDataConfig, vocabulary: Vocabulary, *, train: bool = True, say: Callable[[str], None] = lambda text: None
+    config: FinetuneDataConfig,
+    vocabulary: Vocabulary,
+    *,
+    train: bool = True,
+    say: Callable[[str], None] = lambda text: None,
+    model: SwitchConfig | None = None,
 ) -> PreparedTasks:
     """Reads and tokenises every task's files.
 
     Args:
       train: False reads validation examples alone.
+      model: what the examples are for, where its head has labels; None: texts with texts as targets.
       say: is told the numbers of examples and the shares that were cut.
 
     Raises:
@@ -115,8 +117,8 @@ def prepare_tasks(
     """
     tasks = []
     for task in config.mixture:
-        training, validation = read_task(task, config, train=train)
-        encoded = [_encode(examples, vocabulary, config) for examples in (training, validation)]
+        training, validation = read_task(task, config, train=train, model=model)
+        encoded = [_encode(examples, vocabulary, config, model) for examples in (training, validation)]
         tasks.append(PreparedTask(task, encoded[0] if train else None, tuple(validation), encoded[1]))
         say(summary(tasks[-1].describe(config)))
     rates: Sequence[Fraction] = ()
@@ -130,7 +132,9 @@ def prepare_tasks(
     return PreparedTasks(config, vocabulary, tuple(tasks), tuple(rates))
 
 
-def read_task(task: TaskConfig, config: FinetuneDataConfig, *, train: bool = True) -> tuple[list[Example], list[Example]]:
+def read_task(
+    task: TaskConfig, config: FinetuneDataConfig, *, train: bool = True, model: SwitchConfig | None = None
+) -> tuple[list[Example], list[Example]]:
     """Returns (training examples, validation examples) of one task, in the order of its files."""
     own = f" of task {task.name!r}" if config.tasks else ""
     settings = {split: f"data.{split}{own}" for split in ("train", "validation")}
@@ -141,12 +145,12 @@ def read_task(task: TaskConfig, config: FinetuneDataConfig, *, train: bool = Tru
         f"Say where the examples are: {settings['train']}=FILE" + ("." if train else f", or {settings['validation']}=FILE."),
     )
     if task.validation is not None:
-        validation = _read(task, task.validation, "validation", settings["validation"], config.skip_empty)
+        validation = _read(task, task.validation, "validation", settings["validation"], config.skip_empty, model)
         check(bool(validation), f"{settings['validation']}: {task.validation} holds no example.")
         if train and task.train is not None:
-            training = _read(task, task.train, "train", settings["train"], config.skip_empty)
+            training = _read(task, task.train, "train", settings["train"], config.skip_empty, model)
     elif task.train is not None:
-        for example in _read(task, task.train, "train", settings["train"], config.skip_empty):
+        for example in _read(task, task.train, "train", settings["train"], config.skip_empty, model):
             (validation if is_heldout(example.inputs, config.validation_fraction) else training).append(example)
         check(
             bool(validation) or config.validation_fraction == 0,
@@ -157,9 +161,17 @@ def read_task(task: TaskConfig, config: FinetuneDataConfig, *, train: bool = Tru
     return training, validation
 
 
-def _read(task: TaskConfig, source: str | tuple[str, ...], split: str, setting: str, skip_empty: bool) -> list[Example]:
+def _read(
+    task: TaskConfig, source: str | tuple[str, ...], split: str, setting: str, skip_empty: bool, model: SwitchConfig | None
+) -> list[Example]:
+    model = model if model is not None and has_labels(model) else None
     examples = []
     for record, where in task_records(source, task, split, setting):
+        if model is not None and model.head == "token_classification":
+            tagged = tagged_example(record, task, model, where, _value)
+            check(tagged is not None or skip_empty, f"{where}: the inputs are empty; mend the file, or set data.skip_empty=true.")
+            examples += [] if tagged is None else [tagged]
+            continue
         (inputs,), references = (
             _texts(record, task.inputs, task, where, "inputs"),
             _texts(record, task.targets, task, where, "targets"),
@@ -173,7 +185,9 @@ def _read(task: TaskConfig, source: str | tuple[str, ...], split: str, setting: 
             f"{where}: field {task.targets!r} is an empty list; mend the file, or set data.skip_empty=true.",
         )
         check(not empty, f"{where}: the {' and '.join(empty)} are empty; mend the file, or set data.skip_empty=true.")
-        examples.append(Example(task.prefix + inputs, tuple(references)))
+        context = "" if task.context is None else _texts(record, task.context, task, where, "context")[0]
+        example = Example(task.prefix + inputs, tuple(references), context)
+        examples.append(example if model is None else check_example(example, model, where))
     return examples
 
 
@@ -214,7 +228,9 @@ def _text(value: Any, field: str | int, labels: tuple[str, ...], where: str) -> 
     return str(value)
 
 
-def _encode(examples: Sequence[Example], vocabulary: Vocabulary, config: FinetuneDataConfig) -> Pairs:
+def _encode(examples: Sequence[Example], vocabulary: Vocabulary, config: FinetuneDataConfig, model: SwitchConfig | None) -> Pairs:
+    if model is not None and has_labels(model):
+        return encode_labelled(examples, vocabulary, config, model)
     inputs, targets = [e.inputs for e in examples], [e.references[0] for e in examples]
     return Pairs.encode(inputs, targets, vocabulary, config)
 

@@ -119,14 +119,7 @@ class Pretrained:
         )
         if self.config.head != LANGUAGE_MODEL:
             others = (decoder_input_ids, decoder_attention_mask, encoder_outputs, inputs_embeds, decoder_inputs_embeds, prefix_mask)
-            check(
-                all(other is None for other in others),
-                f"A model with a head for {self.config.head} takes input_ids, attention_mask and labels; leave other inputs out.",
-            )
-            ids, mask, _ = self._source(input_ids, attention_mask, None)
-            tasks.check_ends(ids, self.config)
-            raw = self.run(_task, ids, mask, rngs, **options)
-            output: Any = outputs.task_output(raw, labels, self.config, output_router_logits)
+            output: Any = self._call_task(input_ids, attention_mask, labels, others, rngs, options)
             return output.to_tuple() if return_dict is False else output
         source, target = self._source(input_ids, attention_mask, inputs_embeds, encoder_outputs), None
         if self.config.decoder_only:
@@ -145,7 +138,7 @@ class Pretrained:
             decoder_input_ids is not None or decoder_inputs_embeds is not None,
             "The decoder has no input: give labels, decoder_input_ids or decoder_inputs_embeds (or call .encode).",
         )
-        inputs = self.inputs(decoder_input_ids, decoder_attention_mask, decoder_inputs_embeds, "decoder_")
+        inputs = self._inputs(decoder_input_ids, decoder_attention_mask, decoder_inputs_embeds, "decoder_")
         prefix = None if prefix_mask is None else as_mask("prefix_mask", prefix_mask, np.shape(prefix_mask))
         raw = self.run(_apply, *source, *inputs, _as_encoder_output(encoder_outputs), prefix, rngs, **options)
         if self.architecture == "headless":
@@ -153,6 +146,17 @@ class Pretrained:
         else:
             output = outputs.lm_output(raw, target, self.config, output_router_logits)
         return output.to_tuple() if return_dict is False else output
+
+    def _call_task(self, input_ids: Any, attention_mask: Any, labels: Any, others: Any, rngs: Any, options: Any) -> Any:
+        """Returns the output of the head of a task; `others` are inputs that only a language model takes."""
+        check(
+            all(other is None for other in others),
+            f"A model with a head for {self.config.head} takes input_ids, attention_mask and labels; leave other inputs out.",
+        )
+        ids, mask, _ = self._source(input_ids, attention_mask, None)
+        tasks.check_ends(ids, self.config)
+        raw = self.run(_task, ids, mask, rngs, **options)
+        return outputs.task_output(raw, labels, self.config, options["output_router_logits"])
 
     def encode(
         self, input_ids: TokenIds | None = None, attention_mask: TokenIds | None = None, **options: Any
@@ -181,11 +185,11 @@ class Pretrained:
             "The encoder has no input: give input_ids, inputs_embeds or encoder_outputs.",
         )
         if encoded is None or ids is not None or embeds is not None:
-            return self.inputs(ids, mask, embeds)
+            return self._inputs(ids, mask, embeds)
         states = _as_encoder_output(encoded).last_hidden_state
         return None, None if mask is None else as_mask("attention_mask", mask, states.shape[:2], "encoder_outputs"), None
 
-    def inputs(self, ids: Any, mask: Any, embeds: Any, prefix: str = "") -> tuple[Any, Any, Any]:
+    def _inputs(self, ids: Any, mask: Any, embeds: Any, prefix: str = "") -> tuple[Any, Any, Any]:
         """Returns a stack's ids, mask and embeddings as arrays that fit together."""
         name, of = f"{prefix}input_ids", f"{prefix}inputs_embeds"
         check(ids is None or embeds is None, f"Give {name} or {of}, not both: the embeddings stand in place of the ids.")

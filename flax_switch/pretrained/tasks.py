@@ -15,6 +15,7 @@ from flax_switch.config import SwitchConfig, check
 from flax_switch.config.heads import HEADS
 from flax_switch.data.words import encode_context, encode_words, words_of
 from flax_switch.generation.text import encode_sources, pad_sources, prefixed
+from flax_switch.nn.inputs import as_ids
 from flax_switch.ops import AnyArray
 from flax_switch.ops.ids import is_known
 from flax_switch.ops.pooling import mean_of_tokens, normalized
@@ -179,7 +180,7 @@ def _rows(pretrained: Pretrained, program: Any, rows: Sequence[Sequence[int]], b
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         ids, mask = pad_sources([rows[i] for i in batch])
-        made = np.asarray(pretrained.run(program, *pretrained.inputs(ids, mask)[:2]))
+        made = np.asarray(pretrained.run(program, as_ids("texts", ids, pretrained.config), mask.astype(bool)))
         result |= dict(zip(batch, made, strict=True))
     return [result[i] for i in range(len(rows))]
 

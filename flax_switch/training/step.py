@@ -10,11 +10,13 @@ import jax.numpy as jnp
 import optax
 
 from flax_switch.config import SwitchConfig
+from flax_switch.config.heads import LANGUAGE_MODEL
 from flax_switch.nn.outputs import ModelOutput
 from flax_switch.nn.transformer import SwitchEncoder
 from flax_switch.ops.kernels.updates import update_if
 from flax_switch.ops.losses import IGNORED_LABEL, LossOutput, loss_weights, seq2seq_loss, token_cross_entropy
 from flax_switch.ops.moe.groups import rows_of_whole_groups
+from flax_switch.ops.task_losses import task_loss
 from flax_switch.parallel.mesh import batch_sharding, replicated
 from flax_switch.training.freezing import merged, trainable_part
 from flax_switch.training.optimizer import global_norm, learning_rate_schedule
@@ -27,6 +29,9 @@ Loss = Callable[[ModelOutput, Batch, jax.Array], LossOutput]  # of the model's o
 def forward(model: SwitchEncoder, params: Any, batch: Batch, rng: jax.Array | None) -> ModelOutput:
     """Runs the model on a batch; with `rng` in training mode (dropout, jitter, training capacity), without in evaluation mode."""
     rngs: dict[str, Any] = {} if rng is None else dict(zip(("dropout", "jitter"), jax.random.split(rng), strict=True))
+    if model.config.head != LANGUAGE_MODEL:
+        ids, mask = two_texts(batch) if model.config.head == "embedding" else (batch["input_ids"], batch["attention_mask"])
+        return model.apply({"params": params}, ids, mask, deterministic=rng is None, rngs=rngs)
     output: Any = model.apply(
         {"params": params},
         batch.get("input_ids"),
@@ -42,10 +47,22 @@ def forward(model: SwitchEncoder, params: Any, batch: Batch, rng: jax.Array | No
     return output
 
 
+def two_texts(batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Returns ids and mask [2B, L] of a batch of pairs of texts: of each row its inputs, then its targets."""
+    targets = batch["labels"]
+    texts = ((batch["input_ids"], batch["attention_mask"]), (jnp.maximum(targets, 0), (targets != IGNORED_LABEL).astype(jnp.int32)))
+    length = max(ids.shape[1] for ids, _ in texts)
+    padded = [[jnp.pad(x, ((0, 0), (0, length - x.shape[1]))) for x in pair] for pair in texts]
+    ids, mask = (jnp.stack(pair, axis=1).reshape(-1, length) for pair in zip(*padded, strict=True))
+    return ids, mask
+
+
 def true_loss(config: SwitchConfig) -> Loss:
     """Returns the loss against a batch's labels."""
 
     def loss_of(output: ModelOutput, batch: Batch, divisor: jax.Array) -> LossOutput:
+        if config.head != LANGUAGE_MODEL:
+            return task_loss(output, batch["labels"], config, divisor=divisor)
         return seq2seq_loss(output, batch["labels"], config, segment_ids=batch.get("decoder_segment_ids"), divisor=divisor)
 
     return loss_of
@@ -142,9 +159,14 @@ def eval_step(run: Run, params: Any, batch: Batch) -> dict[str, Any]:
     """Sums over a batch, to be divided at the end: cross-entropy and hits over all targets and over text targets alone.
 
     `batch["text_mask"]` marks the targets that are text, neither sentinel nor EOS.
+    With the head of a task its loss and how many labels it is of, and the head's `logits`.
     """
     output = forward(run.model, params, batch, None)
     labels = batch["labels"]
+    if run.config.model.head != LANGUAGE_MODEL:
+        loss = task_loss(output, labels, run.config.model.replace(loss_normalizer="real_target_tokens"))
+        sums = {"cross_entropy": loss.cross_entropy * loss.weight_sum, "tokens": loss.weight_sum}
+        return {**sums, "logits": output.logits, "routers": router_metrics(output)}
     counted = (labels != IGNORED_LABEL).astype(jnp.float32)
     targets = jnp.maximum(labels, 0)
     assert output.logits is not None  # a model that is trained has its head

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from flax_switch.config import check, expect
 from flax_switch.config.finetuning import FinetuneConfig, FinetuneRecipe
+from flax_switch.config.heads import LANGUAGE_MODEL
 from flax_switch.data.tasks import prepare_tasks
 from flax_switch.data.vocabulary import SETTINGS_FILE
 from flax_switch.generation.defaults import write_prefixes
@@ -62,7 +63,7 @@ def finetune(
     config = recipe.resolve(start.config, init)
     mesh = _checked(config, mesh)
     check_vocabulary(config, start.vocabulary)
-    prepared = prepare_tasks(config.data, start.vocabulary, say=console.print)
+    prepared = prepare_tasks(config.data, start.vocabulary, say=console.print, model=config.model)
     run = build_run(config, mesh)
     workdir = claim_workdir(workdir, config)
     if not (workdir / "vocabulary" / SETTINGS_FILE).exists():
@@ -89,7 +90,7 @@ def evaluate_checkpoint(
     config = recipe.resolve(start.config, checkpoint)
     mesh = _checked(config, mesh)
     check_vocabulary(config, start.vocabulary)
-    prepared = prepare_tasks(config.data, start.vocabulary, train=False, say=console.print)
+    prepared = prepare_tasks(config.data, start.vocabulary, train=False, say=console.print, model=config.model)
     check(prepared.num_validation > 0, "There is nothing to evaluate on; name a validation or test file with data.validation=FILE.")
     run = build_run(config, mesh)
     params = start.params(run)
@@ -114,7 +115,8 @@ def _checked(config: FinetuneConfig, mesh: Mesh | None) -> Mesh:
 def recipe_of(config: FinetuneConfig) -> FinetuneRecipe:
     """Returns the recipe that makes this config of its checkpoint, which has the model's settings already."""
     sections = {name: getattr(config, name) for name in ("data", "optimizer", "mesh", "train", "evaluation")}
-    return FinetuneRecipe(**sections)
+    head = {} if config.model.head == LANGUAGE_MODEL else {"head": config.model.head, "labels": config.model.labels}
+    return FinetuneRecipe(model=head, **sections)
 
 
 def _count(params: Any) -> int:

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from flax_switch.config.heads import LANGUAGE_MODEL
 from flax_switch.data import Prepared, Vocabulary
 from flax_switch.data.batches import IGNORED, Batch
 from flax_switch.data.tasks import spread
@@ -201,6 +202,18 @@ def finish_finetuning(result: RunResult, workdir: epath.PathLike) -> None:
             console.print(f"\n  {shown}\n  -> {answer['model']}\n  should be: {answer['text']}")
         console.print(f"\nBest by {config.best}, step {step}: {describe_scores(config, history[step])}")
     model = workdir / BEST if history else workdir
+    if config.model.head != LANGUAGE_MODEL:
+        use = {"classification": "classify", "regression": "regress", "token_classification": "tag", "question_answering": "answer"}
+        console.print(
+            f"\nReport:              {write_report(workdir)}\n"
+            f"Metrics:             {workdir / 'metrics.jsonl'}\n"
+            f"Predictions:         {workdir / PREDICTIONS}\n"
+            f"Model:               {model}\n\n"
+            f"Next: evaluate it on other examples, or use it:\n"
+            f"  flax-switch evaluate --checkpoint {shlex.quote(str(model))} --config.data.validation=YOUR_TEST_FILE\n"
+            f"  fs.load_pretrained({str(model)!r}).{use.get(config.model.head, 'embed')}(...)"
+        )
+        return
     quoted = shlex.quote(str(model))
     prefix = f" --prefix={shlex.quote(next(filter(None, config.prefixes)))}" if len(config.prefixes) > 1 else ""
     console.print(

@@ -9,7 +9,8 @@ import jax
 import numpy as np
 from etils import epath
 
-from flax_switch.config.finetuning import LOSS, FinetuneConfig
+from flax_switch.config.finetuning import LOSS, LOWER, FinetuneConfig
+from flax_switch.config.heads import LANGUAGE_MODEL
 from flax_switch.data.tasks import PreparedTask, PreparedTasks, spread
 from flax_switch.generation.defaults import write_prefixes
 from flax_switch.generation.text import generate_batches
@@ -20,6 +21,7 @@ from flax_switch.training.evaluate import mean_metrics
 from flax_switch.training.metrics import read_metrics
 from flax_switch.training.state import Run
 from flax_switch.workflows.scores import score
+from flax_switch.workflows.task_predictions import evaluate_heads
 
 PREDICTIONS = "predictions"
 BEST = "best"
@@ -94,8 +96,8 @@ def finetuning_config(run: Run) -> FinetuneConfig:
 
 
 def best_of(history: Sequence[tuple[int, float]], name: str) -> tuple[int, float]:
-    """Returns (step, value) of the first best of (step, value) pairs; of cross_entropy the lowest, of scores the highest."""
-    sign = -1.0 if name == LOSS else 1.0
+    """Returns (step, value) of the first best of (step, value) pairs; the lowest of what is better when lower."""
+    sign = -1.0 if name.rpartition("/")[2] in LOWER else 1.0
     return max(history, key=lambda entry: (sign * entry[1], -entry[0]))
 
 
@@ -106,15 +108,23 @@ def describe(config: FinetuneConfig, evaluation: dict[str, Any], examples: int =
     tasks = [f"{task.name}/" for task in config.data.tasks] if len(config.data.mixture) > 1 else []
     names = [name for prefix in ("", *tasks) for name in (prefix + s for s in config.scores) if name in evaluation]
     scores = [f"{name} {evaluation[name]:.2f}" for name in names]
+    percents = [name for name in names if name.rpartition("/")[2] not in LOWER]
     over = f", over {examples:,} example{'s' * (examples != 1)}" if examples else ""
-    told = [f"(of 100{over})"] if scores else []
-    return "  ".join([f"{LOSS} {evaluation[LOSS]:.3f} nats/token", *scores, *told])
+    told = [f"({'of 100' if percents else 'lower is better'}{over})"] if scores else []
+    loss = f"{LOSS} {evaluation[LOSS]:.3f} nats/token" if config.model.head == LANGUAGE_MODEL else f"loss {evaluation[LOSS]:.3f}"
+    return "  ".join([loss, *scores, *told])
 
 
 def evaluate(
     run: Run, prepared: PreparedTasks, eval_step: Callable[[Any, Any], dict[str, Any]], params: Any
 ) -> tuple[dict[str, Any], list[Prediction]]:
-    """Returns metrics and predictions. The cross-entropy is over `train.eval_batches` batches, scores over all chosen examples."""
+    """Returns metrics and predictions. The cross-entropy is over `train.eval_batches` batches, scores over all chosen examples.
+
+    Of a head for a task the loss, too, is over all chosen examples."""
+    if run.config.model.head != LANGUAGE_MODEL:
+        means, said = evaluate_heads(run, finetuning_config(run), prepared, eval_step, params)
+        each = ((task, *one) for task, examples, texts in said for one in zip(examples, texts, strict=True))
+        return means, [Prediction(task, example.inputs, text, example.references) for task, example, text in each]
     rows = batch_rows(run.mesh, run.config.data.batch_size)
     batches = prepared.validation_batches(run.config.train.eval_batches, rows)
     means = mean_metrics(run, eval_step, params, batches, prepared.vocabulary)

@@ -157,7 +157,7 @@ _SCHEMA: dict[str, Any] = {
     "is_gated_act": bool | None, "expert_capacity": Count, "scale_decoder_outputs": bool, "dtype": str | None,
     "torch_dtype": str | None, "pad_token_id": int | None, "decoder_start_token_id": int | None,
     "num_layers": int, "num_decoder_layers": int | None, "num_experts": int, "classifier_dropout": float,
-    "id2label": dict | None, "problem_type": str | None, "num_labels": Count | None,
+    "id2label": dict | None, "problem_type": str | None, "num_labels": Count,
 }  # fmt: skip
 
 
@@ -344,7 +344,8 @@ def _head_fields(values: Mapping[str, Any]) -> dict[str, Any]:
     labels, count, problem = values.get("id2label"), values.get("num_labels"), values.get("problem_type")
     if labels is None:
         labels = {i: f"LABEL_{i}" for i in range(2 if count is None else min(count, 10_000))}
-    names = [labels.get(i, labels.get(str(i))) for i in range(len(labels))]
+    labels = {str(number): label for number, label in labels.items()}
+    names = [labels.get(str(i)) for i in range(len(labels))]
     check(
         all(isinstance(name, str) for name in names),
         f"config.json has id2label={shown(labels)}; expected a name for each number from 0 on.",

@@ -95,6 +95,10 @@ def encode_labelled(
     """Returns examples as ids and the labels that the model's head learns."""
     encode = {"token_classification": _tags, "question_answering": _span}.get(model.head, _one)
     encoded = [encode(example, vocabulary, config.inputs_length, model) for example in examples]
+    check(
+        not encoded or any(label != IGNORED for _, labels in encoded for label in labels),
+        f"no answer lies within data.inputs_length={config.inputs_length} tokens, question included; raise it.",
+    )
     return LabelledPairs(
         (ids for ids, _ in encoded), (labels for _, labels in encoded), inputs_length=config.inputs_length, eos_id=vocabulary.eos_id
     )

@@ -4,6 +4,7 @@ Parameters, beside the model's: `classification_head/{dense,out_proj}` (classifi
 token) or `qa_outputs` (start and end of a span), each with a kernel [D, outputs] and a bias.
 """
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -29,7 +30,8 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B F"]:
-        config, zeros = self.config, nn.with_logical_partitioning(nn.initializers.zeros_init(), ("unmodeled",))
+        config = self.config
+        zeros: Initializer = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("unmodeled",))
         init: Initializer = scaled_init(config, distribution="truncated_normal")
         kernel = kernel_of(self, init, (x.shape[-1], self.features), ("embed", "unmodeled"), config.param_dtype, "float")
         bias = self.param("bias", zeros, (self.features,), jnp.dtype(config.param_dtype))
@@ -112,11 +114,10 @@ class TaskTransformer(SwitchTransformer):
         )
         states = decoded.last_hidden_state
         if config.head == "question_answering":
-            return model_output(encoded, decoded).replace(logits=self.qa_outputs(states))
+            return dataclasses.replace(model_output(encoded, decoded), logits=self.qa_outputs(states))
         ends = jnp.asarray(input_ids) == config.eos_token_id
-        return model_output(encoded, decoded).replace(
-            logits=self.classification_head(last_of(states, ends), deterministic=deterministic)
-        )
+        logits = self.classification_head(last_of(states, ends), deterministic=deterministic)
+        return dataclasses.replace(model_output(encoded, decoded), logits=logits)
 
 
 def _output(encoded: EncoderOutput, logits: Array) -> ModelOutput:

@@ -31,7 +31,8 @@ def forward(model: SwitchEncoder, params: Any, batch: Batch, rng: jax.Array | No
     rngs: dict[str, Any] = {} if rng is None else dict(zip(("dropout", "jitter"), jax.random.split(rng), strict=True))
     if model.config.head != LANGUAGE_MODEL:
         ids, mask = two_texts(batch) if model.config.head == "embedding" else (batch["input_ids"], batch["attention_mask"])
-        return model.apply({"params": params}, ids, mask, deterministic=rng is None, rngs=rngs)
+        said: Any = model.apply({"params": params}, ids, mask, deterministic=rng is None, rngs=rngs)
+        return said
     output: Any = model.apply(
         {"params": params},
         batch.get("input_ids"),

@@ -59,7 +59,8 @@ def said(model: SwitchConfig, examples: Sequence[Example], outputs: Sequence[np.
     if model.head == "question_answering":
         contexts = [encode_context(e.inputs, e.context, vocabulary).characters for e in examples]
         rows = [row[: len(row) - 1] for row in outputs]  # the last place has EOS, or what was cut off
-        return [span(*one, e.context).text for *one, e in zip(rows, contexts, examples, strict=True)]
+        each = zip(rows, contexts, examples, strict=True)
+        return [span(row, characters, example.context).text for row, characters, example in each]
     texts, _, scores = similarities(examples, outputs)
     return [texts[int(row.argmax())] for row in scores]
 

@@ -1,11 +1,13 @@
 """Heads of tasks on models of our own, sparse ones: what they say of texts, that they are kept to the bit, and what is refused."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
 
 import flax_switch as fs
-from flax_switch import ConfigError, load_pretrained, save_pretrained
+from flax_switch import ConfigError, cli, load_pretrained, save_pretrained
 from flax_switch.config.heads import HEADS
 from flax_switch.convert.canonical import canonical_shapes, flatten
 from flax_switch.data import Vocabulary
@@ -153,3 +155,26 @@ def test_a_model_without_the_head_says_how_to_open_it(plain, vocabulary):
         model.embed([])
     with pytest.raises(ConfigError, match="has no vocabulary"):
         model.replace(vocabulary=None).embed("a")
+
+
+def test_the_command_says_what_the_model_does(plain, tmp_path, capsys):
+    def said(head, text, status=0):
+        model = load_pretrained(plain, head=head, labels=LABELS.get(head, ()), seed=2)
+        path = model.save_pretrained(tmp_path / head, "flax_switch")
+        (tmp_path / "in.txt").write_text(text)
+        assert cli.main(["predict", "--checkpoint", str(path), "--input", str(tmp_path / "in.txt")]) == status
+        return model, [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+    model, lines = said("classification", 'a cat\n\n{"text": "mat"}\n{"other": 1}\n', status=1)
+    assert [line["line"] for line in lines] == [1, 3, 4] and "no text under 'text'" in lines[2]["error"]
+    assert [line["label"] for line in lines[:2]] == [one.label for one in model.classify(["a cat", "mat"])]
+    row = json.dumps({"text": "a cat", "context": TEXTS[0]})
+    model, lines = said("question_answering", f"{row}\nno context\n", status=1)
+    (answer,) = model.answer("a cat", TEXTS[0])
+    assert (lines[0]["answer"], lines[0]["start"]) == (answer.text, answer.start) and "needs a context" in lines[1]["error"]
+    model, lines = said("embedding", "a cat\n")
+    np.testing.assert_allclose(lines[0]["embedding"], model.embed("a cat")[0], atol=1e-6)
+    assert said("regression", "a cat\n")[1][0].keys() == {"line", "input", "value"}
+    assert [word["word"] for word in said("token_classification", "a cat\n")[1][0]["words"]] == ["a", "cat"]
+    assert cli.main(["predict", "--checkpoint", str(plain)]) == 2
+    assert "is a language model, which has no head for a task: use flax-switch generate" in capsys.readouterr().err

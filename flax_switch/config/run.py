@@ -6,6 +6,7 @@ import dataclasses
 from typing import Annotated, ClassVar, TypeVar
 
 from flax_switch.config.base import _Section, check, may_change, one_of
+from flax_switch.config.heads import LANGUAGE_MODEL
 from flax_switch.config.model import SwitchConfig
 from flax_switch.config.ranges import Count, Epsilon, Every, Natural, NotNegative, Positive, Range, Rate, Seed, Share
 
@@ -189,6 +190,10 @@ class ExperimentConfig(_Section):
         object.__setattr__(self, "data", joined_for(self.model, self.data))
         check_microbatches(self.data, self.train)
         self.model.check_trainable()
+        check(
+            self.model.head == LANGUAGE_MODEL,
+            f"model.head={self.model.head!r} is trained by flax-switch finetune (docs/heads.md); here set head={LANGUAGE_MODEL!r}.",
+        )
         check(
             self.data.causal_lm_rate == 0 or self.data.joined,
             "data.causal_lm_rate is for a decoder alone, as its examples have no inputs; set model.architecture='decoder_only', or "

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from flax_switch.config import ConfigError, StackConfig, SwitchConfig, check
+from flax_switch.config.heads import LANGUAGE_MODEL
 from flax_switch.host.files import expanded, write_bytes
 from flax_switch.nn.transformer import SwitchEncoder, SwitchTransformer
 from flax_switch.ops.kernels.on_disk import run_reading
@@ -87,6 +88,7 @@ def explore(pretrained: Pretrained, texts: Sequence[str], targets: Sequence[str]
     """
     config, vocabulary = pretrained.config, pretrained.vocabulary
     check(config.is_sparse, "This model has no sparse layer, so there is no routing to look at.")
+    check(config.head == LANGUAGE_MODEL, f"Routing is shown of language models; this one has a head for {config.head}.")
     if vocabulary is None:
         raise ConfigError(
             "This checkpoint has no vocabulary to read the text with; put its SentencePiece model, spiece.model, into its folder."

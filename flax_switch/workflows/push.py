@@ -10,6 +10,7 @@ from typing import Any
 from etils import epath
 
 from flax_switch.config import SwitchConfig, check, one_line
+from flax_switch.config.heads import LANGUAGE_MODEL
 from flax_switch.convert.checkpoint import convert, open_checkpoint
 from flax_switch.convert.tensors import CheckpointError
 from flax_switch.generation.defaults import read_prefixes
@@ -67,6 +68,11 @@ def make_repository(
     """
     check_name(name)
     opened = open_checkpoint(source, verify=verify)
+    check(
+        opened.config.head in (LANGUAGE_MODEL, "embedding"),
+        f"{source} has a head for {opened.config.head}, of which no card is written; convert it (flax-switch convert) and upload the "
+        "folder with a card of your own.",
+    )
     convert(
         source, folder, to="huggingface", dtype=dtype, verify=verify, overwrite=overwrite, on_bytes=on_bytes, on_open=on_open
     )  # fmt: skip
@@ -77,7 +83,7 @@ def make_repository(
     config: SwitchConfig = opened.config
     card = model_card(
         name, config, licence=licence, languages=tuple(languages), record=record, prefixes=read_prefixes(opened.path),
-        encoder_only=opened.architecture == "encoder", curves=drawn,
+        encoder_only=opened.architecture in ("encoder", "embedding"), curves=drawn,
     )  # fmt: skip
     write_text(folder / CARD, card)
     return Repository(name, folder)

@@ -8,13 +8,17 @@ import pytest
 
 import flax_switch as fs
 from flax_switch import ConfigError, cli, load_pretrained, save_pretrained
+from flax_switch.config import ExperimentConfig
 from flax_switch.config.heads import HEADS
 from flax_switch.convert.canonical import canonical_shapes, flatten
 from flax_switch.data import Vocabulary
 from flax_switch.data.words import encode_context, encode_words, words_of
+from flax_switch.export.programs import programs
+from flax_switch.inspection.routing import explore
 from flax_switch.nn.heads import build_model
 from flax_switch.nn.init import init_params, logical_axes
 from flax_switch.pretrained.tasks import span
+from flax_switch.workflows.push import make_repository
 
 TEXTS = ["the cat sat on the mat.", "a dog, a cat", "mat"]
 LABELS = {"classification": ("bad", "good"), "token_classification": ("O", "B-X", "I-X")}
@@ -178,3 +182,16 @@ def test_the_command_says_what_the_model_does(plain, tmp_path, capsys):
     assert [word["word"] for word in said("token_classification", "a cat\n")[1][0]["words"]] == ["a", "cat"]
     assert cli.main(["predict", "--checkpoint", str(plain)]) == 2
     assert "is a language model, which has no head for a task: use flax-switch generate" in capsys.readouterr().err
+
+
+def test_what_does_not_know_the_head_says_so(plain, tmp_path):
+    model = load_pretrained(plain, head="classification", labels=LABELS["classification"])
+    with pytest.raises(ConfigError, match="Routing is shown of language models; this one has a head for classification"):
+        explore(model, ["a cat"])
+    with pytest.raises(ConfigError, match="A head for classification is not exported"):
+        programs(model.config, {}, architecture=model.architecture)
+    saved = model.save_pretrained(tmp_path / "model", "flax_switch")
+    with pytest.raises(ConfigError, match="has a head for classification, of which no card is written"):
+        make_repository(saved, "owner/model", tmp_path / "repository", licence="apache-2.0")
+    with pytest.raises(ConfigError, match="model.head='classification' is trained by flax-switch finetune"):
+        ExperimentConfig(model=model.config)

@@ -70,8 +70,8 @@ def make_repository(
     opened = open_checkpoint(source, verify=verify)
     check(
         opened.config.head in (LANGUAGE_MODEL, "embedding"),
-        f"{source} has a head for {opened.config.head}, of which no card is written; convert it (flax-switch convert) and upload the "
-        "folder with a card of your own.",
+        f"{source} has a head for {opened.config.head}, of which no card is written; convert it (flax-switch convert) and upload "
+        "the folder with a card of your own.",
     )
     convert(
         source, folder, to="huggingface", dtype=dtype, verify=verify, overwrite=overwrite, on_bytes=on_bytes, on_open=on_open

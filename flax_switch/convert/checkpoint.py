@@ -108,7 +108,7 @@ def open_checkpoint(
 def _opened(folder: Path, changes: Mapping[str, Any], allow_missing: Sequence[str], verify: bool) -> Checkpoint:
     format = detect_format(folder)
     changes, raw = dict(changes), None
-    weights = changes.pop("weights", None)
+    weights, of_head = changes.pop("weights", None), taken_head(changes)
     if format == "huggingface":
         config, architecture, tensors, raw = huggingface.read_huggingface(folder, allow_missing=allow_missing)
     elif format == "flax_switch":
@@ -120,24 +120,28 @@ def _opened(folder: Path, changes: Mapping[str, Any], allow_missing: Sequence[st
         config, architecture, tensors = training_run.read_run(folder, allow_missing=allow_missing)
     else:
         config, architecture, tensors = t5x.read_t5x(folder, changes=changes, allow_missing=allow_missing)
-    config, architecture, tensors, changes = with_head(config, architecture, tensors, changes, folder)
+    config, architecture, tensors = with_head(config, architecture, tensors, of_head, folder)
     config = changed(config, architecture, tensors, changes, folder)
     if weights is not None:
         config, tensors = with_weights(config, tensors, weights)
     return Checkpoint(format, folder, config, architecture, tensors, raw)
 
 
+def taken_head(changes: dict[str, Any]) -> dict[str, Any]:
+    """Takes what is about the head out of changes to a config and returns it: the rest is of the checkpoint as it is."""
+    return {name: changes.pop(name) for name in ("head", "labels") if name in changes}
+
+
 def with_head(
     config: SwitchConfig, architecture: str, tensors: Mapping[str, LazyTensor], changes: Mapping[str, Any], source: object
-) -> tuple[SwitchConfig, str, Mapping[str, LazyTensor], dict[str, Any]]:
-    """Returns a checkpoint with the head that changes ask for, and the other changes; tensors of a head that it lacks are missing.
+) -> tuple[SwitchConfig, str, Mapping[str, LazyTensor]]:
+    """Returns a checkpoint with the head that changes ask for; tensors of a head that it lacks are missing.
 
     A decoder or head that the new head does not read is left out. Raises `ConfigError` where a trained head would be lost.
     """
-    rest = {name: value for name, value in changes.items() if name not in ("head", "labels")}
     wanted = head_changes(config, changes, source)
     if not wanted:
-        return config, architecture, tensors, rest
+        return config, architecture, tensors
     config = config.replace(**wanted)
     shapes = canonical_shapes(config)
     new = sorted({path.split("/")[0] for path in shapes if path not in tensors})
@@ -148,7 +152,7 @@ def with_head(
     )
     if new:
         log.info("%s has no head for %s: its parameters (%s) are new", source, config.head, ", ".join(new))
-    return config, architecture_of(config), {path: tensor for path, tensor in tensors.items() if path in shapes}, rest
+    return config, architecture_of(config), {path: tensor for path, tensor in tensors.items() if path in shapes}
 
 
 def changed(

@@ -209,3 +209,12 @@ def test_our_folder_tells_the_config_again(tmp_path):
     ours = convert(t5x_files.write(tmp_path / "t5x", random_params(CONFIGS["st-moe"])), tmp_path / "ours", to="flax_switch")
     assert open_checkpoint(ours).config == CONFIGS["st-moe"]
     assert json.loads((ours / "flax_switch.json").read_text())["format_version"] == 1
+
+
+@pytest.mark.parametrize("name", ["untied", "t5 1.1"])
+def test_a_new_head_is_put_on_what_the_shapes_tell(tmp_path, name):
+    params = random_params(CONFIGS[name])
+    changes = dict(head="token_classification", labels=["a", "b"], dropout_rate=0.0)
+    opened = open_checkpoint(t5x_files.write(tmp_path, params), changes=changes)
+    assert (opened.architecture, opened.config.labels, opened.config.dropout_rate) == ("token_classification", ("a", "b"), 0.0)
+    assert_same(opened.tensors, {path: array for path, array in params.items() if not path.startswith("decoder/")})

@@ -111,12 +111,8 @@ class Pretrained:
             "use_cache, past_key_values and cache ask for a decoder's cache, which a call neither takes nor returns: `generate` "
             "keeps one inside its program. Leave them out, or for steps of your own see `SwitchTransformer.init_cache`.",
         )
-        options = dict(
-            deterministic=deterministic,
-            output_router_logits=output_router_logits,
-            output_hidden_states=output_hidden_states,
-            output_attentions=output_attentions,
-        )
+        asked = dict(output_hidden_states=output_hidden_states, output_attentions=output_attentions)
+        options = dict(deterministic=deterministic, output_router_logits=output_router_logits, **asked)
         if self.config.head != LANGUAGE_MODEL:
             others = (decoder_input_ids, decoder_attention_mask, encoder_outputs, inputs_embeds, decoder_inputs_embeds, prefix_mask)
             output: Any = self._call_task(input_ids, attention_mask, labels, others, rngs, options)

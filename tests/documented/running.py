@@ -116,8 +116,9 @@ def small_model(config) -> dict[str, int]:
 
 
 def _finetuning(config: FinetuneRecipe) -> dict[str, object]:
-    rows = {"data.batch_tokens": 8 * 32} if config.data.batch_tokens else {"data.batch_size": 8}
-    return {**_STEPS, **rows, **_EVALUATION, "data.inputs_length": 32}
+    length = 32 if config.data.context is None else 128  # a question and the context that has its answer
+    rows = {"data.batch_tokens": 8 * length} if config.data.batch_tokens else {"data.batch_size": 8}
+    return {**_STEPS, **rows, **_EVALUATION, "data.inputs_length": length}
 
 
 class World:

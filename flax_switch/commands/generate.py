@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from flax_switch.commands.checkpoints import add_loading_arguments, add_verify_argument, loading_changes, loading_options
 from flax_switch.commands.options import add_compile_cache_argument, hyphened, refuse, start_jax, tell
-from flax_switch.config import ConfigError, check
+from flax_switch.config import ConfigError, check, one_of
 from flax_switch.config.ranges import shown
 
 if TYPE_CHECKING:
@@ -29,6 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, metavar="PATH", help="a run, a Hugging Face folder or a folder of ours")
     parser.add_argument("--input", default="-", metavar="FILE", help="text or JSON lines; - is standard input (the default)")
     parser.add_argument("--output", metavar="FILE", help="JSON lines; default: standard output")
+    parser.add_argument(
+        "--format", metavar="FORM",
+        help="of standard output: plain, the outputs alone, which is the default on a terminal; or json, which is it elsewhere",
+    )  # fmt: skip
     parser.add_argument("--resume", action="store_true", help="go on with what a run that was cut off left in FILE.partial")
     parser.add_argument("--field", default="text", help="of JSON lines (default: text)")
     parser.add_argument("--batch-size", type=int, default=8)
@@ -95,6 +99,8 @@ def run(args: argparse.Namespace) -> int:
         value = getattr(args, name)
         check(1 <= value <= 2**20, f"{hyphened(f'--{name}')} must lie in [1, {2**20}]; it is {shown(value)}.")
     check_seeds(args.seed, 1)
+    one_of("--format", args.format or "json", ("plain", "json"))
+    check(args.format is None or args.output is None, "--format is of standard output; an --output is JSON lines.")
     loading = {"dtype": args.dtype, **loading_options(args)}
     opened = open_checkpoint(args.checkpoint, changes=loading_changes(args), verify=not args.no_verify)
     GenerationConfig(**with_defaults(read_defaults(opened.path), args.controls)).for_model(opened.config)
@@ -107,9 +113,11 @@ def run(args: argparse.Namespace) -> int:
     if args.output is None:
         check(not args.resume, "--resume continues an --output; standard output is not kept.")
         results = _results(from_checkpoint(opened, **loading), lines, options)
+        plain = args.format == "plain" or (args.format is None and sys.stdout.isatty())
         escaped = not (sys.stdout.encoding or "").lower().startswith("utf")
         for result in results:
-            sys.stdout.write(json.dumps(result, ensure_ascii=escaped) + "\n")
+            lines = result.get("outputs", ()) if plain else [json.dumps(result, ensure_ascii=escaped)]
+            sys.stdout.writelines(f"{line}\n" for line in lines)
     else:
         results = _to_file(args, opened, loading, lines, options)
     bad = [result for result in results if "error" in result]

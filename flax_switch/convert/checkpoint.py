@@ -259,11 +259,7 @@ def export_config(checkpoint: Checkpoint) -> tuple[dict[str, Any], str]:
     """
     config, differing = config_huggingface.with_huggingface_semantics(checkpoint.config)
     if differing:
-        listed = "\n".join(f"  {name}: {before!r} here, {after!r} in transformers" for name, (before, after) in differing.items())
-        log.info(
-            "transformers cannot be set to some of the model's settings; results may differ a little. Here and there are:\n%s",
-            listed,
-        )
+        log.info("%s", config_huggingface.describe_changes(differing))
     values = config.to_huggingface()
     values["architectures"] = [huggingface.class_name(values["model_type"], checkpoint.architecture)]
     came_with = checkpoint.huggingface

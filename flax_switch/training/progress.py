@@ -56,7 +56,7 @@ class TrainProgress:
             f"data wait {100 * metrics['data_wait_fraction']:.1f} %"
         ) + (f"  {metrics['skipped_steps']} skipped" if metrics.get("skipped_steps") else "")
         left = (self._steps - step) * metrics["seconds_per_step"]
-        console.print(f"step {step}/{self._steps}  {status}  {duration(left)} left")  # above the bar, where it stays
+        console.print(f"step {step}/{self._steps}  {status}  {duration(left)} of steps left")  # above the bar, where it stays
         if self._bar is not None:
             self._bar.update(self._task, completed=step, status=loss)
 

@@ -181,7 +181,7 @@ def _train(
                 progress.log(step, line)
                 skipped.check(step, checkpoints.latest_step())
             if step % config.eval_every == 0 or last:
-                paused = watch.pause()
+                paused = watch.pause(metrics)
                 params = stepper.release(state).params
                 evaluation = evaluator(params)
                 writer.write(step, "eval", evaluation)
@@ -190,7 +190,7 @@ def _train(
                 del params  # the next step uses the state up
                 watch.resume(paused)
             if step % config.checkpoint_every == 0 or last or signals.stopped or enough:
-                paused = watch.pause()
+                paused = watch.pause(metrics)
                 writer.flush()
                 checkpoints.save(stepper.release(state), batches.get_state())
                 watch.resume(paused)

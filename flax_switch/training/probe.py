@@ -139,10 +139,9 @@ def describe(probed: dict[str, float]) -> str:
     if not gains:
         return ""
     named = {"masked": "words in gaps"}
-    listed = ", ".join(f"{named.get(name, name.replace('_', ' '))} {gain:+.2f}" for name, gain in gains.items())
+    listed = ", ".join(f"{named.get(name, name.replace('_', ' '))} {gain:.2f}" for name, gain in gains.items())
     return (
-        f"  does it use its input? if given another text's, its loss changes by: {listed} (0: it does not)\n"
-        f"  of the words in gaps {100 * probed['masked_accuracy']:.1f} % of tokens are right (always the most frequent one: "
-        f"{100 * probed['masked_accuracy_of_most_frequent']:.1f} %); {100 * probed['masked_spans_exact']:.1f} % of gaps are filled "
-        "as the text had them"
+        f"  does it use its input? with another text's its loss rises by: {listed}\n"
+        f"  words in gaps: {100 * probed['masked_accuracy']:.1f} % of tokens are right (guessing: "
+        f"{100 * probed['masked_accuracy_of_most_frequent']:.1f} %), {100 * probed['masked_spans_exact']:.1f} % of gaps as a whole"
     )

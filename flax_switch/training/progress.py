@@ -130,8 +130,9 @@ class Stopwatch:
     def __init__(self) -> None:
         self._start, self._waited, self._steps, self._tokens = time.perf_counter(), 0.0, 0, 0
 
-    def pause(self) -> float:
-        """Remembers the moment; `resume` leaves out what passes until then (evaluation, say)."""
+    def pause(self, pending: Any) -> float:
+        """Returns the moment when `pending` is computed; `resume` leaves out what passes from then on (evaluation, say)."""
+        jax.block_until_ready(pending)
         return time.perf_counter()
 
     def resume(self, since: float) -> None:

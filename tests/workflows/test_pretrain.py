@@ -275,7 +275,7 @@ def test_a_stopwatch_gives_rates_since_it_was_last_read_and_leaves_out_pauses(mo
     watch = progress.Stopwatch()
     clock[0] += 3.0
     watch.count(0.5, 30.0)
-    paused = watch.pause()
+    paused = watch.pause(None)
     clock[0] += 50.0
     watch.resume(paused)
     clock[0] += 1.0

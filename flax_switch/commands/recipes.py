@@ -35,8 +35,13 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(_row(args.name), indent=1) if args.json else _told(shipped.describe(args.name).text))
         return 0
     rows = [_row(name) for name in sorted(shipped.names(), key=lambda name: name != FIRST)]
-    told = f"Recipes, for --config NAME. Begin with {FIRST}; flax-switch recipes NAME tells all of one.\n"
-    print(json.dumps(rows, indent=1) if args.json else "\n".join((told, *map(_shown, rows))))
+    told = _filled(
+        f"Recipes, for --config NAME. Begin with {FIRST}; flax-switch recipes NAME tells all of one. In brackets: the parameters that "
+        "a token uses.",
+        "",
+        "",
+    )
+    print(json.dumps(rows, indent=1) if args.json else "\n".join((told, "", *map(_shown, rows))))
     return 0
 
 
@@ -59,7 +64,7 @@ def _shown(row: dict[str, Any]) -> str:
     if row["parameters"]:
         size = f"{shorten(row['parameters'])} parameters"
         used = row["active_parameters"]
-        size += f", of which a token uses {shorten(used)}" if used < row["parameters"] else ""
+        size += f" (a token: {shorten(used)})" if used < row["parameters"] else ""
     hardware = re.split(r"(?<=\.)\s", row["hardware"])[0]
     wrapped = (_filled(line, "    ", "    ") for line in (row["purpose"], f"Hardware: {hardware}"))
     return "\n".join((f"{row['name']:34} {row['command']:9} {size}", *wrapped))

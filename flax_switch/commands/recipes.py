@@ -36,8 +36,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     rows = [_row(name) for name in sorted(shipped.names(), key=lambda name: name != FIRST)]
     told = _filled(
-        f"Recipes, for --config NAME. Begin with {FIRST}; flax-switch recipes NAME tells all of one. In brackets: the parameters that "
-        "a token uses.",
+        f"Recipes, for --config NAME. Begin with {FIRST}; flax-switch recipes NAME tells all of one. In brackets: the "
+        "parameters that a token uses.",
         "",
         "",
     )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, Sharding
+from jax.sharding import Mesh, Sharding
 from jaxtyping import Array
 
 from flax_switch.config import SwitchConfig, check, one_of
@@ -27,6 +27,7 @@ from flax_switch.nn.init import init_params, logical_axes
 from flax_switch.nn.transformer import SwitchEncoder, SwitchTransformer
 from flax_switch.ops.kernels.on_disk import OnDisk
 from flax_switch.parallel.mesh import tree_shardings
+from flax_switch.pretrained.adapter import mesh_of
 from flax_switch.pretrained.model import Pretrained
 from flax_switch.pretrained.on_disk import Files, expert_budget, expert_files, leave_on_disk, narrow
 from flax_switch.pretrained.saving import unscanned
@@ -157,10 +158,13 @@ def quantize(pretrained: Pretrained, weights: str) -> Pretrained:
       ConfigError: for another name, a model quantised already, or sizes that "int4" does not divide.
       CheckpointError: for a weight that is no finite number.
     """
-    config, tensors = with_weights(pretrained.config, unscanned(pretrained.config, pretrained.params), weights)
-    where = getattr(jax.tree.leaves(pretrained.params)[0], "sharding", None)
-    mesh = where.mesh if isinstance(where, NamedSharding) and isinstance(where.mesh, Mesh) else None
-    built = _built(config, pretrained.architecture, tensors, pretrained.vocabulary, pretrained.generation_defaults, mesh=mesh)
+    return built_of(pretrained, *with_weights(pretrained.config, unscanned(pretrained.config, pretrained.params), weights))
+
+
+def built_of(pretrained: Pretrained, config: SwitchConfig, tensors: Mapping[str, LazyTensor]) -> Pretrained:
+    """Returns a model that differs from another, which lies where it does, in its config and canonical tensors."""
+    settings = (pretrained.vocabulary, pretrained.generation_defaults)
+    built = _built(config, pretrained.architecture, tensors, *settings, mesh=mesh_of(pretrained.params))
     return built.replace(prefixes=pretrained.prefixes)
 
 

@@ -13,6 +13,8 @@ import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from etils import epath
+
 from flax_switch.config import ConfigError, SwitchConfig, check, one_of
 from flax_switch.config.adapter import ADAPTER, AdapterConfig
 from flax_switch.convert import checkpoint as checkpoints
@@ -51,6 +53,13 @@ def open_adapter(folder: str | Path, config: SwitchConfig, architecture: str = "
         return _opened(folder, config, architecture, verify)
 
 
+def open_adapter_of(folder: str | Path, opened: checkpoints.Checkpoint, *, verify: bool = True) -> Adapter:
+    """Opens the adapter in a folder for a checkpoint whose headers are read; raises as `open_adapter`, and for another model."""
+    adapter = open_adapter(folder, opened.config, opened.architecture, verify=verify)
+    check_base(folder, adapter, opened.tensors, opened.config)
+    return adapter
+
+
 def _opened(folder: Path, config: SwitchConfig, architecture: str, verify: bool) -> Adapter:
     format = adapter_format(folder)
     if format is None:
@@ -59,7 +68,7 @@ def _opened(folder: Path, config: SwitchConfig, architecture: str, verify: bool)
         )
     if format == "peft":
         return peft.read_peft(folder, config, architecture)
-    adapter = read_native(folder) if format == "flax_switch" else _read_run(folder, verify)
+    adapter = read_native(folder) if format == "flax_switch" else read_run(folder, verify=verify)
     check_fits(folder, adapter, config, architecture)
     return adapter
 
@@ -80,7 +89,8 @@ def read_native(folder: Path) -> Adapter:
     return dataclasses.replace(adapter, kernels={**adapter.kernels, **kernels})
 
 
-def _read_run(folder: Path, verify: bool) -> Adapter:
+def read_run(folder: Path, *, verify: bool = True) -> Adapter:
+    """Reads the adapter that a run trains."""
     settings, base = training_run.adapter_settings(folder) or ({}, "")
     step = training_run.whole_checkpoint(folder) if verify else training_run.find_checkpoint(folder)
     if step is None:
@@ -90,9 +100,9 @@ def _read_run(folder: Path, verify: bool) -> Adapter:
     return uniform(AdapterConfig.from_dict(settings), tensors, base, read_fingerprint(step.parent.parent))
 
 
-def read_fingerprint(run: Path) -> tuple[float, ...]:
+def read_fingerprint(run: epath.PathLike) -> tuple[float, ...]:
     """Returns what tells the model that a run's adapter is trained on from others."""
-    path = run / training_run.BASE_FILE
+    path = epath.Path(run) / training_run.BASE_FILE
     numbers = field(read_json(path), "fingerprint", list, str(path)) if path.is_file() else []
     return tuple(float(number) for number in numbers)
 
@@ -166,8 +176,7 @@ def convert_adapter(
     """
     one_of("to", to, checkpoints.FORMATS)
     opened = checkpoints.open_checkpoint(base, revision=revision, verify=verify)
-    adapter = open_adapter(source, opened.config, opened.architecture, verify=verify)
-    check_base(source, adapter, opened.tensors, opened.config)
+    adapter = open_adapter_of(source, opened, verify=verify)
     adapter = adapter if adapter.base else dataclasses.replace(adapter, base=str(base))
     wanted = Path(source) / "generation_config.json"
     files = {wanted.name: read_companion(wanted, wanted.parent)} if wanted.is_file() else {}

@@ -77,7 +77,7 @@ def read_peft(folder: Path, config: SwitchConfig, architecture: str) -> Adapter:
     """Reads the adapter in a folder for a model; raises `CheckpointError` that names what the model has no place for."""
     settings, values = adapter_config(folder), read_settings(folder)
     found = modules(read_tensors(folder), folder)
-    base = field(values, "base_model_name_or_path", (str, type(None)), str(folder / CONFIG_FILE), None) or ""
+    base = base_of(folder)
     alpha_of = _alphas(values, settings, folder)
     tensors: dict[str, LazyTensor] = {}
     kernels: dict[str, Ranks] = {}
@@ -97,12 +97,18 @@ def read_peft(folder: Path, config: SwitchConfig, architecture: str) -> Adapter:
     return Adapter(settings, tensors, kernels, base)
 
 
+def base_of(folder: Path) -> str:
+    """Returns the name of the model that the adapter in a folder was trained on, where it is said."""
+    where = str(folder / CONFIG_FILE)
+    return field(read_settings(folder), "base_model_name_or_path", (str, type(None)), where, None) or ""
+
+
 def read_tensors(folder: Path) -> dict[str, LazyTensor]:
     """Returns the tensors in a folder, by PEFT's names."""
     path = folder / f"{STEM}.safetensors"
     if not path.is_file():
         raise CheckpointError(
-            f"{folder} holds an {CONFIG_FILE} and no {path.name}. Fetch it again; of an older adapter_model.bin save it anew with PEFT."
+            f"{folder} holds an {CONFIG_FILE} and no {path.name}. Save it anew with PEFT: of an older form it is a .bin."
         )
     return read_safetensors(path)
 

@@ -102,7 +102,8 @@ def read_run(step: Path, *, allow_missing: Sequence[str] = ()) -> tuple[SwitchCo
         run = config_file.parent
         raise CheckpointError(
             f"{run} has an adapter alone, of the model {found[1]}. Name that model and the adapter (--checkpoint {found[1]} "
-            f"--adapter {run}), or make one model of them: flax-switch convert {run} DST --base {found[1]} --merge --to flax_switch."
+            f"--adapter {run}), or make one model of them: flax-switch convert {run} DST "
+            f"--base {found[1]} --merge --to flax_switch."
         )
     tensors = unstack_layers(read_params(step / "params"))
     try:

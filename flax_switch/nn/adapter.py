@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, PRNGKeyArray
 
 from flax_switch.config import check
-from flax_switch.config.adapter import PARTS, AdapterConfig, column_norms, matrix, part_shapes
+from flax_switch.config.adapter import AdapterConfig, column_norms, matrix, part_shapes
 from flax_switch.config.weights import SCALE
 from flax_switch.nn.init import abstract_params, logical_axes
 from flax_switch.nn.transformer import SwitchEncoder
@@ -37,7 +37,7 @@ class Part(NamedTuple):
 def adapter_parts(model: SwitchEncoder, config: AdapterConfig) -> dict[str, Part]:
     """Returns the arrays of a model's adapter by path ("encoder/layers_0/attention/query/kernel/a"); allocates nothing."""
     floats = model.clone(config=model.config.replace(weights="float"))
-    shapes, axes = (flatten_dict(tree, sep="/") for tree in (abstract_params(floats), logical_axes(floats)))
+    shapes, axes = map(_flat, (abstract_params(floats), logical_axes(floats)))
     parts = {}
     for path in config.kernels(shapes):
         shape, names, scanned = shapes[path].shape, axes[path], is_scanned(path)
@@ -85,7 +85,7 @@ def init_adapter(model: SwitchEncoder, config: AdapterConfig, params: Mapping[st
 
 def kernel_norms(params: Mapping[str, Any], path: str) -> Array:
     """Returns the norms of a kernel's columns, which are its magnitudes."""
-    flat = flatten_dict(dict(params), sep="/")
+    flat = _flat(params)
     return _by_layer(path, lambda *leaves: column_norms(_floats(path, *leaves)), *_leaves(flat, path))
 
 
@@ -105,14 +105,14 @@ def adapted(
     Raises:
       ConfigError: for an adapter of experts that are on disk.
     """
-    flat, parts = (dict(flatten_dict(dict(tree), sep="/")) for tree in (params, adapter))
+    flat, parts = map(_flat, (params, adapter))
     result = dict(flat)
     for path in dict.fromkeys(name.rpartition("/")[0] for name in parts):
         check(
             not isinstance(flat[path], OnDisk),
             f"The adapter has a part for {path}, and this model's experts are on disk. Load the model without experts='disk'.",
         )
-        a, b, magnitude = (parts.get(f"{path}/{name}") for name in PARTS)
+        a, b, magnitude = parts[f"{path}/a"], parts[f"{path}/b"], parts.get(f"{path}/magnitude")
         b, gain = b * scale, None
         if magnitude is not None:
             gain = _by_layer(path, functools.partial(_gain, path), a, b, magnitude, *_leaves(flat, path))
@@ -133,6 +133,10 @@ def has_adapter(params: Any) -> bool:
     """Returns whether some kernels are `Adapted`."""
     leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, Adapted))
     return any(isinstance(leaf, Adapted) for leaf in leaves)
+
+
+def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(flatten_dict(dict(tree), sep="/"))
 
 
 def _leaves(flat: Mapping[str, Any], path: str) -> list[Array]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from flax_switch.config import SwitchConfig, check, one_of
+from flax_switch.config import ConfigError, SwitchConfig, check, one_of
 from flax_switch.convert.adapter import Adapter
 from flax_switch.convert.adapter_folder import write_adapter
 from flax_switch.generation.defaults import with_defaults
@@ -258,7 +258,7 @@ class Pretrained:
             params = adapted(params, self.adapters[name].tree)
         return self.replace(params=params, adapter=name)
 
-    def merge_adapter(self) -> Self:
+    def merge_adapter(self) -> Pretrained:
         """Returns the model with the adapter in use made part of its kernels, and no others.
 
         Raises `ConfigError` where none is in use, or the kernels are integers.
@@ -273,11 +273,9 @@ class Pretrained:
         return write_adapter(path, self._in_use(), self.config, format=format)
 
     def _in_use(self) -> Adapter:
-        check(
-            self.adapter is not None,
-            "No adapter is in use; with_adapter(folder) loads one, use_adapter(name) takes one of several.",
-        )
-        return self.adapters[str(self.adapter)].adapter
+        if self.adapter is None:
+            raise ConfigError("No adapter is in use; with_adapter(folder) loads one, and use_adapter(name) takes one of several.")
+        return self.adapters[self.adapter].adapter
 
     def save_pretrained(self, path: str | Path, format: str = "huggingface", **options: Any) -> Path:
         """Saves it, with its prefixes and defaults of generation; see `flax_switch.save_pretrained`."""

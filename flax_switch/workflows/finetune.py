@@ -1,5 +1,6 @@
 """`finetune` and `evaluate_checkpoint`: what the commands of these names do."""
 
+import functools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,12 @@ from etils import epath
 from jax.sharding import Mesh
 
 from flax_switch.config import check, expect
+from flax_switch.config.adapter import ADAPTER
 from flax_switch.config.finetuning import FinetuneConfig, FinetuneRecipe
+from flax_switch.convert.adapter import fingerprint, same_model
+from flax_switch.convert.adapter_folder import read_fingerprint
+from flax_switch.convert.canonical import flatten
+from flax_switch.convert.training_run import BASE_FILE
 from flax_switch.data.tasks import prepare_tasks
 from flax_switch.data.vocabulary import SETTINGS_FILE
 from flax_switch.generation.defaults import write_prefixes
@@ -21,13 +27,13 @@ from flax_switch.training.checkpoint import claim_workdir
 from flax_switch.training.freezing import trainable_part
 from flax_switch.training.loop import check_vocabulary, train
 from flax_switch.training.progress import console
-from flax_switch.training.state import Run, build_run
+from flax_switch.training.state import Run, TrainState, build_run
 from flax_switch.training.step import compile_eval_step
 from flax_switch.training.trackers import Tracker, require_trackers
 from flax_switch.workflows import scores
 from flax_switch.workflows.predictions import Prediction, TaskEvaluator, evaluate
 from flax_switch.workflows.result import Result
-from flax_switch.workflows.start import open_start
+from flax_switch.workflows.start import Start, open_start
 
 TASKS_FILE = "tasks.json"
 
@@ -58,7 +64,8 @@ def finetune(
     )
     require_trackers(recipe.train.log_to)
     start = open_start(init, recipe.model, vocabulary, verify)
-    start.config.check_trainable()
+    if not recipe.adapter.rank:
+        start.config.check_trainable()
     config = recipe.resolve(start.config, init)
     mesh = _checked(config, mesh)
     check_vocabulary(config, start.vocabulary)
@@ -72,9 +79,24 @@ def finetune(
     if config.optimizer.trainable != ".*":
         trained = trainable_part(run.abstract_state.params, config.optimizer.trainable)
         console.print(f"Training {_count(trained):,} of {_count(run.abstract_state.params):,} parameters.")
+    first_state = functools.partial(_first_state, start, run, workdir)
     evaluator = lambda: TaskEvaluator(run, prepared, compile_eval_step(run), workdir)  # noqa: E731
     options: dict[str, Any] = dict(profile=profile, log=log, verify=verify)
-    return Result.of(train(run, prepared, workdir, evaluator, start.state, **options), workdir)
+    return Result.of(train(run, prepared, workdir, evaluator, first_state, **options), workdir)
+
+
+def _first_state(start: Start, run: Run, workdir: epath.Path, _: Run) -> TrainState:
+    """Returns the state of step 0; of an adapter's run that resumes raises `ConfigError` where its model is another by now."""
+    state = start.state(run)
+    if ADAPTER in state.params:
+        known, found = read_fingerprint(workdir), fingerprint(flatten(state.params), run.config.model.embedding_path)
+        check(
+            not known or same_model(known, found),
+            f"--init {start.source} is another model than the one that this run's adapter is trained on. Give that one, or name "
+            "a new --workdir.",
+        )
+        write_text(workdir / BASE_FILE, json.dumps({"fingerprint": found}) + "\n")
+    return state
 
 
 def evaluate_checkpoint(
@@ -113,7 +135,7 @@ def _checked(config: FinetuneConfig, mesh: Mesh | None) -> Mesh:
 
 def recipe_of(config: FinetuneConfig) -> FinetuneRecipe:
     """Returns the recipe that makes this config of its checkpoint, which has the model's settings already."""
-    sections = {name: getattr(config, name) for name in ("data", "optimizer", "mesh", "train", "evaluation")}
+    sections = {name: getattr(config, name) for name in ("data", "optimizer", "mesh", "train", "evaluation", "adapter")}
     return FinetuneRecipe(**sections)
 
 

@@ -1,5 +1,6 @@
 """Multiplies rows by a kernel with an adapter: its product and that of two narrow matrices, whatever form the kernel has."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -38,7 +39,7 @@ class Adapted:
     def astype(self, dtype: DTypeLike) -> Self:
         """Returns it with all parts in a dtype."""
         cast = lambda part: None if part is None else part.astype(dtype)  # noqa: E731
-        return self.replace(base=cast(self.base), a=cast(self.a), b=cast(self.b), gain=cast(self.gain))
+        return dataclasses.replace(self, base=cast(self.base), a=cast(self.a), b=cast(self.b), gain=cast(self.gain))
 
     def __getitem__(self, index: Any) -> Self:
         """Returns some kernels of a stack."""
@@ -51,7 +52,7 @@ class Adapted:
         return y if self.gain is None else y * product(jnp.ones_like(x[..., :1]), self.gain)
 
 
-def whole(kernel: Array | Narrow | Adapted) -> Array | Narrow:
+def whole(kernel: Any) -> Any:
     """Returns a kernel as one array; it is for small ones, and those with several axes of inputs or outputs."""
     if not isinstance(kernel, Adapted):
         return kernel

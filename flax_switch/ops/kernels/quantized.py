@@ -7,6 +7,7 @@ dequantized    the weights in the rows' dtype, and their product. Accelerators m
                eighth of the bytes; the scales of int8 are left to the end
 """
 
+import dataclasses
 import functools
 from typing import Any, Self
 
@@ -65,7 +66,9 @@ def with_scale(values: Any, scale: Array | None) -> Any:
     """Returns the kernel that a parameter is, of a quantised one with its scales; one with an adapter keeps it."""
     if scale is None:
         return values
-    return values.replace(base=Quantized(values.base, scale)) if isinstance(values, Adapted) else Quantized(values, scale)
+    if isinstance(values, Adapted):
+        return dataclasses.replace(values, base=Quantized(values.base, scale))
+    return Quantized(values, scale)
 
 
 def multiply(x: Float[Array, "*B D"], kernel: Kernel) -> Float[Array, "*B F"]:

@@ -30,6 +30,7 @@ CONFIG_FILE = "adapter_config.json"
 STEM = "adapter_model"
 _PREFIX = "base_model.model."
 _NAME = re.compile(r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector)")
+_COPY = ".base_layer.weight"  # of a head that has an adapter: what the model itself has, which PEFT saves, too
 _PARTS = {"lora_A.weight": "a", "lora_B.weight": "b", "lora_magnitude_vector": "magnitude"}
 # Settings that make another function of the same tensors, and the values that do not.
 _PLAIN = {
@@ -118,6 +119,8 @@ def modules(tensors: Mapping[str, LazyTensor], where: object) -> dict[str, dict[
     found: dict[str, dict[str, LazyTensor]] = {}
     strange = []
     for name, tensor in tensors.items():
+        if name.endswith(_COPY):
+            continue
         match = _NAME.fullmatch(name.removeprefix(_PREFIX))
         if match is None:
             strange.append(name)

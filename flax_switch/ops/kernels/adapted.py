@@ -22,9 +22,9 @@ class Adapted:
     """
 
     base: Any  # an array, `Quantized` or `Narrow`; the first leaf, as its shape is the parameter's
-    a: Float[Array, "... D r"]
-    b: Float[Array, "... r F"]  # scaled already
-    gain: Float[Array, "... 1 F"] | None = None  # what DoRA multiplies columns by
+    a: Float[Array, "..."]  # [..., D, r]
+    b: Float[Array, "..."]  # [..., r, F], scaled already
+    gain: Float[Array, "..."] | None = None  # [..., 1, F]: what DoRA multiplies columns by
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -192,10 +192,10 @@ def _kernel_specs(name: str, kernel: Kernel, mesh: AnyMesh) -> Any:
     """Returns how each array of the experts' kernels of a name is cut."""
     axes = ("expert", "mlp", "embed") if name == "wo" else ("expert", "embed", "mlp")
     if isinstance(kernel, Adapted):
-        cut = lambda part, *axes: None if part is None else partition_spec(axes, part.shape, mesh)  # noqa: E731
         expert, inputs, outputs = axes
-        parts: Any = (cut(kernel.a, expert, inputs, None), *(cut(part, expert, None, outputs) for part in (kernel.b, kernel.gain)))
-        return Adapted(_kernel_specs(name, kernel.base, mesh), *parts)
+        parts = ((kernel.a, (expert, inputs, None)), (kernel.b, (expert, None, outputs)), (kernel.gain, (expert, None, outputs)))
+        specs = [partition_spec(axes, part.shape, mesh) for part, axes in parts if part is not None]
+        return jax.tree.unflatten(jax.tree.structure(kernel), [*jax.tree.leaves(_kernel_specs(name, kernel.base, mesh)), *specs])
     held = stored(kernel.shape, kernel.weights, axes).axes if isinstance(kernel, Quantized) else axes
     return jax.tree.map(lambda array: partition_spec(held, array.shape, mesh), kernel)
 

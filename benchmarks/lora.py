@@ -3,9 +3,9 @@
     flax-switch pretrain --config configs/tiny.py --workdir runs/tiny        # the model that both begin with
     python benchmarks/lora.py --init runs/tiny --workdir runs/lora           # run it again to go on where it was stopped
 
-The task is an edit that can be told to be right: a sentence of the quickstart's corpus, written again without its articles. Its score
-is exact match. First every way picks its learning rate, with a seed of its own; then it runs with three other seeds, which draw the
-order of examples, dropout and the adapter. Printed and written are scores, bytes of a checkpoint, and seconds a step.
+The task is an edit that can be told to be right: a sentence of the quickstart's corpus, written again without its articles. The
+score is exact match. First every way picks its learning rate, with a seed of its own; then it runs with three other seeds, which
+draw the order of examples, dropout and the adapter. Printed and written are scores, bytes of a checkpoint, and seconds a step.
 """
 
 from __future__ import annotations

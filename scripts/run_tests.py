@@ -27,7 +27,7 @@ USAGE = """bash scripts/test.sh [PART] [-- pytest arguments]
   --wheel           builds the wheel and uses it in an empty folder
   --matrix ...      the quick tests in an environment for every Python and the oldest and newest packages
   --mutate ...      tells which small changes of the code the quick tests do not notice
-  --record          with --slow or --all: write tests/durations.json, by which the slow tests are dealt into quarters
+  --record          write what each test took to tests/durations.json, by which tests are quick or slow and slow ones in a quarter
 """
 
 
@@ -38,6 +38,8 @@ def main() -> int:
     parts: list[Part] = []
     for part in _parts(options, extra):
         parts.append(part)
+    if options.record:
+        run.record_durations(parts, whole=options.all)
     print(f"\n{render(parts)}", flush=True)
     return int(not all(part.ok for part in parts))
 
@@ -63,7 +65,7 @@ def _parts(options: argparse.Namespace, extra: list[str]):
     if options.soak is not None:
         yield from soak_parts(options.soak, extra)
     elif options.slow_part is not None or options.slow:
-        yield run.slow_part(options.slow_part, extra, record=options.record)
+        yield run.slow_part(options.slow_part, extra)
     elif options.hardware:
         yield run.pytest_part("hardware", "hardware", extra)
     elif options.wheel:
@@ -75,7 +77,7 @@ def _parts(options: argparse.Namespace, extra: list[str]):
             yield newest_part(extra)
             yield run.slow_part(turn(), extra)
         if options.all:
-            yield run.slow_part(None, extra, record=options.record)
+            yield run.slow_part(None, extra)
             yield run.pytest_part("hardware", "hardware", extra)
 
 

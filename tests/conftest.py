@@ -21,6 +21,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import pytest  # noqa: E402
 import typechecking  # noqa: E402, F401 - after the environment, before the package
+from costs import pytest_collection_modifyitems  # noqa: E402, F401 - a hook
 from hypothesis import settings  # noqa: E402
 from missing_oracles import pytest_make_collect_report, pytest_runtest_makereport  # noqa: E402, F401 - hooks
 

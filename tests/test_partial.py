@@ -91,7 +91,7 @@ def command(tmp_path, monkeypatch):
         return results
 
     monkeypatch.setattr("flax_switch.convert.checkpoint.open_checkpoint", lambda path, **_: opened)
-    monkeypatch.setattr("flax_switch.pretrained.from_checkpoint", lambda opened, dtype: None)
+    monkeypatch.setattr("flax_switch.pretrained.from_checkpoint", lambda opened, **_: SimpleNamespace(expert_reads=None))
     monkeypatch.setattr("flax_switch.generation.text.generate_lines", generate_lines)
     monkeypatch.setattr("flax_switch.config.generation.GenerationConfig.for_model", lambda self, config: self)
     (tmp_path / "in.txt").write_text("a\nb\n\nc\nd\ne\n")

@@ -11,7 +11,7 @@ import multiprocessing.popen_spawn_posix, os, pkgutil, platform, shutil, signal,
 from pathlib import Path
 
 import absl.logging, flax.linen, grain, jax, jaxtyping, ml_collections, numpy, optax, orbax.checkpoint, rich.progress
-import sentencepiece, tensorstore
+import sentencepiece, tensorstore, uvicorn
 import jax.experimental.multihost_utils, jax.experimental.pallas.triton
 from etils import epath
 

@@ -154,13 +154,15 @@ class RingCache(DecoderCache):
         lengths = jnp.minimum(self.lengths + length, self.max_length)
         return dataclasses.replace(self, layers=layers, index=(self.index + length) % self.max_length, lengths=lengths)
 
-    def bias(self, layer: int, length: int) -> Float[Array, "1 H 1 T"]:
-        """Returns the relative position biases of the next token in a layer, for every place."""
+    def bias(self, layer: int, length: int) -> Float[Array, "1 H 1 T"] | None:
+        """Returns the relative position biases of the next token in a layer, for every place; None without a table."""
+        if not self.biases:
+            return None
         table = self.biases[layer if len(self.biases) > 1 else 0]
         return table[:, self.max_length - 1 - self.distances][None, :, None]
 
-    def visible(self, mask: Bool[Array, "R T"] | None, length: int) -> Bool[Array, "R 1 1 T"]:
-        """Returns which places the next token of each row sees: the row's, and the one that the token takes."""
+    def visible(self, mask: Bool[Array, "R T"] | None, length: int, *, causal: bool = True) -> Bool[Array, "R 1 1 T"]:
+        """Returns which places the next token of each row sees: the row's, and the one that the token takes, causal or not."""
         seen = self.distances[None] <= self.lengths[:, None]
         return (seen if mask is None else seen & mask)[:, None, None]
 

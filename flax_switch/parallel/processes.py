@@ -40,8 +40,10 @@ T = TypeVar("T")
 LOST_ANOTHER = 3  # exit status of a process that ends because another one did
 _NOTE = "flax_switch/failed"
 _LONG = 7 * 24 * 3600 * 1000  # milliseconds; waiting for a process that lives is no error, and JAX ends us when it does not
+_PATIENCE = 10  # seconds in which a process that fails tells the others
 _SHUTDOWN = 20  # seconds for all processes to leave after the last barrier
 _RESUME = "Start every process again with the same command: the run continues from its last checkpoint."
+_LOST_SIGNS = ("Gloo", "NCCL", "CoordinationService", "coordination service", "Connection reset by peer", "UNAVAILABLE: ")
 _last_word = threading.Lock()  # the thread that has it says why the process ends, and ends it
 _handlers: list[Any] = []  # what C++ may call, kept for it
 _calls = itertools.count()  # agreements are numbered; all processes make the same ones in the same order
@@ -303,6 +305,7 @@ def _fail(error: BaseException) -> NoReturn:
     """Says what went wrong, tells the other processes, and exits at once: a process that waits at its end makes the others hang."""
     _last_word.acquire()
     me = _process()
+    _exit_within(_PATIENCE, LOST_ANOTHER)
     if isinstance(error, ConfigError):
         status, reason = 2, str(error)
         _print_error(reason)
@@ -327,6 +330,13 @@ def _fail(error: BaseException) -> NoReturn:
     _exit(status)
 
 
+def _exit_within(seconds: float, status: int) -> None:
+    """Has the process end after some seconds, whatever it then waits for: a coordination service that is gone need not say so."""
+    timer = threading.Timer(seconds, os._exit, (status,))
+    timer.daemon = True
+    timer.start()
+
+
 def _exit(status: int) -> NoReturn:
     if _process() == 0:  # the service ends with this process: let the others read the note first
         time.sleep(4)
@@ -337,7 +347,7 @@ def _exit(status: int) -> NoReturn:
 def _is_lost_connection(error: BaseException) -> bool:
     """Returns whether an error of JAX says that a peer is gone: CPU's collectives (Gloo), NCCL, or the coordination service."""
     text = str(error)
-    return any(sign in text for sign in ("Gloo", "NCCL", "CoordinationService", "coordination service", "Connection reset by peer"))
+    return any(sign in text for sign in _LOST_SIGNS)
 
 
 def _first_line(error: BaseException) -> str:

@@ -244,7 +244,7 @@ class Stream(Response):
         except Refusal as refusal:
             if not begun:
                 raise
-            await event(json.loads(bytes(refused(refusal).body)))
+            await event(bytes(refused(refusal).body).decode())
         finally:
             self.server.leave(self.answer)
         await send({"type": "http.response.body", "body": b"", "more_body": False})

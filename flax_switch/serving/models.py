@@ -47,6 +47,11 @@ class Served:
     def __init__(self, name: str, pretrained: Pretrained, limits: Limits):
         """Takes a model that is loaded. Its defaults of generation are followed, but for those of beams, which the log names."""
         self.name, self.limits, self.config = name, limits, pretrained.config
+        check(
+            not self.config.decoder_only,
+            f"The model {name!r} is a decoder alone, and slots are for models that read a source with an encoder; `flax-switch "
+            "generate` runs it.",
+        )
         if pretrained.vocabulary is None:
             raise ConfigError(f"The model {name!r} has no vocabulary to read text with; put its spiece.model into the folder.")
         self.vocabulary, prefixes = pretrained.vocabulary, pretrained.prefixes

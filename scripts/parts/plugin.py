@@ -1,8 +1,8 @@
 """A pytest plugin: runs one quarter of the tests, and writes what came of every test, for the table at the end.
 
 Loaded with `-p parts.plugin`. A test function, with all its parameters, belongs to one quarter. Those whose duration is on record
-(tests/durations.json) are dealt out so that quarters take equally long; others go by a hash of their name, so that a new test
-moves no other.
+(tests/durations.json: cases, and seconds of one) are dealt out so that quarters take equally long; others go by a hash of their
+name, so that a new test moves no other.
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ def function_of(nodeid: str) -> str:
     return nodeid.split("[")[0]
 
 
-def quarters_on_record(durations: dict[str, float]) -> dict[str, int]:
+def quarters_on_record(durations: dict[str, tuple[int, float]]) -> dict[str, int]:
     """The quarter of every test function on record: the longest first, each to the quarter that has least to do."""
     load, quarter = [0.0] * QUARTERS, {}
-    for name in sorted(durations, key=lambda n: (-durations[n], n)):
+    took = {name: cases * seconds for name, (cases, seconds) in durations.items()}
+    for name in sorted(took, key=lambda n: (-took[n], n)):
         quarter[name] = min(range(QUARTERS), key=lambda q: (load[q], q))
-        load[quarter[name]] += durations[name]
+        load[quarter[name]] += took[name]
     return quarter
 
 

@@ -23,6 +23,7 @@ NEWEST_TESTS = [
     "tests/training/test_expert_parallel.py", "tests/config/test_config.py",
 ]  # fmt: skip
 NO_TESTS_COLLECTED = 5
+NOTABLE = 1.0  # seconds of a test, all its cases together, from which on they are on record
 
 
 def say(text: str) -> None:
@@ -58,17 +59,15 @@ def pytest_part(name: str, marks: str, extra: list[str], *, python: str = sys.ex
     return part
 
 
-def slow_part(quarter: int | None, extra: list[str], *, record: bool = False) -> Part:
+def slow_part(quarter: int | None, extra: list[str]) -> Part:
     """The slow tests, or a quarter of them; one that fails is run once more alone, and is flaky if it passes then."""
     name = "slow" if quarter is None else f"slow, quarter {quarter}"
     choice = [] if quarter is None else [f"--quarter={quarter}"]
     part = pytest_part(name, "slow and not hardware", [*choice, *extra], dist="worksteal")
-    if record:
-        record_durations(part.seconds)
     began, failed = time.monotonic(), part.failed
     for test in failed:
         say(f"Once more, alone: {test}")
-        if _pytest(sys.executable, ["-m", "slow", test])[0] == 0:
+        if _pytest(sys.executable, ["-m", "not hardware", test])[0] == 0:
             part.flaky.append(test)
     part.failed = [test for test in failed if test not in part.flaky]
     part.outcomes["failed"] = len(part.failed)
@@ -77,12 +76,19 @@ def slow_part(quarter: int | None, extra: list[str], *, record: bool = False) ->
     return part
 
 
-def record_durations(seconds: dict[str, float]) -> None:
-    """Writes how long each test function took, its parameters together: what quarters are dealt out by."""
-    took: Counter = Counter()
+def record_durations(parts: list[Part], whole: bool, file: Path = DURATIONS) -> None:
+    """Writes how many cases each test function has and how long one takes.
+
+    whole: that all tests ran; else what was on record of others stays.
+    """
+    seconds = {test: took for part in parts for test, took in part.seconds.items()}
+    took: dict[str, list[float]] = {}
     for test, of_test in seconds.items():
-        took[function_of(test)] += of_test
-    DURATIONS.write_text(json.dumps({name: round(took[name], 1) for name in sorted(took)}, indent=1) + "\n", "utf-8")
+        took.setdefault(function_of(test), []).append(of_test)
+    known = {} if whole or not file.is_file() else json.loads(file.read_text("utf-8"))
+    known |= {name: [len(cases), round(sum(cases) / len(cases), 2)] for name, cases in took.items()}
+    worth = {name: known[name] for name in sorted(known) if known[name][0] * known[name][1] >= NOTABLE}
+    file.write_text("{\n" + ",\n".join(f" {json.dumps(name)}: {json.dumps(one)}" for name, one in worth.items()) + "\n}\n", "utf-8")
 
 
 def _pytest(python: str, arguments: list[str]) -> tuple[int, dict[str, dict]]:

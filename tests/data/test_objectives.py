@@ -74,12 +74,13 @@ def test_every_objective_keeps_to_the_room_that_it_asks_for_and_needs_all_of_it(
     rates = {f"{other}_rate": float(other == name) for other in OBJECTIVES}
     mixture = Mixture.of(config.replace(**rates, inputs_length=24, targets_length=30), vocabulary)
     made = ConcatenatedText(prepared.train, mixture, seed=0).examples(np.arange(300), np.zeros(300, int))
-    assert made.input_lengths.max() <= 24 and made.target_lengths.max() <= 30
-    assert made.input_lengths.max() == 24 or made.target_lengths.max() == 30
+    inputs, targets = (0, 24 + 30) if name == "causal_lm" else (24, 30)  # without inputs, targets have the room of both
+    assert made.input_lengths.max() <= inputs and made.target_lengths.max() <= targets
+    assert 0 < made.input_lengths.max() == inputs or made.target_lengths.max() == targets
     packed = SeparateDocuments(prepared.train, mixture, seed=0)
     made = packed.examples(np.arange(packed.num_examples), np.zeros(packed.num_examples, int))
     assert (made.input_lengths <= packed.input_lengths).all() and (made.target_lengths <= packed.target_lengths).all()
-    for array, lengths in ((made.inputs, made.input_lengths), (made.targets, made.target_lengths)):
+    for array, lengths in ((made.inputs, made.input_lengths), (made.targets, made.target_lengths))[int(not inputs) :]:
         last = np.take_along_axis(array, lengths[:, None] - 1, axis=1)
         assert (last == mixture.eos_id).all() and not array[np.arange(array.shape[1]) >= lengths[:, None]].any()
 

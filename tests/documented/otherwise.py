@@ -96,9 +96,19 @@ LIST = [
     Otherwise(
         r"python benchmarks/", says_how_to_use_it, "takes minutes; those with a cheap mode are run by it in another test", slow=True
     ),
-    Otherwise(r"flax-switch (pretrain|distill|evaluate|plan|serve)$", names_a_command, "a mention of the command, no call of it"),
+    Otherwise(r"python scripts/first_hour\.py", says_how_to_use_it, "builds a wheel and a fresh environment for it"),
+    Otherwise(
+        r"python scripts/(kill_table|full_disk)\.py", says_how_to_use_it, "takes an hour; tests/training/test_kills does the same"
+    ),
+    Otherwise(
+        r"flax-switch (pretrain|finetune|distill|evaluate|generate|convert|inspect|plan|serve)$",
+        names_a_command,
+        "a mention of the command, no call of it",
+    ),
     Otherwise(r"mpirun .* flax-switch pretrain \.\.\. ", names_a_command, "needs a cluster, and leaves out what others say"),
-    Otherwise(r"flax-switch \w+ --gin-file configs/gin/\w+\.gin .*\[--gin", parsed, "tests/test_recipes: it is the recipe's run"),
+    Otherwise(
+        r"flax-switch \w+ --gin[-_]file configs/gin/\w+\.gin .*\[--gin", parsed, "tests/test_recipes: it is the recipe's run"
+    ),
     Otherwise(r"flax-switch pretrain .* --workdir gs://bucket/.* --distributed", parsed, "needs a cluster and a cloud"),
     Otherwise(r"flax-switch serve ", is_understood, "serves until it is told to end; tests/serve does"),
     Otherwise(r"curl ", asks_what_is_served, "needs a server; tests/serve has one"),

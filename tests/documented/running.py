@@ -23,6 +23,8 @@ from flax_switch.config.finetuning import FinetuneRecipe
 PLACEHOLDERS = {
     "CHECKPOINT": "runs/tiny",
     "WORKDIR": "runs/tiny",
+    "RUN": "runs/tiny",
+    "SRC": "runs/tiny",
     "DENSE": "google-t5/t5-base",
     "DST": "made",
     "DIR": "runs/made",
@@ -194,7 +196,7 @@ def run_here(text: str) -> int:
 @contextlib.contextmanager
 def typed(text: str) -> Iterator[None]:
     """Standard input is a text; commands that read none do not see it."""
-    before, sys.stdin = sys.stdin, io.StringIO(text)
+    before, sys.stdin = sys.stdin, io.TextIOWrapper(io.BytesIO(text.encode()), encoding="utf-8")
     try:
         yield
     finally:

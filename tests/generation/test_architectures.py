@@ -62,7 +62,7 @@ def test_every_field_of_a_config_is_varied_or_known_to_change_nothing():
         for name, value in changes.items()
         if value != getattr(BASE, name)
     }
-    changed |= {"architecture"}  # with which test_decoders_alone varies the others
+    changed |= {"architecture"}  # with which the tests of decoders alone vary the others
     changed |= {"weights"}  # integers are not drawn: tests/pretrained/test_weights.py decodes with them
     assert changed == {field.name for field in dataclasses.fields(SwitchConfig)}, "a field needs an alternative in AXES"
 

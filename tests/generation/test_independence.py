@@ -36,6 +36,7 @@ def assert_rows_are(sequences, rows):
         assert set(row[len(expected) :]) <= {0, 1}, "only filling may follow"
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("controls", CONTROLS, ids=str)
 def test_without_dropping_a_row_is_the_same_alone_in_any_batch_and_with_padding_on_any_side(dropless, trained, sources, controls):
     ids, mask = sources

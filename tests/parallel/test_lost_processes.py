@@ -1,6 +1,7 @@
 """A process that dies makes the others end with one sentence and status 3, whatever they are at: JAX alone would abort them."""
 
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -39,3 +40,21 @@ def test_those_who_wait_end_with_a_sentence(tmp_path, count, victim, number):
         assert "Start every process again with the same command" in said[1]
         for word in ("terminate called", "Check failure stack trace", "Fatal Python error", "Traceback"):
             assert word not in processes.text(i)
+
+
+def test_a_process_that_fails_ends_though_the_coordination_service_never_answers():
+    program = """
+import time
+from types import SimpleNamespace
+from flax_switch.parallel import processes
+never = lambda *_: time.sleep(60)
+processes._client = lambda: SimpleNamespace(key_value_set=never, blocking_key_value_get=never)
+processes._process = lambda: 1
+processes._PATIENCE = 0.5
+processes._fail(ERROR)
+"""
+    for error, said in (("ValueError('Gloo failed')", ""), ("ValueError('mine')", "ValueError: mine")):
+        done = subprocess.run(
+            [sys.executable, "-c", program.replace("ERROR", error)], env=environment(1), capture_output=True, text=True, timeout=50
+        )
+        assert done.returncode == LOST_ANOTHER and said in done.stderr, done.stderr

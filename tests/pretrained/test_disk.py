@@ -117,6 +117,7 @@ ROUTINGS = {
 }
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("routing", slow_but(ROUTINGS, "gather", "experts choose"))
 def test_every_way_to_route_and_to_execute_gives_the_bits_of_the_model_in_memory(tmp_path, routing):
     folder = saved(tmp_path / "model", CONFIG.replace(**ROUTINGS[routing]), format="flax_switch")

@@ -1,30 +1,70 @@
 """The parts of the suite: quarters are fair and fixed, tables count, and what is asked for by mistake is an error."""
 
+import json
+import shutil
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from costs import quick_cases
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 
 from parts import newest  # noqa: E402 - scripts are no package
 from parts.plugin import QUARTERS, quarter_of, quarters_on_record  # noqa: E402
+from parts.run import record_durations  # noqa: E402
 from parts.table import Part, render, summary  # noqa: E402
 
 
 def test_quarters_take_equally_long_and_a_new_test_moves_no_other():
-    durations = {f"tests/a.py::test_{i}": 1.0 + 37 * i % 50 for i in range(60)}
+    durations = {f"tests/a.py::test_{i}": (1 + i % 3, 1.0 + 37 * i % 50) for i in range(60)}
     quarters = quarters_on_record(durations)
     load = Counter()
-    for name, seconds in durations.items():
-        load[quarters[name]] += seconds
-    assert max(load.values()) - min(load.values()) <= max(durations.values())
+    for name, (cases, seconds) in durations.items():
+        load[quarters[name]] += cases * seconds
+    assert max(load.values()) - min(load.values()) <= max(cases * seconds for cases, seconds in durations.values())
     before = {name: quarter_of(name, quarters) for name in durations}
     new = quarter_of("tests/b.py::test_new", quarters)
     assert 0 <= new < QUARTERS and before == {name: quarter_of(name, quarters) for name in durations}
+
+
+def test_what_is_on_record_is_the_mean_of_cases_and_stays_where_a_test_did_not_run(tmp_path):
+    part = Part("quick", seconds={"tests/a.py::test_x[1]": 3.0, "tests/a.py::test_x[2]": 1.0, "tests/a.py::test_y": 0.2})
+    file = tmp_path / "durations.json"
+    file.write_text('{"tests/b.py::test_z": [1, 9.0]}')
+    record_durations([part], whole=False, file=file)
+    assert json.loads(file.read_text()) == {"tests/a.py::test_x": [2, 2.0], "tests/b.py::test_z": [1, 9.0]}
+    record_durations([part], whole=True, file=file)
+    assert json.loads(file.read_text()) == {"tests/a.py::test_x": [2, 2.0]}
+
+
+def test_costly_cases_are_slow_and_some_stay():
+    assert quick_cases(8, 0.1) == set(range(8)), "they have room"
+    assert quick_cases(8, 2.4) == {0, 4}, "two have, from all over the list"
+    assert quick_cases(8, 11.0) == {0}, "one, though it has not"
+    assert quick_cases(8, 12.0) == set() and quick_cases(8, 12.0, stays=True) == {0}
+
+
+def test_the_cases_that_are_quick_and_those_that_are_slow_are_all(tmp_path):
+    """By pytest itself, in a suite of its own; one case that is asked for by name runs."""
+    shutil.copy(ROOT / "tests" / "costs.py", tmp_path)
+    (tmp_path / "conftest.py").write_text("from costs import pytest_collection_modifyitems")
+    (tmp_path / "durations.json").write_text('{"test_small.py::test_x": [6, 2.0], "test_small.py::test_y": [1, 60]}')
+    (tmp_path / "test_small.py").write_text(
+        "import pytest\n@pytest.mark.parametrize('i', range(6))\ndef test_x(i): pass\ndef test_y(): pass\ndef test_z(): pass"
+    )
+
+    def chosen(*options):
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--collect-only", "-q", *options]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        return [line.split("::")[1] for line in done.stdout.splitlines() if "::" in line]
+
+    assert chosen("-m", "not slow") == ["test_x[0]", "test_x[3]", "test_z"]
+    assert chosen("-m", "slow") == ["test_x[1]", "test_x[2]", "test_x[4]", "test_x[5]", "test_y"]
+    assert chosen("-m", "not slow", "test_small.py::test_x[5]") == ["test_x[5]"]
 
 
 def test_every_test_is_in_one_quarter():

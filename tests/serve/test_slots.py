@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from client import small_model
 
+from flax_switch.config import ConfigError
 from flax_switch.generation.generate import generate
 from flax_switch.generation.slots import Row, level_of
 from flax_switch.nn.transformer import SwitchTransformer
@@ -91,3 +92,11 @@ def test_a_model_of_another_architecture_has_no_slots():
     assert served.decoder is None
     assert np.linalg.norm(served.embed([5, 6, 1])) == pytest.approx(1.0, abs=1e-5)
     assert [stack.stack for stack in served.routing([5, 6, 1], [])] == ["encoder"]
+
+
+def test_a_decoder_alone_is_refused_by_name():
+    pretrained = small_model(
+        architecture="decoder_only", bidirectional_inputs=True, num_encoder_layers=0, num_sparse_encoder_layers=0
+    )
+    with pytest.raises(ConfigError, match="'alone' is a decoder alone"):
+        Served("alone", pretrained, Limits(max_tokens=NEW))

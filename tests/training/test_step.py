@@ -45,6 +45,7 @@ def run_on(config, devices=1):
     return build_run(config, create_mesh(config.mesh, jax.devices()[:devices]))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("normalizer", ["real_target_tokens", pytest.param("average_per_sequence", marks=pytest.mark.slow)])
 def test_micro_batches_have_the_gradients_and_metrics_of_the_whole_batch(normalizer):
     whole = CONFIG.replace(model=MODEL.replace(loss_normalizer=normalizer))
@@ -96,6 +97,7 @@ def test_schedules_start_move_and_end_where_they_should():
     assert at(77, schedule="constant", learning_rate=0.3, warmup_steps=0) == pytest.approx(0.3)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("optimizer", ["adafactor", "adamw"])
 def test_a_sharded_step_equals_the_step_on_one_device(optimizer):
     config = CONFIG.replace(optimizer=CONFIG.optimizer.replace(name=optimizer))

@@ -1,6 +1,7 @@
 """Predictions, inputs, references and scores belong to the same example, and outputs of `generate` to the same line."""
 
 import json
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
@@ -57,7 +58,8 @@ def evaluated(folder, recipe, vocabulary, mesh, *tasks, **changes):
         named.append(TaskConfig(name=f"task{number}", validation=str(path), inputs="list", targets="copy"))
     config = FinetuneDataConfig(tasks=tuple(named), inputs_length=32, targets_length=32, batch_size=8)
     settings = EvaluationConfig(**{"metrics": ("accuracy",), "batch_size": 3, "num_beams": 2, **changes})
-    run = Mock(spec=Run, mesh=mesh, model=None, config=FinetuneConfig(data=config, evaluation=settings, train=recipe.train))
+    model = SimpleNamespace(config=SwitchConfig())
+    run = Mock(spec=Run, mesh=mesh, model=model, config=FinetuneConfig(data=config, evaluation=settings, train=recipe.train))
     prepared = prepare_tasks(config, vocabulary, train=False)
     return evaluation.evaluate(run, prepared, lambda params, batch: {}, None)
 

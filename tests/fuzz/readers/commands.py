@@ -26,6 +26,7 @@ WRONG = {
     "plan": (["--topology", "x:1"], ["--mesh", "data=0"], ["--json", "{folder}"], ["--json", "{absent}/x"], ["--effort", "x"]),
     "report": (["{absent}"], ["{folder}"], ["--output", "{folder}"]),
     "push": (["{absent}", "a/b", "--dry-run"], ["{folder}", "x", "--dry-run"], ["{folder}", "a/b", "--dtype", "int3", "--dry-run"]),
+    "serve": (["{absent}"], ["--x"]),  # whatever stands beside these, it does not begin to serve
     "routing": (["{absent}"], ["{folder}"], ["--x"]),
     "recipes": (["absent"], ["--x"]),
     "presets": (["absent"], ["--x"]),

@@ -4,9 +4,9 @@
     python benchmarks/lora.py --init runs/tiny --workdir runs/lora           # run it again to go on where it was stopped
 
 The task is an edit that can be told to be right: a sentence of the quickstart's corpus, written again without its articles. The
-score is the share of sentences that are right to the letter; the control is the model before fine-tuning. First every way picks its
-learning rate, with a seed of its own; then it runs with three other seeds, which draw the order of examples, dropout and the adapter.
-Printed and written are scores, bytes of a checkpoint, and seconds a step.
+score is the share of held-out sentences that are right to the letter; the control is the model before fine-tuning. First every way
+picks its learning rate, with a seed of its own; then it runs with three other seeds, which draw the order of examples, dropout and
+the adapter. Printed and written are scores, bytes of a checkpoint, and seconds a step.
 """
 
 from __future__ import annotations

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds checkpoint, files, batching, and the controls of generation by their names."""
     parser.add_argument("--checkpoint", required=True, metavar="PATH", help="a run, a Hugging Face folder or a folder of ours")
-    parser.add_argument("--adapter", metavar="PATH", help="of the checkpoint: a folder of PEFT's or ours, or a run (docs/lora.md)")
     parser.add_argument("--input", default="-", metavar="FILE", help="text or JSON lines; - is standard input (the default)")
     parser.add_argument("--output", metavar="FILE", help="JSON lines; default: standard output")
     parser.add_argument("--resume", action="store_true", help="go on with what a run that was cut off left in FILE.partial")
@@ -87,11 +86,11 @@ def take_overrides(args: argparse.Namespace, rest: list[str]) -> None:
 def run(args: argparse.Namespace) -> int:
     """Returns 0, or 1 where some lines could not be used. All that can be checked is, before weights are loaded."""
     from flax_switch.config.generation import GenerationConfig
-    from flax_switch.convert.adapter_folder import open_adapter_of
     from flax_switch.convert.checkpoint import open_checkpoint
-    from flax_switch.generation.defaults import read_defaults, with_defaults
+    from flax_switch.generation.defaults import read_defaults, read_prefixes, with_defaults
     from flax_switch.generation.generate import check_seeds
     from flax_switch.pretrained import from_checkpoint
+    from flax_switch.pretrained.adapter import adapter_of
 
     for name in ("batch_size", "max_source_length"):
         value = getattr(args, name)
@@ -101,45 +100,33 @@ def run(args: argparse.Namespace) -> int:
     opened = open_checkpoint(args.checkpoint, changes=loading_changes(args), verify=not args.no_verify)
     GenerationConfig(**with_defaults(read_defaults(opened.path), args.controls)).for_model(opened.config)
     options = {"batch_size": args.batch_size, "max_source_length": args.max_source_length, "seed": args.seed, **args.controls}
-    options["prefix"] = _prefix(args, _place_of_prefixes(args, opened.path))
-    adapter = None if args.adapter is None else open_adapter_of(args.adapter, opened, verify=not args.no_verify)
+    prefixes = read_prefixes(opened.path)
+    if args.adapter is not None:
+        adapter = loading["adapter"] = adapter_of(args.adapter, opened, verify=not args.no_verify)
+        prefixes = adapter.prefixes or prefixes
+    options["prefix"] = _prefix(args, prefixes)
     start_jax(args)
-
-    def load() -> Any:
-        loaded = from_checkpoint(opened, **loading)
-        return loaded if adapter is None else loaded.with_adapter(adapter)
-
     if args.input == "-" and sys.stdin.isatty():
-        return _converse(load(), options)
+        return _converse(from_checkpoint(opened, **loading), options)
     lines = _lines(args)
     if args.output is None:
         check(not args.resume, "--resume continues an --output; standard output is not kept.")
-        results = _results(load(), lines, options)
+        results = _results(from_checkpoint(opened, **loading), lines, options)
         escaped = not (sys.stdout.encoding or "").lower().startswith("utf")
         for result in results:
             sys.stdout.write(json.dumps(result, ensure_ascii=escaped) + "\n")
     else:
-        results = _to_file(args, opened, load, lines, options)
+        results = _to_file(args, opened, loading, lines, options)
     bad = [result for result in results if "error" in result]
     for result in bad:
         print(f"{args.input}, line {result['line']}: {result['error']}.", file=sys.stderr)
     return 1 if bad else 0
 
 
-def _place_of_prefixes(args: argparse.Namespace, model: Path) -> Path:
-    """Returns the folder that says what texts begin with: the adapter's, if that has learnt a task."""
-    from flax_switch.generation.defaults import read_prefixes
-
-    return Path(args.adapter) if args.adapter is not None and any(read_prefixes(args.adapter)) else model
-
-
-def _prefix(args: argparse.Namespace, model: Path) -> str:
-    from flax_switch.generation.defaults import read_prefixes
-
+def _prefix(args: argparse.Namespace, prefixes: tuple[str, ...]) -> str:
     check(not (args.prefix and args.no_prefix), "--prefix and --no-prefix contradict each other; leave one out.")
     if args.no_prefix or args.prefix is not None:
         return args.prefix or ""
-    prefixes = read_prefixes(model)
     if len(prefixes) > 1:
         tell(
             f"The model was fine-tuned on tasks with {' or '.join(map(repr, prefixes))} before their texts. Yours are taken as "
@@ -166,11 +153,12 @@ def _lines(args: argparse.Namespace) -> list[Line]:
 
 
 def _to_file(
-    args: argparse.Namespace, opened: Any, load: Callable[[], Any], lines: list[Line], options: dict[str, Any]
+    args: argparse.Namespace, opened: Any, loading: dict[str, Any], lines: list[Line], options: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """Returns the results of all lines, those of an earlier run included; they are in the output file then."""
     from flax_switch.commands.partial import Partial
     from flax_switch.host.files import absolute, check_writable
+    from flax_switch.pretrained import from_checkpoint
 
     output = Path(args.output)
     check_writable(output, reads=["/dev/stdin" if args.input == "-" else args.input])
@@ -183,7 +171,7 @@ def _to_file(
     with Partial(output, run, resume=args.resume) as partial:
         missing = [line for line in lines if line.number not in partial.done]
         if missing:
-            _results(load(), missing, options, partial.add)
+            _results(from_checkpoint(opened, **loading), missing, options, partial.add)
         partial.finish()
     return [partial.done[line.number] for line in lines]
 

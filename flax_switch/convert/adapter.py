@@ -33,7 +33,7 @@ class Adapter:
     """An adapter, its tensors unread: of kernel "path" they are "path/a", "path/b" and with DoRA "path/magnitude".
 
     A stack of experts has parts of the largest rank, in which the others' end with zeros. `base` is the name of the model that it
-    was trained on, and `fingerprint` some of its numbers, where they are known.
+    was trained on, and `fingerprint` some of its numbers, where they are known; `prefixes` are what its tasks had before inputs.
     """
 
     config: AdapterConfig
@@ -41,6 +41,7 @@ class Adapter:
     kernels: Mapping[str, Ranks]
     base: str = ""
     fingerprint: tuple[float, ...] = ()
+    prefixes: tuple[str, ...] = ()
 
     def scales(self, path: str) -> np.ndarray:
         """Returns what a b of a kernel is multiplied by: [] or, of experts, [E]."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,9 +15,11 @@ from jax.sharding import Mesh, NamedSharding
 
 from flax_switch.config import ConfigError, expect
 from flax_switch.convert.adapter import Adapter, check_base, check_fits, merged
-from flax_switch.convert.adapter_folder import open_adapter
+from flax_switch.convert.adapter_folder import open_adapter, open_adapter_of
 from flax_switch.convert.canonical import flatten, is_expert, unflatten
+from flax_switch.convert.checkpoint import Checkpoint
 from flax_switch.convert.scan import stack_layers
+from flax_switch.generation.defaults import read_prefixes
 from flax_switch.nn.adapter import kernel_norms, without_adapter
 from flax_switch.parallel.mesh import replicated
 from flax_switch.pretrained.saving import unscanned
@@ -40,7 +43,12 @@ def load_adapter(path: str | Path, pretrained: Pretrained) -> Adapter:
     """
     adapter = open_adapter(path, pretrained.config, pretrained.architecture)
     check_base(path, adapter, flatten(pretrained.params), pretrained.config)
-    return adapter
+    return dataclasses.replace(adapter, prefixes=read_prefixes(path))
+
+
+def adapter_of(path: str | Path, opened: Checkpoint, *, verify: bool = True) -> Adapter:
+    """Opens an adapter for a checkpoint that is open; raises as `load_adapter`. verify: as for `load_pretrained`."""
+    return dataclasses.replace(open_adapter_of(path, opened, verify=verify), prefixes=read_prefixes(path))
 
 
 def held(adapter: Any, name: str, pretrained: Pretrained) -> Held:
@@ -93,4 +101,5 @@ def merged_model(pretrained: Pretrained, adapter: Adapter) -> Pretrained:
     from flax_switch.pretrained.loading import built_of
 
     config, params = pretrained.config, without_adapter(pretrained.params)
-    return built_of(pretrained, config, merged(adapter, config, unscanned(config, params)))
+    built = built_of(pretrained, config, merged(adapter, config, unscanned(config, params)))
+    return built.replace(prefixes=adapter.prefixes or pretrained.prefixes)

@@ -16,7 +16,7 @@ from jaxtyping import Array
 from flax_switch.config import ConfigError, SwitchConfig, check, one_of
 from flax_switch.convert.adapter import Adapter
 from flax_switch.convert.adapter_folder import write_adapter
-from flax_switch.generation.defaults import with_defaults
+from flax_switch.generation.defaults import FILE, defaults_file, with_defaults
 from flax_switch.nn.adapter import adapted, without_adapter
 from flax_switch.nn.inputs import SupportsArray, TokenIds, as_array, as_embeddings, as_ids, as_mask, check_alive, shift_right
 from flax_switch.nn.outputs import EncoderOutput
@@ -201,7 +201,8 @@ class Pretrained:
         Args:
           input_ids: a text, texts, or ids (lists or the arrays of any library).
           adapter: the name of one of the model's adapters; by default the one in use.
-          prefix: put before every text that does not begin with it; by default what the model was fine-tuned with, if that is one.
+          prefix: put before every text that does not begin with it; by default what the adapter in use, or else the model, was
+            fine-tuned with, if that is one.
 
         Returns:
           The output; its `texts` are there where the model has a vocabulary.
@@ -215,7 +216,8 @@ class Pretrained:
         if adapter is not None and adapter != self.adapter:
             return self.use_adapter(adapter).generate(input_ids, attention_mask, prefix=prefix, **controls)
         if prefix is None:
-            prefix = self.prefixes[0] if len(self.prefixes) == 1 else ""
+            known = self.prefixes if self.adapter is None else self._in_use().prefixes or self.prefixes
+            prefix = known[0] if len(known) == 1 else ""
         ids, mask = self._encoded(input_ids, attention_mask, prefix)
         output = generate(self.model, self.params, ids, mask, **with_defaults(self.generation_defaults, controls))
         if self.vocabulary is None:
@@ -270,7 +272,9 @@ class Pretrained:
 
         Raises `CheckpointError` for kernels that PEFT has no names for.
         """
-        return write_adapter(path, self._in_use(), self.config, format=format)
+        adapter = self._in_use()
+        files = {FILE: defaults_file({}, adapter.prefixes, self.config).encode()} if any(adapter.prefixes) else {}
+        return write_adapter(path, adapter, self.config, format=format, files=files)
 
     def _in_use(self) -> Adapter:
         if self.adapter is None:

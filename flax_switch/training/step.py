@@ -193,10 +193,10 @@ def compile_train_step(run: Run) -> Callable[[TrainState, Batch], tuple[TrainSta
     )
 
 
-def compile_eval_step(run: Run) -> Callable[[Any, Batch], dict[str, Any]]:
-    """`eval_step` jitted over the run's mesh."""
+def compile_eval_step(run: Run, *, placed: bool = False) -> Callable[[Any, Batch], dict[str, Any]]:
+    """`eval_step` jitted over the run's mesh. placed: parameters lie where they do, and not as in training."""
     return jax.jit(
         functools.partial(eval_step, run),
-        in_shardings=(state_shardings(run).params, batch_sharding(run.mesh)),
+        in_shardings=(None if placed else state_shardings(run).params, batch_sharding(run.mesh)),
         out_shardings=replicated(run.mesh),
     )

@@ -11,8 +11,8 @@ from etils import epath
 from jax.sharding import Mesh
 
 from flax_switch.config import check, expect
-from flax_switch.config.adapter import ADAPTER
-from flax_switch.config.finetuning import FinetuneConfig, FinetuneRecipe
+from flax_switch.config.adapter import ADAPTER, AdapterConfig
+from flax_switch.config.finetuning import FinetuneConfig, FinetuneOptimizerConfig, FinetuneRecipe
 from flax_switch.convert.adapter import fingerprint, same_model
 from flax_switch.convert.adapter_folder import read_fingerprint
 from flax_switch.convert.canonical import flatten
@@ -21,6 +21,7 @@ from flax_switch.data.tasks import prepare_tasks
 from flax_switch.data.vocabulary import SETTINGS_FILE
 from flax_switch.generation.defaults import write_prefixes
 from flax_switch.host.files import write_text
+from flax_switch.nn.adapter import has_adapter
 from flax_switch.ops.kernels.on_disk import run_reading
 from flax_switch.parallel.mesh import check_batch_size, create_mesh
 from flax_switch.training.checkpoint import claim_workdir
@@ -105,8 +106,9 @@ def evaluate_checkpoint(
 ) -> tuple[Run, dict[str, Any], list[Prediction]]:  # fmt: skip
     """Returns (the run, metrics by name, predictions) of a checkpoint on the validation examples of the recipe's tasks.
 
-    changes: of the checkpoint's config, beside the recipe's. loading: `experts` and `expert_memory` of `load_pretrained`.
+    changes: of the checkpoint's config, beside the recipe's. loading: `experts`, `expert_memory`, `adapter` of `load_pretrained`.
     """
+    recipe = recipe.replace(adapter=AdapterConfig(), optimizer=FinetuneOptimizerConfig())  # nothing is trained
     start = open_start(checkpoint, {**recipe.model, **(changes or {})}, vocabulary, verify, loading)
     config = recipe.resolve(start.config, checkpoint)
     mesh = _checked(config, mesh)
@@ -115,7 +117,8 @@ def evaluate_checkpoint(
     check(prepared.num_validation > 0, "There is nothing to evaluate on; name a validation or test file with data.validation=FILE.")
     run = build_run(config, mesh)
     params = start.params(run)
-    found, reads = run_reading(params, lambda: evaluate(run, prepared, compile_eval_step(run), params))
+    step = compile_eval_step(run, placed=has_adapter(params))
+    found, reads = run_reading(params, lambda: evaluate(run, prepared, step, params))
     if reads is not None:
         console.print(str(reads))
     return run, *found

@@ -101,7 +101,8 @@ def trained_adapter(run: Run, params: Any) -> Adapter:
     """Returns the adapter among a run's parameters."""
     config = finetuning_config(run)
     tensors = {path: from_array(leaf) for path, leaf in flatten(unstack_layers(params[ADAPTER])).items()}
-    return uniform(config.adapter, tensors, config.init, fingerprint(flatten(params), config.model.embedding_path))
+    found = uniform(config.adapter, tensors, config.init, fingerprint(flatten(params), config.model.embedding_path))
+    return dataclasses.replace(found, prefixes=config.prefixes)
 
 
 def finetuning_config(run: Run) -> FinetuneConfig:

@@ -14,8 +14,11 @@ from flax_switch.config.adapter import AdapterConfig
 from flax_switch.convert import CheckpointError
 from flax_switch.convert.adapter import fingerprint, shapes, uniform
 from flax_switch.convert.tensors import from_array
+from flax_switch.generation.program import run_program
 from flax_switch.parallel.mesh import create_mesh
 from flax_switch.pretrained.saving import unscanned
+from flax_switch.serving.limits import Limits
+from flax_switch.serving.models import Served
 
 CONFIG = fs.SwitchConfig(
     vocab_size=64, d_model=64, num_heads=2, d_kv=32, d_ff=64, num_encoder_layers=2, num_decoder_layers=2, num_experts=4,
@@ -68,10 +71,13 @@ def test_several_adapters_share_the_parameters_and_one_program(model):
     both = model.with_adapter({"one": drawn(model, 1), "two": drawn(model, 2)})
     assert both.adapter == "two"
     expected = {name: model.with_adapter(drawn(model, seed)) for name, seed in (("one", 1), ("two", 2))}
+    both.generate(IDS, max_new_tokens=5)
+    compiled = run_program._cache_size()
     for name, alone in expected.items():
         np.testing.assert_array_equal(
             both.generate(IDS, max_new_tokens=5, adapter=name).sequences, alone.generate(IDS, max_new_tokens=5).sequences
         )
+        assert run_program._cache_size() == compiled
         np.testing.assert_array_equal(logits(both.use_adapter(name)), logits(alone))
     assert np.abs(logits(expected["one"]) - logits(expected["two"])).max() > 0.1
     path = ("encoder", "layers_0", "attention", "query", "kernel")
@@ -151,3 +157,28 @@ def test_what_is_asked_of_a_model_without_an_adapter_is_named(model, tmp_path):
         model.with_adapter(drawn(model, 1)).save_pretrained(tmp_path / "saved")
     with pytest.raises(ConfigError, match="format must be one of 'peft', 'flax_switch'"):
         model.with_adapter(drawn(model, 1)).save_adapter(tmp_path / "saved", format="pfet")
+
+
+def test_a_decoder_alone_has_an_adapter_for_which_peft_has_no_names(tmp_path):
+    config = CONFIG.replace(architecture="decoder_only", num_encoder_layers=0, num_sparse_encoder_layers=0)
+    base = fs.Pretrained(config, fs.SwitchTransformer(config), fs.init_params(config, jax.random.key(0)))
+    model = base.with_adapter(drawn(base, 1))
+    said = lambda model: model.generate(IDS, max_new_tokens=4).sequences  # noqa: E731
+    np.testing.assert_array_equal(said(model), said(model.merge_adapter()))
+    model.save_adapter(tmp_path / "saved", format="flax_switch")
+    np.testing.assert_array_equal(said(base.with_adapter(tmp_path / "saved")), said(model))
+    with pytest.raises(ConfigError, match="architecture='decoder_only' .* keep it in the format 'flax_switch'"):
+        model.save_adapter(tmp_path / "peft")
+
+
+def test_what_an_adapters_tasks_had_before_inputs_goes_with_it(model, tmp_path):
+    adapter = dataclasses.replace(drawn(model, 1), prefixes=("first: ",))
+    model.with_adapter(adapter).save_adapter(tmp_path / "saved")
+    again = fs.load_adapter(tmp_path / "saved", model)
+    assert again.prefixes == ("first: ",)
+    assert model.with_adapter(again).merge_adapter().prefixes == ("first: ",)
+
+
+def test_a_server_takes_models_alone(model):
+    with pytest.raises(ConfigError, match="'it' has an adapter in use, .* merge_adapter"):
+        Served("it", model.with_adapter(drawn(model, 1)), Limits())

@@ -141,6 +141,15 @@ def test_commands_generate_inspect_convert_and_report_it(run, checkpoint, tmp_pa
     assert "has an adapter alone" in capsys.readouterr().err
 
 
+def test_evaluated_on_all_devices_it_scores_what_the_run_says(result, run, checkpoint, tmp_path):
+    """The recipe is that of the adapter's run."""
+    assert cli.main(["evaluate", "--checkpoint", checkpoint, "--adapter", str(run), "--output", str(tmp_path)]) == 0
+    scores = json.loads((tmp_path / "metrics.json").read_text())
+    assert scores["accuracy"] == result.evaluation["accuracy"]
+    assert scores["cross_entropy"] == pytest.approx(result.evaluation["cross_entropy"], rel=1e-5)
+    assert cli.main(["evaluate", "--checkpoint", str(run), "--output", str(tmp_path)]) == 2
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

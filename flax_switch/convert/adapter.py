@@ -11,10 +11,11 @@ import numpy as np
 
 from flax_switch.config import SwitchConfig, check
 from flax_switch.config.adapter import PARTS, AdapterConfig, combined, matrix, part_shapes
+from flax_switch.config.ranges import shown
 from flax_switch.convert.canonical import canonical_shapes, is_expert
-from flax_switch.convert.mapping import report_problems
 from flax_switch.convert.tensors import CheckpointError, Index, LazyTensor, stack, take
 
+SHOWN = 4  # names of each kind in a message
 FINGERS = 8  # rows of the embeddings, and numbers of each, that tell a model from another
 
 Parts = tuple[np.ndarray, np.ndarray, np.ndarray | None]  # a, b times its scale, and the magnitude
@@ -106,12 +107,14 @@ def check_fits(where: object, adapter: Adapter, config: SwitchConfig, architectu
 
 def refuse(where: object, base: str, unknown: list[str], wrong: list[str]) -> None:
     """Raises `CheckpointError` that names what of an adapter is for another model, if anything is."""
-    try:
-        report_problems([], unknown, wrong)
-    except CheckpointError as error:
-        text = str(error).removeprefix("the tensors do not fit the config. ").partition(" Missing and left-over")[0]
-        trained = f" (it was trained on {base})" if base else ""
-        raise CheckpointError(f"{where} is an adapter of another model{trained}: {text}") from None
+    found = []
+    for what, names in (("left over", unknown), ("of the wrong shape", wrong)):
+        if names:
+            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+            found.append(f"{len(names)} {what}: {', '.join(names[:SHOWN])}{more}")
+    if found:
+        trained = f" (it was trained on {shown(base, str)})" if base else ""
+        raise CheckpointError(f"{where} is an adapter of another model{trained}: {'; '.join(found)}.")
 
 
 def fingerprint(tensors: Mapping[str, Any], embedding: str) -> tuple[float, ...]:

@@ -12,15 +12,17 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from etils import epath
 
 from flax_switch.config import ConfigError, SwitchConfig, check, one_of
 from flax_switch.config.adapter import ADAPTER, AdapterConfig
+from flax_switch.config.ranges import LARGEST_FLOAT, shown
 from flax_switch.convert import checkpoint as checkpoints
 from flax_switch.convert import peft, training_run
 from flax_switch.convert.adapter import Adapter, Ranks, check_base, check_fits, merged, uniform
-from flax_switch.convert.doors import read_companion, readable
+from flax_switch.convert.doors import check_folder, read_companion, readable
 from flax_switch.convert.folder import DEFAULT_SHARD_SIZE, claimed, local_destination, write_folder
 from flax_switch.convert.safetensors_file import read_safetensors
 from flax_switch.convert.scan import unstack_layers
@@ -35,6 +37,7 @@ FORMATS = ("peft", "flax_switch")  # those that can be written
 
 def adapter_format(folder: Path) -> str | None:
     """Returns the format of the adapter in a folder: "flax_switch", "peft", or "orbax" for a run's; None where there is none."""
+    check_folder(folder)
     if (folder / CONFIG_FILE).is_file():
         return "flax_switch"
     if (folder / peft.CONFIG_FILE).is_file():
@@ -80,13 +83,33 @@ def read_native(folder: Path) -> Adapter:
         version = field(values, "format_version", int, where)
         check(version == FORMAT_VERSION, f"{where} has format_version {version}; this release reads {FORMAT_VERSION}.")
         config = AdapterConfig.from_dict(field(values, "config", dict, where))
-        others, base = field(values, "kernels", dict, where), field(values, "base", str, where)
-        fingerprint = tuple(float(number) for number in field(values, "fingerprint", list, where))
-        kernels = {path: Ranks(*(tuple(one[name]) for name in ("ranks", "alphas"))) for path, one in others.items()}
-    except (ConfigError, LookupError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{where}: {error}") from error
+        check(config.rank > 0, f"{where}: config.rank is 0, and an adapter's is at least 1.")
+        base, fingerprint = field(values, "base", str, where), _numbers(values, "fingerprint", where)
+        kernels = {path: _ranks(path, one, where) for path, one in field(values, "kernels", dict, where).items()}
+    except ConfigError as error:
+        raise CheckpointError(str(error) if str(error).startswith(where) else f"{where}: {error}") from error
     adapter = uniform(config, read_safetensors(folder / f"{STEM}.safetensors"), base, fingerprint)
     return dataclasses.replace(adapter, kernels={**adapter.kernels, **kernels})
+
+
+def _ranks(path: str, values: Any, where: str) -> Ranks:
+    """Returns the ranks and alphas of a kernel's members."""
+    where = f"{where}: the entry of {path} in kernels"
+    check(isinstance(values, dict), f"{where} must be an object; it is {shown(values)}.")
+    ranks, alphas = (_numbers(values, name, where) for name in ("ranks", "alphas"))
+    check(
+        any(ranks) and all(rank in range(2**20) for rank in ranks),
+        f"{where}: ranks must be whole numbers, not all 0; they are {shown(values['ranks'])}.",
+    )
+    return Ranks(tuple(map(int, ranks)), alphas)
+
+
+def _numbers(values: Mapping[str, Any], name: str, where: str) -> tuple[float, ...]:
+    """Returns the finite numbers that a field lists."""
+    found = field(values, name, list, where)
+    right = all(type(number) in (int, float) and abs(number) <= LARGEST_FLOAT for number in found)
+    check(right, f"{where}: {name} must be a list of numbers; it is {shown(found)}.")
+    return tuple(map(float, found))
 
 
 def read_run(folder: Path, *, verify: bool = True) -> Adapter:
@@ -95,6 +118,7 @@ def read_run(folder: Path, *, verify: bool = True) -> Adapter:
     step = training_run.whole_checkpoint(folder) if verify else training_run.find_checkpoint(folder)
     if step is None:
         raise CheckpointError(f"{folder} is a run with an adapter, without a complete checkpoint yet; wait for its first.")
+    check_folder(step, below=True)
     tensors = training_run.read_params(step / "params")
     tensors = unstack_layers({name.removeprefix(f"{ADAPTER}/"): tensor for name, tensor in tensors.items()})
     return uniform(AdapterConfig.from_dict(settings), tensors, base, read_fingerprint(step.parent.parent))
@@ -103,8 +127,7 @@ def read_run(folder: Path, *, verify: bool = True) -> Adapter:
 def read_fingerprint(run: epath.PathLike) -> tuple[float, ...]:
     """Returns what tells the model that a run's adapter is trained on from others."""
     path = epath.Path(run) / training_run.BASE_FILE
-    numbers = field(read_json(path), "fingerprint", list, str(path)) if path.is_file() else []
-    return tuple(float(number) for number in numbers)
+    return _numbers(read_json(path), "fingerprint", str(path)) if path.is_file() else ()
 
 
 def write_adapter(

@@ -64,9 +64,9 @@ def adapter_config(folder: Path) -> AdapterConfig:
         targets = field(values, "target_modules", (str, list, type(None)), where, None) or "all"
         return AdapterConfig(
             rank=field(values, "r", int, where),
-            alpha=float(field(values, "lora_alpha", (int, float), where)),
+            alpha=field(values, "lora_alpha", (int, float), where),
             targets=re.escape(targets) if isinstance(targets, str) else tuple(re.escape(str(name)) for name in targets),
-            dropout=float(field(values, "lora_dropout", (int, float), where, 0.0)),
+            dropout=field(values, "lora_dropout", (int, float), where, 0.0),
             use_rslora=field(values, "use_rslora", bool, where, False),
             use_dora=field(values, "use_dora", bool, where, False),
         )
@@ -145,7 +145,7 @@ def _alphas(values: Mapping[str, Any], settings: AdapterConfig, folder: Path) ->
     pattern = field(values, "alpha_pattern", (dict, type(None)), where, None) or {}
     try:
         compiled = [(re.compile(rf"(.*\.)?({key})"), float(alpha)) for key, alpha in pattern.items()]
-    except (re.error, TypeError, ValueError) as error:
+    except (re.error, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{where}: alpha_pattern must be numbers by regular expression ({error}).") from error
     return lambda name: next((alpha for key, alpha in compiled if key.fullmatch(name)), settings.alpha)
 

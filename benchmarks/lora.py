@@ -36,9 +36,9 @@ from flax_switch.workflows.finetune import evaluate_checkpoint, finetune
 
 ARTICLES = re.compile(r"\b(?:a|an|the) ")
 WAYS: dict[str, tuple[AdapterConfig, str, tuple[float, ...]]] = {  # adapter, optimiser, learning rates to pick from
-    "full": (AdapterConfig(), "adamw_rms", (3e-3, 1e-2, 3e-2)),
-    "LoRA": (AdapterConfig(rank=8, alpha=16.0), "adamw", (1e-3, 3e-3, 1e-2)),
-    "DoRA": (AdapterConfig(rank=8, alpha=16.0, use_dora=True), "adamw", (1e-3, 3e-3, 1e-2)),
+    "full": (AdapterConfig(), "adamw_rms", (3e-3, 1e-2)),
+    "LoRA": (AdapterConfig(rank=8, alpha=16.0), "adamw", (3e-3, 1e-2)),
+    "DoRA": (AdapterConfig(rank=8, alpha=16.0, use_dora=True), "adamw", (3e-3, 1e-2)),
 }
 PICKING, SEEDS = 100, (1, 2, 3)
 
@@ -100,6 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--init", type=Path, required=True)
     parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=["full", "LoRA"])
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--validation", type=int, default=1000)
     parser.add_argument("--output", type=Path, default=run_record.RESULTS / "lora.json")
@@ -108,8 +109,8 @@ def main() -> None:
     untouched = evaluate_checkpoint(recipe_of("full", 1e-3, PICKING, args.workdir / "data", args.steps), str(args.init))[1]
     before = {name: untouched[name] for name in ("accuracy", "cross_entropy")}
     runs, picked = [], {}
-    for way, (_, _, rates) in WAYS.items():
-        trials = [run_of(way, rate, PICKING, args) for rate in rates]
+    for way in args.ways:
+        trials = [run_of(way, rate, PICKING, args) for rate in WAYS[way][2]]
         picked[way] = max(trials, key=lambda run: run["accuracy"])["learning_rate"]
         runs += trials + [run_of(way, picked[way], seed, args) for seed in SEEDS]
     print(f"Before fine-tuning {before['accuracy']:.1f} % of the sentences are right.")

@@ -65,7 +65,9 @@ def finetune(
     )
     require_trackers(recipe.train.log_to)
     start = open_start(init, recipe.model, vocabulary, verify)
-    if not recipe.adapter.rank:
+    if recipe.adapter.rank:
+        check(start.source is not None, f"--init {init} draws a model that no file holds; an adapter is nothing without its model.")
+    else:
         start.config.check_trainable()
     config = recipe.resolve(start.config, init)
     mesh = _checked(config, mesh)

@@ -103,6 +103,12 @@ def test_a_run_that_resumes_on_another_model_is_refused(run, adapting, checkpoin
         finetune(adapting.replace(train=adapting.train.replace(steps=6)), again, init=str(moved), mesh=mesh)
 
 
+def test_an_adapter_of_a_model_that_is_drawn_is_refused(adapting, checkpoint, mesh, tmp_path):
+    with pytest.raises(ConfigError, match="draws a model that no file holds"):
+        finetune(adapting, tmp_path / "run", init=f"random:{checkpoint}", mesh=mesh)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -36,9 +36,9 @@ from flax_switch.workflows.finetune import evaluate_checkpoint, finetune
 
 ARTICLES = re.compile(r"\b(?:a|an|the) ")
 WAYS: dict[str, tuple[AdapterConfig, str, tuple[float, ...]]] = {  # adapter, optimiser, learning rates to pick from
-    "full": (AdapterConfig(), "adamw_rms", (3e-3, 1e-2)),
-    "LoRA": (AdapterConfig(rank=8, alpha=16.0), "adamw", (3e-3, 1e-2)),
-    "DoRA": (AdapterConfig(rank=8, alpha=16.0, use_dora=True), "adamw", (3e-3, 1e-2)),
+    "full": (AdapterConfig(), "adamw_rms", (3e-3, 1e-2, 3e-2)),
+    "LoRA": (AdapterConfig(rank=8, alpha=16.0), "adamw", (3e-3, 1e-2, 3e-2)),
+    "DoRA": (AdapterConfig(rank=8, alpha=16.0, use_dora=True), "adamw", (3e-3, 1e-2, 3e-2)),
 }
 PICKING, SEEDS = 100, (1, 2, 3)
 

@@ -147,8 +147,8 @@ def write_adapter(
     one_of("format", format, FORMATS)
     destination, files = local_destination(destination), dict(files or {})
     if format == "peft":
-        stem, tensors, told = peft.STEM, *peft.peft_tensors(adapter, config)
-        files[peft.CONFIG_FILE] = told
+        stem = peft.STEM
+        tensors, files[peft.CONFIG_FILE] = peft.peft_tensors(adapter, config)
     else:
         stem, tensors = STEM, dict(adapter.tensors)
         files[CONFIG_FILE] = _config_file(adapter)

@@ -155,6 +155,7 @@ def quantized_params(model, params, weights):
     return SwitchTransformer(config), unflatten_dict(arrays, sep="/")
 
 
+@pytest.mark.slow  # below are the products' gradients, in tests/pretrained/test_adapters.py what such a model says
 @pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_integers_have_an_adapter_as_the_floats_have_that_they_stand_for(weights, dora):

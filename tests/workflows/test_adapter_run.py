@@ -18,7 +18,7 @@ from flax_switch.convert.training_run import read_params
 from flax_switch.nn.init import init_params
 from flax_switch.training.metrics import read_metrics
 from flax_switch.training.state import build_run
-from flax_switch.workflows.finetune import finetune
+from flax_switch.workflows.finetune import evaluate_checkpoint, finetune
 
 SETTINGS = AdapterConfig(rank=2, alpha=4.0, router=True, dropout=0.1)
 IDS = [[5, 6, 7, 9], [8, 9, 10, 1]]
@@ -147,6 +147,12 @@ def test_commands_generate_inspect_convert_and_report_it(run, checkpoint, tmp_pa
     assert "has an adapter alone" in capsys.readouterr().err
 
 
+def test_beside_its_model_it_scores_what_the_run_says(result, run, adapting, checkpoint, mesh):
+    scores = evaluate_checkpoint(adapting, checkpoint, mesh=mesh, adapter=run)[1]
+    assert scores == result.evaluation
+
+
+@pytest.mark.slow
 def test_evaluated_on_all_devices_it_scores_what_the_run_says(result, run, checkpoint, tmp_path):
     """The recipe is that of the adapter's run."""
     assert cli.main(["evaluate", "--checkpoint", checkpoint, "--adapter", str(run), "--output", str(tmp_path)]) == 0

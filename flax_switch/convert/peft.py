@@ -37,7 +37,7 @@ _PLAIN = {
     "bias": ("none", None), "lora_bias": (False, None), "fan_in_fan_out": (False, None), "use_qalora": (False, None),
     "use_bdlora": (None, False), "modules_to_save": (None, []), "target_parameters": (None, []), "layer_replication": (None, []),
     "trainable_token_indices": (None, []), "alora_invocation_tokens": (None, []), "arrow_config": (None,),
-    "megatron_config": (None,),
+    "megatron_config": (None,), "kasa_config": (None,), "monteclora_config": (None,), "velora_config": (None,),
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),  # others change the model, too
 }  # fmt: skip
 
@@ -45,13 +45,13 @@ _PLAIN = {
 def read_settings(folder: Path) -> dict[str, Any]:
     """Returns what an adapter_config.json says; raises `CheckpointError` for what is no LoRA, or one that computes otherwise."""
     values, where = read_json(folder / CONFIG_FILE), str(folder / CONFIG_FILE)
-    kind = values.get("peft_type")
+    kind = field(values, "peft_type", str, where, "")
     if kind != "LORA":
         raise CheckpointError(f"{where}: peft_type is {shown(kind)}; adapters that can be read are 'LORA'.")
-    for name, plain in _PLAIN.items():
-        if values.get(name) not in plain:
+    for name, value in values.items():
+        if name in _PLAIN and value not in _PLAIN[name]:
             raise CheckpointError(
-                f"{where}: {name}={shown(values[name])} cannot be followed; it must be {plain[0]!r}. Merge the adapter with PEFT, "
+                f"{where}: {name}={shown(value)} cannot be followed; it must be {_PLAIN[name][0]!r}. Merge the adapter with PEFT, "
                 "and load the model that comes out."
             )
     return values

@@ -137,6 +137,10 @@ def test_commands_generate_inspect_convert_and_report_it(run, checkpoint, tmp_pa
         assert call("inspect", adapter) == 0
         out = capsys.readouterr().out
         assert "rank            2, alpha 4, scaled by alpha / rank, dropout 0.1" in out and f"model           {checkpoint}" in out
+    look = ("inspect", checkpoint, "--adapter", run)
+    assert call(*look, "--text", "first: ba ke", "--target", "ba", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["num_experts"] == 2
+    assert call(*look) == 2 and "--adapter are for running the model; give a --text" in capsys.readouterr().err
     assert call("convert", run, tmp_path / "merged", "--base", checkpoint, "--merge", "--to", "flax_switch", "--no-progress") == 0
     merged = fs.load_pretrained(tmp_path / "merged")
     np.testing.assert_allclose(logits(merged), logits(fs.load_pretrained(checkpoint).with_adapter(run)), atol=1e-5)

@@ -27,6 +27,7 @@ COMMANDS = {
     "generate": "continue texts: text or JSON lines in, JSON lines out",
     "serve": "serve models over HTTP, as OpenAI's clients ask for completions",
     "convert": "convert a checkpoint: Hugging Face, T5X or ours in; Hugging Face or ours out",
+    "export": "write a model for another runtime: StableHLO, ONNX, CTranslate2, llama.cpp's converter",
     "upcycle": "make a mixture of experts of a dense checkpoint",
     "inspect": "say what is in a checkpoint, without loading it",
     "plan": "say what a run would need and do on a machine, without the machine",

@@ -23,6 +23,7 @@ ALLOWED = {
     "pretrained": {"config", "convert", "data", "generation", "host", "nn", "ops", "parallel"},
     "plan": {"config", "generation", "host", "nn", "ops", "parallel", "training"},
     "pages": {"config"},
+    "export": {"config", "convert", "generation", "host", "nn", "parallel"},
     "inspection": {"config", "convert", "data", "host", "nn", "ops", "pages", "pretrained", "training"},
     "serving": {"config", "data", "generation", "host", "inspection", "nn", "pages", "pretrained"},
     "workflows": {"config", "convert", "data", "generation", "host", "nn", "ops", "pages", "parallel", "pretrained", "training"},
@@ -75,6 +76,7 @@ def test_only_the_command_line_is_a_module_at_the_root():
         ("flax_switch.training.loop", ("torch", "transformers", "matplotlib")),
         ("flax_switch.workflows.pretrain", ("torch", "transformers", "matplotlib")),
         ("flax_switch.cli", ("jax", "torch")),
+        ("flax_switch.export.folder", ("torch", "transformers", "jax2onnx", "ctranslate2")),
         ("flax_switch.commands.serve", ("jax", "starlette", "uvicorn")),
     ],
 )

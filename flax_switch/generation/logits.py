@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from flax_switch.config.generation import GenerationConfig, as_ids
+from flax_switch.ops import Size
 
 
 @flax.struct.dataclass
@@ -21,7 +22,7 @@ class History:
 
     tokens: Int[Array, "R T"]
     length: Int[Array, ""]  # places filled
-    prefix_length: int = flax.struct.field(pytree_node=False)
+    prefix_length: Size = flax.struct.field(pytree_node=False)
     source: Int[Array, "B S"]  # R is a multiple of B; rows of a source are neighbours
     source_mask: Bool[Array, "B S"] | None  # False where n-grams of the source do not count; None: all count
 

@@ -21,6 +21,7 @@ from flax_switch.generation.sampling import Rows, extend_rows, start_rows
 from flax_switch.generation.t5x_search import best_found, extend_live, start_live
 from flax_switch.nn.cache import DecoderCache
 from flax_switch.nn.transformer import SwitchTransformer
+from flax_switch.ops import Size
 from flax_switch.ops.kernels.narrow import Narrow
 from flax_switch.ops.kernels.quantized import Kernel, Quantized
 from flax_switch.ops.mlp import expert_dtype
@@ -55,7 +56,7 @@ def decoder_config(config: SwitchConfig, routing: str) -> SwitchConfig:
     return encoder_config(config, routing)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), static_argnames="devices")
+@functools.partial(jax.jit, static_argnums=(0, 1), static_argnames=("devices", "max_length"))
 def run_program(
     config: SwitchConfig,
     controls: GenerationConfig,
@@ -67,6 +68,7 @@ def run_program(
     numbers: Mapping[str, Array],
     *,
     devices: Placement = ONE_DEVICE,
+    max_length: Size | None = None,
 ) -> ProgramOutput:
     """Encodes, decodes until all rows are finished, and returns what was found.
 
@@ -75,13 +77,14 @@ def run_program(
       input_ids, mask: the sources; of a decoder-only model the prefix once more, and where it is not filled up.
       variables: "params" and, where it is faster to read experts one by one, those of `few_rows.unstacked_experts`.
       devices: where the parameters lie.
+      max_length: places of a row without beams, the prefix included; None: as many as `controls` say.
     """
     B, P = prefix.shape
-    max_length = P + controls.max_new_tokens
+    max_length = P + controls.max_new_tokens if max_length is None else max_length
     encoded = encode(config, controls, variables, input_ids, mask, devices)
     config = decoder_config(config, controls.routing)
     model, variables = SwitchTransformer(config, devices=devices), in_compute_dtype(variables, config)
-    beams, rows = controls.num_beams, B * controls.rows_per_source
+    beams, rows, n = controls.num_beams, B * controls.rows_per_source, controls.num_return_sequences
     keys = jax.vmap(lambda s: jax.random.fold_in(jax.random.key(s[0]), s[1]))(seeds)
     # In dropless mode nothing depends on padding; with Hugging Face's capacity n-grams count it too, as there.
     source = (input_ids, None if config.capacity_mode == "fixed" else mask)
@@ -89,9 +92,9 @@ def run_program(
         start, extend = (start_live, extend_live) if controls.search == "t5x" else (start_beams, extend_beams)
         state = start(prefix, keys, controls, config.vocab_size)
     else:
-        n = controls.num_return_sequences
         keys = jax.vmap(lambda key: jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(n)))(keys).reshape(-1)
-        state, extend = start_rows(jnp.repeat(prefix, n, axis=0), keys, controls, config.vocab_size), extend_rows
+        state = start_rows(jnp.repeat(prefix, n, axis=0), keys, controls, config.vocab_size, max_length)
+        extend = extend_rows
 
     def extended(state, logits):
         history = History(state.tokens.reshape(rows, -1), state.length, P, *source)
@@ -116,7 +119,6 @@ def run_program(
         return ProgramOutput(state.tokens, steps, None, steps, state.scores)
     if controls.search == "t5x":
         state = best_found(state, P)
-    n = controls.num_return_sequences
     return ProgramOutput(
         tokens=state.finished_tokens[:, :n].reshape(B * n, -1),
         new_tokens=state.finished_lengths[:, :n].max(),
@@ -133,7 +135,7 @@ def encode(
     input_ids: Int[Array, "B S"],
     mask: Bool[Array, "B S"],
     devices: Placement,
-) -> Float[Array, "B S D"] | int:
+) -> Float[Array, "B S D"] | Size:
     """Returns what `start_cache` takes: the encoder's output, or of a decoder-only model B."""
     if config.decoder_only:
         return input_ids.shape[0]
@@ -144,8 +146,8 @@ def encode(
 def start_cache(
     model: SwitchTransformer,
     variables: Mapping[str, Any],
-    encoded: Float[Array, "B S D"] | int,
-    max_length: int,
+    encoded: Float[Array, "B S D"] | Size,
+    max_length: Size,
     rows_per_source: int = 1,
     beams: int = 1,
 ) -> DecoderCache:

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from flax_switch.config.generation import GenerationConfig
 from flax_switch.generation.logits import History, process_scores
+from flax_switch.ops import Size
 
 
 @flax.struct.dataclass
@@ -33,10 +34,12 @@ class Rows:
         return None
 
 
-def start_rows(prefix: Int[Array, "R P"], keys: Key[Array, " R"], controls: GenerationConfig, vocab_size: int) -> Rows:
-    """Returns rows that hold the decoder's prefix."""
+def start_rows(
+    prefix: Int[Array, "R P"], keys: Key[Array, " R"], controls: GenerationConfig, vocab_size: int, max_length: Size
+) -> Rows:
+    """Returns rows of `max_length` places that hold the decoder's prefix."""
     R, P = prefix.shape
-    tokens = jnp.pad(prefix, ((0, 0), (0, controls.max_new_tokens)), constant_values=controls.pad_token_id)
+    tokens = jnp.pad(prefix, ((0, 0), (0, max_length - P)), constant_values=controls.pad_token_id)
     scores = jnp.zeros((controls.max_new_tokens, R, vocab_size)) if controls.output_scores else None
     return Rows(tokens, jnp.int32(P), jnp.zeros(R, bool), keys, scores, jnp.bool_(False))
 
@@ -54,12 +57,12 @@ def extend_rows(
     assert controls.pad_token_id is not None  # `for_model` has filled it in
     token = jnp.where(rows.finished, controls.pad_token_id, token).astype(jnp.int32)
     finished = rows.finished | jnp.isin(token, jnp.asarray(controls.eos_token_id))
-    step = rows.length - history.prefix_length
+    step, length = rows.length - history.prefix_length, rows.length + 1
     return Rows(
         tokens=jax.lax.dynamic_update_slice_in_dim(rows.tokens, token[:, None], rows.length, axis=1),
-        length=rows.length + 1,
+        length=length,
         finished=finished,
         keys=rows.keys,
         scores=None if rows.scores is None else jax.lax.dynamic_update_index_in_dim(rows.scores, scores, step, axis=0),
-        done=finished.all() | (step + 1 >= controls.max_new_tokens),
+        done=finished.all() | (length >= rows.tokens.shape[1]),
     )

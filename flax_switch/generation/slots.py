@@ -199,7 +199,7 @@ def _begun(draws: Integer[Array, "R 3"], controls: GenerationConfig, vocab_size:
     def one(draw: Integer[Array, "3"]) -> Progress:
         key = functools.reduce(jax.random.fold_in, (draw[1], draw[2]), jax.random.key(draw[0]))
         start = jnp.full((1, 1), first, jnp.int32)
-        return _progress(start_rows(start, key[None], controls, vocab_size))
+        return _progress(start_rows(start, key[None], controls, vocab_size, 1 + controls.max_new_tokens))
 
     return jax.vmap(one)(draws)
 

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 from flax_switch.config import SwitchConfig
 from flax_switch.nn.cache import KeyValue, KeyValueCache, bias_table
 from flax_switch.nn.layers import Initializer, Linear, scaled_init
+from flax_switch.ops import Size
 from flax_switch.ops.attention import dot_product_attention, relative_position_bias, rotate
 from flax_switch.ops.kernels.attention import cached_attention
 
@@ -25,7 +26,7 @@ class RelativePositionBias(nn.Module):
         shape = (config.num_heads, config.relative_attention_num_buckets)
         self.rel_embedding = self.param("rel_embedding", init, shape, jnp.dtype(config.param_dtype))
 
-    def __call__(self, query_length: int, key_length: int) -> Float[Array, "1 H Q T"]:
+    def __call__(self, query_length: Size, key_length: Size) -> Float[Array, "1 H Q T"]:
         return relative_position_bias(
             self.rel_embedding,
             query_length,
@@ -34,7 +35,7 @@ class RelativePositionBias(nn.Module):
             max_distance=self.config.relative_attention_max_distance,
         )
 
-    def for_cache(self, max_length: int) -> Float[Array, "H relative"]:
+    def for_cache(self, max_length: Size) -> Float[Array, "H relative"]:
         """Returns the table that a cache of `max_length` places reads its biases from."""
         return bias_table(self.rel_embedding, max_length, self.config.relative_attention_max_distance)
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from flax_switch.ops import Size
 from flax_switch.ops.attention import relative_position_bias
 
 
@@ -37,7 +38,7 @@ class KeyValueCache:
         return cls(new.key.transpose(0, 2, 3, 1), new.value.transpose(0, 2, 3, 1))
 
     @classmethod
-    def empty(cls, groups: int, heads: int, width: int, columns: int, dtype: DTypeLike) -> Self:
+    def empty(cls, groups: Size, heads: int, width: int, columns: Size, dtype: DTypeLike) -> Self:
         """Returns a cache of zeros."""
         zeros = jnp.zeros((groups, heads, width, columns), dtype)
         return cls(zeros, zeros)
@@ -53,7 +54,7 @@ class KeyValueCache:
 
         return dataclasses.replace(self, key=written(self.key, new.key), value=written(self.value, new.value))
 
-    def spread(self, groups: int, beams: int, columns: int) -> Self:
+    def spread(self, groups: Size, beams: int, columns: Size) -> Self:
         """Copies the past of each row to its groups, at beam 0 of `beams`, with room for as many columns as `columns`."""
 
         def copied(x: Float[Array, "B H K P"]) -> Float[Array, "G H K T"]:
@@ -87,11 +88,11 @@ class DecoderCache:
     beams: int = flax.struct.field(pytree_node=False, default=1)  # J
 
     @property
-    def max_length(self) -> int:
+    def max_length(self) -> Size:
         """T, the places of each row."""
         return self.layers[0].past.key.shape[-1] // self.beams
 
-    def advanced(self, layers: tuple[LayerCache, ...], length: int) -> Self:
+    def advanced(self, layers: tuple[LayerCache, ...], length: Size) -> Self:
         """Returns the cache after `length` more tokens of each row, which `layers` hold."""
         return dataclasses.replace(self, layers=layers, index=self.index + length)
 
@@ -103,7 +104,7 @@ class DecoderCache:
         )
         return dataclasses.replace(self, layers=layers, index=prefix.index)
 
-    def bias(self, layer: int, length: int) -> Float[Array, "1 H length TJ"] | None:
+    def bias(self, layer: int, length: Size) -> Float[Array, "1 H length TJ"] | None:
         """Returns the relative position biases of the next `length` tokens in a layer, for every column; None without a table."""
         if not self.biases:
             return None
@@ -114,7 +115,7 @@ class DecoderCache:
             bias = table[:, T - 1 - self.index + jnp.arange(T)[None] - jnp.arange(length)[:, None]]
         return jnp.repeat(bias, self.beams, axis=2)[None]
 
-    def visible(self, mask: Bool[Array, "R T"] | None, length: int, *, causal: bool = True) -> Bool[Array, "#G 1 #queries TJ"]:
+    def visible(self, mask: Bool[Array, "R T"] | None, length: Size, *, causal: bool = True) -> Bool[Array, "#G 1 #queries TJ"]:
         """Returns which of the columns that `mask` allows the next `length` tokens of a group's rows see, themselves included.
 
         causal: False lets these tokens see each other, as those of a prompt may.
@@ -149,25 +150,26 @@ class RingCache(DecoderCache):
         """How many places each one lies before the next."""
         return (self.index - jnp.arange(self.max_length)) % self.max_length
 
-    def advanced(self, layers: tuple[LayerCache, ...], length: int) -> Self:
+    def advanced(self, layers: tuple[LayerCache, ...], length: Size) -> Self:
         """Returns the cache after one more token of each row."""
         lengths = jnp.minimum(self.lengths + length, self.max_length)
         return dataclasses.replace(self, layers=layers, index=(self.index + length) % self.max_length, lengths=lengths)
 
-    def bias(self, layer: int, length: int) -> Float[Array, "1 H 1 T"] | None:
+    def bias(self, layer: int, length: Size) -> Float[Array, "1 H 1 T"] | None:
         """Returns the relative position biases of the next token in a layer, for every place; None without a table."""
         if not self.biases:
             return None
         table = self.biases[layer if len(self.biases) > 1 else 0]
         return table[:, self.max_length - 1 - self.distances][None, :, None]
 
-    def visible(self, mask: Bool[Array, "R T"] | None, length: int, *, causal: bool = True) -> Bool[Array, "R 1 1 T"]:
+    def visible(self, mask: Bool[Array, "R T"] | None, length: Size, *, causal: bool = True) -> Bool[Array, "R 1 1 T"]:
         """Returns which places the next token of each row sees: the row's, and the one that the token takes, causal or not."""
         seen = self.distances[None] <= self.lengths[:, None]
         return (seen if mask is None else seen & mask)[:, None, None]
 
 
-def bias_table(table: Float[Array, "H buckets"], max_length: int, max_distance: int) -> Float[Array, "H relative"]:
+def bias_table(table: Float[Array, "H buckets"], max_length: Size, max_distance: int) -> Float[Array, "H relative"]:
     """Returns biases by distance: column T - 1 - d is for the key d places before the query; later keys are on the right."""
-    bias = relative_position_bias(table, 1, max_length, bidirectional=False, max_distance=max_distance, query_offset=max_length - 1)
-    return jnp.pad(bias[0, :, 0], ((0, 0), (0, max_length)), mode="edge")  # a causal table puts later keys at distance 0
+    last = max_length - 1
+    bias = relative_position_bias(table, 1, 2 * max_length, bidirectional=False, max_distance=max_distance, query_offset=last)
+    return bias[0, :, 0]  # a causal table puts later keys at distance 0

@@ -14,6 +14,7 @@ from flax_switch.nn.fused import FusedLayer
 from flax_switch.nn.layer import Layer, LayerInputs, ScanBlock, remat, zero_padding
 from flax_switch.nn.layers import Dropout, Embedding, RMSNorm
 from flax_switch.nn.outputs import LayerOutput
+from flax_switch.ops import Size
 
 SCAN_AXIS = 1  # of stacked parameters, as in T5X's scanned checkpoints
 
@@ -89,7 +90,7 @@ class Stack(nn.Module):
         """Returns every layer's keys and values of the encoder's output."""
         return tuple(layer.cross_keys_values(encoded) for layer in self.layers)
 
-    def bias_tables(self, max_length: int) -> tuple[Float[Array, "H relative"], ...]:
+    def bias_tables(self, max_length: Size) -> tuple[Float[Array, "H relative"], ...]:
         """Returns each layer's table of relative position biases for a cache of `max_length` places, or the one they share."""
         if not self.config.has_bias_tables:
             return ()

@@ -15,7 +15,7 @@ from flax_switch.nn.layer import LayerInputs
 from flax_switch.nn.layers import Embedding, Linear, scaled_init
 from flax_switch.nn.outputs import DecoderOutput, EncoderOutput, ModelOutput
 from flax_switch.nn.stack import Stack
-from flax_switch.ops import AnyArray
+from flax_switch.ops import AnyArray, Size
 from flax_switch.ops.attention import cross_attention_mask, self_attention_mask
 from flax_switch.parallel.placement import ONE_DEVICE, Placement
 
@@ -242,7 +242,7 @@ class SwitchTransformer(SwitchEncoder):
         return (self.decoder.token_embedder if self.config.decoder_only else self.token_embedder).attend(x)
 
     def init_cache(
-        self, encoded: Float[Array, "B S D"] | int, max_length: int, rows_per_source: int = 1, *, beams: int = 1
+        self, encoded: Float[Array, "B S D"] | Size, max_length: Size, rows_per_source: int = 1, *, beams: int = 1
     ) -> DecoderCache:
         """Returns an empty cache for `max_length` tokens of B * rows_per_source rows, with the source's keys computed.
 
@@ -251,13 +251,13 @@ class SwitchTransformer(SwitchEncoder):
         """
         config = self.config
         check(
-            isinstance(encoded, int) == config.decoder_only,
+            isinstance(encoded, Size) == config.decoder_only,
             "encoded is the encoder's output; a decoder-only model has none, and takes the number of rows.",
         )
-        sources = encoded if isinstance(encoded, int) else encoded.shape[0]
+        sources = encoded if isinstance(encoded, Size) else encoded.shape[0]
         shape = (sources * rows_per_source // beams, config.key_heads, config.d_kv, max_length * beams)
         past = KeyValueCache.empty(*shape, jnp.dtype(config.dtype))
-        if isinstance(encoded, int):
+        if isinstance(encoded, Size):
             layers = (LayerCache(past),) * config.decoder.num_layers
         else:
             layers = tuple(LayerCache(past, KeyValueCache.of(cross)) for cross in self.decoder.cross_keys_values(encoded))

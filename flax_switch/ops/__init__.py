@@ -10,4 +10,6 @@ One letter is one axis, here and in every einsum and type annotation of the pack
 import jax
 import numpy as np
 
+from flax_switch.ops.kernels import Size as Size
+
 AnyArray = jax.Array | np.ndarray  # what public functions take; inside, all arrays are JAX's

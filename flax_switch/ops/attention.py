@@ -1,10 +1,13 @@
 """T5's attention: no scaling of logits, additive relative position biases, softmax in float32."""
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from flax_switch.config import SwitchConfig
+from flax_switch.ops import Size
 from flax_switch.ops.dropout import keep_mask
 from flax_switch.ops.kernels.attention import attend
 
@@ -35,12 +38,12 @@ def relative_position_bucket(
 
 def relative_position_bias(
     table: Float[Array, "H buckets"],
-    query_length: int,
-    key_length: int,
+    query_length: Size,
+    key_length: Size,
     *,
     bidirectional: bool,
     max_distance: int,
-    query_offset: Int[Array, ""] | int = 0,
+    query_offset: Int[Array, ""] | Size = 0,
 ) -> Float[Array, "1 H Q T"]:
     """Returns the additive bias for queries at query_offset + 0..Q-1 and keys at 0..T-1, in float32.
 
@@ -48,11 +51,15 @@ def relative_position_bias(
     then a sum along diagonals instead of Q*T scattered additions.
     """
     Q, T, W = query_length, key_length, query_length + key_length
+    buckets_of = functools.partial(
+        relative_position_bucket, bidirectional=bidirectional, num_buckets=table.shape[1], max_distance=max_distance
+    )  # fmt: skip
+    if not isinstance(W, int):  # a symbol's diagonals are not known; such programs are exported, and have no gradient
+        return table.astype(jnp.float32)[:, buckets_of(jnp.arange(T)[None] - jnp.arange(Q)[:, None] - query_offset)][None]
     # values[d mod W] is the bias at relative position d, for d = -Q .. T-1
     distance = jnp.arange(W)
     distance = jnp.where(distance >= T, distance - W, distance) - query_offset
-    buckets = relative_position_bucket(distance, bidirectional=bidirectional, num_buckets=table.shape[1], max_distance=max_distance)
-    values = table.astype(jnp.float32)[:, buckets]
+    values = table.astype(jnp.float32)[:, buckets_of(distance)]
     # Rows of length W, read again with length W-1: each row starts one further to the left.
     rows = jnp.broadcast_to(values[:, None, :], (table.shape[0], Q, W)).reshape(table.shape[0], Q * W)
     return rows[:, : Q * (W - 1)].reshape(1, table.shape[0], Q, W - 1)[..., :T]
@@ -62,7 +69,7 @@ def attention_mask(
     query_mask: Bool[Array, "B Q"] | None,
     key_mask: Bool[Array, "B T"] | None,
     *,
-    causal_shape: tuple[int, int] | None = None,
+    causal_shape: tuple[Size, Size] | None = None,
     prefix_mask: Bool[Array, "B T"] | None = None,
     query_segments: Int[Array, "B Q"] | None = None,
     key_segments: Int[Array, "B T"] | None = None,
@@ -96,7 +103,7 @@ def self_attention_mask(
     segment_ids: Int[Array, "B L"] | None,
     *,
     causal: bool = False,
-    length: int = 0,
+    length: Size = 0,
     prefix_mask: Bool[Array, "B L"] | None = None,
 ) -> Bool[Array, "#B 1 #L L"] | None:
     """Returns who attends to whom in teacher-forced self-attention.

@@ -78,5 +78,7 @@ def test_a_field_has_the_kind_that_is_expected_or_is_named(value, kind, fits):
 
 def test_json_is_read_in_one_module_alone():
     package = Path(flax_switch.__file__).parent
-    readers = [path.name for path in package.rglob("*.py") if re.search(r"\bjson\.loads?\(", path.read_text())]
+    alone = package / "export" / "load.py"  # is copied beside an exported model, and imports nothing of ours
+    modules = [path for path in package.rglob("*.py") if path != alone]
+    readers = [path.name for path in modules if re.search(r"\bjson\.loads?\(", path.read_text())]
     assert readers == ["json_text.py"]

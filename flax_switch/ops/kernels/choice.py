@@ -8,6 +8,8 @@ from typing import NamedTuple
 import jax
 from jaxtyping import Array
 
+from flax_switch.ops.kernels import Size
+
 log = logging.getLogger(__name__)
 
 
@@ -21,7 +23,7 @@ class Choice(NamedTuple):
 def choose(
     executor: str,
     *,
-    groups: tuple[int, ...],
+    groups: tuple[Size, ...],
     capacity: int | None,
     num_experts: int,
     unstacked: bool,

@@ -10,6 +10,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Int
 
+from flax_switch.ops.kernels import Size
 from flax_switch.ops.kernels.projection import kernel_gradient
 from flax_switch.ops.kernels.quantized import Kernel, multiply
 
@@ -32,7 +33,7 @@ class Blocks:
     starts: Int[Array, " E"]  # first row of each expert's first block
     ends: Int[Array, " E"]  # of each group
 
-    def block(self, index: Int[Array, ""], num_rows: int) -> tuple[Array, Array, Bool[Array, "size 1"]]:
+    def block(self, index: Int[Array, ""], num_rows: Size) -> tuple[Array, Array, Bool[Array, "size 1"]]:
         """Returns the expert of block `index`, its first row, and which of its rows are that expert's."""
         expert = (self.last_block <= index).sum(dtype=jnp.int32)
         before = jnp.where(expert > 0, self.last_block[expert - 1], 0)
@@ -48,14 +49,21 @@ def _running_total(counts: Int[Array, " E"]) -> Int[Array, " E"]:
     return jnp.where(experts[:, None] >= experts[None], counts[None], 0).sum(1, dtype=jnp.int32)
 
 
-def row_blocks(group_sizes: Int[Array, " E"], num_rows: int, *, cut: bool) -> Iterator[Blocks]:
+def block_sizes(num_rows: Size, num_groups: int) -> list[int]:
+    """Returns the sizes of blocks, in order; for any number of rows the smallest, with room for the largest taken for granted."""
+    if not isinstance(num_rows, int):
+        return [MIN_UNIT * multiple for multiple in BLOCKS]
+    mean = num_rows / num_groups
+    unit, balanced = (max(MIN_UNIT, 8 * math.ceil(rows / 8)) for rows in (mean / 4, BALANCED * mean))
+    return sorted({min(num_rows, size) for size in (balanced, *(unit * multiple for multiple in BLOCKS))})
+
+
+def row_blocks(group_sizes: Int[Array, " E"], num_rows: Size, *, cut: bool) -> Iterator[Blocks]:
     """Yields the blocks, size by size. Groups without rows get none: their kernels are never read.
 
     cut: whether a group is cut into full blocks of the largest size and a smaller one for the rest.
     """
-    mean = num_rows / group_sizes.shape[0]
-    unit, balanced = (max(MIN_UNIT, 8 * math.ceil(rows / 8)) for rows in (mean / 4, BALANCED * mean))
-    sizes = sorted({min(num_rows, size) for size in (balanced, *(unit * multiple for multiple in BLOCKS))})
+    sizes = block_sizes(num_rows, group_sizes.shape[0])
     ends = _running_total(group_sizes)
     starts = ends - group_sizes
     full = group_sizes // sizes[-1] if cut else jnp.zeros_like(group_sizes)
@@ -71,13 +79,16 @@ def row_blocks(group_sizes: Int[Array, " E"], num_rows: int, *, cut: bool) -> It
         yield Blocks(size, last_block[-1], last_block, first, ends)
 
 
-def zeros(shape: tuple[int, ...], dtype: DTypeLike, group_sizes: Int[Array, " E"]) -> Array:
+def zeros(shape: tuple[Size, ...], dtype: DTypeLike, group_sizes: Int[Array, " E"]) -> Array:
     """Returns zeros for a loop to write into. XLA must not know that they are zeros: it would copy one array for each loop."""
     return jnp.full(shape, jnp.minimum(group_sizes[0], 0).astype(dtype))
 
 
 def block_rows(x: Array, kernel: Kernel, group_sizes: Array, *, transpose: bool) -> Array:
     """Multiplies sorted rows by their experts' kernels, or the transposes of those that are floats, in loops over blocks."""
+    given = x.shape[0]
+    if not isinstance(given, int):  # there may be fewer than a block takes
+        x = jnp.pad(x, [(0, MIN_UNIT * BLOCKS[-1]), (0, 0)])
     num_rows = x.shape[0]
     out = zeros((num_rows, kernel.shape[1 if transpose else 2]), x.dtype, group_sizes)
     for blocks in row_blocks(group_sizes, num_rows, cut=True):
@@ -91,7 +102,7 @@ def block_rows(x: Array, kernel: Kernel, group_sizes: Array, *, transpose: bool)
             return lax.dynamic_update_slice_in_dim(out, jnp.where(own, product, others), first, 0)
 
         out = lax.fori_loop(0, blocks.num_blocks, step, out)
-    return out
+    return lax.slice_in_dim(out, 0, given)
 
 
 def block_gradients(x: Array, gradient: Array, group_sizes: Array) -> Array:

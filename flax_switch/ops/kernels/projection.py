@@ -79,7 +79,8 @@ def project_transposed(
     implementation: one of TRANSPOSED_PROJECTIONS; by default "kernel_first" on a CPU for few rows, where the left factor is read
     where it lies, and "reference" elsewhere.
     """
-    few = math.prod(x.shape[:-1]) <= FEW_ROWS
+    rows = math.prod(x.shape[:-1])
+    few = isinstance(rows, int) and rows <= FEW_ROWS  # a symbol may be any number
     default = {"cpu": "kernel_first", "other": "reference"} if few else {"other": "reference"}
     return platforms.run(TRANSPOSED_PROJECTIONS, default, implementation, x, kernel)
 

@@ -130,8 +130,8 @@ def route_and_execute(
     if peers is None or isinstance(params.expert, OnDisk):
         run = functools.partial(execute, plan, kernels=params.expert, experts=experts, unstacked=params.unstacked)
         y = run_chosen(executor, lambda name: functools.partial(run, executor=name), tokens)
-    elif plan.capacity is None and executor.elsewhere == "ragged":
-        run, factor = grouped_experts(experts, params.expert), config.expert_parallel_buffer_factor
+    elif plan.capacity is None and executor.elsewhere in SORTED:
+        run, factor = grouped_experts(experts, params.expert, SORTED[executor.elsewhere]), config.expert_parallel_buffer_factor
         y, plan = execute_dropless(plan, tokens, run, peers, buffer_factor=factor)
         overflowed = (routed.plan.kept & ~plan.kept).sum((1, 2)).astype(jnp.float32)
         routed = dataclasses.replace(routed, plan=plan, overflowed=overflowed)
@@ -176,15 +176,15 @@ def execute(
     if isinstance(kernels, OnDisk):
         return _execute_on_disk(plan, x, kernels, experts, executor)
     assert not isinstance(unstacked, OnDisk)  # both are, or neither is
-    if executor == "ragged":
-        return execute_ragged(plan, x, grouped_experts(experts, kernels))
+    if executor in SORTED:
+        return execute_ragged(plan, x, grouped_experts(experts, kernels, SORTED[executor]))
     if executor == "hit":
         return execute_hit(plan, x, functools.partial(few_rows, mlp=experts, stacked=kernels, unstacked=unstacked))
     return execute_buffers(plan, x, buffered_experts(experts, kernels), executor=executor)
 
 
 def _execute_on_disk(plan: RoutingPlan, x: Float[Array, "G S D"], on_disk: OnDisk, experts, executor: str) -> Float[Array, "G S D"]:
-    if executor == "ragged":
+    if executor in SORTED:
         return execute_ragged(plan, x, lambda rows, sizes: fetched.sorted_rows(rows, sizes, on_disk, experts))
     if executor == "hit":
         return execute_hit(plan, x, lambda rows, expert: fetched.few_rows(rows, expert, on_disk, experts))
@@ -193,9 +193,14 @@ def _execute_on_disk(plan: RoutingPlan, x: Float[Array, "G S D"], on_disk: OnDis
     return execute_buffers(plan, x, lambda buffers: fetched.buffers(buffers, rows, on_disk, experts), executor=executor)
 
 
-def grouped_experts(experts, kernels: Mapping[str, Kernel]) -> SortedExperts:
+# Executors of sorted rows, and the implementation of their grouped GEMM; None: the platform's.
+SORTED = {"ragged": None, "blocks": "blocks"}
+
+
+def grouped_experts(experts, kernels: Mapping[str, Kernel], implementation: str | None) -> SortedExperts:
     """Returns `experts` as a function of sorted rows and their group sizes."""
-    return lambda rows, sizes: experts(rows, kernels, matmul=functools.partial(grouped_matmul, group_sizes=sizes))
+    matmul = functools.partial(grouped_matmul, implementation=implementation)
+    return lambda rows, sizes: experts(rows, kernels, matmul=functools.partial(matmul, group_sizes=sizes))
 
 
 def buffered_experts(experts, kernels: Mapping[str, Kernel]) -> ExpertFunction:

@@ -1,8 +1,9 @@
-"""Executing a routing plan: tokens to experts and back. Four executors, one result, one set of gradients.
+"""Executing a routing plan: tokens to experts and back. Five executors, one result, one set of gradients.
 
     einsum    one-hot masks: the readable reference
     gather    rows by index into buffers of static capacity, one batched GEMM over the experts
     ragged    dropless: rows sorted by expert and a grouped GEMM
+    blocks    as `ragged`, in plain XLA on every platform and for any number of tokens: what is exported
     hit       a few tokens, as in decoding: reads only the experts that some token chose
 
 `einsum` and `gather` fill the same buffers `[G, E, C, D]`; dispatch and combine are apart so that an expert-parallel body can

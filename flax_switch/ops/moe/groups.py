@@ -13,19 +13,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Shaped
 
-from flax_switch.config import ConfigError, SwitchConfig
+from flax_switch.config import ConfigError, SwitchConfig, check
+from flax_switch.ops import Size
 
 
 @flax.struct.dataclass
 class Grouping:
     """The way `[B, L, ...]` is cut into `[G, S, ...]`: padded to a larger batch and length, flattened, padded at its end, split."""
 
-    batch: int = flax.struct.field(pytree_node=False)
-    length: int = flax.struct.field(pytree_node=False)
-    padded_batch: int = flax.struct.field(pytree_node=False)  # flaxformer pads whole rows or columns
-    padded_length: int = flax.struct.field(pytree_node=False)
-    num_groups: int = flax.struct.field(pytree_node=False)  # G
-    group_size: int = flax.struct.field(pytree_node=False)  # S
+    batch: Size = flax.struct.field(pytree_node=False)
+    length: Size = flax.struct.field(pytree_node=False)
+    padded_batch: Size = flax.struct.field(pytree_node=False)  # flaxformer pads whole rows or columns
+    padded_length: Size = flax.struct.field(pytree_node=False)
+    num_groups: Size = flax.struct.field(pytree_node=False)  # G
+    group_size: Size = flax.struct.field(pytree_node=False)  # S
 
     def group(self, x: Shaped[Array, "B L *rest"]) -> Shaped[Array, "G S *rest"]:
         """Cuts into groups; added places are zero (False)."""
@@ -65,7 +66,7 @@ class Grouping:
         return (jnp.arange(self.num_groups * self.group_size) < tokens).reshape(self.num_groups, self.group_size)
 
 
-def make_grouping(config: SwitchConfig, batch: int, length: int, *, replicas: int = 1) -> Grouping:
+def make_grouping(config: SwitchConfig, batch: Size, length: Size, *, replicas: int = 1) -> Grouping:
     """Returns the grouping of a batch of `batch` x `length` tokens.
 
     "sequence": each sequence is a group. "tokens": the flattened batch is cut into the fewest groups of at most
@@ -74,6 +75,8 @@ def make_grouping(config: SwitchConfig, batch: int, length: int, *, replicas: in
     """
     if config.routing_group == "sequence" or batch * length == 0:
         return Grouping(batch, length, batch, length, batch, length)
+    known = isinstance(batch, int) and isinstance(length, int)
+    check(known, f"routing_group={config.routing_group!r} needs to know how many tokens there are; use 'sequence'.")
     if config.routing_group == "tokens":
         num_groups = math.ceil(batch * length / config.group_size)
         return Grouping(batch, length, batch, length, num_groups, math.ceil(batch * length / num_groups))

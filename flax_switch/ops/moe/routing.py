@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from flax_switch.config import SwitchConfig
+from flax_switch.config import SwitchConfig, check
+from flax_switch.ops import Size
 from flax_switch.ops.kernels.narrow import Narrow
 from flax_switch.ops.moe.groups import Grouping
 
@@ -36,7 +37,7 @@ class RoutingPlan:
     tokens_choose: bool = flax.struct.field(pytree_node=False)
 
     @property
-    def buffer_size(self) -> int:
+    def buffer_size(self) -> Size:
         """Slots that a buffer of every expert needs: the capacity, or the whole group where the plan is dropless."""
         return self.expert.shape[1] if self.capacity is None else self.capacity
 
@@ -68,7 +69,7 @@ class RouterOutput:
     logits: Float[Array, "B L E"] | None = None  # float32
 
 
-def expert_capacity(config: SwitchConfig, tokens_per_group: int, *, deterministic: bool) -> int | None:
+def expert_capacity(config: SwitchConfig, tokens_per_group: Size, *, deterministic: bool) -> int | None:
     """Returns C, the slots of each expert in each group; None if the config is dropless.
 
     "factor": max(round(factor * S / E), min_expert_capacity) with Python's rounding (half to even), as flaxformer has it.
@@ -76,6 +77,9 @@ def expert_capacity(config: SwitchConfig, tokens_per_group: int, *, deterministi
     """
     if config.capacity_mode == "dropless":
         return None
+    if not isinstance(tokens_per_group, int):
+        check(config.capacity_mode == "fixed", "A capacity that is a share of the tokens needs to know how many there are.")
+        return config.expert_capacity
     if config.capacity_mode == "fixed":
         capacity = config.expert_capacity
     else:

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Shaped
 
+from flax_switch.ops import Size
+
 
 def _take(x: Shaped[Array, "G S D"], index: Int[Array, "G R"]) -> Shaped[Array, "G R D"]:
     return jax.vmap(lambda rows, i: rows.at[i].get(mode="fill", fill_value=0))(x, index)
@@ -30,7 +32,7 @@ def _sum_rows(rows: Shaped[Array, "G R D"], index: Int[Array, "G R"], inverse: I
 
 
 def sum_rows(
-    rows: Shaped[Array, "G R D"], index: Int[Array, "G R"], inverse: Int[Array, "G S N"] | None, num_tokens: int
+    rows: Shaped[Array, "G R D"], index: Int[Array, "G R"], inverse: Int[Array, "G S N"] | None, num_tokens: Size
 ) -> Shaped[Array, "G S D"]:
     """Returns `out[g, s] = sum of rows[g, r] over r with index[g, r] == s`, the transpose of `take_rows` with its arguments."""
     if inverse is not None:

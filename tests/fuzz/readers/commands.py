@@ -21,6 +21,7 @@ WRONG = {
     "evaluate": (["--checkpoint", "{absent}"], ["--output", "{file}"], ["--config.data.validation={absent}"]),
     "generate": (["--input", "{absent}"], ["--output", "{folder}"], ["--output", "{absent}/x"], ["--num-beams", "0"], ["--x"]),
     "convert": (["--to", "x"], ["--dtype", "int8"], ["--max-shard-size", "x"], ["--set", "x"], ["--expert-capacity", "0"]),
+    "export": (["--to", "x"], ["--set", "x"], ["--platform", "x", "--to", "stablehlo"], ["--x"]),
     "upcycle": (["--layout", "x"], ["--noise", "nan"], ["--num-experts", "-1"], ["--seed", "-1"], ["--to", "x"]),
     "inspect": (["--plot", "{folder}"], ["--set", "d_model=x"], ["--target", "a"], ["--x"]),
     "plan": (["--topology", "x:1"], ["--mesh", "data=0"], ["--json", "{folder}"], ["--json", "{absent}/x"], ["--effort", "x"]),

@@ -124,8 +124,9 @@ def main() -> None:
     before = {name: untouched[name] for name in ("accuracy", "cross_entropy")}
     runs, picked = [], {}
     for way in args.ways:
-        trials = [run_of(way, rate, PICKING, args) for rate in WAYS[way].rates]
-        picked[way] = max(trials, key=lambda run: run["accuracy"])["learning_rate"]
+        rates = WAYS[way].rates
+        trials = [run_of(way, rate, PICKING, args) for rate in rates] if len(rates) > 1 else []
+        picked[way] = max(trials, key=lambda run: run["accuracy"])["learning_rate"] if trials else rates[0]
         runs += trials + [run_of(way, picked[way], seed, args) for seed in SEEDS]
     print(f"Before fine-tuning {before['accuracy']:.1f} % of the sentences are right.")
     print(f"{'':8}{'rate':>8}{'right of each seed':>30}{'mean':>8}{'s/step':>8}{'checkpoint':>14}")

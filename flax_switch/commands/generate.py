@@ -91,9 +91,10 @@ def run(args: argparse.Namespace) -> int:
     """Returns 0, or 1 where some lines could not be used. All that can be checked is, before weights are loaded."""
     from flax_switch.config.generation import GenerationConfig
     from flax_switch.convert.checkpoint import open_checkpoint
-    from flax_switch.generation.defaults import read_defaults, with_defaults
+    from flax_switch.generation.defaults import read_defaults, read_prefixes, with_defaults
     from flax_switch.generation.generate import check_seeds
     from flax_switch.pretrained import from_checkpoint
+    from flax_switch.pretrained.adapter import adapter_of
 
     for name in ("batch_size", "max_source_length"):
         value = getattr(args, name)
@@ -105,7 +106,11 @@ def run(args: argparse.Namespace) -> int:
     opened = open_checkpoint(args.checkpoint, changes=loading_changes(args), verify=not args.no_verify)
     GenerationConfig(**with_defaults(read_defaults(opened.path), args.controls)).for_model(opened.config)
     options = {"batch_size": args.batch_size, "max_source_length": args.max_source_length, "seed": args.seed, **args.controls}
-    options["prefix"] = _prefix(args, opened.path)
+    prefixes = read_prefixes(opened.path)
+    if args.adapter is not None:
+        adapter = loading["adapter"] = adapter_of(args.adapter, opened, verify=not args.no_verify)
+        prefixes = adapter.prefixes or prefixes
+    options["prefix"] = _prefix(args, prefixes)
     start_jax(args)
     if args.input == "-" and sys.stdin.isatty():
         return _converse(from_checkpoint(opened, **loading), options)
@@ -126,13 +131,10 @@ def run(args: argparse.Namespace) -> int:
     return 1 if bad else 0
 
 
-def _prefix(args: argparse.Namespace, model: Path) -> str:
-    from flax_switch.generation.defaults import read_prefixes
-
+def _prefix(args: argparse.Namespace, prefixes: tuple[str, ...]) -> str:
     check(not (args.prefix and args.no_prefix), "--prefix and --no-prefix contradict each other; leave one out.")
     if args.no_prefix or args.prefix is not None:
         return args.prefix or ""
-    prefixes = read_prefixes(model)
     if len(prefixes) > 1:
         tell(
             f"The model was fine-tuned on tasks with {' or '.join(map(repr, prefixes))} before their texts. Yours are taken as "
@@ -169,6 +171,8 @@ def _to_file(
     output = Path(args.output)
     check_writable(output, reads=["/dev/stdin" if args.input == "-" else args.input])
     run = {**options, "batch_size": None, "checkpoint": str(absolute(opened.path)), "dtype": args.dtype}
+    if args.adapter is not None:
+        run["adapter"] = str(absolute(args.adapter))
     if args.weights is not None:
         run["weights"] = args.weights
     run["lines"] = [dataclasses.astuple(line) for line in lines]

@@ -94,6 +94,9 @@ def train(
             state, start = first_state(run), 0
         else:
             state, data_state = checkpoints.restore(run.abstract_state, verify=verify, say=console.print)
+            if missing := run.abstract_state.params.keys() - state.params.keys():  # what an adapter is for is in no checkpoint
+                base = first_state(run).params
+                state = dataclasses.replace(state, params={**state.params, **{name: base[name] for name in missing}})
             batches.set_state(data_state)
             start = int(state.step)
             console.print(_continues(workdir, start, config.train.steps))

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from flax_switch.config.finetuning import FinetuneConfig
 from flax_switch.data import Prepared, Vocabulary
 from flax_switch.data.batches import IGNORED, Batch
 from flax_switch.data.tasks import spread
@@ -223,11 +224,25 @@ def finish_finetuning(result: RunResult, workdir: epath.PathLike) -> None:
         f"\nReport, a page:      {write_report(workdir)}\n"
         f"Metrics:             {workdir / 'metrics.jsonl'}\n"
         f"Predictions:         {workdir / PREDICTIONS}\n"
-        f"Model:               {model}\n\n"
-        f"Next: evaluate it on other examples, generate with it, or export it:\n"
-        f"  flax-switch evaluate --checkpoint {quoted} --config.data.validation=TEST_FILE  # with the same columns\n"
-        f"  flax-switch generate --checkpoint {quoted} --input texts.txt --num-beams 4{prefix}\n"
-        f"  flax-switch convert {quoted} exported --to huggingface"
+        f"{'Adapter:' if config.adapter.rank else 'Model:  '}             {model}\n\n"
+        f"{_next_commands(config, quoted, prefix)}"
+    )
+
+
+def _next_commands(config: FinetuneConfig, model: str, prefix: str) -> str:
+    if config.adapter.rank:
+        base = shlex.quote(config.init)
+        return (
+            "Next: generate with the adapter, export it for PEFT, or make one model of both:\n"
+            f"  flax-switch generate --checkpoint {base} --adapter {model} --input texts.txt --num-beams 4{prefix}\n"
+            f"  flax-switch convert {model} exported --base {base} --to huggingface\n"
+            f"  flax-switch convert {model} merged --base {base} --merge --to flax_switch"
+        )
+    return (
+        "Next: evaluate it on other examples, generate with it, or export it:\n"
+        f"  flax-switch evaluate --checkpoint {model} --config.data.validation=TEST_FILE  # with the same columns\n"
+        f"  flax-switch generate --checkpoint {model} --input texts.txt --num-beams 4{prefix}\n"
+        f"  flax-switch convert {model} exported --to huggingface"
     )
 
 

@@ -1,4 +1,4 @@
-"""Switch-C: 2048 experts in every layer (1.57 T parameters, 1.7 B of them active per token); data and optimiser of switch_base_8.
+"""Switch-C: 2048 experts in every layer (1.57 T parameters, 1.75 B of them active per token); data and optimiser of switch_base_8.
 
 Command:   flax-switch pretrain --config configs/switch_c_2048.py --workdir gs://BUCKET/switch_c_2048 \
                --config.data.source='c4/*.json.gz' --config.data.vocabulary=spiece.model

@@ -1,4 +1,4 @@
-"""The model of `tiny` as AdamW trains it, to compare with: it writes like its text and ignores its inputs.
+"""A somewhat smaller model than `tiny`, trained with AdamW, to compare with: it writes like its text but ignores its input.
 
 This was `tiny` before; a run of it in runs/tiny goes on with this recipe. It shows what an unused encoder looks like in a report.
 

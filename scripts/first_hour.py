@@ -33,19 +33,21 @@ OTHERS = ("torch==2.13.0", "transformers")  # for the last step alone
 WIDTH, WHOLE = 120, dict(break_long_words=False, break_on_hyphens=False, replace_whitespace=False)
 LONGEST = 100  # lines of an output that the transcript shows
 MAKE = """\
-people = "Anna Ben Carla David Emma Felix Greta Hugo Ida Jonas Klara Leo Maria Nils Olga Paul Rosa Simon Tina Victor".split()
-places = "garden kitchen office library station market school museum harbour theatre bakery forest river bridge tower hotel".split()
+people = "Anna Ben Carla David Emma Felix Greta Hugo Ida Jonas Klara Leo Maria Nils Olga Paul Rosa Simon Tina Victor"
+places = "garden kitchen office library station market school museum harbour theatre bakery forest river bridge tower hotel"
 print("text,place")
-for person in people:
-    for place in places:
+for person in people.split():
+    for place in places.split():
         print(f"{person} went to the {place} today.,{place}")
 """
 OPEN = """\
 from transformers import AutoTokenizer, SwitchTransformersForConditionalGeneration
+
 model = SwitchTransformersForConditionalGeneration.from_pretrained("exported")
 tokenizer = AutoTokenizer.from_pretrained("exported")
-inputs = tokenizer("where: Otto went to the lighthouse today.", return_tensors="pt")  # with the prefix, which is not added here
-print("transformers says:", tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0], skip_special_tokens=True))
+text = "where: Otto went to the lighthouse today."  # transformers does not add the prefix
+output = model.generate(**tokenizer(text, return_tensors="pt"), max_new_tokens=20)
+print("transformers says:", tokenizer.decode(output[0], skip_special_tokens=True))
 """
 COLUMNS = "--config.data.train=places.csv --config.data.inputs=text --config.data.targets=place --config.data.prefix='where: '"
 GENERATE = "flax-switch generate --checkpoint"
@@ -75,7 +77,8 @@ STEPS = (  # what is typed, why, and what its output must hold
     ),
     (
         f"echo 'Returns True if the <extra_id_0> is empty.' | {GENERATE} runs/tiny --num-beams 4",
-        "Again, quicker, for compiled programs were kept. An answer is a line of JSON, but on a terminal.",
+        "Another sentence, quicker, because compiled programs were kept. Without `--format plain` it is a line of JSON, "
+        "as always where the output is not a terminal.",
         "outputs",
     ),
     (
@@ -83,8 +86,8 @@ STEPS = (  # what is typed, why, and what its output must hold
         "The run wrote a report, a page for a browser; it can be written again at any time.",
         "report.html",
     ),
-    ("cat make_places.py", "Now a task of one's own: where did somebody go? This writes examples.", "places"),
-    ("python make_places.py > places.csv; head -3 places.csv", "There are 320 of them.", "text,place"),
+    ("cat make_places.py", "Now a task of one's own: where did somebody go? Save this as make_places.py.", "places"),
+    ("python make_places.py > places.csv; head -3 places.csv", "It makes 320 examples.", "text,place"),
     (
         f"flax-switch finetune --config finetune_small --init runs/tiny --workdir runs/places {COLUMNS}",
         "Fine-tune the model on them. Two of the settings name the columns, one what is put before every text.",
@@ -92,11 +95,11 @@ STEPS = (  # what is typed, why, and what its output must hold
     ),
     (
         f"echo 'Otto went to the lighthouse today.' | {GENERATE} runs/places/best --format plain",
-        "Neither Otto nor a lighthouse was in the examples: it has learnt where to look. It adds its prefix, `where: `.",
+        "Neither Otto nor a lighthouse was in the examples: it has learnt where to look. `generate` adds the prefix by itself.",
         "lighthouse",
     ),
     ("flax-switch convert runs/places/best exported --to huggingface", "Take it to transformers.", "Converted"),
-    ("cat open_it.py", "Five lines for transformers.", "from_pretrained"),
+    ("cat open_it.py", "Save this as open_it.py.", "from_pretrained"),
     ("python open_it.py", "It opens there, and says the same.", "transformers says: lighthouse"),
 )  # fmt: skip
 
@@ -127,15 +130,15 @@ def hour(folder: Path, beside: bool) -> list[tuple[str, str, str, float]]:
     began = time.monotonic()
     needed = (str(wheel),) if beside else (*OTHERS, f"{wheel}[eval]")
     scripts = wheel_test.environment(folder / "environment", needed[-1], not beside, *needed[:-1])
-    typed = f"python -m venv env; . env/bin/activate; pip install '{wheel.name}[eval]' {' '.join(OTHERS)}"
+    typed = f"python -m venv env; . env/bin/activate; pip install 'dist/{wheel.name}[eval]' {' '.join(OTHERS)}"
     why = (
-        "Install it, in an environment of its own: the wheel (python -m build makes it from a checkout) with what scores outputs, "
-        "`[eval]`; and torch and transformers, for the last step alone."
+        "Install the wheel, which `python -m build` makes from a checkout, in an environment of its own. `[eval]` adds BLEU, chrF "
+        "and ROUGE; torch and transformers are for the last step alone."
     )
     told = [(typed, why, "", time.monotonic() - began)]
     (place / "make_places.py").write_text(MAKE)
     (place / "open_it.py").write_text(OPEN)
-    shell = {**os.environ, "HOME": str(folder), "XDG_CACHE_HOME": str(folder / "cache"), "JAX_PLATFORMS": "cpu", "COLUMNS": "100"}
+    shell = {**os.environ, "HOME": str(folder), "XDG_CACHE_HOME": str(folder / ".cache"), "JAX_PLATFORMS": "cpu", "COLUMNS": "100"}
     shell = {key: value for key, value in shell.items() if not key.startswith(("PYTHON", "FLAX_SWITCH", "XLA_", "NPROC"))}
     shell["PATH"] = f"{scripts}{os.pathsep}{shell['PATH']}"
     for typed, why, expected in STEPS:
@@ -151,8 +154,8 @@ def hour(folder: Path, beside: bool) -> list[tuple[str, str, str, float]]:
 
 def clean(output: str, folder: Path) -> str:
     """An output without the paths of the place it was made in."""
-    for path in (folder / "place", folder):
-        output = output.replace(f"{path.resolve()}/", "").replace(f"{path}/", "")
+    for path, shown in ((folder / "place", ""), (folder, "~/")):
+        output = output.replace(f"{path.resolve()}/", shown).replace(f"{path}/", shown)
     shown = re.sub(r"\x1b\[[\d;]*[A-Za-z]", "", output)
     return "\n".join(line for line in shown.splitlines() if "it/s]" not in line).strip("\n")  # without bars of progress
 
@@ -165,7 +168,8 @@ def page(told: list[tuple[str, str, str, float]], seconds: float, computed: floa
         "# The first hour",
         "",
         "<!-- written by scripts/first_hour.py, which runs every command again -->",
-        f"What a newcomer types and reads: {took}, no GPU, Python {python}. Seconds in brackets are what a command took.",
+        f"What a newcomer types and reads: {took}, no GPU, Python {python}. Seconds in brackets are what a command took; the",
+        "rest of the hour is reading.",
     ]
     for typed, why, output, wall in told:
         lines += [
@@ -187,7 +191,12 @@ def page(told: list[tuple[str, str, str, float]], seconds: float, computed: floa
 
 def shortened(output: str) -> list[str]:
     """The beginning and the end of an output."""
-    lines = [part for line in output.splitlines() for part in textwrap.wrap(line, WIDTH, **WHOLE) or [""]]
+    whole = ("{", "people", "places")  # what can be copied, as it is
+    lines = [
+        part
+        for line in output.splitlines()
+        for part in ([line] if line.startswith(whole) else textwrap.wrap(line, WIDTH, **WHOLE) or [""])
+    ]
     half = LONGEST // 2
     return lines if len(lines) <= LONGEST else [*lines[:half], f"... {len(lines) - 2 * half} more lines ...", *lines[-half:]]
 

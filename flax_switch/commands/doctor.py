@@ -99,7 +99,7 @@ def render(found: dict[str, Any]) -> str:
     all_cores = " (JAX counts all cores as one)" if devices[0]["kind"] == "cpu" and len(devices) == 1 else ""
     lines += ["Devices", f"  {len(devices)} x {devices[0]['kind']}{each}{all_cores}", f"  host: {found['host']}"]
     lines += [f"  memory: {found['memory'] / 2**30:.1f} GiB"] if found["memory"] else []
-    lines += ["Self-test: relative errors of the experts' matrix products, beside numpy's"]
+    lines += ["Self-test: relative errors, beside numpy, of each way to multiply by experts' kernels"]
     for check in found["kernels"]:
         verdict = "fine" if check["fine"] else f"WRONG for expert {check['expert']}"
         name = f"{check['implementation']}, {check['dtype']}, {check['product']}"

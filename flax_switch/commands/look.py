@@ -88,7 +88,7 @@ def dry_run(config: RunConfig, prepared: Any) -> int:
         print(f"  {path:{max(len(path) for path, _ in rows)}} {told}")
     batch = batch_structs(config, mesh)  # pyright: ignore[reportArgumentType] - fine-tuning's has the fields, too
     axes = ", ".join(f"{axis} {ways}" for axis, ways in mesh.shape.items())
-    print(f"\nBatch, on {mesh.size} x {jax.devices()[0].device_kind} (mesh {axes}):")
+    print(f"\nBatch, on {mesh.size} x {jax.devices()[0].device_kind} (device mesh: {axes}):")
     for name, struct in batch.items():
         print(f"  {name:24} {list(struct.shape)}")
     memory = train_memory(run, batch)
@@ -119,7 +119,7 @@ def grouped(rows: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
 
 def first_batch(prepared: Any) -> Iterator[str]:
     """Returns the first rows of the first batch, as text, each of its texts by itself; before them what is asked of a model."""
-    from flax_switch.data.objectives import OBJECTIVES
+    from flax_switch.data.objectives import OBJECTIVES, marks
 
     batches = prepared.train_iterator()
     try:
@@ -129,7 +129,9 @@ def first_batch(prepared: Any) -> Iterator[str]:
     rates = prepared.mixture.rates if hasattr(prepared, "mixture") else {}
     yield from ["Of the examples are"] if rates else []
     for name, rate in rates.items():
-        yield f"  {rate / sum(rates.values()):.0%} {name.replace('_', ' ')}: {OBJECTIVES[name].told}"
+        marked = marks(prepared.mixture.config, OBJECTIVES[name])
+        begun = ", asked for by a token of its own at the beginning" if marked else ""
+        yield f"  {rate / sum(rates.values()):.0%} {name.replace('_', ' ')}: {OBJECTIVES[name].told}{begun}"
     yield "The first batch begins with"
     decode = lambda ids: prepared.vocabulary.decode([int(i) for i in ids if i > 0], skip_special_tokens=False)  # noqa: E731
     alone = "input_ids" not in batch  # a decoder-only model's inputs and targets are one sequence

@@ -230,8 +230,8 @@ def describe_changes(changed: Mapping[str, tuple[Any, Any]]) -> str:
     """Returns in lines what `with_huggingface_semantics` changed, what changes outputs apart from what training alone sees."""
     told = {name: f"  {name}: {before!r} here, {after!r} there" for name, (before, after) in changed.items()}
     computed, trained = ([told[name] for name in told if (name in _TRAINING) == training] for training in (False, True))
-    lines = ["transformers has no such settings and computes outputs a little otherwise:", *computed] if computed else []
-    lines += ["If the model is trained there, this is different, too:", *trained] if trained else []
+    lines = ["transformers has no settings for these, so its outputs can differ a little:", *computed] if computed else []
+    lines += ["Only training sees these:", *trained] if trained else []
     return "\n".join(lines)
 
 

@@ -107,6 +107,6 @@ def describe(evaluation: dict[str, Any]) -> str:
     return (
         f"held-out loss {evaluation['cross_entropy']:.3f} nats a token (perplexity {evaluation['perplexity']:.2f}); "
         f"{100 * evaluation['accuracy']:.1f} % of tokens are right\n"
-        f"  of words alone, without special tokens: {text:.3f} (guessing each token by its frequency: {alone:.3f})\n"
+        f"  held-out loss without special tokens: {text:.3f} (guessing each token by its frequency: {alone:.3f})\n"
         f"{describe_probe(evaluation)}"
     ).rstrip()

@@ -138,10 +138,10 @@ def describe(probed: dict[str, float]) -> str:
     gains = {name.removeprefix("encoder_gain/"): gain for name, gain in probed.items() if name.startswith("encoder_gain/")}
     if not gains:
         return ""
-    named = {"masked": "words in gaps"}
+    named = {"masked": "in gaps alone"}
     listed = ", ".join(f"{named.get(name, name.replace('_', ' '))} {gain:.2f}" for name, gain in gains.items())
     return (
-        f"  does it use its input? with another text's its loss rises by: {listed}\n"
-        f"  words in gaps: {100 * probed['masked_accuracy']:.1f} % of tokens are right (guessing: "
-        f"{100 * probed['masked_accuracy_of_most_frequent']:.1f} %), {100 * probed['masked_spans_exact']:.1f} % of gaps as a whole"
+        f"  does it use its input? with another text's the loss rises by: {listed}\n"
+        f"  in gaps alone {100 * probed['masked_accuracy']:.1f} % of tokens are right (always the most frequent one: "
+        f"{100 * probed['masked_accuracy_of_most_frequent']:.1f} %), and {100 * probed['masked_spans_exact']:.1f} % of whole gaps"
     )

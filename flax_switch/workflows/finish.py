@@ -48,18 +48,19 @@ def finish(result: RunResult, workdir: epath.PathLike) -> None:
         for finding in findings(result.run.config.model, result.evaluation):
             console.print(f"\n{finding}", style="yellow")
     line = "Returns True if the" if alone else "Returns True if the <extra_id_0> is empty."
-    dense = "--config.model.num_sparse_decoder_layers=0 and a new --workdir" if alone else "--config t5_tiny"
+    dense = "--config.model.num_sparse_decoder_layers=0 and a new --workdir" if alone else "--config t5_tiny and a new --workdir"
     console.print(
         f"\nReport, a page:      {write_report(workdir)}\n"
-        f"Model:               {workdir}\n"
+        f"Model:               {workdir} (for --checkpoint and --init)\n"
         f"Metrics:             {workdir / 'metrics.jsonl'}\n"
         f"Checkpoints:         {workdir / 'checkpoints'}\n"
         f"Vocabulary:          {workdir / 'vocabulary'}\n\n"
-        f"Next: generate with it,\n"
+        f"Next, generate with it:\n"
         f"  echo '{line}' | flax-switch generate --checkpoint {workdir} --num-beams 4\n"
-        f"train on with the same command and --config.train.steps={2 * result.run.config.train.steps} (steps in all), train on\n"
-        "your own text with --config.data.source=TEXT.txt and a new --workdir, or train a dense model with as much arithmetic\n"
-        f"a token with {dense}."
+        f"or give the same command\n"
+        f"  --config.train.steps={2 * result.run.config.train.steps} to go on until so many steps in all\n"
+        "  --config.data.source=TEXT.txt and a new --workdir for text of your own\n"
+        f"  {dense} for a dense model with as much arithmetic a token"
     )
     sys.stdout.flush()
 
@@ -216,7 +217,7 @@ def finish_finetuning(result: RunResult, workdir: epath.PathLike) -> None:
             console.print(f"\n{len(samples)} of the validation examples: the input, what the model wrote, and what it should be.")
         for sample in samples:
             _show(sample["pieces"], whole=True)
-        console.print(f"\nKept: step {step}, the best by {config.best}: {describe_scores(config, history[step])}")
+        console.print(f"\nKept: step {step}, the first with the best {config.best}: {describe_scores(config, history[step])}")
     model = workdir / BEST if history else workdir
     quoted = shlex.quote(str(model))
     prefix = f" --prefix={shlex.quote(next(filter(None, config.prefixes)))}" if len(config.prefixes) > 1 else ""

@@ -5,7 +5,8 @@
 
 Every request has another source of --source tokens and asks for exactly --new-tokens greedy ones. Clients are threads of a process
 of their own that ask again as soon as they have an answer; the server runs in this one. "loop" answers one request after the other
-by `generate`, "batch" is one call of `generate` with 32 sources, told as requests per second. Compilation is not counted.
+by `generate`, "batch" is one call of `generate` with 32 sources, told as requests per second. "transformers" is the same weights
+behind the same framework (starlette and uvicorn), which answers one request after the other. Compilation is not counted.
 Quiet machines only.
 """
 
@@ -29,12 +30,17 @@ SHAPES = {
         vocab_size=32128, d_model=768, d_ff=3072, d_kv=64, num_heads=12, num_encoder_layers=12, num_decoder_layers=12,
         num_sparse_encoder_layers=6, num_sparse_decoder_layers=6, num_experts=8,
     ),
-    "tiny": dict(
-        vocab_size=128, d_model=32, d_ff=64, d_kv=8, num_heads=4, num_encoder_layers=2, num_decoder_layers=2,
-        num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, num_experts=4,
-    ),
 }  # fmt: skip
 BATCH = 32
+
+
+def config_of(shape: str):
+    """Returns a shape's model; "tiny" is the recipe's."""
+    import flax_switch as fs
+    from flax_switch.config.recipes import load_recipe
+
+    config = load_recipe("tiny").model if shape == "tiny" else fs.SwitchConfig(**SHAPES[shape])
+    return config.replace(dropout_rate=0.0)
 
 
 def load(port: int, clients: int, requests: int, source: int, new_tokens: int, vocab_size: int) -> None:
@@ -74,7 +80,7 @@ def measure(shape: str, args: argparse.Namespace) -> list[dict]:
     from flax_switch.serving.limits import Limits
     from flax_switch.serving.serve import prepare
 
-    config = fs.SwitchConfig(**SHAPES[shape], dropout_rate=0.0)
+    config = config_of(shape)
     model = fs.SwitchTransformer(config)
     params = fs.init_params(model, jax.random.key(0))
     # EOS must not end an output before its time: that every contender makes as many tokens is part of the comparison.
@@ -99,25 +105,61 @@ def measure(shape: str, args: argparse.Namespace) -> list[dict]:
     began = time.perf_counter()
     server = prepare({shape: pretrained}, limits)
     print(f"{shape}: {time.perf_counter() - began:.0f} s to compile", flush=True)
-    with running(server) as port:
-        for clients in args.clients:
-            sizes = dict(clients=clients, source=args.source, new_tokens=args.new_tokens, vocab_size=config.vocab_size)
-            _asked(port, **sizes, requests=2 * clients)
-            requests = max(args.requests[shape], 4 * clients)
-            found = _asked(port, **sizes, requests=requests)
-            rows.append(_row(shape, f"{clients} clients", requests / found["total"], found["seconds"]))
+    from flax_switch.serving.app import build_app
+
+    def served(name: str, app) -> None:
+        with running(app) as port:
+            for clients in args.clients:
+                sizes = dict(clients=clients, source=args.source, new_tokens=args.new_tokens, vocab_size=config.vocab_size)
+                _asked(port, **sizes, requests=2 * clients)
+                requests = max(args.requests[shape], 4 * clients)
+                found = _asked(port, **sizes, requests=requests)
+                rows.append(_row(shape, f"{name}, {clients}", requests / found["total"], found["seconds"]))
+
+    served("ours", build_app(server))
+    if args.transformers:
+        served("transformers", transformers_app(config, params, args.new_tokens))
     return rows
 
 
-class running:  # noqa: N801 - used as a context
-    """A server in a thread of this process; the value is its port."""
+def transformers_app(config, params, new_tokens: int):
+    """Returns an application that answers by transformers' `generate`, a request after the other."""
+    import tempfile
+    import threading
 
-    def __init__(self, server):
+    import torch
+    from starlette.applications import Starlette
+    from starlette.responses import JSONResponse
+    from starlette.routing import Route
+    from transformers import SwitchTransformersForConditionalGeneration
+
+    import flax_switch as fs
+    from flax_switch.config.huggingface import with_huggingface_semantics
+
+    with tempfile.TemporaryDirectory() as folder:
+        fs.save_pretrained(folder, with_huggingface_semantics(config)[0], params, format="huggingface", overwrite=True)
+        model = SwitchTransformersForConditionalGeneration.from_pretrained(folder).eval()
+    free = threading.Lock()
+
+    def said(ids: list[int]) -> int:
+        with free, torch.inference_mode():
+            options = dict(max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, num_beams=1)
+            return model.generate(torch.tensor([ids]), **options).shape[1] - 1
+
+    async def complete(request):
+        values = await request.json()
+        return JSONResponse({"usage": {"completion_tokens": await asyncio.to_thread(said, values["prompt"])}})
+
+    return Starlette(routes=[Route("/v1/completions", complete, methods=["POST"])])
+
+
+class running:  # noqa: N801 - used as a context
+    """An application that is served in a thread of this process; the value is its port."""
+
+    def __init__(self, app):
         import uvicorn
 
-        from flax_switch.serving.app import build_app
-
-        config = uvicorn.Config(build_app(server), port=0, log_config=None, access_log=False, lifespan="on", ws="none")
+        config = uvicorn.Config(app, port=0, log_config=None, access_log=False, lifespan="auto", ws="none")
         self.uvicorn = uvicorn.Server(config)
         self.thread = threading.Thread(target=lambda: asyncio.run(self.uvicorn.serve()), daemon=True)
 
@@ -141,19 +183,20 @@ def _row(shape: str, name: str, rate: float, seconds: list[float]) -> dict:
     ordered = sorted(seconds)
     p95 = ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))]
     row = dict(shape=shape, name=name, requests_per_second=rate, p50=statistics.median(seconds), p95=p95)
-    print(f"{shape:8} {name:12} {rate:9.2f} requests/s  p50 {1000 * row['p50']:9.1f} ms  p95 {1000 * p95:9.1f} ms", flush=True)
+    print(f"{shape:8} {name:16} {rate:9.2f} requests/s  p50 {1000 * row['p50']:9.1f} ms  p95 {1000 * p95:9.1f} ms", flush=True)
     return row
 
 
 def main() -> None:
     """Prints the table and writes it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=["tiny", "base-8"], choices=SHAPES)
+    parser.add_argument("--shapes", nargs="+", default=["tiny", "base-8"], choices=["tiny", *SHAPES])
     parser.add_argument("--clients", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--source", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--tiny-requests", type=int, default=400)
     parser.add_argument("--base-requests", type=int, default=16)
+    parser.add_argument("--no-transformers", action="store_false", dest="transformers", help="leave transformers out")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/serve.json"))
     parser.add_argument("--load", help=argparse.SUPPRESS)
     args = parser.parse_args()

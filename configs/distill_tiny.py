@@ -1,4 +1,4 @@
-"""The dense model of `t5_tiny` as a student of a sparse `tiny` (2101.03961, section 4.2).
+"""The dense model of `t5_tiny` as a student of a sparse `tiny` (arXiv:2101.03961, section 4.2).
 
 Command:   flax-switch pretrain --config configs/tiny.py --workdir runs/tiny
            flax-switch distill --config configs/distill_tiny.py --teacher runs/tiny --workdir runs/student

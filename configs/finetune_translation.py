@@ -4,7 +4,8 @@ Command:   flax-switch finetune --config configs/finetune_translation.py --init 
                --config.data.train=corpus/train --config.data.validation=corpus/dev
            reads corpus/train.en with corpus/train.de line by line, or names a file of records with fields en and de. For another
            pair set --config.data.targets=fr and --config.data.prefix='translate English to French: '.
-Hardware:  an accelerator of 80 GB; on less, as for finetune_summarization.
+Hardware:  for Switch-Base an accelerator of 80 GB, for a small model 2 CPU cores.
+           The settings are those that flax-switch recipes finetune_summarization shows.
 Expect:    BLEU and chrF by sacreBLEU on the development set every 1000 steps. Released Switch models saw English alone in
            pre-training, so they have the language to learn, too: T5-Base, which was trained on translation, reaches 26.98 BLEU on
            WMT 2014 (1910.10683, table 14).

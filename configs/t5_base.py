@@ -1,4 +1,4 @@
-"""T5-Base in the same code (223 M parameters): the dense model that costs as much a token as every Switch-Base, to compare with.
+"""T5-Base in the same code: the dense model with as much arithmetic a token as every Switch-Base, to compare with.
 
 Command:   flax-switch pretrain --config configs/t5_base.py --workdir runs/t5_base \
                --config.data.source='c4/*.json.gz' --config.data.vocabulary=spiece.model

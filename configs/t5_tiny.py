@@ -1,4 +1,4 @@
-"""The dense model that costs as much a token as `tiny`, on the same data with the same optimiser, to compare with.
+"""The dense model with as much arithmetic a token as `tiny`, to compare with: the same data and optimiser.
 
 Command:   flax-switch pretrain --config configs/t5_tiny.py --workdir runs/t5_tiny
 Hardware:  2 CPU cores.

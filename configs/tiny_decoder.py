@@ -1,4 +1,4 @@
-"""A small decoder-only Switch Transformer on the embedded corpus, for one machine: it continues text.
+"""A small decoder-only Switch Transformer on text that this machine has: it continues text.
 
 Half of the examples are whole texts (causal language modelling), the others begin with inputs that have no loss and see each other
 (prefix language modelling), as a prompt does in generation.

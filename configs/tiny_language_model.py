@@ -1,7 +1,6 @@
-"""The small model of `tiny` trained with AdamW: it learns to write like its text but not to read its inputs.
+"""A somewhat smaller model than `tiny`, trained with AdamW, to compare with: it writes like its text but ignores its input.
 
-This was `tiny` before; a run of it in runs/tiny goes on with this recipe. It is kept to compare with, and to see what an unused
-encoder looks like in a report.
+This was `tiny` before; a run of it in runs/tiny goes on with this recipe. It shows what an unused encoder looks like in a report.
 
 Command:   flax-switch pretrain --config configs/tiny_language_model.py --workdir runs/language_model
 Hardware:  2 CPU cores.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from flax_switch.nn.outputs import ModelOutput
     from flax_switch.nn.transformer import SwitchEncoder, SwitchTransformer
     from flax_switch.ops.losses import LossOutput, seq2seq_loss
-    from flax_switch.pretrained import Pretrained, load_pretrained, quantize, save_pretrained
+    from flax_switch.pretrained import Pretrained, load_adapter, load_pretrained, quantize, save_pretrained
     from flax_switch.training.custom import optimizer, train_step
     from flax_switch.training.state import TrainState
     from flax_switch.workflows.finetune import finetune
@@ -38,6 +38,7 @@ _HOME = {
     "GenerationOutput": "flax_switch.generation.generate",
     "CheckpointError": "flax_switch.convert",
     "Pretrained": "flax_switch.pretrained",
+    "load_adapter": "flax_switch.pretrained",
     "load_pretrained": "flax_switch.pretrained",
     "quantize": "flax_switch.pretrained",
     "save_pretrained": "flax_switch.pretrained",
@@ -66,6 +67,7 @@ __all__ = [
     "finetune",
     "generate",
     "init_params",
+    "load_adapter",
     "load_pretrained",
     "load_recipe",
     "optimizer",

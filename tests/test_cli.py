@@ -133,6 +133,8 @@ def test_what_the_operating_system_refuses_is_one_message(monkeypatch, capsys, e
         (["--batch-size", "1" * 20], "--batch-size must lie in [1, 1048576]"),
         (["--max-source-length", "-1"], "--max-source-length must lie in [1, 1048576]"),
         (["--do-sample", "--seed", "4294967296"], "below 2**32"),
+        (["--format", "yaml"], "--format must be one of"),
+        (["--format", "plain", "--output", "{tmp}/out.jsonl"], "--format is of standard output"),
         (["--input", "{tmp}/none.txt"], "Cannot read"),
         (["--output", "{tmp}/none/out.jsonl"], "Cannot write"),
     ],

@@ -109,7 +109,7 @@ def test_the_listing_for_people_has_every_name_and_fits_a_terminal(capsys, monke
     monkeypatch.setenv("COLUMNS", "80")
     text = printed(capsys, "recipes")
     assert all(f"\n{name} " in f"\n{text}" for name in shipped.names())
-    assert "tiny                               pretrain  3.26 M parameters, 1.43 M per token\n" in text
+    assert "tiny                               pretrain  3.26 M parameters (a token: 1.43 M)\n" in text
     assert "Hardware: 2 CPU cores." in text
     assert max(map(len, text.splitlines())) <= 80
     assert max(map(len, printed(capsys, "presets").splitlines())) <= 80

@@ -38,7 +38,7 @@ def add_verify_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds how a model's weights are held in memory."""
+    """Adds how a model's weights are held in memory, and what is added to them."""
     parser.add_argument(
         "--weights", choices=("float32", "bfloat16", "int8", "int4"), help="hold kernels in this form; default: the checkpoint's"
     )
@@ -46,14 +46,15 @@ def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
         "--experts", choices=("memory", "disk"), default="memory", help="disk: read only those that tokens hit (docs/offload.md)"
     )
     parser.add_argument("--expert-memory", metavar="SIZE", help="for experts on disk, such as 4GB (the default)")
+    parser.add_argument("--adapter", metavar="PATH", help="for the model: a folder of PEFT's or ours, or a run (docs/lora.md)")
 
 
 def loading_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Returns the arguments of `load_pretrained` that say where experts are."""
+    """Returns the arguments of `load_pretrained` that say where experts are, and the adapter."""
     from flax_switch.pretrained.on_disk import expert_budget
 
     expert_budget(args.experts, args.expert_memory)  # raises for what cannot be, before anything is read
-    return {"experts": args.experts, "expert_memory": args.expert_memory}
+    return {"experts": args.experts, "expert_memory": args.expert_memory, "adapter": args.adapter}
 
 
 def loading_changes(args: argparse.Namespace) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from flax_switch.commands.checkpoints import add_source_arguments, add_write_arguments, changes_of, explain_missing_extras
+from flax_switch.config import check
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,6 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--expert-capacity", type=int, metavar="C", help="tokens an expert takes of a sequence, where Hugging Face must be told"
     )
+    parser.add_argument("--base", metavar="MODEL", help="where SRC is an adapter, the model that it is for (docs/lora.md)")
+    parser.add_argument("--merge", action="store_true", help="write that model, with the adapter made part of its kernels")
     add_write_arguments(parser)
 
 
@@ -28,6 +31,9 @@ def run(args: argparse.Namespace) -> int:
     from flax_switch.convert.checkpoint import convert
     from flax_switch.convert.progress import progress_bar
 
+    if args.base is not None:
+        return _convert_adapter(args)
+    check(not args.merge, "--merge makes one model of an adapter and its model: name that with --base.")
     changes = changes_of(args)
     if args.expert_capacity is not None:
         changes["expert_capacity"] = args.expert_capacity
@@ -48,4 +54,30 @@ def run(args: argparse.Namespace) -> int:
             **callbacks,
         )
     print(f"Converted {args.source} to {destination}")
+    return 0
+
+
+def _convert_adapter(args: argparse.Namespace) -> int:
+    from flax_switch.convert.adapter_folder import convert_adapter
+    from flax_switch.convert.progress import progress_bar
+
+    check(
+        not (args.set or args.allow_missing or args.weights or args.expert_capacity),
+        "--set, --allow-missing, --weights and --expert-capacity are for whole models; convert the merged model once more.",
+    )
+    with progress_bar("Converting", enabled=args.merge and not args.no_progress) as callbacks:
+        destination = convert_adapter(
+            args.source,
+            args.destination,
+            args.base,
+            to=args.to,
+            merge=args.merge,
+            dtype=args.dtype,
+            max_shard_size=args.max_shard_size,
+            overwrite=args.overwrite,
+            revision=args.revision,
+            verify=not args.no_verify,
+            **callbacks,
+        )
+    print(f"{'Merged' if args.merge else 'Converted'} {args.source} {'into' if args.merge else 'to'} {destination}")
     return 0

@@ -14,15 +14,18 @@ from flax_switch.commands.options import add_compile_cache_argument, start_jax
 
 # Extra -> the module that it brings, and what one can do with it.
 EXTRAS = {
-    "torch": ("torch", "read and write .bin checkpoints"),
+    "torch": ("torch", "checkpoints in .bin files"),
     "gin": ("gin", "recipes in gin files"),
-    "hub": ("huggingface_hub", "models by their names on the hub"),
+    "hub": ("huggingface_hub", "models of the Hugging Face hub by name, such as google/switch-base-8"),
     "serve": ("uvicorn", "flax-switch serve"),
+    "export": ("flatbuffers", "flax-switch export --to stablehlo"),
+    "onnx": ("jax2onnx", "flax-switch export --to onnx"),
+    "ctranslate2": ("ctranslate2", "flax-switch export --to ctranslate2"),
     "plots": ("matplotlib", "inspect --plot as .png, .pdf or .svg"),
-    "tokenizers": ("tokenizers", "vocabularies that are only in tokenizer.json"),
-    "tensorboard": ("tensorboardX", "TensorBoard's events of a run"),
-    "parquet": ("pyarrow", "parquet files and folders that datasets saved"),
-    "arrayrecord": ("array_record", "ArrayRecord files"),
+    "tokenizers": ("tokenizers", "vocabularies in a tokenizer.json without a spiece.model"),
+    "tensorboard": ("tensorboardX", "curves of a run in TensorBoard"),
+    "parquet": ("pyarrow", "data in parquet files, and in folders of the package datasets"),
+    "arrayrecord": ("array_record", "data in ArrayRecord files"),
     "eval": ("sacrebleu", "BLEU, chrF and ROUGE"),
 }
 
@@ -93,21 +96,21 @@ def render(found: dict[str, Any]) -> str:
     limit = devices[0]["memory"]
     each = f", {limit / 2**30:.1f} GiB each" if limit else ""
     lines = ["Versions", f"  Python {found['python']}", *(f"  {name} {version}" for name, version in found["versions"].items())]
-    lines += ["Devices", f"  {len(devices)} x {devices[0]['kind']}{each}", f"  host: {found['host']}"]
+    all_cores = " (JAX counts all cores as one)" if devices[0]["kind"] == "cpu" and len(devices) == 1 else ""
+    lines += ["Devices", f"  {len(devices)} x {devices[0]['kind']}{each}{all_cores}", f"  host: {found['host']}"]
     lines += [f"  memory: {found['memory'] / 2**30:.1f} GiB"] if found["memory"] else []
-    lines += ["Kernels: how far the experts' matrix products are from numpy's, relative"]
+    lines += ["Self-test: relative errors, beside numpy, of each way to multiply by experts' kernels"]
     for check in found["kernels"]:
-        verdict = "fine" if check["fine"] else f"WRONG for expert {check['expert']}: more than {check['tolerance']:.0e}"
+        verdict = "fine" if check["fine"] else f"WRONG for expert {check['expert']}"
         name = f"{check['implementation']}, {check['dtype']}, {check['product']}"
-        lines.append(f"  {name:42} {check['error']:.1e}  {verdict}")
-    lines += ["Extras"]
-    for name, here in found["extras"].items():
-        added = EXTRAS[name][1]
-        lines.append(f"  {name:12} {'installed: ' if here else f'not here. pip install flax_switch[{name}] adds: '}{added}")
+        lines.append(f"  {name:42} {check['error']:.1e}  {verdict} (at most {check['tolerance']:.0e})")
+    lines += ["Extras, which are optional: pip install 'flax_switch[NAME]' adds what is missing"]
+    lines += [f"  {name:12} {'installed' if here else '-':10} {EXTRAS[name][1]}" for name, here in found["extras"].items()]
     lines += [
-        "Caches",
-        f"  {caches['folder']}: {caches['bytes'] / 2**20:,.0f} MiB, {caches['free'] / 2**30:,.0f} GiB free on its disk",
-        f"  compiled programs in {caches['compiled']}:",
-        f"  {caches['compiled_bytes'] / 2**20:,.1f} MiB of at most {caches['compiled_limit'] / 2**30:.0f} GiB",
+        f"Cache: {caches['folder']} ({caches['free'] / 2**30:,.0f} GiB free on its disk)",
+        f"  compiled programs: {caches['compiled_bytes'] / 2**20:,.1f} MiB of at most {caches['compiled_limit'] / 2**30:.0f} GiB",
+        f"  data and all else: {(caches['bytes'] - caches['compiled_bytes']) / 2**20:,.1f} MiB",
     ]
+    wrong = sum(not check["fine"] for check in found["kernels"])
+    lines += ["All is well." if not wrong else f"{wrong} of the self-tests failed: results on this machine cannot be trusted."]
     return "\n".join(lines)

@@ -81,7 +81,8 @@ def _recipe(args: argparse.Namespace) -> FinetuneRecipe:
 
     if args.bindings:
         raise ConfigError("--gin.… binds fields of a --gin-file; without one use --config.SECTION.FIELD=VALUE.")
-    for folder in (Path(args.checkpoint), Path(args.checkpoint).parent):
+    named = [Path(name) for name in (args.adapter, args.checkpoint) if name]
+    for folder in (place for path in named for place in (path, path.parent)):
         if (folder / CONFIG_FILE).is_file() and (folder / "checkpoints").is_dir():
             config = read_config(folder)
             if isinstance(config, FinetuneConfig):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from flax_switch.commands.checkpoints import add_loading_arguments, add_verify_argument, loading_changes, loading_options
 from flax_switch.commands.options import add_compile_cache_argument, hyphened, refuse, start_jax, tell
-from flax_switch.config import ConfigError, check
+from flax_switch.config import ConfigError, check, one_of
 from flax_switch.config.ranges import shown
 
 if TYPE_CHECKING:
@@ -29,6 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, metavar="PATH", help="a run, a Hugging Face folder or a folder of ours")
     parser.add_argument("--input", default="-", metavar="FILE", help="text or JSON lines; - is standard input (the default)")
     parser.add_argument("--output", metavar="FILE", help="JSON lines; default: standard output")
+    parser.add_argument(
+        "--format", metavar="FORM",
+        help="of standard output: plain, the outputs alone, which is the default on a terminal; or json, which is it elsewhere",
+    )  # fmt: skip
     parser.add_argument("--resume", action="store_true", help="go on with what a run that was cut off left in FILE.partial")
     parser.add_argument("--field", default="text", help="of JSON lines (default: text)")
     parser.add_argument("--batch-size", type=int, default=8)
@@ -87,19 +91,26 @@ def run(args: argparse.Namespace) -> int:
     """Returns 0, or 1 where some lines could not be used. All that can be checked is, before weights are loaded."""
     from flax_switch.config.generation import GenerationConfig
     from flax_switch.convert.checkpoint import open_checkpoint
-    from flax_switch.generation.defaults import read_defaults, with_defaults
+    from flax_switch.generation.defaults import read_defaults, read_prefixes, with_defaults
     from flax_switch.generation.generate import check_seeds
     from flax_switch.pretrained import from_checkpoint
+    from flax_switch.pretrained.adapter import adapter_of
 
     for name in ("batch_size", "max_source_length"):
         value = getattr(args, name)
         check(1 <= value <= 2**20, f"{hyphened(f'--{name}')} must lie in [1, {2**20}]; it is {shown(value)}.")
     check_seeds(args.seed, 1)
+    one_of("--format", args.format or "json", ("plain", "json"))
+    check(args.format is None or args.output is None, "--format is of standard output; an --output is JSON lines.")
     loading = {"dtype": args.dtype, **loading_options(args)}
     opened = open_checkpoint(args.checkpoint, changes=loading_changes(args), verify=not args.no_verify)
     GenerationConfig(**with_defaults(read_defaults(opened.path), args.controls)).for_model(opened.config)
     options = {"batch_size": args.batch_size, "max_source_length": args.max_source_length, "seed": args.seed, **args.controls}
-    options["prefix"] = _prefix(args, opened.path)
+    prefixes = read_prefixes(opened.path)
+    if args.adapter is not None:
+        adapter = loading["adapter"] = adapter_of(args.adapter, opened, verify=not args.no_verify)
+        prefixes = adapter.prefixes or prefixes
+    options["prefix"] = _prefix(args, prefixes)
     start_jax(args)
     if args.input == "-" and sys.stdin.isatty():
         return _converse(from_checkpoint(opened, **loading), options)
@@ -107,9 +118,11 @@ def run(args: argparse.Namespace) -> int:
     if args.output is None:
         check(not args.resume, "--resume continues an --output; standard output is not kept.")
         results = _results(from_checkpoint(opened, **loading), lines, options)
+        plain = args.format == "plain" or (args.format is None and sys.stdout.isatty())
         escaped = not (sys.stdout.encoding or "").lower().startswith("utf")
         for result in results:
-            sys.stdout.write(json.dumps(result, ensure_ascii=escaped) + "\n")
+            lines = result.get("outputs", ()) if plain else [json.dumps(result, ensure_ascii=escaped)]
+            sys.stdout.writelines(f"{line}\n" for line in lines)
     else:
         results = _to_file(args, opened, loading, lines, options)
     bad = [result for result in results if "error" in result]
@@ -118,13 +131,10 @@ def run(args: argparse.Namespace) -> int:
     return 1 if bad else 0
 
 
-def _prefix(args: argparse.Namespace, model: Path) -> str:
-    from flax_switch.generation.defaults import read_prefixes
-
+def _prefix(args: argparse.Namespace, prefixes: tuple[str, ...]) -> str:
     check(not (args.prefix and args.no_prefix), "--prefix and --no-prefix contradict each other; leave one out.")
     if args.no_prefix or args.prefix is not None:
         return args.prefix or ""
-    prefixes = read_prefixes(model)
     if len(prefixes) > 1:
         tell(
             f"The model was fine-tuned on tasks with {' or '.join(map(repr, prefixes))} before their texts. Yours are taken as "
@@ -161,6 +171,8 @@ def _to_file(
     output = Path(args.output)
     check_writable(output, reads=["/dev/stdin" if args.input == "-" else args.input])
     run = {**options, "batch_size": None, "checkpoint": str(absolute(opened.path)), "dtype": args.dtype}
+    if args.adapter is not None:
+        run["adapter"] = str(absolute(args.adapter))
     if args.weights is not None:
         run["weights"] = args.weights
     run["lines"] = [dataclasses.astuple(line) for line in lines]

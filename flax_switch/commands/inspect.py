@@ -46,9 +46,16 @@ def run(args: argparse.Namespace) -> int:
         return _show_routing(args)
     if args.target or args.plot or args.open:
         raise ConfigError("--target and --plot show how a text is routed; give a --text.")
-    check(args.experts == "memory" and not args.expert_memory, "--experts disk is for running the model; give a --text.")
+    check(
+        args.experts == "memory" and not args.expert_memory and not args.adapter,
+        "--experts disk and --adapter are for running the model; give a --text.",
+    )
+    from flax_switch.inspection.adapter import describe_adapter, render_adapter
     from flax_switch.inspection.checkpoint import describe, render
 
+    if (adapter := describe_adapter(args.source)) is not None:
+        print(json.dumps(adapter.to_dict(), indent=2) if args.json else render_adapter(adapter))
+        return 0
     options = dict(allow_missing=args.allow_missing, revision=args.revision, verify=not args.no_verify)
     description = describe(args.source, changes={**changes_of(args), **loading_changes(args)}, **options)
     print(json.dumps(description.to_dict(), indent=2) if args.json else render(description))

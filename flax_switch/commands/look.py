@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,31 +83,43 @@ def dry_run(config: RunConfig, prepared: Any) -> int:
     print(f"\nModel: {shorten(size.total)} parameters, {shorten(size.active)} of them used for a token")
     leaves = jax.tree_util.tree_leaves_with_path(run.abstract_state.params)
     paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
-    for path, (_, leaf) in zip(paths, leaves, strict=True):
-        print(f"  {path:{max(map(len, paths))}} {str(leaf.dtype):9} {list(leaf.shape)}")
+    rows = grouped([(path, f"{str(leaf.dtype):9} {list(leaf.shape)}") for path, (_, leaf) in zip(paths, leaves, strict=True)])
+    for path, told in rows:
+        print(f"  {path:{max(len(path) for path, _ in rows)}} {told}")
     batch = batch_structs(config, mesh)  # pyright: ignore[reportArgumentType] - fine-tuning's has the fields, too
     axes = ", ".join(f"{axis} {ways}" for axis, ways in mesh.shape.items())
-    print(f"\nBatch, on {mesh.size} x {jax.devices()[0].device_kind} (mesh {axes}):")
+    print(f"\nBatch, on {mesh.size} x {jax.devices()[0].device_kind} (device mesh: {axes}):")
     for name, struct in batch.items():
         print(f"  {name:24} {list(struct.shape)}")
     memory = train_memory(run, batch)
-    print("\nMemory that each device needs in a step, reckoned from shapes (of activations the most that it can be):")
+    print("\nMemory that a step needs on each device, estimated from shapes (activations: at most):")
     for name in ("parameters", "optimizer", "gradients", "activations", "batch", "total"):
         print(f"  {name:14} {getattr(memory, name) / 2**20:12,.1f} MiB")
     data = config.data
     flops = train_flops(config.model, data.batch_size, data.inputs_length, data.targets_length)
-    print(
-        f"\nA step: {flops:.3g} floating-point operations. The run: {config.train.steps:,} steps.\n\nThe first batch begins with:"
-    )
+    print(f"\nThe run: {config.train.steps:,} steps of {flops / 1e9:,.3g} GFLOP each.\n")
     for line in first_batch(prepared):
         console.print(line)
-    print("\nDry run: nothing was trained, and nothing is kept.")
+    print("\nDry run: nothing was trained, and nothing is kept. The same command without --dry-run does it.")
     return 0
+
+
+def grouped(rows: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Returns (path, what is told of it) with the layers in which both agree in one row: "decoder/layers_0,2/mlp/wi/kernel"."""
+    found: dict[tuple[str, str, str], list[str]] = {}
+    for path, told in rows:
+        before, layers, rest = path.partition("/layers_")
+        number, _, after = rest.partition("/")
+        found.setdefault((f"{before}{layers}", after, told), []).append(number)
+    return [
+        (before + (f"{','.join(numbers)}/{after}" if before.endswith("/layers_") else ""), told)
+        for (before, after, told), numbers in found.items()
+    ]
 
 
 def first_batch(prepared: Any) -> Iterator[str]:
     """Returns the first rows of the first batch, as text, each of its texts by itself; before them what is asked of a model."""
-    from flax_switch.data.objectives import OBJECTIVES
+    from flax_switch.data.objectives import OBJECTIVES, marks
 
     batches = prepared.train_iterator()
     try:
@@ -115,8 +127,12 @@ def first_batch(prepared: Any) -> Iterator[str]:
     finally:
         batches.close()
     rates = prepared.mixture.rates if hasattr(prepared, "mixture") else {}
+    yield from ["Of the examples are"] if rates else []
     for name, rate in rates.items():
-        yield f"  {rate / sum(rates.values()):.0%} {name.replace('_', ' ')}: {OBJECTIVES[name].told}"
+        marked = marks(prepared.mixture.config, OBJECTIVES[name])
+        begun = ", asked for by a token of its own at the beginning" if marked else ""
+        yield f"  {rate / sum(rates.values()):.0%} {name.replace('_', ' ')}: {OBJECTIVES[name].told}{begun}"
+    yield "The first batch begins with"
     decode = lambda ids: prepared.vocabulary.decode([int(i) for i in ids if i > 0], skip_special_tokens=False)  # noqa: E731
     alone = "input_ids" not in batch  # a decoder-only model's inputs and targets are one sequence
     given = batch["decoder_input_ids"] * batch["prefix_mask"] if alone else batch["input_ids"]

@@ -14,6 +14,7 @@ from flax_switch.config import one_of, recipes, shipped
 from flax_switch.config.finetuning import FinetuneRecipe
 from flax_switch.config.sizes import count_parameters, shorten
 
+FIRST = "tiny"  # that a newcomer begins with
 WIDTH = 100  # at most; on a narrower terminal its own
 _KEY, _COMMAND = re.compile(r"(\w+: )?\s*"), re.compile(r"(\w+:)?\s*(flax-switch|python) ")
 
@@ -33,8 +34,14 @@ def run(args: argparse.Namespace) -> int:
         one_of("NAME", args.name, tuple(shipped.names()))
         print(json.dumps(_row(args.name), indent=1) if args.json else _told(shipped.describe(args.name).text))
         return 0
-    rows = [_row(name) for name in shipped.names()]
-    print(json.dumps(rows, indent=1) if args.json else "\n".join(_shown(row) for row in rows))
+    rows = [_row(name) for name in sorted(shipped.names(), key=lambda name: name != FIRST)]
+    told = _filled(
+        f"Recipes, for --config NAME. Begin with {FIRST}; flax-switch recipes NAME tells all of one. In brackets: the "
+        "parameters that a token uses.",
+        "",
+        "",
+    )
+    print(json.dumps(rows, indent=1) if args.json else "\n".join((told, "", *map(_shown, rows))))
     return 0
 
 
@@ -53,9 +60,11 @@ def _row(name: str) -> dict[str, Any]:
 
 
 def _shown(row: dict[str, Any]) -> str:
-    size = "the checkpoint's parameters"
+    size = "of any size: --init names the model"
     if row["parameters"]:
-        size = f"{shorten(row['parameters'])} parameters, {shorten(row['active_parameters'])} per token"
+        size = f"{shorten(row['parameters'])} parameters"
+        used = row["active_parameters"]
+        size += f" (a token: {shorten(used)})" if used < row["parameters"] else ""
     hardware = re.split(r"(?<=\.)\s", row["hardware"])[0]
     wrapped = (_filled(line, "    ", "    ") for line in (row["purpose"], f"Hardware: {hardware}"))
     return "\n".join((f"{row['name']:34} {row['command']:9} {size}", *wrapped))

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
 from flax_switch.config import MeshConfig, OptimizerConfig, SwitchConfig, TrainConfig, check, one_of, reject_unknown_keys
+from flax_switch.config.adapter import ADAPTER, AdapterConfig
 from flax_switch.config.base import _Section, _tuples, may_change
 from flax_switch.config.heads import HEADS, LANGUAGE_MODEL, head_of
 from flax_switch.config.ranges import Count, Every, Natural, Positive, Range, Rate
@@ -178,11 +179,18 @@ class FinetuneConfig(_Section):
     mesh: MeshConfig = may_change(MeshConfig)
     train: FinetuneTrainConfig = dataclasses.field(default_factory=FinetuneTrainConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
+    adapter: AdapterConfig = dataclasses.field(default_factory=AdapterConfig)
     init: str = ""  # where the parameters came from
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "data", labelled_for(self.model, joined_for(self.model, self.data)))
+        object.__setattr__(self, "optimizer", _optimizer_for(self.adapter, self.optimizer))
+        check(
+            not self.adapter.rank or self.model.head == LANGUAGE_MODEL,
+            f"adapter.rank={self.adapter.rank} trains an adapter alone, and the head {self.model.head!r} would stay as it began; "
+            "train the whole model with adapter.rank=0, or optimizer.trainable.",
+        )
         check_microbatches(self.data, self.train)
         check_contrast(self)
         for task in self.data.mixture:
@@ -243,6 +251,27 @@ def check_contrast(config: FinetuneConfig) -> None:
     )
 
 
+def _optimizer_for(adapter: AdapterConfig, optimizer: FinetuneOptimizerConfig) -> FinetuneOptimizerConfig:
+    """Returns the optimiser of an adapter, which is all that it trains; where there is none the optimiser as it is.
+
+    Raises `ConfigError` for one that moves parameters relative to their size: b begins at zero, and would stay there.
+    """
+    if not adapter.rank:
+        return optimizer
+    trained = f"^{ADAPTER}/"
+    check(
+        optimizer.trainable in (FinetuneOptimizerConfig.trainable, trained),
+        f"adapter.rank={adapter.rank} trains the adapter alone; leave optimizer.trainable={optimizer.trainable!r} out, and say "
+        "with adapter.targets which kernels have one.",
+    )
+    check(
+        optimizer.name in ("adafactor", "adamw"),
+        f"optimizer.name={optimizer.name!r} moves a parameter by its size, and an adapter's b begins at zero. Set adafactor, which "
+        "does not where there is an adapter, or adamw.",
+    )
+    return optimizer.replace(trainable=trained, multiply_by_parameter_scale=False)
+
+
 @dataclasses.dataclass(frozen=True)
 class FinetuneRecipe(_Section):
     """What a fine-tuning recipe in configs/ says; `model` holds the fields of the checkpoint's config that it changes."""
@@ -255,6 +284,7 @@ class FinetuneRecipe(_Section):
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     train: FinetuneTrainConfig = dataclasses.field(default_factory=FinetuneTrainConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
+    adapter: AdapterConfig = dataclasses.field(default_factory=AdapterConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()

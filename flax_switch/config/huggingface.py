@@ -81,6 +81,7 @@ SEMANTICS: dict[str, Any] = dict(
     expert_dropout_rate=None,
     expert_dtype=None,
 )
+_TRAINING = ("router_loss_reduction", "z_loss_coef", "label_smoothing", "expert_dropout_rate")  # those that matter there alone
 # Those of them that change the forward pass of a given model: `to_huggingface` will not drop them in silence.
 _FORWARD = ("capacity_mode", "routing_group", "ignore_padding_tokens", "zero_padding_activations")
 
@@ -227,6 +228,15 @@ def with_huggingface_semantics(config: SwitchConfig) -> tuple[SwitchConfig, dict
         changes["capacity_mode"] = "dropless"
     changed = {name: (getattr(config, name), new) for name, new in changes.items() if getattr(config, name) != new}
     return config.replace(**changes), changed
+
+
+def describe_changes(changed: Mapping[str, tuple[Any, Any]]) -> str:
+    """Returns in lines what `with_huggingface_semantics` changed, what changes outputs apart from what training alone sees."""
+    told = {name: f"  {name}: {before!r} here, {after!r} there" for name, (before, after) in changed.items()}
+    computed, trained = ([told[name] for name in told if (name in _TRAINING) == training] for training in (False, True))
+    lines = ["transformers has no settings for these, so its outputs can differ a little:", *computed] if computed else []
+    lines += ["Only training sees these:", *trained] if trained else []
+    return "\n".join(lines)
 
 
 def _architecture_problems(config: SwitchConfig) -> list[str]:

@@ -24,7 +24,7 @@ from flax_switch.config.kinds import RECIPES, Recipe, kind_of
 from flax_switch.config.ranges import shown
 from flax_switch.config.values import parse_assignment
 
-SECTIONS = ("model", "data", "optimizer", "mesh", "train", "distillation", "evaluation")  # the last is fine-tuning's
+SECTIONS = ("model", "data", "optimizer", "mesh", "train", "distillation", "evaluation", "adapter")  # the last two: fine-tuning's
 
 
 def to_config_dict(config: Recipe) -> ml_collections.ConfigDict:

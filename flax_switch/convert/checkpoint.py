@@ -71,6 +71,11 @@ def detect_format(folder: Path) -> str:
         raise CheckpointError(f"{folder} is a training run without a complete checkpoint yet; wait for its first.")
     if (folder / "config.json").is_file():
         return "huggingface"
+    if any((folder / name).is_file() for name in (training_run.ADAPTER_FILE, "adapter_config.json")):
+        raise CheckpointError(
+            f"{folder} holds an adapter, not a model. Open the model that it is for, and name the adapter beside it: --adapter, in "
+            "Python with_adapter; or make one model of them: flax-switch convert ADAPTER DST --base MODEL --merge."
+        )
     partial = " It looks like a conversion that was interrupted; run that again." if folder.name.endswith(".partial") else ""
     raise CheckpointError(
         f"{folder} holds no checkpoint that is known: no config.json (Hugging Face), no 'checkpoint' or checkpoint_<step> (T5X), "
@@ -289,11 +294,7 @@ def export_config(checkpoint: Checkpoint) -> tuple[dict[str, Any], str]:
     """
     config, differing = config_huggingface.with_huggingface_semantics(checkpoint.config)
     if differing:
-        listed = "\n".join(f"  {name}: {before!r} here, {after!r} in transformers" for name, (before, after) in differing.items())
-        log.info(
-            "transformers cannot be set to some of the model's settings; results may differ a little. Here and there are:\n%s",
-            listed,
-        )
+        log.info("%s", config_huggingface.describe_changes(differing))
     values = config.to_huggingface()
     values["architectures"] = [huggingface.class_name(values["model_type"], checkpoint.architecture)]
     came_with = checkpoint.huggingface

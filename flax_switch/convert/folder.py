@@ -31,8 +31,15 @@ from flax_switch.host.locks import locked
 from flax_switch.host.swap import exchange, settle
 
 DEFAULT_SHARD_SIZE = "5GB"
-MARKERS = ("config.json", "flax_switch.json")  # a folder with one of them is a model
-_WEIGHTS = ("model*.safetensors*", "params*.safetensors*", "pytorch_model*.bin*", "flax_model*.msgpack*", "tf_model*.h5*")
+MARKERS = ("config.json", "flax_switch.json", "adapter_config.json", training_run.ADAPTER_FILE)  # of a model or an adapter
+_WEIGHTS = (
+    "adapter*.safetensors",
+    "model*.safetensors*",
+    "params*.safetensors*",
+    "pytorch_model*.bin*",
+    "flax_model*.msgpack*",
+    "tf_model*.h5*",
+)
 # Files that travel with a model, whichever way it goes.
 COMPANIONS = (
     "spiece.model",

@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from flax_switch.config import ConfigError, SwitchConfig
 from flax_switch.convert.canonical import architecture_of, canonical_shapes
@@ -21,6 +22,8 @@ from flax_switch.convert.zarr import key_value_store, open_array
 from flax_switch.host.json_text import field, parse_json, read_json
 from flax_switch.host.manifest import damage
 
+ADAPTER_FILE = "flax_switch_adapter.json"  # marks an adapter's folder
+BASE_FILE = "base.json"  # in a run with an adapter: what tells the model that it is trained on from others
 _METADATA = "_METADATA"
 _PARAMS = "params/"  # what is read of a checkpoint
 
@@ -73,6 +76,17 @@ def is_run(folder: Path) -> bool:
         return False
 
 
+def adapter_settings(folder: Path) -> tuple[dict[str, Any], str] | None:
+    """Returns the settings of the adapter that a run (or one of its steps) trains, and the name of its model; None without one."""
+    step = find_checkpoint(folder)
+    try:
+        values = read_json((folder if step is None else step.parent.parent) / "config.json")
+        settings = field(values, "adapter", dict, "config.json", {})
+        return (settings, field(values, "init", str, "config.json", "")) if settings.get("rank") else None
+    except ConfigError:
+        return None
+
+
 def vocabulary_folder(folder: Path) -> Path:
     """Returns where a checkpoint's vocabulary is: with it, or in the run's own folder for it."""
     run = folder.parent.parent / "vocabulary"
@@ -84,6 +98,13 @@ def read_run(step: Path, *, allow_missing: Sequence[str] = ()) -> tuple[SwitchCo
     config_file = step.parent.parent / "config.json"
     check_folder(step, below=True)
     check_folder(config_file.parent)
+    if (found := adapter_settings(step)) is not None:
+        run = config_file.parent
+        raise CheckpointError(
+            f"{run} has an adapter alone, of the model {found[1]}. Name that model and the adapter (--checkpoint {found[1]} "
+            f"--adapter {run}), or make one model of them: flax-switch convert {run} DST "
+            f"--base {found[1]} --merge --to flax_switch."
+        )
     tensors = unstack_layers(read_params(step / "params"))
     try:
         values = field(read_json(config_file), "model", dict, str(config_file))

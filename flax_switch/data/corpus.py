@@ -57,7 +57,7 @@ def default_corpus(cache_dir: Path, say: Callable[[str], None] = lambda _: None)
     """
     path = cache_dir / f"default-corpus-{_key()}.txt"
     if not path.exists():
-        say("Extracting the embedded corpus from the documentation of this Python and its packages (once).")
+        say("Extracting the embedded corpus from the documentation of this Python and its packages.")
         documents = extract()
         check(
             sum(map(len, documents)) >= 100_000,

@@ -213,7 +213,8 @@ def _trained(config: DataConfig, text: Corpus, say: Callable[[str], None]) -> Vo
     name = f"vocabulary-{text.fingerprint}-{config.vocabulary_size}-{config.num_sentinels}"
     folder = files.cache_folder(config.cache_dir) / name
     if not folder.is_dir():
-        say(f"Training a vocabulary of {config.vocabulary_size} pieces on the corpus (once).")
+        sentinels = f"and {config.num_sentinels} sentinels, <extra_id_0> and so on" if config.num_sentinels else ""
+        say(f"Training a vocabulary of {config.vocabulary_size} pieces on the corpus {sentinels}".rstrip() + ".")
         training = (d for d in text.documents() if not cache.is_heldout(d, config.heldout_fraction))
         vocabulary = Vocabulary.train(training, config.vocabulary_size, config.num_sentinels)
         with files.new_folder(folder) as temporary:

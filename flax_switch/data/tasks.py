@@ -236,14 +236,15 @@ def _encode(examples: Sequence[Example], vocabulary: Vocabulary, config: Finetun
 
 
 def summary(description: dict[str, Any]) -> str:
-    """Returns a task's numbers as a sentence."""
+    """Returns a task's numbers in a sentence."""
     parts = []
     for kind, name in (("train", "training"), ("validation", "validation")):
         if kind in description:
             numbers = description[kind]
-            shares = (100 * numbers[f"truncated_{what}"] for what in ("inputs", "targets"))
-            shortened = "too long and shortened: {:.1f} % of inputs, {:.1f} % of targets".format(*shares)
-            parts.append(f"{numbers['examples']:,} {name} examples ({shortened})")
+            shares = {what: 100 * numbers[f"truncated_{what}"] for what in ("inputs", "targets")}
+            shortened = ", ".join(f"{share:.1f} % of {what}" for what, share in shares.items())
+            shortened = f" (too long and shortened: {shortened})" if any(shares.values()) else ""
+            parts.append(f"{numbers['examples']:,} {name} examples{shortened}")
     lengths = f"{description['inputs_length']} and {description['targets_length']}"
     return f"{description['task']}: {'; '.join(parts)}; inputs and targets of at most {lengths} tokens."
 

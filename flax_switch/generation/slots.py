@@ -136,13 +136,16 @@ class SlotDecoder:
                 numbers[name][i] = number
         return self._admit(self.variables, slots, ids, mask.astype(bool), where, draws, (limit, greedy, numbers))
 
-    def run(self, slots: Slots, active: np.ndarray, steps: int, level: int, scored: bool) -> tuple[Slots, Report]:
+    def run(
+        self, slots: Slots, active: np.ndarray, steps: int, level: int, scored: bool, wanted: bool = False
+    ) -> tuple[Slots, Report]:
         """Takes up to `steps` steps of the first len(active) slots, fewer where all that are active end before.
 
-        level: the highest `level_of` the active rows. scored: whether log-probabilities are noted. A program is compiled for each
-        len(active).
+        level: the highest `level_of` the active rows. scored: whether log-probabilities are noted. wanted: whether somebody waits
+        for a slot, so that the run ends with the first row. A program is compiled for each len(active).
         """
-        return self._run(self.variables, slots, active, np.int32(steps), np.int32(level), np.bool_(scored))
+        settings = np.int32(steps), np.int32(level), np.bool_(scored), np.bool_(wanted)
+        return self._run(self.variables, slots, active, *settings)
 
 
 def level_of(controls: GenerationConfig) -> int:
@@ -226,7 +229,7 @@ def _admit(encoder, decoder, controls: GenerationConfig, variables, slots: Slots
     return dataclasses.replace(slots, cache=cache, source=source, mask=mask, progress=progress, wishes=wishes)
 
 
-def _run(decoder, levels: tuple[GenerationConfig, ...], variables, slots: Slots, active, steps, level, scored):
+def _run(decoder, levels: tuple[GenerationConfig, ...], variables, slots: Slots, active, steps, level, scored, wanted):
     R, config = active.shape[0], decoder.config
     index, biases = slots.cache.index, slots.cache.biases
     unsplit = dataclasses.replace(slots, cache=dataclasses.replace(slots.cache, index=jnp.zeros((1,), jnp.int32), biases=()))
@@ -248,7 +251,10 @@ def _run(decoder, levels: tuple[GenerationConfig, ...], variables, slots: Slots,
         scores = jax.lax.cond(scored, _noted, lambda scores, *_: scores, scores, logits, rows, after)
         return number + 1, after, cache, scores
 
-    going = lambda carry: (carry[0] < steps) & ~carry[1].finished.all()  # noqa: E731
+    def going(carry):
+        ended = jnp.where(wanted, (carry[1].finished != begun.finished).any(), carry[1].finished.all())
+        return (carry[0] < steps) & ~ended
+
     number, rows, cache, scores = jax.lax.while_loop(going, step, (jnp.int32(0), begun, cache, part.scores))
 
     def put(whole: Any, new: Any) -> Any:

@@ -17,6 +17,7 @@ from flax_switch.nn.layer import LayerInputs
 from flax_switch.nn.layers import Dropout, Initializer, RMSNorm, kernel_of, scaled_init
 from flax_switch.nn.moe import Features, SparseProjection
 from flax_switch.nn.outputs import LayerOutput
+from flax_switch.ops.kernels.adapted import whole
 from flax_switch.ops.kernels.narrow import Narrow
 from flax_switch.ops.kernels.projection import project
 from flax_switch.ops.kernels.quantized import Quantized
@@ -36,7 +37,7 @@ class Projection(nn.Module):
     def __call__(self, x: Float[Array, "B L *inputs"]) -> Float[Array, "B L *outputs"]:
         config, axes = self.config, (*self.inputs, *self.outputs)
         shape = (*self.inputs.values(), *self.outputs.values())
-        kernel = kernel_of(self, self.kernel_init, shape, axes, config.param_dtype, "float")
+        kernel = whole(kernel_of(self, self.kernel_init, shape, axes, config.param_dtype, "float"))
         assert not isinstance(kernel, (Quantized, Narrow))  # both are refused
         rows = x.reshape(*x.shape[:2], -1).astype(config.dtype)
         y = project(rows, kernel.reshape(rows.shape[-1], -1).astype(config.dtype))

@@ -20,7 +20,7 @@ from flax_switch.ops.dropout import dropout
 from flax_switch.ops.ids import check_ids
 from flax_switch.ops.kernels.narrow import Narrow
 from flax_switch.ops.kernels.projection import project, project_transposed
-from flax_switch.ops.kernels.quantized import Kernel, Quantized
+from flax_switch.ops.kernels.quantized import Kernel, with_scale
 
 Initializer = Callable[..., Any]
 Fan = Literal["fan_in", "fan_avg"]
@@ -56,7 +56,7 @@ def kernel_of(
         return declare("kernel", init, shape, axes, dtype)
     form, zeros = stored(shape, weights, axes), nn.initializers.zeros_init()  # it is read from a checkpoint, never drawn
     values = declare("kernel", zeros, form.values, form.axes, form.dtype)
-    return Quantized(values, declare(f"kernel{SCALE}", zeros, form.scale, form.axes, form.scale_dtype))
+    return with_scale(values, declare(f"kernel{SCALE}", zeros, form.scale, form.axes, form.scale_dtype))
 
 
 class Linear(nn.Module):

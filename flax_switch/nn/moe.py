@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from flax_switch.config import SwitchConfig
 from flax_switch.nn.layers import Initializer, kernel_of
+from flax_switch.ops.kernels.adapted import whole
 from flax_switch.ops.kernels.narrow import Narrow
 from flax_switch.ops.kernels.on_disk import first_on_disk
 from flax_switch.ops.kernels.quantized import Kernel, Quantized
@@ -89,6 +90,7 @@ class RouterWeights(nn.Module):
         shape, axes = (*features.values(), config.num_experts), (*features, "unmodeled")
         init = nn.initializers.normal(config.router_init_std)
         kernel, bias = KernelParam(shape, axes, init, config.param_dtype, config.router_bias, name="w")()
+        kernel = whole(kernel)
         assert not isinstance(kernel, Quantized)  # a router stays float in every model
         return kernel, bias
 
@@ -190,6 +192,7 @@ class SparseProjection(_Sparse):
             router_kernel = router_kernel.reshape(D, config.num_experts)
         E = devices.own_experts(config.num_experts)
         kernel, _ = KernelParam((E, *shape), axes, each_expert(self.kernel_init), config.param_dtype, name="expert")()
+        kernel = whole(kernel)
         assert not isinstance(kernel, (Quantized, Narrow))  # both are refused
         params = MoEParams(router_kernel, router_bias, {"kernel": kernel.reshape(E, D, D_out)})
         y, router = self._routed(params, x.reshape(*x.shape[:2], D), **options)

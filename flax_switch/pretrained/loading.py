@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, Sharding
+from jax.sharding import Mesh, Sharding
 from jaxtyping import Array
 
 from flax_switch.config import SwitchConfig, check, one_of
 from flax_switch.convert import checkpoint as checkpoints
 from flax_switch.convert import live, tokenizer
+from flax_switch.convert.adapter import Adapter
 from flax_switch.convert.canonical import canonical_shapes, flatten, unflatten
 from flax_switch.convert.quantize import in_dtype, quantized, with_copied_head, with_weights
 from flax_switch.convert.scan import stack_layers
@@ -28,6 +29,7 @@ from flax_switch.nn.init import init_params, logical_axes
 from flax_switch.nn.transformer import SwitchEncoder
 from flax_switch.ops.kernels.on_disk import OnDisk
 from flax_switch.parallel.mesh import tree_shardings
+from flax_switch.pretrained.adapter import adapter_of, mesh_of
 from flax_switch.pretrained.model import Pretrained
 from flax_switch.pretrained.on_disk import Files, expert_budget, expert_files, leave_on_disk, narrow
 from flax_switch.pretrained.saving import unscanned
@@ -50,6 +52,7 @@ def load_pretrained(
     verify: bool = True,
     experts: str = "memory",
     expert_memory: str | int | None = None,
+    adapter: str | Path | None = None,
     **changes: Any,
 ) -> Pretrained:
     """Loads a model from a Hugging Face folder or hub name, a T5X checkpoint, a training run or a folder of our own.
@@ -66,6 +69,8 @@ def load_pretrained(
       verify: of a training run take the newest checkpoint whose parameters have their checksums; without, the newest.
       experts: "disk" leaves experts in their safetensors files, and reads those that are hit: see docs/offload.md.
       expert_memory: how much memory experts on disk may take, such as "4GB" (the default) or a number of bytes.
+      adapter: a folder with an adapter for the model, which is put in use: see docs/lora.md. What does not fit is found before
+        weights are read.
       changes: fields of the config to change, such as scan_layers=True or dropout_rate=0.0. head="classification" with
         labels=["negative", "positive"] gives a model without such a head a new one: see docs/heads.md. weights="int8" or "int4"
         quantises a
@@ -86,7 +91,8 @@ def load_pretrained(
         config = checkpoints.changed(config, architecture, tensors, changes, type(path).__name__)
         config, tensors = (config, tensors) if weights is None else with_weights(config, tensors, weights)
         defaults = defaults_of(live.generation_values(path), f"{type(path).__name__}.generation_config")
-        return _built(config, architecture, tensors, None, defaults, **placed)
+        built = _built(config, architecture, tensors, None, defaults, **placed)
+        return built if adapter is None else built.with_adapter(adapter)
     check(
         isinstance(path, (str, os.PathLike)),
         f"load_pretrained takes a folder, a model's name on the hub, or a model of transformers, not a {type(path).__name__}. "
@@ -95,21 +101,29 @@ def load_pretrained(
     if budget is not None:
         changes = {"scan_layers": False, **changes}
     opened = checkpoints.open_checkpoint(path, changes=changes, allow_missing=allow_missing, revision=revision, verify=verify)
-    return from_checkpoint(opened, experts=experts, expert_memory=expert_memory, **placed)
+    added = None if adapter is None else adapter_of(adapter, opened, verify=verify)
+    return from_checkpoint(opened, experts=experts, expert_memory=expert_memory, adapter=added, **placed)
 
 
 def from_checkpoint(
-    opened: checkpoints.Checkpoint, *, experts: str = "memory", expert_memory: str | int | None = None, **placed: Any
+    opened: checkpoints.Checkpoint,
+    *,
+    experts: str = "memory",
+    expert_memory: str | int | None = None,
+    adapter: Adapter | None = None,
+    **placed: Any,
 ) -> Pretrained:
     """Returns the model of a checkpoint that is open; parameters of its config that it lacks are freshly initialised with `seed`.
 
-    Arguments are those of `load_pretrained`: `shardings`, `mesh`, `dtype`, `seed`, `experts` and `expert_memory`.
+    Arguments are those of `load_pretrained`: `shardings`, `mesh`, `dtype`, `seed`, `experts` and `expert_memory`. adapter: one that
+    is open, to be put in use.
     """
     budget = expert_budget(experts, expert_memory)
     on_disk = None if budget is None else (expert_files(opened), budget)
     vocabulary, defaults = tokenizer.load_vocabulary(opened.path), read_defaults(opened.path)
     built = _built(opened.config, opened.architecture, opened.tensors, vocabulary, defaults, on_disk=on_disk, **placed)
-    return built.replace(prefixes=read_prefixes(opened.path))
+    built = built.replace(prefixes=read_prefixes(opened.path))
+    return built if adapter is None else built.with_adapter(adapter)
 
 
 def _built(
@@ -162,10 +176,13 @@ def quantize(pretrained: Pretrained, weights: str) -> Pretrained:
       ConfigError: for another name, a model quantised already, or sizes that "int4" does not divide.
       CheckpointError: for a weight that is no finite number.
     """
-    config, tensors = with_weights(pretrained.config, unscanned(pretrained.config, pretrained.params), weights)
-    where = getattr(jax.tree.leaves(pretrained.params)[0], "sharding", None)
-    mesh = where.mesh if isinstance(where, NamedSharding) and isinstance(where.mesh, Mesh) else None
-    built = _built(config, pretrained.architecture, tensors, pretrained.vocabulary, pretrained.generation_defaults, mesh=mesh)
+    return built_of(pretrained, *with_weights(pretrained.config, unscanned(pretrained.config, pretrained.params), weights))
+
+
+def built_of(pretrained: Pretrained, config: SwitchConfig, tensors: Mapping[str, LazyTensor]) -> Pretrained:
+    """Returns a model that differs from another, which lies where it does, in its config and canonical tensors."""
+    settings = (pretrained.vocabulary, pretrained.generation_defaults)
+    built = _built(config, pretrained.architecture, tensors, *settings, mesh=mesh_of(pretrained.params))
     return built.replace(prefixes=pretrained.prefixes)
 
 

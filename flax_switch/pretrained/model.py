@@ -13,14 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from flax_switch.config import SwitchConfig, check
+from flax_switch.config import ConfigError, SwitchConfig, check, one_of
 from flax_switch.config.heads import LANGUAGE_MODEL
-from flax_switch.generation.defaults import with_defaults
+from flax_switch.convert.adapter import Adapter
+from flax_switch.convert.adapter_folder import write_adapter
+from flax_switch.generation.defaults import FILE, defaults_file, with_defaults
+from flax_switch.nn.adapter import adapted, without_adapter
 from flax_switch.nn.inputs import SupportsArray, TokenIds, as_array, as_embeddings, as_ids, as_mask, check_alive, shift_right
 from flax_switch.nn.outputs import EncoderOutput
 from flax_switch.nn.transformer import SwitchEncoder
 from flax_switch.ops.kernels.on_disk import first_on_disk, run_reading
 from flax_switch.pretrained import outputs, table, tasks
+from flax_switch.pretrained.adapter import Held, held, merged_model
 from flax_switch.pretrained.saving import save_pretrained
 
 if TYPE_CHECKING:
@@ -36,6 +40,7 @@ class Pretrained:
     Calling it runs the model with Hugging Face's argument and output names. `architecture` says what of a model it is: "full",
     "headless" (`SwitchTransformersModel`, which returns hidden states) or "encoder" (`SwitchTransformersEncoderModel`).
     `generation_defaults` are the controls that its generation_config.json asks for, `prefixes` what its tasks had before inputs.
+    `adapters` are those it knows by name, and `adapter` the one that its parameters have.
     """
 
     config: SwitchConfig
@@ -45,6 +50,8 @@ class Pretrained:
     architecture: str = "full"
     generation_defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     prefixes: tuple[str, ...] = ()
+    adapters: Mapping[str, Held] = dataclasses.field(default_factory=dict)
+    adapter: str | None = None
 
     @property
     def expert_reads(self) -> ExpertReads | None:
@@ -200,13 +207,16 @@ class Pretrained:
         attention_mask: TokenIds | None = None,
         *,
         prefix: str | None = None,
+        adapter: str | None = None,
         **controls: Any,
     ) -> GenerationOutput:
         """`flax_switch.generate` with this model, its parameters and, where no control is given, its defaults.
 
         Args:
           input_ids: a text, texts, or ids (lists or the arrays of any library).
-          prefix: put before every text that does not begin with it; by default what the model was fine-tuned with, if that is one.
+          adapter: the name of one of the model's adapters; by default the one in use.
+          prefix: put before every text that does not begin with it; by default what the adapter in use, or else the model, was
+            fine-tuned with, if that is one.
 
         Returns:
           The output; its `texts` are there where the model has a vocabulary.
@@ -217,8 +227,11 @@ class Pretrained:
         from flax_switch.generation.generate import generate
         from flax_switch.generation.text import texts_of
 
+        if adapter is not None and adapter != self.adapter:
+            return self.use_adapter(adapter).generate(input_ids, attention_mask, prefix=prefix, **controls)
         if prefix is None:
-            prefix = self.prefixes[0] if len(self.prefixes) == 1 else ""
+            known = self.prefixes if self.adapter is None else self._in_use().prefixes or self.prefixes
+            prefix = known[0] if len(known) == 1 else ""
         ids, mask = self._encoded(input_ids, attention_mask, prefix)
         output = generate(self.model, self.params, ids, mask, **with_defaults(self.generation_defaults, controls))
         if self.vocabulary is None:
@@ -258,6 +271,49 @@ class Pretrained:
     def embed(self, texts: str | Sequence[str], *, batch_size: int = 32) -> Float[np.ndarray, "B D"]:
         """Returns a vector of length 1 for each text: the mean of the encoder's states, of any model that has one."""
         return tasks.embed(self, texts, batch_size)
+
+    def with_adapter(self, adapter: Any, name: str = "default") -> Self:
+        """Returns the model with an adapter in use, beside those that it knows already; the parameters are shared.
+
+        Args:
+          adapter: what `load_adapter` returns, or a folder; or several of them by name, the last of which is in use.
+          name: of a single one.
+
+        Raises:
+          CheckpointError: where one is another model's, naming what does not fit.
+        """
+        given = adapter if isinstance(adapter, Mapping) else {name: adapter}
+        found = {name: held(one, name, self) for name, one in given.items()}
+        return self.replace(adapters={**self.adapters, **found}).use_adapter(next(reversed(found), self.adapter))
+
+    def use_adapter(self, name: str | None) -> Self:
+        """Returns the model with another of its adapters in use, or with none; programs are those of before."""
+        params = without_adapter(self.params)
+        if name is not None:
+            one_of("adapter", name, tuple(self.adapters))
+            params = adapted(params, self.adapters[name].tree)
+        return self.replace(params=params, adapter=name)
+
+    def merge_adapter(self) -> Pretrained:
+        """Returns the model with the adapter in use made part of its kernels, and no others.
+
+        Raises `ConfigError` where none is in use, or the kernels are integers.
+        """
+        return merged_model(self, self._in_use())
+
+    def save_adapter(self, path: str | Path, format: str = "peft") -> Path:
+        """Saves the adapter in use into a folder: PEFT's ("peft"), or one of ours ("flax_switch"), which holds any.
+
+        Raises `CheckpointError` for kernels that PEFT has no names for.
+        """
+        adapter = self._in_use()
+        files = {FILE: defaults_file({}, adapter.prefixes, self.config).encode()} if any(adapter.prefixes) else {}
+        return write_adapter(path, adapter, self.config, format=format, files=files)
+
+    def _in_use(self) -> Adapter:
+        if self.adapter is None:
+            raise ConfigError("No adapter is in use; with_adapter(folder) loads one, and use_adapter(name) takes one of several.")
+        return self.adapters[self.adapter].adapter
 
     def save_pretrained(self, path: str | Path, format: str = "huggingface", **options: Any) -> Path:
         """Saves it, with its prefixes and defaults of generation; see `flax_switch.save_pretrained`."""

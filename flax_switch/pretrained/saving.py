@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flax_switch.config import SwitchConfig, expect, one_of
+from flax_switch.config import SwitchConfig, check, expect, one_of
 from flax_switch.config.heads import LANGUAGE_MODEL
 from flax_switch.config.weights import SCALE
 from flax_switch.convert import checkpoint as checkpoints
@@ -17,6 +17,7 @@ from flax_switch.convert.mapping import SAME_NAMES, to_canonical
 from flax_switch.convert.scan import unstack_layers
 from flax_switch.convert.tensors import LazyTensor, from_array
 from flax_switch.generation.defaults import FILE, defaults_file
+from flax_switch.nn.adapter import has_adapter
 from flax_switch.ops.kernels.on_disk import check_in_memory
 
 if TYPE_CHECKING:
@@ -75,6 +76,11 @@ def save_pretrained(
 def unscanned(config: SwitchConfig, params: Mapping[str, Any]) -> dict[str, LazyTensor]:
     """Returns a model's parameters by the names that files have, without a head that is a copy."""
     check_in_memory(params, "Saving or quantising a model")
+    check(
+        not has_adapter(params),
+        "The model has an adapter in use, which would be lost: make it part of the kernels with merge_adapter(), or take it off "
+        "with use_adapter(None); save_adapter(path) saves it alone.",
+    )
     flat = {name: from_array(leaf) for name, leaf in flatten(dict(params)).items()}
     if config.copied_head:
         flat = {name: tensor for name, tensor in flat.items() if name.removesuffix(SCALE) != HEAD}

@@ -67,6 +67,8 @@ def _facts(pretrained: Pretrained) -> list[tuple[str, str]]:
     name = type(pretrained.model).__name__ + ("" if pretrained.architecture == "full" else f", {pretrained.architecture}")
     vocabulary = "none" if pretrained.vocabulary is None else str(pretrained.vocabulary)
     facts = [("model", name), ("config", repr(pretrained.config)), ("vocabulary", vocabulary)]
+    if pretrained.adapters:
+        facts += [("adapter", f"{pretrained.adapter or 'none'}, of {', '.join(pretrained.adapters)}")]
     return [*facts, ("prefix", " or ".join(map(repr, pretrained.prefixes)))] if pretrained.prefixes else facts
 
 

@@ -52,6 +52,11 @@ class Served:
             f"The model {name!r} is a decoder alone, and slots are for models that read a source with an encoder; `flax-switch "
             "generate` runs it.",
         )
+        check(
+            pretrained.adapter is None,
+            f"The model {name!r} has an adapter in use, and a server takes models alone: make one of both with merge_adapter(), or "
+            "flax-switch convert ADAPTER DST --base MODEL --merge.",
+        )
         if pretrained.vocabulary is None:
             raise ConfigError(f"The model {name!r} has no vocabulary to read text with; put its spiece.model into the folder.")
         self.vocabulary, prefixes = pretrained.vocabulary, pretrained.prefixes

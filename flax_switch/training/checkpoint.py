@@ -33,6 +33,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from flax_switch.config import ConfigError, check
+from flax_switch.config.adapter import ADAPTER
 from flax_switch.config.kinds import RUNS, RunConfig, kind_of
 from flax_switch.host.files import absolute, in_store, remove_temporaries, write_text
 from flax_switch.host.json_text import json_object, read_json
@@ -72,7 +73,8 @@ class Checkpoints:
         step = int(state.step)
         if step in self.steps():
             return
-        if not all_finite(state.params):
+        params = _kept(state.params)
+        if not all_finite(params):
             raise NotFiniteError(
                 f"Parameters are no numbers after step {step}, and are not saved. Earlier checkpoints are kept. Lower "
                 "optimizer.learning_rate, which a run may change when it goes on."
@@ -82,7 +84,7 @@ class Checkpoints:
             self._orbax.save(
                 self._folder / (str(step) if self._stored else f"{step}.saving"),
                 args=ocp.args.Composite(
-                    params=ocp.args.StandardSave(state.params),
+                    params=ocp.args.StandardSave(params),
                     opt_state=ocp.args.StandardSave(state.opt_state),
                     meta=ocp.args.JsonSave(meta),
                 ),
@@ -146,7 +148,8 @@ class Checkpoints:
     ) -> tuple[TrainState, Any]:
         """Restores the newest checkpoint that is whole: its state, each array read into `abstract`'s sharding, and data position.
 
-        Newer ones that are damaged are set aside, and `say` is told of each in a sentence.
+        Of a run with an adapter the parameters are the adapter alone. Newer ones that are damaged are set aside, and `say` is
+        told of each in a sentence.
 
         Args:
           verify: compare every file with the manifest before it is used. Without, and in checkpoints of 0.1.0, which have none,
@@ -199,7 +202,7 @@ class Checkpoints:
         restored = self._orbax.restore(
             self._folder / str(step),
             args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(abstract.params),
+                params=ocp.args.StandardRestore(_kept(abstract.params)),
                 opt_state=ocp.args.StandardRestore(abstract.opt_state),
                 meta=ocp.args.JsonRestore(),
             ),
@@ -220,6 +223,11 @@ class Checkpoints:
         finally:
             self._background.shutdown()
             self._orbax.close()
+
+
+def _kept(params: Any) -> Any:
+    """Returns what a checkpoint holds of a run's parameters: where there is an adapter that alone, as all else stays as it was."""
+    return {ADAPTER: params[ADAPTER]} if ADAPTER in params else params
 
 
 @functools.cache

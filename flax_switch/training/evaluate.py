@@ -102,11 +102,11 @@ def perplexity(nats: float) -> float:
 
 
 def describe(evaluation: dict[str, Any]) -> str:
-    """Returns an evaluation of pre-training as a sentence."""
-    text, alone, better = (evaluation[name] for name in ("text_cross_entropy", "unigram_entropy", "nats_below_unigram"))
-    guessed = f"{abs(better):.3f} {'better' if better >= 0 else 'worse'} than guessing by how frequent tokens are ({alone:.3f})"
+    """Returns an evaluation of pre-training in lines."""
+    text, alone = evaluation["text_cross_entropy"], evaluation["unigram_entropy"]
     return (
-        f"held-out cross-entropy {evaluation['cross_entropy']:.3f} nats/token (perplexity {evaluation['perplexity']:.2f}, "
-        f"{100 * evaluation['accuracy']:.1f} % of tokens right). Without special tokens it is {text:.3f}, {guessed}.\n"
+        f"held-out loss {evaluation['cross_entropy']:.3f} nats a token (perplexity {evaluation['perplexity']:.2f}); "
+        f"{100 * evaluation['accuracy']:.1f} % of tokens are right\n"
+        f"  held-out loss without special tokens: {text:.3f} (guessing each token by its frequency: {alone:.3f})\n"
         f"{describe_probe(evaluation)}"
     ).rstrip()

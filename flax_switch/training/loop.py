@@ -94,6 +94,9 @@ def train(
             state, start = first_state(run), 0
         else:
             state, data_state = checkpoints.restore(run.abstract_state, verify=verify, say=console.print)
+            if missing := run.abstract_state.params.keys() - state.params.keys():  # what an adapter is for is in no checkpoint
+                base = first_state(run).params
+                state = dataclasses.replace(state, params={**state.params, **{name: base[name] for name in missing}})
             batches.set_state(data_state)
             start = int(state.step)
             console.print(_continues(workdir, start, config.train.steps))
@@ -181,7 +184,7 @@ def _train(
                 progress.log(step, line)
                 skipped.check(step, checkpoints.latest_step())
             if step % config.eval_every == 0 or last:
-                paused = watch.pause()
+                paused = watch.pause(metrics)
                 params = stepper.release(state).params
                 evaluation = evaluator(params)
                 writer.write(step, "eval", evaluation)
@@ -190,7 +193,7 @@ def _train(
                 del params  # the next step uses the state up
                 watch.resume(paused)
             if step % config.checkpoint_every == 0 or last or signals.stopped or enough:
-                paused = watch.pause()
+                paused = watch.pause(metrics)
                 writer.flush()
                 checkpoints.save(stepper.release(state), batches.get_state())
                 watch.resume(paused)

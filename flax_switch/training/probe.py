@@ -134,13 +134,14 @@ class Probe:
 
 
 def describe(probed: dict[str, float]) -> str:
-    """Returns what a probe found as sentences; '' where nothing was probed."""
+    """Returns what a probe found in lines; '' where nothing was probed."""
     gains = {name.removeprefix("encoder_gain/"): gain for name, gain in probed.items() if name.startswith("encoder_gain/")}
     if not gains:
         return ""
-    listed = ", ".join(f"{name.replace('_', ' ')} {gain:.2f}" for name, gain in gains.items())
+    named = {"masked": "in gaps alone"}
+    listed = ", ".join(f"{named.get(name, name.replace('_', ' '))} {gain:.2f}" for name, gain in gains.items())
     return (
-        f"Does it read its inputs? With another text's in their place it loses so many nats/token: {listed}; 0 is not at all. "
-        f"In masked text {100 * probed['masked_accuracy']:.1f} % of tokens are right (always the most frequent one: "
-        f"{100 * probed['masked_accuracy_of_most_frequent']:.1f} %) and {100 * probed['masked_spans_exact']:.1f} % of whole gaps."
+        f"  does it use its input? with another text's the loss rises by: {listed}\n"
+        f"  in gaps alone {100 * probed['masked_accuracy']:.1f} % of tokens are right (always the most frequent one: "
+        f"{100 * probed['masked_accuracy_of_most_frequent']:.1f} %), and {100 * probed['masked_spans_exact']:.1f} % of whole gaps"
     )

@@ -56,7 +56,7 @@ class TrainProgress:
             f"data wait {100 * metrics['data_wait_fraction']:.1f} %"
         ) + (f"  {metrics['skipped_steps']} skipped" if metrics.get("skipped_steps") else "")
         left = (self._steps - step) * metrics["seconds_per_step"]
-        console.print(f"step {step}/{self._steps}  {status}  {duration(left)} left")  # above the bar, where it stays
+        console.print(f"step {step}/{self._steps}  {status}  {duration(left)} of steps left")  # above the bar, where it stays
         if self._bar is not None:
             self._bar.update(self._task, completed=step, status=loss)
 
@@ -130,8 +130,9 @@ class Stopwatch:
     def __init__(self) -> None:
         self._start, self._waited, self._steps, self._tokens = time.perf_counter(), 0.0, 0, 0
 
-    def pause(self) -> float:
-        """Remembers the moment; `resume` leaves out what passes until then (evaluation, say)."""
+    def pause(self, pending: Any) -> float:
+        """Returns the moment when `pending` is computed; `resume` leaves out what passes from then on (evaluation, say)."""
+        jax.block_until_ready(pending)
         return time.perf_counter()
 
     def resume(self, since: float) -> None:

@@ -8,9 +8,12 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from flax.traverse_util import unflatten_dict
 
 from flax_switch.config import ExperimentConfig
+from flax_switch.config.adapter import ADAPTER, AdapterConfig
 from flax_switch.config.finetuning import FinetuneConfig
+from flax_switch.nn.adapter import adapted, adapter_parts, init_adapter
 from flax_switch.nn.fields import shown
 from flax_switch.nn.heads import build_model
 from flax_switch.nn.init import abstract_params, init_params, logical_axes
@@ -54,11 +57,29 @@ class Run:
     mesh: AnyMesh = flax.struct.field(pytree_node=False)
     abstract_state: TrainState  # shapes, dtypes and shardings
 
+    def in_use(self, params: Any, rng: jax.Array | None = None) -> Any:
+        """Returns a run's parameters as the model takes them: with their adapter, if they have one, at the kernels it is for.
+
+        rng: in training, for the adapter's dropout.
+        """
+        if ADAPTER not in params:
+            return params
+        adapter, base = adapter_of(self.config), {name: leaf for name, leaf in params.items() if name != ADAPTER}
+        return adapted(base, params[ADAPTER], adapter.scale(), dropout=adapter.dropout, rng=rng)
+
+
+def adapter_of(config: ExperimentConfig | FinetuneConfig) -> AdapterConfig:
+    """Returns the settings of a run's adapter; one of rank 0 is none."""
+    return config.adapter if isinstance(config, FinetuneConfig) else AdapterConfig()
+
 
 def build_run(config: ExperimentConfig | FinetuneConfig, mesh: AnyMesh) -> Run:
     """Returns model, optimiser and the abstract state with its shardings, without allocating an array."""
     model = build_model(config.model, devices=placed_on(mesh))
     axes = logical_axes(model)
+    if adapter_of(config).rank:
+        parts = adapter_parts(model, adapter_of(config))
+        axes = {**axes, ADAPTER: unflatten_dict({path: part.axes for path, part in parts.items()}, sep="/")}
     trained_axes = trainable_part(axes, config.optimizer.trainable)
     optimizer = build_optimizer(config.optimizer, trained_axes, config.train.steps)
     abstract = jax.eval_shape(lambda params: _fresh(config, model, optimizer, params), abstract_params(model))
@@ -83,11 +104,14 @@ def init_state(run: Run, params: Any = None) -> TrainState:
     shardings = state_shardings(run)
     if params is None:
         return jax.jit(lambda: _fresh(run.config, run.model, run.optimizer), out_shardings=shardings)()
-    rest = jax.jit(
-        lambda p: dataclasses.replace(_fresh(run.config, run.model, run.optimizer, p), params=None),
-        out_shardings=dataclasses.replace(shardings, params=None),
-    )(params)
-    return dataclasses.replace(rest, params=params)
+    without = lambda state: dataclasses.replace(state, params=_others(state.params, params))  # noqa: E731
+    make = jax.jit(lambda p: without(_fresh(run.config, run.model, run.optimizer, p)), out_shardings=without(shardings))
+    rest = make(params)
+    return dataclasses.replace(rest, params={**params, **rest.params})
+
+
+def _others(tree: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    return {name: leaf for name, leaf in tree.items() if name not in given}
 
 
 def state_shardings(run: Run) -> TrainState:
@@ -105,5 +129,7 @@ def _fresh(
 ) -> TrainState:
     init_rng, step_rng = jax.random.split(jax.random.key(config.train.seed))
     params = init_params(model, init_rng) if params is None else params
+    if adapter_of(config).rank:
+        params = {**params, ADAPTER: init_adapter(model, adapter_of(config), params, init_rng)}
     opt_state = optimizer.init(trainable_part(params, config.optimizer.trainable))
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state, jax.random.key_data(step_rng))

@@ -87,7 +87,7 @@ def loss_and_grads(run: Run, params: Any, batch: Batch, rng: jax.Array, loss_of:
     trained = trainable_part(params, run.config.optimizer.trainable)
 
     def loss_fn(trained, piece, rng):
-        output = forward(run.model, merged(params, trained), piece, rng)
+        output = forward(run.model, run.in_use(merged(params, trained), rng), piece, rng)
         loss = loss_of(output, piece, divisor * (1 / pieces))
         return loss.loss, (loss, router_metrics(output))
 
@@ -162,7 +162,7 @@ def eval_step(run: Run, params: Any, batch: Batch) -> dict[str, Any]:
     `batch["text_mask"]` marks the targets that are text, neither sentinel nor EOS.
     With the head of a task its loss and how many labels it is of, and the head's `logits`.
     """
-    output = forward(run.model, params, batch, None)
+    output = forward(run.model, run.in_use(params), batch, None)
     labels = batch["labels"]
     if run.config.model.head != LANGUAGE_MODEL:
         loss = task_loss(output, labels, run.config.model.replace(loss_normalizer="real_target_tokens"))
@@ -216,10 +216,10 @@ def compile_train_step(run: Run) -> Callable[[TrainState, Batch], tuple[TrainSta
     )
 
 
-def compile_eval_step(run: Run) -> Callable[[Any, Batch], dict[str, Any]]:
-    """`eval_step` jitted over the run's mesh."""
+def compile_eval_step(run: Run, *, placed: bool = False) -> Callable[[Any, Batch], dict[str, Any]]:
+    """`eval_step` jitted over the run's mesh. placed: parameters lie where they do, and not as in training."""
     return jax.jit(
         functools.partial(eval_step, run),
-        in_shardings=(state_shardings(run).params, batch_sharding(run.mesh)),
+        in_shardings=(None if placed else state_shardings(run).params, batch_sharding(run.mesh)),
         out_shardings=replicated(run.mesh),
     )

@@ -1,5 +1,6 @@
 """`finetune` and `evaluate_checkpoint`: what the commands of these names do."""
 
+import functools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -10,25 +11,31 @@ from etils import epath
 from jax.sharding import Mesh
 
 from flax_switch.config import check, expect
-from flax_switch.config.finetuning import FinetuneConfig, FinetuneRecipe
+from flax_switch.config.adapter import ADAPTER, AdapterConfig
+from flax_switch.config.finetuning import FinetuneConfig, FinetuneOptimizerConfig, FinetuneRecipe
 from flax_switch.config.heads import LANGUAGE_MODEL
+from flax_switch.convert.adapter import fingerprint, same_model
+from flax_switch.convert.adapter_folder import read_fingerprint
+from flax_switch.convert.canonical import flatten
+from flax_switch.convert.training_run import BASE_FILE
 from flax_switch.data.tasks import prepare_tasks
 from flax_switch.data.vocabulary import SETTINGS_FILE
 from flax_switch.generation.defaults import write_prefixes
 from flax_switch.host.files import write_text
+from flax_switch.nn.adapter import has_adapter
 from flax_switch.ops.kernels.on_disk import run_reading
 from flax_switch.parallel.mesh import check_batch_size, create_mesh
 from flax_switch.training.checkpoint import claim_workdir
 from flax_switch.training.freezing import trainable_part
 from flax_switch.training.loop import check_vocabulary, train
 from flax_switch.training.progress import console
-from flax_switch.training.state import Run, build_run
+from flax_switch.training.state import Run, TrainState, build_run
 from flax_switch.training.step import compile_eval_step
 from flax_switch.training.trackers import Tracker, require_trackers
 from flax_switch.workflows import scores
 from flax_switch.workflows.predictions import Prediction, TaskEvaluator, evaluate
 from flax_switch.workflows.result import Result
-from flax_switch.workflows.start import open_start
+from flax_switch.workflows.start import Start, open_start
 
 TASKS_FILE = "tasks.json"
 
@@ -59,7 +66,10 @@ def finetune(
     )
     require_trackers(recipe.train.log_to)
     start = open_start(init, recipe.model, vocabulary, verify)
-    start.config.check_trainable()
+    if recipe.adapter.rank:
+        check(start.source is not None, f"--init {init} draws a model that no file holds; an adapter is nothing without its model.")
+    else:
+        start.config.check_trainable()
     config = recipe.resolve(start.config, init)
     mesh = _checked(config, mesh)
     check_vocabulary(config, start.vocabulary)
@@ -73,9 +83,24 @@ def finetune(
     if config.optimizer.trainable != ".*":
         trained = trainable_part(run.abstract_state.params, config.optimizer.trainable)
         console.print(f"Training {_count(trained):,} of {_count(run.abstract_state.params):,} parameters.")
+    first_state = functools.partial(_first_state, start, run, workdir)
     evaluator = lambda: TaskEvaluator(run, prepared, compile_eval_step(run), workdir)  # noqa: E731
     options: dict[str, Any] = dict(profile=profile, log=log, verify=verify)
-    return Result.of(train(run, prepared, workdir, evaluator, start.state, **options), workdir)
+    return Result.of(train(run, prepared, workdir, evaluator, first_state, **options), workdir)
+
+
+def _first_state(start: Start, run: Run, workdir: epath.Path, _: Run) -> TrainState:
+    """Returns the state of step 0; of an adapter's run that resumes raises `ConfigError` where its model is another by now."""
+    state = start.state(run)
+    if ADAPTER in state.params:
+        known, found = read_fingerprint(workdir), fingerprint(flatten(state.params), run.config.model.embedding_path)
+        check(
+            not known or same_model(known, found),
+            f"--init {start.source} is another model than the one that this run's adapter is trained on. Give that one, or name "
+            "a new --workdir.",
+        )
+        write_text(workdir / BASE_FILE, json.dumps({"fingerprint": found}) + "\n")
+    return state
 
 
 def evaluate_checkpoint(
@@ -84,8 +109,9 @@ def evaluate_checkpoint(
 ) -> tuple[Run, dict[str, Any], list[Prediction]]:  # fmt: skip
     """Returns (the run, metrics by name, predictions) of a checkpoint on the validation examples of the recipe's tasks.
 
-    changes: of the checkpoint's config, beside the recipe's. loading: `experts` and `expert_memory` of `load_pretrained`.
+    changes: of the checkpoint's config, beside the recipe's. loading: `experts`, `expert_memory`, `adapter` of `load_pretrained`.
     """
+    recipe = recipe.replace(adapter=AdapterConfig(), optimizer=FinetuneOptimizerConfig())  # nothing is trained
     start = open_start(checkpoint, {**recipe.model, **(changes or {})}, vocabulary, verify, loading)
     config = recipe.resolve(start.config, checkpoint)
     mesh = _checked(config, mesh)
@@ -94,7 +120,8 @@ def evaluate_checkpoint(
     check(prepared.num_validation > 0, "There is nothing to evaluate on; name a validation or test file with data.validation=FILE.")
     run = build_run(config, mesh)
     params = start.params(run)
-    found, reads = run_reading(params, lambda: evaluate(run, prepared, compile_eval_step(run), params))
+    step = compile_eval_step(run, placed=has_adapter(params))
+    found, reads = run_reading(params, lambda: evaluate(run, prepared, step, params))
     if reads is not None:
         console.print(str(reads))
     return run, *found
@@ -114,7 +141,7 @@ def _checked(config: FinetuneConfig, mesh: Mesh | None) -> Mesh:
 
 def recipe_of(config: FinetuneConfig) -> FinetuneRecipe:
     """Returns the recipe that makes this config of its checkpoint, which has the model's settings already."""
-    sections = {name: getattr(config, name) for name in ("data", "optimizer", "mesh", "train", "evaluation")}
+    sections = {name: getattr(config, name) for name in ("data", "optimizer", "mesh", "train", "evaluation", "adapter")}
     head = {} if config.model.head == LANGUAGE_MODEL else {"head": config.model.head, "labels": config.model.labels}
     return FinetuneRecipe(model=head, **sections)
 

@@ -4,12 +4,14 @@ import itertools
 import json
 import shlex
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 
+from flax_switch.config.finetuning import FinetuneConfig
 from flax_switch.config.heads import LANGUAGE_MODEL
 from flax_switch.data import Prepared, Vocabulary
 from flax_switch.data.batches import IGNORED, Batch
@@ -17,7 +19,6 @@ from flax_switch.data.tasks import spread
 from flax_switch.generation.generate import generate
 from flax_switch.host.files import write_text
 from flax_switch.host.json_text import json_object
-from flax_switch.training.evaluate import describe
 from flax_switch.training.findings import findings
 from flax_switch.training.loop import RunResult
 from flax_switch.training.metrics import read_metrics
@@ -25,6 +26,8 @@ from flax_switch.training.progress import console
 from flax_switch.workflows.predictions import BEST, PREDICTIONS, best_of, finetuning_config
 from flax_switch.workflows.predictions import describe as describe_scores
 from flax_switch.workflows.report import SAMPLES_FILE, write_report
+
+LONGEST = 300  # characters of a sample's text that are shown
 
 
 def finish(result: RunResult, workdir: epath.PathLike) -> None:
@@ -41,24 +44,38 @@ def finish(result: RunResult, workdir: epath.PathLike) -> None:
         done = "continued" if alone else "with its gaps filled in"
         console.print(f"\nHeld-out text {done}; in brackets what the model wrote -> what was there:")
     for sample in samples:
-        shown = (p if isinstance(p, str) else f"[{p['model']} -> {p['text']}]" for p in sample["pieces"])
-        console.print("  " + " ".join(shown))
+        _show(sample["pieces"], whole="<extra_id_" in sample["pieces"][0])
     if result.evaluation is not None:
-        console.print(f"\n{describe(result.evaluation)}")
         for finding in findings(result.run.config.model, result.evaluation):
-            console.print(finding, style="yellow")
+            console.print(f"\n{finding}", style="yellow")
     line = "Returns True if the" if alone else "Returns True if the <extra_id_0> is empty."
-    dense = "--config.model.num_sparse_decoder_layers=0 and a new --workdir" if alone else "--config t5_tiny"
+    dense = "--config.model.num_sparse_decoder_layers=0 and a new --workdir" if alone else "--config t5_tiny and a new --workdir"
     console.print(
-        f"\nReport:              {write_report(workdir)}\n"
+        f"\nReport, a page:      {write_report(workdir)}\n"
+        f"Model:               {workdir} (for --checkpoint and --init)\n"
         f"Metrics:             {workdir / 'metrics.jsonl'}\n"
         f"Checkpoints:         {workdir / 'checkpoints'}\n"
         f"Vocabulary:          {workdir / 'vocabulary'}\n\n"
-        f"Next: train on with --config.train.steps=..., on your own text with --config.data.source=TEXT.txt and a new --workdir,\n"
-        f"compare with a dense model of equal cost a token with {dense}, or generate:\n"
-        f"  echo '{line}' | flax-switch generate --checkpoint {workdir} --num-beams 4"
+        f"Next, generate with it:\n"
+        f"  echo '{line}' | flax-switch generate --checkpoint {workdir} --num-beams 4\n"
+        f"or give the same command\n"
+        f"  --config.train.steps={2 * result.run.config.train.steps} to go on until so many steps in all\n"
+        "  --config.data.source=TEXT.txt and a new --workdir for text of your own\n"
+        f"  {dense} for a dense model with as much arithmetic a token"
     )
     sys.stdout.flush()
+
+
+def _show(pieces: Sequence[Any], *, whole: bool) -> None:
+    """Prints a sample: gaps in their places, or (`whole`) what the model wrote and what was there below the inputs."""
+    if whole:
+        console.print(f"\n  {_cut(pieces[0])}\n  -> {_cut(pieces[1]['model'])}\n  should be: {_cut(pieces[1]['text'])}")
+    else:
+        console.print("\n  " + " ".join(p if isinstance(p, str) else f"[{p['model']} -> {p['text']}]" for p in pieces))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
 
 
 def fill_spans(result: RunResult, count: int) -> list[dict[str, Any]]:
@@ -197,34 +214,46 @@ def finish_finetuning(result: RunResult, workdir: epath.PathLike) -> None:
         step, _ = best_of([(step, line[config.best]) for step, line in history.items()], config.best)
         samples = _predictions(workdir / PREDICTIONS / f"step_{step}.jsonl", config.train.sample_spans)
         write_text(workdir / SAMPLES_FILE, json.dumps(samples, indent=2) + "\n")
-        for inputs, answer in (sample["pieces"] for sample in samples):
-            shown = inputs if len(inputs) <= 300 else f"{inputs[:300]} ..."
-            console.print(f"\n  {shown}\n  -> {answer['model']}\n  should be: {answer['text']}")
-        console.print(f"\nBest by {config.best}, step {step}: {describe_scores(config, history[step])}")
+        if samples:
+            console.print(f"\n{len(samples)} of the validation examples: the input, what the model wrote, and what it should be.")
+        for sample in samples:
+            _show(sample["pieces"], whole=True)
+        console.print(f"\nKept: step {step}, the first with the best {config.best}: {describe_scores(config, history[step])}")
     model = workdir / BEST if history else workdir
-    if config.model.head != LANGUAGE_MODEL:
-        use = {"classification": "classify", "regression": "regress", "token_classification": "tag", "question_answering": "answer"}
-        console.print(
-            f"\nReport:              {write_report(workdir)}\n"
-            f"Metrics:             {workdir / 'metrics.jsonl'}\n"
-            f"Predictions:         {workdir / PREDICTIONS}\n"
-            f"Model:               {model}\n\n"
-            f"Next: evaluate it on other examples, or use it:\n"
-            f"  flax-switch evaluate --checkpoint {shlex.quote(str(model))} --config.data.validation=YOUR_TEST_FILE\n"
-            f"  fs.load_pretrained({str(model)!r}).{use.get(config.model.head, 'embed')}(...)"
-        )
-        return
     quoted = shlex.quote(str(model))
     prefix = f" --prefix={shlex.quote(next(filter(None, config.prefixes)))}" if len(config.prefixes) > 1 else ""
     console.print(
-        f"\nReport:              {write_report(workdir)}\n"
+        f"\nReport, a page:      {write_report(workdir)}\n"
         f"Metrics:             {workdir / 'metrics.jsonl'}\n"
         f"Predictions:         {workdir / PREDICTIONS}\n"
-        f"Model:               {model}\n\n"
-        f"Next: evaluate it on other examples, generate with it, or export it:\n"
-        f"  flax-switch evaluate --checkpoint {quoted} --config.data.validation=YOUR_TEST_FILE\n"
-        f"  flax-switch generate --checkpoint {quoted} --input texts.txt --num-beams 4{prefix}\n"
-        f"  flax-switch convert {quoted} exported --to huggingface"
+        f"{'Adapter:' if config.adapter.rank else 'Model:  '}             {model}\n\n"
+        f"{_next_commands(config, quoted, prefix)}"
+    )
+
+
+_CALLS = {"classification": "classify", "regression": "regress", "token_classification": "tag", "question_answering": "answer"}
+
+
+def _next_commands(config: FinetuneConfig, model: str, prefix: str) -> str:
+    if config.model.head != LANGUAGE_MODEL:
+        return (
+            "Next: evaluate it on other examples, or use it:\n"
+            f"  flax-switch evaluate --checkpoint {model} --config.data.validation=TEST_FILE  # with the same columns\n"
+            f"  fs.load_pretrained({model!r}).{_CALLS.get(config.model.head, 'embed')}(...)"
+        )
+    if config.adapter.rank:
+        base = shlex.quote(config.init)
+        return (
+            "Next: generate with the adapter, export it for PEFT, or make one model of both:\n"
+            f"  flax-switch generate --checkpoint {base} --adapter {model} --input texts.txt --num-beams 4{prefix}\n"
+            f"  flax-switch convert {model} exported --base {base} --to huggingface\n"
+            f"  flax-switch convert {model} merged --base {base} --merge --to flax_switch"
+        )
+    return (
+        "Next: evaluate it on other examples, generate with it, or export it:\n"
+        f"  flax-switch evaluate --checkpoint {model} --config.data.validation=TEST_FILE  # with the same columns\n"
+        f"  flax-switch generate --checkpoint {model} --input texts.txt --num-beams 4{prefix}\n"
+        f"  flax-switch convert {model} exported --to huggingface"
     )
 
 

@@ -9,8 +9,14 @@ import jax
 import numpy as np
 from etils import epath
 
+from flax_switch.config.adapter import ADAPTER
 from flax_switch.config.finetuning import LOSS, LOWER, FinetuneConfig
 from flax_switch.config.heads import LANGUAGE_MODEL
+from flax_switch.convert.adapter import Adapter, fingerprint, uniform
+from flax_switch.convert.adapter_folder import write_adapter
+from flax_switch.convert.canonical import flatten
+from flax_switch.convert.scan import unstack_layers
+from flax_switch.convert.tensors import from_array
 from flax_switch.data.tasks import PreparedTask, PreparedTasks, spread
 from flax_switch.generation.defaults import write_prefixes
 from flax_switch.generation.text import generate_batches
@@ -85,8 +91,20 @@ class TaskEvaluator:
         if jax.process_index() == 0:
             write_predictions(self.workdir / PREDICTIONS / f"step_{step}.jsonl", self.predictions)
         if best_of(self.history, finetuning_config(self.run).best)[0] == step:
-            save_pretrained(str(self.workdir / BEST), self.run.config.model, params, self.prepared.vocabulary, format="flax_switch")
+            path, model = str(self.workdir / BEST), self.run.config.model
+            if ADAPTER in params:
+                write_adapter(path, trained_adapter(self.run, params), model, format="flax_switch")
+            else:
+                save_pretrained(path, model, params, self.prepared.vocabulary, format="flax_switch")
             write_prefixes(self.workdir / BEST, finetuning_config(self.run).prefixes, self.run.config.model)
+
+
+def trained_adapter(run: Run, params: Any) -> Adapter:
+    """Returns the adapter among a run's parameters."""
+    config = finetuning_config(run)
+    tensors = {path: from_array(leaf) for path, leaf in flatten(unstack_layers(params[ADAPTER])).items()}
+    found = uniform(config.adapter, tensors, config.init, fingerprint(flatten(params), config.model.embedding_path))
+    return dataclasses.replace(found, prefixes=config.prefixes)
 
 
 def finetuning_config(run: Run) -> FinetuneConfig:
@@ -156,7 +174,7 @@ def predict(run: Run, prepared: PreparedTasks, task: PreparedTask, params: Any) 
     texts: dict[int, str] = {}
     for numbers, sequences, _ in generate_batches(
         run.model,
-        params,
+        run.in_use(params),
         sources,
         batch_size=settings.batch_size,
         longest=config.inputs_length,

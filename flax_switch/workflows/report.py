@@ -1,6 +1,7 @@
 """A run as one HTML page that needs no network, and several runs compared on one."""
 
 import contextlib
+import math
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ from etils import epath
 from flax_switch.config import ConfigError, check, one_line
 from flax_switch.config.finetuning import FinetuneConfig
 from flax_switch.config.sizes import count_parameters, shorten
+from flax_switch.convert.adapter import shapes as adapter_shapes
 from flax_switch.host.files import check_writable, write_text
 from flax_switch.pages.page import cards, definitions, page, table, text
 from flax_switch.training.checkpoint import CONFIG_FILE, flat_fields, read_config
@@ -117,12 +119,22 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
         facts += [("Versions", text(f"Python {last['python']}, {versions}")), ("Data", "<br>".join(map(_data, last["data"])))]
     else:
         facts += [("Data", _data({"source": getattr(config.data, "source", "") or getattr(config.data, "train", "")}))]
+    if isinstance(config, FinetuneConfig) and config.adapter.rank:
+        facts += [("Adapter", text(_adapter(config)))]
     origin = getattr(config, "init", "") or getattr(config, "teacher", "")
     return [
         *facts,
         ("Teacher" if config.kind == "distillation" else "Started from", text(origin)),
         ("Folder", f"<code>{text(record.workdir)}</code>"),
     ]
+
+
+def _adapter(config: FinetuneConfig) -> str:
+    """Returns in a line what is trained in place of the model."""
+    adapter, size = config.adapter, sum(map(math.prod, adapter_shapes(config.model, config.adapter).values()))
+    targets = adapter.targets if isinstance(adapter.targets, str) else ", ".join(adapter.targets)
+    kind = "DoRA" if adapter.use_dora else "LoRA"
+    return f"{kind} of rank {adapter.rank}, alpha {adapter.alpha:g}, on {targets}: {size:,} parameters are trained"
 
 
 def _how_long(record: RunRecord, starts: int) -> str:

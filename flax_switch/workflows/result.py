@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from etils import epath
 
+from flax_switch.config.adapter import ADAPTER
 from flax_switch.convert.canonical import architecture_of
 from flax_switch.pages.plots import drawing
 from flax_switch.parallel.placement import ONE_DEVICE
@@ -15,6 +16,7 @@ from flax_switch.pretrained import Pretrained
 from flax_switch.training.live import STYLES, draw
 from flax_switch.training.loop import RunResult
 from flax_switch.training.metrics import read_metrics
+from flax_switch.workflows.predictions import trained_adapter
 from flax_switch.workflows.report import write_report
 
 Lines = list[dict[str, Any]]  # of metrics.jsonl
@@ -46,9 +48,10 @@ class Result(RunResult):
     def model(self) -> Pretrained:
         """The model as it is at the end, with its vocabulary: to call, to generate with, to save."""
         model = self.run.model.clone(devices=ONE_DEVICE)  # called as any other: nothing is sent through bounded buffers
-        return Pretrained(
-            self.run.config.model, model, self.state.params, self.prepared.vocabulary, architecture_of(self.run.config.model)
-        )
+        config = self.run.config.model
+        params = {name: leaf for name, leaf in self.state.params.items() if name != ADAPTER}
+        found = Pretrained(config, model, params, self.prepared.vocabulary, architecture_of(config))
+        return found.with_adapter(trained_adapter(self.run, self.state.params)) if ADAPTER in self.state.params else found
 
     def plot(self) -> Any:
         """Returns matplotlib's figure of training and held-out cross-entropy by step. Needs the extra `plots`."""

@@ -1,18 +1,21 @@
 """Recipes load, from Python and from gin, and overrides change what they name."""
 
 import shutil
+import typing
 from pathlib import Path
 
 import pytest
 
 from flax_switch.config import ConfigError
-from flax_switch.config.recipes import load_gin, load_recipe
+from flax_switch.config.base import _Section
+from flax_switch.config.kinds import RECIPES
+from flax_switch.config.recipes import SECTIONS, load_gin, load_recipe
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-RECIPES = sorted(p.stem for p in CONFIGS.glob("*.py"))
+NAMES = sorted(p.stem for p in CONFIGS.glob("*.py"))
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_recipe_loads_and_says_how_to_run_it(name):
     path = CONFIGS / f"{name}.py"
     load_recipe(path)
@@ -21,12 +24,12 @@ def test_every_recipe_loads_and_says_how_to_run_it(name):
         assert part in text
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", NAMES)
 def test_gin_files_describe_the_same_runs(name):
     assert load_gin([CONFIGS / "gin" / f"{name}.gin"]) == load_recipe(CONFIGS / f"{name}.py")
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_is_the_same_wherever_its_file_lies(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copy(CONFIGS / f"{name}.py", tmp_path / "mine.py")
@@ -43,6 +46,12 @@ def test_a_recipe_of_ones_own_inherits_from_one_that_comes_with_the_package(tmp_
     )
     tiny = load_recipe("tiny")
     assert load_recipe(path) == tiny.replace(model=tiny.model.replace(d_ff=1024))
+
+
+def test_every_section_of_every_kind_can_be_named():
+    hints = [typing.get_type_hints(recipe) for recipe in RECIPES.values()]
+    found = {name for one in hints for name, hint in one.items() if isinstance(hint, type) and issubclass(hint, _Section)}
+    assert found | {"model"} == set(SECTIONS)
 
 
 def test_overrides_and_bindings_agree():

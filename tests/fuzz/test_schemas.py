@@ -11,11 +11,14 @@ import pytest
 import flax_switch
 from flax_switch.config import ConfigError, SwitchConfig
 from flax_switch.config.huggingface import check_schema, with_huggingface_semantics
+from flax_switch.convert.adapter_folder import open_adapter
 from flax_switch.convert.doors import check_counts
 from flax_switch.convert.huggingface import find_architecture
 from flax_switch.convert.tokenizer import load_vocabulary
 from flax_switch.generation.defaults import read_defaults
+from flax_switch.inspection.adapter import describe_adapter
 from tests.fuzz.mutations import NUMBERS, VALUES
+from tests.fuzz.readers import adapters
 from tests.fuzz.readers.models import DENSE, SMALL, _tokenizer_json, vocabulary
 
 SWITCH = with_huggingface_semantics(SMALL)[0].to_huggingface() | {
@@ -124,6 +127,20 @@ def test_every_field_of_a_tokenizers_files(tmp_path, name):
         assert never_raw(read, good) == []
     finally:
         logging.disable(logging.NOTSET)
+
+
+@pytest.mark.parametrize(("reader", "name"), [("adapter", "flax_switch_adapter.json"), ("adapter-peft", "adapter_config.json")])
+def test_every_field_of_an_adapters_settings(tmp_path, reader, name):
+    adapters.READERS[reader].make(tmp_path)
+    good = json.loads((tmp_path / name).read_text())
+
+    def read(whole):
+        (tmp_path / name).write_text(json.dumps(whole))
+        describe_adapter(tmp_path)
+        open_adapter(tmp_path, SMALL)
+
+    read(good)
+    assert never_raw(read, good) == []
 
 
 # --- and in the source

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 import transformers
 
 from flax_switch import cli
+from flax_switch.commands import generate
 from flax_switch.config import ConfigError, SwitchConfig
 from flax_switch.config.recipes import load_recipe
 from flax_switch.convert.canonical import canonical_shapes, unflatten
@@ -97,6 +99,19 @@ def test_results_show_the_text_as_it_was(model, tmp_path, capsys):
     (tmp_path / "in.txt").write_text("the fox\n")
     assert cli.main(["generate", "--checkpoint", str(model), "--input", str(tmp_path / "in.txt"), "--max-new-tokens", "2"]) == 0
     assert json.loads(capsys.readouterr().out)["input"] == "the fox"
+
+
+@pytest.mark.parametrize(("terminal", "form", "plain"), [(True, None, True), (True, "json", False), (False, "plain", True)])
+def test_outputs_stand_alone_on_a_terminal_and_where_it_is_asked_for(terminal, form, plain, model, tmp_path, monkeypatch, capsys):
+    results = [{"line": 1, "outputs": ["one", "two"]}, {"line": 2, "error": "bad"}, {"line": 3, "outputs": ["three"]}]
+    monkeypatch.setattr(generate, "_results", lambda *_: results)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    (tmp_path / "in.txt").write_text("a\nb\nc\n")
+    more = ["--format", form] if form else []
+    assert cli.main(["generate", "--checkpoint", str(model), "--input", str(tmp_path / "in.txt"), *more]) == 1
+    said = capsys.readouterr()
+    assert said.out == ("one\ntwo\nthree\n" if plain else "".join(json.dumps(result) + "\n" for result in results))
+    assert "line 2: bad" in said.err
 
 
 def test_both_ways_at_once_are_refused(model, capsys):

@@ -60,7 +60,7 @@ def decoded(decoder, wanted):
             continue
         active = np.array([slot in running for slot in range(1 if max(running) == 0 else SLOTS)])
         level = max(level_of(controls) for _, controls in running.values())
-        slots, report = decoder.run(slots, active, int(rng.integers(1, 5)), level, bool(rng.integers(2)))
+        slots, report = decoder.run(slots, active, int(rng.integers(1, 5)), level, *(bool(one) for one in rng.integers(2, size=2)))
         report = jax.device_get(report)
         for slot in [slot for slot in running if report.finished[slot]]:
             found[running.pop(slot)[0]] = report.tokens[slot, : report.lengths[slot]].tolist()
@@ -82,6 +82,15 @@ def test_a_row_among_others_is_the_row_alone(kind, defaults):
         expected = alone[: alone.index(1) + 1] if 1 in alone else alone
         assert tokens == expected[: controls.max_new_tokens], (ids, controls)
     assert len({tuple(tokens) for tokens in found}) > 6, "outputs that differ can be told apart"
+
+
+def test_where_somebody_waits_a_run_ends_with_the_first_row_else_with_the_last():
+    served = Served("", small_model().replace(generation_defaults=dict(suppress_tokens=(1,))), Limits(max_tokens=NEW))
+    two = {slot: Row([5, 6, 1], served.controls(dict(max_new_tokens=most)), (0, 0, 0)) for slot, most in ((0, 3), (1, 7))}
+    for wanted, steps, finished in ((True, 3, [True, False]), (False, 7, [True, True])):
+        slots = served.decoder.admit(served.decoder.empty(2, SOURCE), two, 2)
+        _, report = served.decoder.run(slots, np.ones(2, bool), 100, 0, False, wanted)
+        assert int(report.steps) == steps and report.finished.tolist() == finished
 
 
 def test_a_model_of_another_architecture_has_no_slots():

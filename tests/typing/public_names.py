@@ -97,6 +97,7 @@ def checkpoints(path: Path) -> None:
     assert_type(pretrained.config, fs.SwitchConfig)
     assert_type(pretrained.replace(params={}), fs.Pretrained)
     assert_type(fs.quantize(pretrained, "int8"), fs.Pretrained)
+    assert_type(pretrained.with_adapter(fs.load_adapter(path, pretrained)).merge_adapter(), fs.Pretrained)
     tokens = fs.generate(pretrained.model, pretrained.params, [[1, 2, 3]])
     assert_type(tokens, fs.GenerationOutput)
     assert_type(pretrained.generate(np.zeros((1, 2), np.int32)), fs.GenerationOutput)

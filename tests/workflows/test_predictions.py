@@ -134,7 +134,7 @@ def test_the_report_shows_the_best_step_s_predictions_beside_their_references(tm
     assert samples == [{"pieces": [f"in {i}", {"model": f"said {i} at 4", "text": f"right {i}"}]} for i in (0, 4)]
     shown = " ".join(capsys.readouterr().out.split())
     assert "in 4 -> said 4 at 4 should be: right 4" in shown
-    assert "Best by accuracy, step 4: cross_entropy 1.000 nats/token accuracy 80.00 (of 100)" in shown
+    assert "Kept: step 4, the first with the best accuracy: cross_entropy 1.000 nats/token accuracy 80.00 (of 100)" in shown
 
 
 def test_the_command_writes_each_line_s_outputs_beside_it(checkpoint, tmp_path):

@@ -116,13 +116,11 @@ def test_an_evaluation_in_words_has_the_metrics_numbers(ran):
     result, _, printed = ran
     sentence = describe(result.evaluation)
     e = result.evaluation
-    assert re.findall(r"-?\d+\.\d+", sentence.split("\n")[0]) == [
+    assert re.findall(r"-?\d+\.\d+", " ".join(sentence.split("\n")[:2])) == [
         f"{e['cross_entropy']:.3f}", f"{math.exp(e['cross_entropy']):.2f}", f"{100 * e['accuracy']:.1f}",
-        f"{e['text_cross_entropy']:.3f}", f"{abs(e['unigram_entropy'] - e['text_cross_entropy']):.3f}",
-        f"{e['unigram_entropy']:.3f}",
+        f"{e['text_cross_entropy']:.3f}", f"{e['unigram_entropy']:.3f}",
     ]  # fmt: skip
-    assert ("better" in sentence.split("\n")[0]) == (e["unigram_entropy"] > e["text_cross_entropy"])
-    assert printed.count(sentence) == 2  # after its step, and at the end
+    assert printed.count(sentence) == 1  # after its step
     assert perplexity(0.0) == 1.0 and perplexity(1e9) == math.inf
 
 
@@ -266,7 +264,7 @@ def test_a_line_of_progress_says_where_a_run_stands_and_how_long_it_takes():
         shown = progress.TrainProgress(0, 1000)
         shown.log(400, {"loss": 2.34567, "tokens_per_second": 12345.6, "data_wait_fraction": 0.0321, "seconds_per_step": 0.5})
         shown.close()
-    assert printed.getvalue() == "step 400/1000  loss 2.346  12,346 tokens/s  data wait 3.2 %  5 min 00 s left\n"
+    assert printed.getvalue() == "step 400/1000  loss 2.346  12,346 tokens/s  data wait 3.2 %  5 min 00 s of steps left\n"
     written = [progress.duration(s) for s in (0.4, 12.0, 59.6, 200.0, 3599.4, 3600.0, 7500.0)]
     assert written == ["0 s", "12 s", "1 min 00 s", "3 min 20 s", "59 min 59 s", "1 h 00 min", "2 h 05 min"]
 
@@ -277,7 +275,7 @@ def test_a_stopwatch_gives_rates_since_it_was_last_read_and_leaves_out_pauses(mo
     watch = progress.Stopwatch()
     clock[0] += 3.0
     watch.count(0.5, 30.0)
-    paused = watch.pause()
+    paused = watch.pause(None)
     clock[0] += 50.0
     watch.resume(paused)
     clock[0] += 1.0

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from flax_switch.config import one_of
 from flax_switch.config.weights import SCALE
 from flax_switch.ops.kernels.on_disk import OnDisk, first_on_disk
-from flax_switch.ops.kernels.quantized import Kernel, Quantized, multiply
+from flax_switch.ops.kernels.quantized import Kernel, multiply, with_scale
 
 Kernels = Mapping[str, Kernel]
 MLP = Callable[..., Array]  # `ops.mlp.mlp` with all but rows, kernels and product settled
@@ -47,8 +47,7 @@ def unstacked_experts(params: Mapping[str, Any], sparse_layers: Sequence[int], n
 
 def as_kernel(params: Mapping[str, Any]) -> Kernel:
     """Returns the kernel among a layer's parameters, with its scales if it is quantised."""
-    kernel, scale = params["kernel"], params.get(f"kernel{SCALE}")
-    return kernel if scale is None else Quantized(kernel, scale)
+    return with_scale(params["kernel"], params.get(f"kernel{SCALE}"))
 
 
 def _on_one_cpu(params: Mapping[str, Any]) -> bool:

@@ -21,12 +21,15 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from flax_switch.ops.kernels import platforms
+from flax_switch.ops.kernels.adapted import Adapted
 from flax_switch.ops.kernels.grouped_blocks import block_gradients, block_rows
 from flax_switch.ops.kernels.quantized import Quantized, dequantized, multiply_quantized
 
 
-def batched_matmul(x: Float[Array, "G E C D"], kernel: Float[Array, "E D F"] | Quantized) -> Float[Array, "G E C F"]:
+def batched_matmul(x: Float[Array, "G E C D"], kernel: Float[Array, "E D F"] | Quantized | Adapted) -> Float[Array, "G E C F"]:
     """Multiplies the rows of each expert's buffer by its kernel."""
+    if isinstance(kernel, Adapted):
+        return kernel.multiplied(x, batched_matmul)
     if not isinstance(kernel, Quantized):
         return _batched_matmul(x, kernel)
     return _buffers(multiply_quantized(_rows_by_expert(x), kernel), x)
@@ -73,7 +76,7 @@ _batched_matmul.defvjp(_batched_forward, _batched_backward)
 
 def grouped_matmul(
     x: Float[Array, "R D"],
-    kernel: Float[Array, "E D F"] | Quantized,
+    kernel: Float[Array, "E D F"] | Quantized | Adapted,
     group_sizes: Int[Array, " E"],
     implementation: str | None = None,
 ) -> Float[Array, "R F"]:
@@ -82,6 +85,8 @@ def grouped_matmul(
     group_sizes: the first group_sizes[0] rows are expert 0's, and so on. implementation: one of IMPLEMENTATIONS; by default
     DEFAULT's for the platform. A quantised kernel is given to "blocks" as it is, and to the others as floats.
     """
+    if isinstance(kernel, Adapted):
+        return kernel.multiplied(x, lambda x, kernel: grouped_matmul(x, kernel, group_sizes, implementation))
     if isinstance(kernel, Quantized):
         return _quantized_rows(x, kernel, group_sizes, implementation)
     return _grouped_matmul(x, kernel, group_sizes, implementation)
@@ -115,6 +120,7 @@ def _grouped_rows(x: Array, kernel: Array, group_sizes: Array, implementation: s
     return platforms.run(products, DEFAULT, implementation, x, kernel, group_sizes)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _quantized_rows(x: Array, kernel: Quantized, group_sizes: Array, implementation: str | None) -> Array:
     """Multiplies rows by their experts' quantised kernels."""
 
@@ -123,6 +129,19 @@ def _quantized_rows(x: Array, kernel: Quantized, group_sizes: Array, implementat
         return rows if name == "blocks" else lambda x, kernel, sizes: rows(x, dequantized(kernel, x.dtype), sizes)
 
     return platforms.run({name: of_floats(name) for name in IMPLEMENTATIONS}, DEFAULT, implementation, x, kernel, group_sizes)
+
+
+def _quantized_forward(x, kernel, group_sizes, implementation):
+    return _quantized_rows(x, kernel, group_sizes, implementation), (kernel, group_sizes)
+
+
+def _quantized_backward(implementation, residuals, gradient):
+    kernel, group_sizes = residuals
+    weights = dequantized(kernel, gradient.dtype)
+    return _grouped_rows(gradient, weights, group_sizes, implementation, transpose=True), None, None
+
+
+_quantized_rows.defvjp(_quantized_forward, _quantized_backward)
 
 
 def _triton(name: str) -> Callable[..., Array]:

@@ -10,14 +10,17 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from flax_switch.ops.kernels import platforms
+from flax_switch.ops.kernels.adapted import Adapted
 from flax_switch.ops.kernels.narrow import Narrow
 from flax_switch.ops.kernels.quantized import Quantized, multiply_quantized
 
 FEW_ROWS = 64
 
 
-def project(x: Float[Array, "*B D"], kernel: Float[Array, "D F"] | Quantized | Narrow) -> Float[Array, "*B F"]:
+def project(x: Float[Array, "*B D"], kernel: Float[Array, "D F"] | Quantized | Narrow | Adapted) -> Float[Array, "*B F"]:
     """Returns `x @ kernel`; its gradient is `kernel_gradient`, of a quantised or narrow kernel there is none."""
+    if isinstance(kernel, Adapted):
+        return kernel.multiplied(x, project)
     if isinstance(kernel, Narrow):
         return kernel.multiplied(x, lambda x, values: x @ values.astype(x.dtype))
     return multiply_quantized(x, kernel) if isinstance(kernel, Quantized) else _project(x, kernel)

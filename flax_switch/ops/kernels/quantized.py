@@ -7,6 +7,8 @@ dequantized    the weights in the rows' dtype, and their product. Accelerators m
                eighth of the bytes; the scales of int8 are left to the end
 """
 
+import dataclasses
+import functools
 from typing import Any, Self
 
 import flax.struct
@@ -17,6 +19,7 @@ from jaxtyping import Array, Float, Float32, Int8, Integer
 
 from flax_switch.config.weights import GROUP
 from flax_switch.ops.kernels import platforms
+from flax_switch.ops.kernels.adapted import Adapted
 
 LEAST_ROWS = 2  # XLA's product of integers is slow for a single row on a CPU
 
@@ -56,22 +59,51 @@ class Quantized:
         return jax.tree.map(lambda leaf: leaf[index], self)
 
 
-Kernel = Array | Quantized
+Kernel = Array | Quantized | Adapted
+
+
+def with_scale(values: Any, scale: Array | None) -> Any:
+    """Returns the kernel that a parameter is, of a quantised one with its scales; one with an adapter keeps it."""
+    if scale is None:
+        return values
+    if isinstance(values, Adapted):
+        return dataclasses.replace(values, base=Quantized(values.base, scale))
+    return Quantized(values, scale)
 
 
 def multiply(x: Float[Array, "*B D"], kernel: Kernel) -> Float[Array, "*B F"]:
-    """Returns `x @ kernel` for an array or a quantised kernel; as there, stacks of both are multiplied member by member."""
+    """Returns `x @ kernel` for a kernel of any form; as of arrays, stacks of both are multiplied member by member."""
+    if isinstance(kernel, Adapted):
+        return kernel.multiplied(x, multiply)
     return multiply_quantized(x, kernel) if isinstance(kernel, Quantized) else x @ kernel
 
 
 def multiply_quantized(x: Float[Array, "*B D"], kernel: Quantized, *, implementation: str | None = None) -> Float[Array, "*B F"]:
     """Returns `x @ kernel` in x's dtype, exactly or with rows rounded to 8 bits: then by at most max|row| / 254 * sum|weights|.
 
+    Its gradient is the exact product's, and by x alone.
+
     implementation: one of INT8 or INT4; by default DEFAULT's for the platform.
     """
+    return _multiply_quantized(x, kernel, implementation)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _multiply_quantized(x: Array, kernel: Quantized, implementation: str | None) -> Array:
     table = INT4 if kernel.packed else INT8
     default = {platform: name for platform, name in DEFAULT.items() if name in table}
     return platforms.run(table, default, implementation, x, kernel)
+
+
+def _quantized_forward(x, kernel, implementation):
+    return _multiply_quantized(x, kernel, implementation), kernel
+
+
+def _quantized_backward(implementation, kernel, gradient):
+    return gradient @ dequantized(kernel, gradient.dtype).swapaxes(-1, -2), None
+
+
+_multiply_quantized.defvjp(_quantized_forward, _quantized_backward)
 
 
 def dequantized(kernel: Quantized, dtype: DTypeLike = jnp.float32) -> Float[Array, "... D F"]:

@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, Int
 
 from flax_switch.config import check
 from flax_switch.config.weights import stored
+from flax_switch.ops.kernels.adapted import Adapted
 from flax_switch.ops.kernels.exchange import Peers, locate, send_rows, starts
 from flax_switch.ops.kernels.quantized import Kernel, Quantized
 from flax_switch.ops.moe.executors import ExpertFunction, SortedExperts, execute_ragged
@@ -190,6 +191,11 @@ def over_mesh(
 def _kernel_specs(name: str, kernel: Kernel, mesh: AnyMesh) -> Any:
     """Returns how each array of the experts' kernels of a name is cut."""
     axes = ("expert", "mlp", "embed") if name == "wo" else ("expert", "embed", "mlp")
+    if isinstance(kernel, Adapted):
+        expert, inputs, outputs = axes
+        parts = ((kernel.a, (expert, inputs, None)), (kernel.b, (expert, None, outputs)), (kernel.gain, (expert, None, outputs)))
+        specs = [partition_spec(axes, part.shape, mesh) for part, axes in parts if part is not None]
+        return jax.tree.unflatten(jax.tree.structure(kernel), [*jax.tree.leaves(_kernel_specs(name, kernel.base, mesh)), *specs])
     held = stored(kernel.shape, kernel.weights, axes).axes if isinstance(kernel, Quantized) else axes
     return jax.tree.map(lambda array: partition_spec(held, array.shape, mesh), kernel)
 

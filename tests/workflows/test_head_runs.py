@@ -191,6 +191,7 @@ def test_a_bad_example_is_refused_with_its_place(head, changes, row, why, recipe
         ("question_answering", "data", dict(context=None), "data.context is the field"),
         ("token_classification", "data", dict(prefix="tag: "), "data.prefix would need tags of its own"),
         ("embedding", "train", dict(microbatches=2), "compares every row of a batch with all others"),
+        ("classification", "adapter", dict(rank=4), "the head 'classification' would stay as it began"),
         ("classification", "evaluation", dict(metrics=("rouge",)), "a metric with head='classification' must be one of"),
         ("embedding", "evaluation", dict(metrics=("accuracy",)), "a metric with head='embedding' must be one of 'retrieval'"),
     ],

@@ -363,7 +363,7 @@ def test_completion_knows_commands_options_fields_and_recipes(capsys):
             run = f"{script}\nCOMP_WORDS=({' '.join(words)}); {call}"
             return set(subprocess.run(["bash", "-c", run], capture_output=True, text=True, check=True).stdout.split())
 
-        assert complete("flax-switch", "pre") == {"pretrain", "presets"}
+        assert complete("flax-switch", "pre") == {"predict", "pretrain", "presets"}
         assert complete("flax-switch", "pretrain", "--config.train.st") == {"--config.train.steps"}
         assert complete("flax-switch", "generate", "--num-b") == {"--num-beams"}
         assert complete("flax-switch", "pretrain", "--config", "descr") >= {"descriptions_small"}

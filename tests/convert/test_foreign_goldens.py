@@ -68,7 +68,8 @@ def test_another_layout_of_orbax_is_an_error_that_quotes_it(change, quoted, tmp_
 def read(values, shapes):
     """Tensors of these names and shapes under our names, as a folder's are read."""
     tensors = {name: from_array(np.zeros(shape, np.float32)) for name, shape in shapes.items()}
-    config, tensors = settle_embeddings(from_huggingface(values), values, find_architecture(values, tensors), tensors)
+    config = from_huggingface(values)
+    config, tensors = settle_embeddings(config, values, find_architecture(config, values, tensors), tensors)
     return to_canonical(tensors, rules_for(values["model_type"]), canonical_shapes(config))
 
 

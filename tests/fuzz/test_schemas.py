@@ -80,8 +80,7 @@ def test_every_field_of_config_json(values):
     def read(whole):
         check_schema(whole)
         check_counts(whole, {}, "config.json")
-        find_architecture(whole, {})
-        SwitchConfig.from_huggingface(whole)
+        find_architecture(SwitchConfig.from_huggingface(whole), whole, {})
 
     assert SwitchConfig.from_huggingface(values).vocab_size == 96
     assert never_raw(read, values) == []

@@ -6,9 +6,11 @@ import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from flax_switch.config import ConfigError
+from flax_switch.config import ConfigError, check
 from flax_switch.data.vocabulary import OtherTokenizerError, Vocabulary
-from flax_switch.host.json_text import valid_text
+from flax_switch.host.json_text import parse_json, valid_text
+
+LONGEST_PIECE = 4096  # characters; a piece of a million overflows the stack of the library, which ends the process
 
 
 class ForeignVocabulary(Vocabulary):
@@ -22,6 +24,7 @@ class ForeignVocabulary(Vocabulary):
             from tokenizers import Tokenizer
         except ImportError as error:
             raise OtherTokenizerError("it needs the package tokenizers: pip install 'flax_switch[tokenizers]'") from error
+        _check_pieces(model)
         try:
             self._tokenizer: Any = Tokenizer.from_str(model.decode("utf-8"))
         except Exception as error:  # the library raises plain exceptions
@@ -49,3 +52,18 @@ class ForeignVocabulary(Vocabulary):
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Returns the text of token ids; special tokens are left out or named."""
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+
+
+def _check_pieces(model: bytes) -> None:
+    """Raises `ConfigError` for a vocabulary with a piece that is too long for the library."""
+    found: Any = parse_json(model, "tokenizer.json")
+    for name in ("model", "vocab"):
+        found = found.get(name) if isinstance(found, dict) else None
+    pieces = [
+        entry[0] if isinstance(entry, list) and entry else entry for entry in (found if isinstance(found, list | dict) else ())
+    ]
+    longest = max((len(piece) for piece in pieces if isinstance(piece, str)), default=0)
+    check(
+        longest <= LONGEST_PIECE,
+        f"tokenizer.json has a piece of {longest:,} characters, where {LONGEST_PIECE:,} are the most; mend the file.",
+    )

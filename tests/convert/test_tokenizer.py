@@ -201,6 +201,19 @@ def test_parts_that_sentencepiece_has_not_give_the_tokenizers_own_ids(extended, 
     assert again.decode(ours.encode("quick fox")) == oracle.decode(ours.encode("quick fox"))
 
 
+@pytest.mark.parametrize("length", [4096, 1_000_000])
+def test_a_piece_that_would_end_the_process_is_refused(extended, tmp_path, length):
+    values = json.loads((extended[2] / "tokenizer.json").read_text())
+    values["normalizer"] = {"type": "Lowercase"}  # so that the package tokenizers runs it
+    values["model"]["vocab"][5][0] = "x" * length
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    if length > 4096:
+        with pytest.raises(ConfigError, match="a piece of 1,000,000 characters, where 4,096 are the most"):
+            tokenizer.load_vocabulary(tmp_path)
+    else:
+        assert tokenizer.load_vocabulary(tmp_path).encode("quick")
+
+
 def test_added_tokens_whose_ids_have_a_gap_get_those_that_tokenizers_counts(extended, tmp_path):
     from tokenizers import Tokenizer
 

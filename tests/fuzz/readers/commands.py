@@ -20,6 +20,7 @@ WRONG = {
     "distill": (["--workdir", "{file}"], ["--teacher", "{file}"], ["--teacher", "{absent}"], ["--config.mesh.data=0"]),
     "evaluate": (["--checkpoint", "{absent}"], ["--output", "{file}"], ["--config.data.validation={absent}"]),
     "generate": (["--input", "{absent}"], ["--output", "{folder}"], ["--output", "{absent}/x"], ["--num-beams", "0"], ["--x"]),
+    "predict": (["--input", "{absent}"], ["--output", "{folder}"], ["--batch-size", "0"], ["--x"]),
     "convert": (["--to", "x"], ["--dtype", "int8"], ["--max-shard-size", "x"], ["--set", "x"], ["--expert-capacity", "0"]),
     "export": (["--to", "x"], ["--set", "x"], ["--platform", "x", "--to", "stablehlo"], ["--x"]),
     "upcycle": (["--layout", "x"], ["--noise", "nan"], ["--num-experts", "-1"], ["--seed", "-1"], ["--to", "x"]),

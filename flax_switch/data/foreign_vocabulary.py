@@ -59,9 +59,8 @@ def _check_pieces(model: bytes) -> None:
     found: Any = parse_json(model, "tokenizer.json")
     for name in ("model", "vocab"):
         found = found.get(name) if isinstance(found, dict) else None
-    pieces = [
-        entry[0] if isinstance(entry, list) and entry else entry for entry in (found if isinstance(found, list | dict) else ())
-    ]
+    entries = found if isinstance(found, list | dict) else ()
+    pieces = [entry[0] if isinstance(entry, list) and entry else entry for entry in entries]
     longest = max((len(piece) for piece in pieces if isinstance(piece, str)), default=0)
     check(
         longest <= LONGEST_PIECE,

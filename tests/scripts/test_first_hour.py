@@ -23,7 +23,7 @@ def test_every_command_is_understood(typed, tmp_path, monkeypatch):
 def test_the_kept_transcript_is_of_these_commands_in_their_order():
     typed = [line.removeprefix("$ ") for line in PAGE.replace(" \\\n    ", " ").splitlines() if line.startswith("$ ")]
     assert typed[1:] == [step[0] for step in first_hour.STEPS]
-    assert "pip install 'flax_switch-" in typed[0]
+    assert "pip install 'dist/flax_switch-" in typed[0]
 
 
 def test_what_each_command_must_say_is_in_the_transcript_and_no_path_of_the_machine():

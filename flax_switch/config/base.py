@@ -83,7 +83,9 @@ class _Section:
 
     def __post_init__(self) -> None:
         for name in _type_hints(type(self)):
-            self.check_field(name, getattr(self, name))
+            value = getattr(self, name)
+            if value is not getattr(type(self), name, _Section):  # a default fits, and most values are defaults
+                self.check_field(name, value)
 
     @classmethod
     def check_field(cls, name: str, value: Any) -> None:

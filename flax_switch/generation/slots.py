@@ -155,6 +155,7 @@ def level_of(controls: GenerationConfig) -> int:
     return FILTERED if controls.top_p < 1.0 or controls.min_p is not None or controls.typical_p < 1.0 else SAMPLED
 
 
+@functools.lru_cache(256)
 def numbers_of(controls: GenerationConfig, vocab_size: int) -> dict[str, Any]:
     """Returns a row's values of controls; those that are off have values that change nothing."""
     found = {name: number for name, number in split_numbers(controls)[1].items() if name in _NEUTRAL}

@@ -60,9 +60,9 @@ class Completion:
 
     def job(self) -> Job:
         """Returns the sequences that are wanted: `best_of` for each prompt, one after the other."""
-        scored = self.logprobs is not None or self.best_of > self.n
+        scored, followed = self.logprobs is not None or self.best_of > self.n, self.stream or bool(self.stop)
         draws = [(prompt, sample) for prompt in range(len(self.prompts)) for sample in range(self.best_of)]
-        return Job([Decoded(Row(self.prompts[p], self.controls, (self.seed, p, sample)), scored) for p, sample in draws])
+        return Job([Decoded(Row(self.prompts[p], self.controls, (self.seed, p, sample)), scored, followed) for p, sample in draws])
 
     @property
     def prompt_tokens(self) -> int:

@@ -41,6 +41,7 @@ class Sequence:
 
     row: Row
     scored: bool = False  # whether its log-probabilities are wanted
+    followed: bool = True  # whether somebody looks at it before its end
     job: Job = dataclasses.field(init=False)
     tokens: list[int] = dataclasses.field(default_factory=list)  # EOS included
     scores: Scores | None = None
@@ -95,7 +96,7 @@ class Pool:
         self.slots = self.decoder.admit(self.slots, {slot: sequence.row for slot, sequence in taken.items()}, batch)
 
     def run(self) -> list[Sequence]:
-        """Decodes for a while; returns the sequences that have something new."""
+        """Decodes for a while; returns the sequences that have something to tell."""
         self.running = {slot: sequence for slot, sequence in self.running.items() if not sequence.cancelled}
         if not self.running:
             return []
@@ -123,7 +124,7 @@ class Pool:
             if report.finished[slot]:
                 sequence.finished = True
                 del self.running[slot]
-        return [sequence for _, sequence in told]
+        return [sequence for _, sequence in told if sequence.followed or sequence.finished]
 
 
 class Engine(threading.Thread):

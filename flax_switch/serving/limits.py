@@ -37,10 +37,10 @@ class Limits(_Section):
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """How many slots a step may compute, so that few sequences cost little: one, a quarter, all."""
-        return tuple(sorted({1, max(1, self.slots // 4), self.slots}))
+        """How many slots a step may compute, so that few sequences cost little: one, and every quarter of all."""
+        return tuple(sorted({1, *(-(-self.slots * quarter // 4) for quarter in range(1, 5))}))
 
     @property
     def batches(self) -> tuple[int, ...]:
         """How many sources are encoded together."""
-        return tuple(sorted({1, min(8, self.slots)}))
+        return tuple(sorted({1, *(min(batch, self.slots) for batch in (4, 8, 16))}))

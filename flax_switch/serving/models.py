@@ -66,7 +66,8 @@ class Served:
         left = {key: value for key, value in defaults.items() if key in _NOT_FOLLOWED and value not in (1, None, False)}
         if left:
             log.warning("%s: its generation_config.json asks for %s, which is not served.", name, left)
-        controls = GenerationConfig(**with_defaults(self.defaults, {})).for_model(self.config)
+        self._controls = functools.lru_cache(256)(self._new_controls)
+        controls = self.controls({})
         self.decoder: SlotDecoder | None = None
         if pretrained.architecture == "full":
             slots = self.decoder = SlotDecoder(self.config, pretrained.params, controls, limits.max_tokens)
@@ -86,7 +87,10 @@ class Served:
 
     def controls(self, given: Mapping[str, Any]) -> GenerationConfig:
         """Returns the controls of a request: what it gives, over the model's defaults."""
-        return GenerationConfig(**with_defaults(self.defaults, given)).for_model(self.config)
+        return self._controls(tuple(given.items()))
+
+    def _new_controls(self, given: tuple[tuple[str, Any], ...]) -> GenerationConfig:
+        return GenerationConfig(**with_defaults(self.defaults, dict(given))).for_model(self.config)
 
     def ids_of(self, prompt: str | Sequence[int], name: str = "prompt", prefix: str | None = None) -> list[int]:
         """Returns a prompt's ids: a text with the model's prefix (or another) and EOS, ids as they are.

@@ -1,5 +1,6 @@
 """Values read the same on every command line: of recipes, of checkpoints, of generation."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -8,9 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flax_switch.commands.checkpoints import changes_of
-from flax_switch.config import ConfigError
+from flax_switch.config import ConfigError, SwitchConfig
+from flax_switch.config.base import _Section
+from flax_switch.config.generation import GenerationConfig
 from flax_switch.config.recipes import load_recipe
 from flax_switch.config.values import parse_assignment, parse_value
+from flax_switch.serving.limits import Limits
 
 
 @pytest.mark.parametrize(
@@ -56,3 +60,15 @@ def test_a_field_set_for_a_checkpoint_and_one_set_in_a_recipe_are_the_same(text)
     name = "encoder_sparse_layers"
     changes = changes_of(SimpleNamespace(set=[f"{name}={text}"]))
     assert load_recipe("tiny", [f"model.{name}={text}"]).model == load_recipe("tiny").model.replace(**changes)
+
+
+def test_defaults_fit_their_fields_and_ranges():
+    """A value that is its field's default is taken without a look, so every default is looked at here."""
+    sections = [_Section]
+    for section in sections:
+        sections += section.__subclasses__()
+    assert {SwitchConfig, GenerationConfig, Limits} < set(sections)
+    for section in sections[1:]:
+        for field in dataclasses.fields(section):
+            if field.default is not dataclasses.MISSING:
+                section.check_field(field.name, field.default)

@@ -50,7 +50,7 @@ def test_lengths_have_buckets_and_slots_sizes():
     limits = Limits(slots=16, max_source_length=300)
     assert limits.buckets == (32, 128, 300)
     assert [limits.bucket(length) for length in (1, 32, 33, 128, 129, 300)] == [32, 32, 128, 128, 300, 300]
-    assert (limits.sizes, Limits(slots=1).sizes) == ((1, 4, 16), (1,))
+    assert (limits.sizes, Limits(slots=1).sizes) == ((1, 4, 8, 12, 16), (1,))
     with pytest.raises(ConfigError, match="slots must lie in"):
         Limits(slots=0)
 

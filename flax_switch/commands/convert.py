@@ -1,4 +1,4 @@
-"""flax-switch convert SRC DST --to huggingface|flax_switch [--dtype bfloat16] [--max-shard-size 5GB]"""
+"""flax-switch convert SRC DST --to huggingface|flax_switch|t5x [--dtype bfloat16] [--max-shard-size 5GB]"""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds source, destination and form."""
     add_source_arguments(parser, "SRC")
     parser.add_argument("destination", metavar="DST", help="a new folder; it appears when the conversion is complete")
-    parser.add_argument("--to", required=True, metavar="FORMAT", help="huggingface or flax_switch")
+    parser.add_argument("--to", required=True, metavar="FORMAT", help="huggingface, flax_switch or t5x")
     parser.add_argument("--dtype", help="of the written tensors: float32, bfloat16 or float16; routers keep theirs")
     parser.add_argument(
         "--weights", metavar="FORM", help="of kernels alone: int8, int4, bfloat16 or float16; --dtype is of all else"

@@ -1,7 +1,7 @@
-"""Checkpoints from and to other formats: Hugging Face both ways, T5X in, and flax_switch's own.
+"""Checkpoints from and to other formats: Hugging Face and T5X both ways, and flax_switch's own.
 
-`mapping` is the rule engine; `huggingface` and `t5x` hold the tables and readers, `native` our own folder, `scan` the one place
-that stacks layers, `checkpoint` puts them together.
+`mapping` is the rule engine; `huggingface` and `t5x` hold the tables and readers, `t5x_writing` writes, `native` our own folder,
+`scan` the one place that stacks layers, `checkpoint` puts them together.
 """
 
 from flax_switch.convert.checkpoint import Checkpoint, convert, detect_format, open_checkpoint

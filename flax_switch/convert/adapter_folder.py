@@ -153,7 +153,7 @@ def write_adapter(
         stem, tensors = STEM, dict(adapter.tensors)
         files[CONFIG_FILE] = _config_file(adapter)
     with claimed(destination):
-        write_folder(destination, [tensors], stem, files, overwrite=overwrite)
+        write_folder(destination, {f"{stem}.safetensors": tensors}, files, overwrite=overwrite)
     return destination
 
 

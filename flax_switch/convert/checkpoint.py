@@ -15,7 +15,7 @@ from typing import Any
 from flax_switch.config import SwitchConfig, check, one_of
 from flax_switch.config import huggingface as config_huggingface
 from flax_switch.config.heads import head_changes
-from flax_switch.convert import hub, huggingface, native, t5x, tokenizer, training_run
+from flax_switch.convert import hub, huggingface, native, t5x, t5x_writing, tokenizer, training_run
 from flax_switch.convert.canonical import architecture_of, canonical_shapes
 from flax_switch.convert.doors import check_folder, read_companion, readable
 from flax_switch.convert.folder import (
@@ -23,16 +23,18 @@ from flax_switch.convert.folder import (
     DEFAULT_SHARD_SIZE,
     claimed,
     local_destination,
+    named,
     parse_size,
     split_into_shards,
     write_folder,
 )
 from flax_switch.convert.quantize import dequantized, in_dtype, with_weights
+from flax_switch.convert.safetensors_file import write_safetensors
 from flax_switch.convert.tensors import CheckpointError, LazyTensor
 from flax_switch.host.files import in_store
 from flax_switch.host.memory import freed_memory_returned
 
-FORMATS = ("huggingface", "flax_switch")  # those that can be written
+FORMATS = ("huggingface", "flax_switch", "t5x")  # those that can be written
 
 # Keys of a config.json that say again, or said once, what other keys say.
 _STALE = ("torch_dtype", "scale_decoder_outputs", "encoder_sparse_step", "decoder_sparse_step", "feed_forward_proj")
@@ -208,9 +210,9 @@ def convert(
       source: as for `open_checkpoint`.
       destination: a folder without a model in it, or one to overwrite. Until it is complete, everything is in
         `<destination>.partial`; running an interrupted conversion again continues with the shards it finished.
-      to: "huggingface" or "flax_switch".
+      to: "huggingface", "flax_switch" or "t5x".
       dtype: of the written tensors; None keeps each tensor's. Routers keep theirs either way (selective precision, 2101.03961).
-      max_shard_size: largest file, as "5GB".
+      max_shard_size: largest file, as "5GB"; T5X has a folder for each tensor.
       verify: as for `open_checkpoint`.
       on_open, on_bytes: progress: the number of bytes to write, once, and then those written.
 
@@ -256,24 +258,28 @@ def write_checkpoint(
     on_open: Callable[[int], None] = lambda n: None,
 ) -> Path:
     """Writes a checkpoint's tensors in one of the `FORMATS`, with `files` beside them; see `convert`."""
-    size = parse_size(max_shard_size)
-    if to == "huggingface":
-        if checkpoint.config.weights != "float":
-            log.info("Hugging Face's files hold no %s weights: the numbers that they mean are written", checkpoint.config.weights)
+    size, write = parse_size(max_shard_size), write_safetensors
+    if to != "flax_switch" and checkpoint.config.weights != "float":
+        log.info("Files for %s hold no %s weights: the numbers that they mean are written", to, checkpoint.config.weights)
         checkpoint = as_floats(checkpoint)
+    if to == "huggingface":
         values, model_type = export_config(checkpoint)
         tensors = huggingface.huggingface_tensors(checkpoint.config, checkpoint.architecture, model_type, checkpoint.tensors)
-        shards, stem = split_into_shards(tensors, size), "model"
+        shards, more = named(split_into_shards(tensors, size), "model")
         files = {**files, "config.json": (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()}
         files = tokenizer.complete_files(files, checkpoint.path)
         files.pop("vocabulary.json", None)
+    elif to == "t5x":
+        step = t5x_writing.step_of(checkpoint.path)
+        shards, more = t5x_writing.t5x_files(checkpoint.config, checkpoint.architecture, checkpoint.tensors, step)
+        write = t5x_writing.write_zarr
     else:
-        shards, stem = split_into_shards(checkpoint.tensors, size, split_stacks=True), native.STEM
+        shards, more = named(split_into_shards(checkpoint.tensors, size, split_stacks=True), native.STEM)
         config_file = native.config_file(checkpoint.config, checkpoint.architecture, checkpoint.huggingface)
         files = {**files, native.CONFIG_FILE: config_file}
-    on_open(sum(tensor.nbytes for shard in shards for tensor in shard.values()))
+    on_open(sum(tensor.nbytes for shard in shards.values() for tensor in shard.values()))
     with freed_memory_returned():
-        write_folder(destination, shards, stem, files, source=source, overwrite=overwrite, on_bytes=on_bytes)
+        write_folder(destination, shards, {**files, **more}, source=source, overwrite=overwrite, on_bytes=on_bytes, write=write)
     return destination
 
 

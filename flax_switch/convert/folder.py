@@ -121,57 +121,67 @@ def shard_names(stem: str, count: int) -> list[str]:
     return [f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
 
 
+def named(shards: Sequence[Shard], stem: str) -> tuple[dict[str, Shard], dict[str, bytes]]:
+    """Returns shards by the names of their files, and the index that several need."""
+    by_name = dict(zip(shard_names(stem, len(shards)), shards, strict=True))
+    if len(shards) < 2:
+        return by_name, {}
+    weight_map = {tensor: name for name, shard in by_name.items() for tensor in shard}
+    total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    return by_name, {f"{stem}.safetensors.index.json": (json.dumps(index, indent=2) + "\n").encode()}
+
+
 def write_folder(
     destination: Path,
-    shards: Sequence[Shard],
-    stem: str,
+    shards: Mapping[str, Shard],
     files: Mapping[str, bytes],
     *,
     source: object = None,
     overwrite: bool = False,
     on_bytes: Callable[[int], None] = lambda n: None,
+    write: Callable[[Path, Shard, Callable[[int], None]], None] = write_safetensors,
 ) -> None:
-    """Writes the shards, their index where there are several, and small files; then gives the folder its name.
+    """Writes the shards and small files, then gives the folder its name.
 
     Args:
-      stem: of the shards' file names.
+      shards: the tensors of each file, by its name; `named` makes them.
       files: contents of the small files, by name.
       source: anything JSON-able that identifies what the tensors are read from; finished shards of an earlier run with the
         same source and the same shards are kept. None: an earlier run's are thrown away.
       overwrite: replace a model that is there, its own files alone; otherwise it is an error.
       on_bytes: progress, as in `write_safetensors`; kept shards count at once.
+      write: writes a shard to a path.
     """
     destination = Path(os.path.realpath(destination))
     partial = destination.with_name(f"{destination.name}.partial")
     with _explained(destination, partial):
         check_destination(destination, overwrite=overwrite)
-        _fill(partial, shards, stem, files, source, on_bytes)
+        _fill(partial, shards, files, source, on_bytes, write)
         _publish(partial, destination)
 
 
 def _fill(
     partial: Path,
-    shards: Sequence[Shard],
-    stem: str,
+    shards: Mapping[str, Shard],
     files: Mapping[str, bytes],
     source: object,
     on_bytes: Callable[[int], None],
+    write: Callable[[Path, Shard, Callable[[int], None]], None],
 ) -> None:
     """Writes everything into the partial folder, but for the shards that an earlier run of the same plan has finished there."""
-    names = shard_names(stem, len(shards))
-    plan = _fingerprint(names, shards, source)
+    plan = _fingerprint(shards, source)
     if source is None or _read_plan(partial) != plan:
         _remove(partial)
     partial.mkdir(parents=True, exist_ok=True)
     _write(partial / _PLAN, plan.encode())
-    for name, shard in zip(names, shards, strict=True):
+    for name, shard in shards.items():
         if (partial / name).exists():
             on_bytes(sum(tensor.nbytes for tensor in shard.values()))
             continue
-        write_safetensors(partial / f"{name}.writing", shard, on_bytes)
+        (partial / name).parent.mkdir(exist_ok=True)
+        write(partial / f"{name}.writing", shard, on_bytes)
         (partial / f"{name}.writing").rename(partial / name)
-    if len(shards) > 1:
-        files = {**files, f"{stem}.safetensors.index.json": (json.dumps(_index(names, shards), indent=2) + "\n").encode()}
     for name, content in files.items():
         _write(partial / name, content)
 
@@ -301,20 +311,10 @@ def check_destination(destination: Path, *, overwrite: bool) -> None:
         )
 
 
-def _fingerprint(names: Sequence[str], shards: Sequence[Shard], source: object) -> str:
-    plan = {
-        "source": source,
-        "shards": {
-            name: {key: [str(t.dtype), *t.shape] for key, t in shard.items()} for name, shard in zip(names, shards, strict=True)
-        },
-    }
+def _fingerprint(shards: Mapping[str, Shard], source: object) -> str:
+    described = {name: {key: [str(t.dtype), *t.shape] for key, t in shard.items()} for name, shard in shards.items()}
+    plan = {"source": source, "shards": described}
     return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
-
-
-def _index(names: Sequence[str], shards: Sequence[Shard]) -> dict:
-    weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-    total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
-    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
 
 def read_folder(

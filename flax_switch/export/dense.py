@@ -81,7 +81,7 @@ def write_ctranslate2(checkpoint: Checkpoint, destination: Path, *, overwrite: b
         write_checkpoint(checkpoint, read, to="huggingface", files=companions, **options)
         _convert(read, written)
         files = {path.name: path.read_bytes() for path in written.iterdir()}
-        write_folder(destination, [], "model", {**_own(companions), **files}, overwrite=overwrite)
+        write_folder(destination, {}, {**_own(companions), **files}, overwrite=overwrite)
     return destination
 
 

@@ -80,5 +80,5 @@ def _write_onnx(checkpoint: Checkpoint, destination: Path, overwrite: bool) -> P
     config = native.config_file(checkpoint.config, checkpoint.architecture, checkpoint.huggingface)
     files = onnx_files(checkpoint.config, checkpoint.tensors, architecture=checkpoint.architecture)
     files |= {"config.json": config, **companion_files(checkpoint.path)}
-    write_folder(destination, [], "model", files, overwrite=overwrite)
+    write_folder(destination, {}, files, overwrite=overwrite)
     return destination

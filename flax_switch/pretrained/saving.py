@@ -43,7 +43,7 @@ def save_pretrained(
       params: the model's parameters, scanned or not as the config says; dtypes are kept. Also those of an encoder alone,
         or of an untied model without its head.
       vocabulary: written as `spiece.model` and, for Hugging Face, a tokenizer_config.json so that AutoTokenizer opens it.
-      format: "huggingface" or "flax_switch".
+      format: "huggingface", "flax_switch" or "t5x".
       generation_defaults: controls of generation, written as `generation_config.json`, as are
       prefixes: what the model wants before its inputs.
 

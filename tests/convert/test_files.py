@@ -16,7 +16,7 @@ import transformers
 from hypothesis import given, settings
 
 from flax_switch import CheckpointError, SwitchConfig
-from flax_switch.convert import convert, folder, open_checkpoint
+from flax_switch.convert import checkpoint, convert, folder, open_checkpoint
 from flax_switch.convert.canonical import canonical_shapes
 from flax_switch.convert.safetensors_file import read_safetensors, write_safetensors
 from flax_switch.convert.tensors import LazyTensor, from_array
@@ -241,7 +241,7 @@ def test_a_size_that_is_none_is_refused(text):
 def test_an_interrupted_conversion_leaves_no_model_and_running_again_finishes_it(tmp_path, monkeypatch):
     source = sharded(tmp_path)
     written = []
-    original = folder.write_safetensors
+    original = write_safetensors
 
     def dies_at_the_third(path, tensors, on_bytes):
         if len(written) == 2:
@@ -250,7 +250,7 @@ def test_an_interrupted_conversion_leaves_no_model_and_running_again_finishes_it
         written.append(path.name)
         original(path, tensors, on_bytes)
 
-    monkeypatch.setattr(folder, "write_safetensors", dies_at_the_third)
+    monkeypatch.setattr(checkpoint, "write_safetensors", dies_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         convert(source, tmp_path / "ours", to="huggingface", max_shard_size="12KB")
     assert not (tmp_path / "ours").exists()
@@ -261,7 +261,7 @@ def test_an_interrupted_conversion_leaves_no_model_and_running_again_finishes_it
         written.append(path.name)
         original(path, tensors, on_bytes)
 
-    monkeypatch.setattr(folder, "write_safetensors", counts)
+    monkeypatch.setattr(checkpoint, "write_safetensors", counts)
     first = list(written)
     progress = []
     convert(source, tmp_path / "ours", to="huggingface", max_shard_size="12KB", on_bytes=progress.append, on_open=progress.append)
@@ -314,7 +314,8 @@ def random_model(config: SwitchConfig, path: Path) -> None:
 
     tensors = {name: tensor(shape) for name, shape in canonical_shapes(config).items()}
     files = {native.CONFIG_FILE: native.config_file(config, "full", None)}
-    folder.write_folder(path, folder.split_into_shards(tensors, 10**9, split_stacks=True), native.STEM, files)
+    shards, index = folder.named(folder.split_into_shards(tensors, 10**9, split_stacks=True), native.STEM)
+    folder.write_folder(path, shards, {**files, **index})
 
 
 def memory_of(tmp_path, source: str, to: str, target: str, shard: int) -> int:

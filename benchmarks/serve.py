@@ -111,14 +111,15 @@ def measure(shape: str, args: argparse.Namespace) -> list[dict]:
         with running(app) as port:
             for clients in args.clients:
                 sizes = dict(clients=clients, source=args.source, new_tokens=args.new_tokens, vocab_size=config.vocab_size)
-                _asked(port, **sizes, requests=2 * clients)
-                requests = max(args.requests[shape], 4 * clients)
+                _asked(port, **sizes, requests=clients)
+                requests = max(args.requests[shape], 2 * clients)
                 found = _asked(port, **sizes, requests=requests)
                 rows.append(_row(shape, f"{name}, {clients}", requests / found["total"], found["seconds"]))
 
     served("ours", build_app(server))
     if args.transformers:
         served("transformers", transformers_app(config, params, args.new_tokens))
+    _compare(rows)
     return rows
 
 
@@ -179,6 +180,14 @@ def _asked(port: int, **sizes: int) -> dict:
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True, env=dict(os.environ)).stdout)
 
 
+def _compare(rows: list[dict]) -> None:
+    """Adds to each row how many times the loop's requests per second it has."""
+    loop = next(row for row in rows if row["name"] == "loop")
+    for row in rows:
+        row["times_loop"] = row["requests_per_second"] / loop["requests_per_second"]
+        print(f"{row['shape']:8} {row['name']:16} {row['times_loop']:6.2f} times the loop")
+
+
 def _row(shape: str, name: str, rate: float, seconds: list[float]) -> dict:
     ordered = sorted(seconds)
     p95 = ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))]
@@ -192,9 +201,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["tiny", "base-8"], choices=["tiny", *SHAPES])
     parser.add_argument("--clients", nargs="+", type=int, default=[1, 8, 32])
-    parser.add_argument("--source", type=int, default=128)
+    parser.add_argument("--source", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--tiny-requests", type=int, default=400)
+    parser.add_argument("--tiny-requests", type=int, default=1000)
     parser.add_argument("--base-requests", type=int, default=16)
     parser.add_argument("--no-transformers", action="store_false", dest="transformers", help="leave transformers out")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/serve.json"))

@@ -75,6 +75,9 @@ def test_a_model_and_its_adapters_say_what_generate_says_with_them_whoever_asks_
             assert texts == alone(expected[body["model"]], body, controls), (body, controls)
         by_name = [found[i :: len(models)] for i in range(len(models))]
         assert all(one != other for i, one in enumerate(by_name) for other in by_name[:i]), "models can be told apart"
+        decoders = [served.decoder for served in running.server.models.values()]
+        assert len({tuple(buffers(decoder.variables["params"])) for decoder in decoders}) == 1, "one model"
+        assert len({id(decoder._run) for decoder in decoders}) == 1, "whose programs are shared where shapes are"
         status, answer = running.client.post("/v1/routing", dict(model="de", input="the cat sat", output="on the mat"))
         assert status == 200 and len(answer["stacks"]) == 2
         said = [running.client.post("/v1/embeddings", dict(model=name, input="the cat"))[1]["data"] for name in models]

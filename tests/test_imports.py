@@ -23,9 +23,9 @@ ALLOWED = {
     "pretrained": {"config", "convert", "data", "generation", "host", "nn", "ops", "parallel"},
     "plan": {"config", "generation", "host", "nn", "ops", "parallel", "training"},
     "pages": {"config"},
-    "export": {"config", "convert", "generation", "host", "nn", "parallel"},
+    "export": {"config", "convert", "generation", "host", "nn", "ops", "parallel"},
     "inspection": {"config", "convert", "data", "host", "nn", "ops", "pages", "pretrained", "training"},
-    "serving": {"config", "data", "generation", "host", "inspection", "nn", "pages", "pretrained"},
+    "serving": {"config", "convert", "data", "generation", "host", "inspection", "nn", "ops", "pages", "pretrained"},
     "workflows": {"config", "convert", "data", "generation", "host", "nn", "ops", "pages", "parallel", "pretrained", "training"},
 }
 

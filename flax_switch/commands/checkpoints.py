@@ -42,11 +42,16 @@ def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights", choices=("float32", "bfloat16", "int8", "int4"), help="hold kernels in this form; default: the checkpoint's"
     )
+    add_expert_arguments(parser)
+    parser.add_argument("--adapter", metavar="PATH", help="for the model: a folder of PEFT's or ours, or a run (docs/lora.md)")
+
+
+def add_expert_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds where experts are."""
     parser.add_argument(
         "--experts", choices=("memory", "disk"), default="memory", help="disk: read only those that tokens hit (docs/offload.md)"
     )
     parser.add_argument("--expert-memory", metavar="SIZE", help="for experts on disk, such as 4GB (the default)")
-    parser.add_argument("--adapter", metavar="PATH", help="for the model: a folder of PEFT's or ours, or a run (docs/lora.md)")
 
 
 def loading_options(args: argparse.Namespace) -> dict[str, Any]:

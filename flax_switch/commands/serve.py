@@ -1,4 +1,4 @@
-"""flax-switch serve MODEL [NAME=MODEL ...] [--port 8000]"""
+"""flax-switch serve MODEL [NAME=MODEL ...] [NAME=ADAPTER ...] [--port 8000]"""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from flax_switch.commands.checkpoints import FORMATS, add_verify_argument, explain_missing_extras
+from flax_switch.commands.checkpoints import FORMATS, add_expert_arguments, add_verify_argument, explain_missing_extras
 from flax_switch.commands.options import add_compile_cache_argument, hyphened, start_jax
 from flax_switch.config import check
 
@@ -27,7 +27,11 @@ _HELP = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the models, the address, and what is taken on."""
-    parser.add_argument("models", nargs="+", metavar="MODEL", help=f"{FORMATS}; NAME=MODEL has clients ask for it by that name")
+    parser.add_argument(
+        "models", nargs="+", metavar="MODEL",
+        help=f"{FORMATS}; or an adapter for one. NAME=MODEL has clients ask for it by that name, and NAME=MODEL+ADAPTER says by "
+        "the name of a model what an adapter is for",
+    )  # fmt: skip
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen at (default: 127.0.0.1, this machine alone)")
     parser.add_argument("--port", type=int, default=8000, help="0 picks a free one (default: 8000)")
     parser.add_argument("--api-key-file", metavar="FILE", help=f"holds the key that clients must send; or the variable {KEY}")
@@ -35,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--weights", choices=("int8", "int4", "bfloat16", "float16"), help="round kernels to it while they are read"
     )
     parser.add_argument("--dtype", help="of the parameters, for instance bfloat16; default: the checkpoint's")
+    add_expert_arguments(parser)
     group = parser.add_argument_group("limits")
     for name, default in _defaults().items():
         group.add_argument(
@@ -63,30 +68,26 @@ def run(args: argparse.Namespace) -> int:
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise ImportError("Serving needs pip install 'flax_switch[serve]'.") from error
+    from flax_switch.pretrained.on_disk import expert_budget
     from flax_switch.serving.guard import is_loopback
-    from flax_switch.serving.models import parse_model
+    from flax_switch.serving.loading import load, parse_models
 
     check(
         key or is_loopback(args.host),
         f"--host {args.host} can be reached from other machines: give a key, by --api-key-file or the variable {KEY}.",
     )
-    named = [parse_model(model) for model in args.models]
-    paths = dict(named)
-    check(
-        len(paths) == len(named),
-        f"Two models have one name ({', '.join(name for name, _ in named)}); give names, as in a=PATH b=PATH.",
-    )
+    asked = parse_models(args.models)
+    expert_budget(args.experts, args.expert_memory)  # raises for what cannot be
     start_jax(args)
-    from flax_switch.pretrained import load_pretrained
     from flax_switch.serving import serve
 
     logging.getLogger("flax_switch.serving").setLevel(logging.INFO)
     changes = {"scan_layers": False, **({"weights": args.weights} if args.weights else {})}
-    loaded = {name: load_pretrained(path, dtype=args.dtype, verify=not args.no_verify, **changes) for name, path in paths.items()}
-    server = serve.prepare(loaded, limits)
+    options = {"dtype": args.dtype, "experts": args.experts, "expert_memory": args.expert_memory}
+    server = serve.prepare(load(asked, changes=changes, verify=not args.no_verify, **options), limits)
 
     def ready(port: int) -> None:
-        print(f"Serving {', '.join(loaded)} at http://{args.host}:{port} (Ctrl+C ends it).", file=sys.stderr, flush=True)
+        print(f"Serving {', '.join(asked)} at http://{args.host}:{port} (Ctrl+C ends it).", file=sys.stderr, flush=True)
 
     serve.run(server, args.host, args.port, key, ready)
     return 0

@@ -11,6 +11,7 @@ from flax_switch.config import check
 from flax_switch.convert.checkpoint import Checkpoint, companion_files, write_checkpoint
 from flax_switch.convert.folder import write_folder
 from flax_switch.convert.tokenizer import load_vocabulary
+from flax_switch.export.programs import check_translates
 
 _RUNTIMES = {"ctranslate2": "CTranslate2", "gguf-ready": "llama.cpp"}
 # What the runtimes compute in an MLP.
@@ -24,6 +25,7 @@ _DISTANCE = 128  # beyond which llama.cpp's relative positions are all alike, wh
 def check_dense(checkpoint: Checkpoint, to: str) -> None:
     """Raises `ConfigError` for a model that the runtime cannot hold, naming what it is of it and the way out."""
     config, runtime = checkpoint.config, _RUNTIMES[to]
+    check_translates(config)
     sparse = sum(stack.num_sparse for stack in config.stacks)
     check(
         not config.is_sparse,

@@ -33,7 +33,9 @@ def export(
     on_open: Callable[[int], None] = lambda n: None,
     **controls: Any,
 ) -> Path:
-    """Exports a checkpoint; the destination appears when it is whole. A quantised model is exported as the floats that it means.
+    """Exports a checkpoint; the destination appears when it is whole.
+
+    A quantised model keeps its integers in StableHLO, and is elsewhere exported as the floats that they mean.
 
     Args:
       source, changes, allow_missing, revision, verify: as for `convert.checkpoint.open_checkpoint`.
@@ -49,12 +51,11 @@ def export(
     one_of("to", to, FORMATS)
     destination = local_destination(destination)
     with claimed(destination):
-        checkpoint = as_floats(
-            open_checkpoint(source, changes=changes, allow_missing=allow_missing, revision=revision, verify=verify)
-        )
+        checkpoint = open_checkpoint(source, changes=changes, allow_missing=allow_missing, revision=revision, verify=verify)
         options: dict[str, Any] = dict(max_shard_size=_ONE_FILE, overwrite=overwrite, on_bytes=on_bytes, on_open=on_open)
         if to == "stablehlo":
             return _write_stablehlo(checkpoint, destination, platforms, controls, options)
+        checkpoint = as_floats(checkpoint)
         check(
             not controls,
             f"{', '.join(controls)}: only programs in StableHLO choose tokens. Tell the other runtime, or leave it out.",

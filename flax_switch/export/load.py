@@ -9,7 +9,7 @@ import numpy as np
 from jax import export
 
 FOLDER = pathlib.Path(__file__).parent
-DTYPES = {"F64": "f8", "F32": "f4", "F16": "f2", "BF16": jax.numpy.bfloat16}
+DTYPES = {"F64": "f8", "F32": "f4", "F16": "f2", "BF16": jax.numpy.bfloat16, "I8": "i1", "U8": "u1"}
 
 
 def load_params():

@@ -22,10 +22,12 @@ from jax import ShapeDtypeStruct, export
 from flax_switch.config import SwitchConfig, check
 from flax_switch.config.generation import GenerationConfig, make_controls, split_numbers
 from flax_switch.config.heads import LANGUAGE_MODEL
-from flax_switch.convert.canonical import unflatten
+from flax_switch.config.weights import SCALE
+from flax_switch.convert.canonical import HEAD, unflatten
 from flax_switch.generation.program import decode, decoder_config, encode, in_compute_dtype, run_program, start_cache
 from flax_switch.nn.cache import DecoderCache
 from flax_switch.nn.transformer import SwitchTransformer
+from flax_switch.ops.kernels.quantized import round_rows
 from flax_switch.parallel.placement import ONE_DEVICE
 
 Arrays = Mapping[str, Any]
@@ -53,7 +55,7 @@ class _Model:
         return SwitchTransformer(decoder_config(self.config, self.controls.routing))
 
     def encoder(self, params: Arrays, input_ids: Any, mask: Any) -> jax.Array:
-        encoded = encode(self.config, self.controls, _variables(params), input_ids, mask, ONE_DEVICE)
+        encoded = encode(self.config, self.controls, self._variables(params), input_ids, mask, ONE_DEVICE)
         assert isinstance(encoded, jax.Array)  # a decoder-only model has none
         return encoded
 
@@ -77,12 +79,19 @@ class _Model:
         batch = input_ids.shape[0]
         assert controls.decoder_start_token_id is not None  # `make_controls` has filled it in
         start = jnp.full((batch, 1), controls.decoder_start_token_id, jnp.int32)
-        inputs = (_variables(params), input_ids, mask, start, jnp.zeros((batch, 2), jnp.uint32), numbers)
+        inputs = (self._variables(params), input_ids, mask, start, jnp.zeros((batch, 2), jnp.uint32), numbers)
         found = run_program(self.config, controls, *inputs, max_length=1 + room.shape[0])
         return found.tokens, found.new_tokens
 
     def _ready(self, params: Arrays) -> dict[str, Any]:
-        return in_compute_dtype(_variables(params), self.decoder.config)
+        return in_compute_dtype(self._variables(params), self.decoder.config)
+
+    def _variables(self, params: Arrays) -> dict[str, Any]:
+        """Returns what the model takes; a quantised one's tied head, which files do not hold, is made of the embeddings."""
+        if self.config.copied_head:
+            values, scale = round_rows(params[self.config.embedding_path])
+            params = {**params, HEAD: values, HEAD + SCALE: scale}
+        return {"params": unflatten(dict(params))}
 
 
 def programs(config: SwitchConfig, params: Shapes, *, architecture: str = "full", **controls: Any) -> dict[str, Program]:
@@ -92,11 +101,8 @@ def programs(config: SwitchConfig, params: Shapes, *, architecture: str = "full"
 
     Raises `ConfigError` naming what of the config or the controls cannot be exported.
     """
+    check_translates(config)
     check_exportable(config)
-    check(
-        config.head == LANGUAGE_MODEL,
-        f"A head for {config.head} is not exported. Export the checkpoint that the model was made of, or its encoder.",
-    )
     check(architecture != "headless", "This checkpoint has no head, so that it has no tokens to say. Export the whole model.")
     model = _Model(config.replace(scan_layers=False, moe_executor="blocks"), _greedy(config, controls))
     b, s = export.symbolic_shape("b, s")
@@ -115,9 +121,22 @@ def programs(config: SwitchConfig, params: Shapes, *, architecture: str = "full"
     return found
 
 
+def check_translates(config: SwitchConfig) -> None:
+    """Raises `ConfigError` for a model that does not read a source and say tokens, which is what any runtime here is for."""
+    check(
+        not config.decoder_only,
+        "Only models with an encoder are exported yet, and this one has architecture='decoder_only'. Run it with flax-switch "
+        "generate, or train an encoder-decoder.",
+    )
+    check(
+        config.head == LANGUAGE_MODEL,
+        f"A head for {config.head} is not exported. Export the checkpoint that the model was made of, or its encoder; or run the "
+        "model with flax-switch predict.",
+    )
+
+
 def check_exportable(config: SwitchConfig) -> None:
     """Raises `ConfigError` for a model whose shapes follow from how many tokens it is given, naming the field."""
-    check(not config.decoder_only, "Only models with an encoder are exported yet; this one has architecture='decoder_only'.")
     if not config.is_sparse:
         return
     check(
@@ -145,10 +164,6 @@ def _greedy(config: SwitchConfig, controls: Mapping[str, Any]) -> GenerationConf
         "routing='as_trained': a capacity that is a share of the tokens needs to know how many there are. Use 'dropless'.",
     )
     return settings
-
-
-def _variables(params: Arrays) -> dict[str, Any]:
-    return {"params": unflatten(dict(params))}
 
 
 def _ints(*shape: Any) -> ShapeDtypeStruct:

@@ -5,10 +5,11 @@ some steps of the rows at work. What a row says is what `generate` says of its s
 sampling and keys. A cache that is filled in a circle (`nn.cache.RingCache`) lets rows stand at different lengths.
 """
 
+import copy
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Self
 
 import flax.struct
 import jax
@@ -22,9 +23,13 @@ from flax_switch.convert.scan import unstack_layers
 from flax_switch.generation.logits import History
 from flax_switch.generation.program import decode, decoder_config, encoder_config, in_compute_dtype, start_cache
 from flax_switch.generation.sampling import Rows, extend_rows, start_rows
+from flax_switch.nn.adapter import without_adapter
 from flax_switch.nn.cache import RingCache
 from flax_switch.nn.transformer import SwitchTransformer
+from flax_switch.ops.kernels.adapted import Adapted
 from flax_switch.ops.kernels.few_rows import unstacked_experts
+from flax_switch.ops.kernels.narrow import Narrow
+from flax_switch.ops.kernels.on_disk import run_reading
 
 MOST_TOP_K = 128  # one program serves every top_k up to it
 ALTERNATIVES = 5  # tokens whose log-probabilities are noted beside the chosen one's
@@ -101,24 +106,48 @@ class SlotDecoder:
 
     def __init__(self, config: SwitchConfig, params: Mapping[str, Any], controls: GenerationConfig, max_new_tokens: int):
         """Takes a model and its defaults; `controls` are those of every row but for what `level_of` and `Wishes` tell apart."""
-        if config.scan_layers:
-            params, config = unstack_layers(params, config), config.replace(scan_layers=False)
+        self.config, config = config, config.replace(scan_layers=False)
         self.max_new_tokens = max_new_tokens
         controls = dataclasses.replace(controls, max_new_tokens=max_new_tokens)
         self.encoder = SwitchTransformer(encoder_config(config, controls.routing))
         self.decoder = SwitchTransformer(decoder_config(config, controls.routing))
-        variables: dict[str, Any] = {"params": params}
-        if unstacked := unstacked_experts(params, config.decoder.sparse_layers, config.num_experts):
-            variables["unstacked"] = unstacked
-        self.variables = in_compute_dtype(variables, self.decoder.config)
+        self.variables = self._variables(self._layers_of(params))
         levels = _levels(controls)
         self._empty = jax.jit(functools.partial(_empty, self.decoder, levels[0]), static_argnums=(1, 2))
         self._admit = jax.jit(functools.partial(_admit, self.encoder, self.decoder, levels[0]), donate_argnums=1)
         self._run = jax.jit(functools.partial(_run, self.decoder, levels), donate_argnums=1)
 
+    def with_adapter(self, params: Mapping[str, Any]) -> Self:
+        """Returns a decoder of the same model with another adapter in its parameters, or with none.
+
+        Kernels are this one's, and so are the programs where adapters have the same shapes.
+        """
+
+        def mine(own: Any, other: Any) -> Any:
+            return dataclasses.replace(other, base=own) if isinstance(other, Adapted) else own
+
+        own = without_adapter(self.variables["params"])
+        params = jax.tree.map(mine, own, self._layers_of(params), is_leaf=lambda leaf: isinstance(leaf, Narrow))
+        other = copy.copy(self)
+        other.variables = self._variables(params)
+        return other
+
+    def _layers_of(self, params: Mapping[str, Any]) -> Mapping[str, Any]:
+        return unstack_layers(params, self.config) if self.config.scan_layers else params
+
+    def _variables(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        config, variables = self.decoder.config, {"params": params}
+        if unstacked := unstacked_experts(params, config.decoder.sparse_layers, config.num_experts):
+            variables["unstacked"] = unstacked
+        return in_compute_dtype(variables, config)
+
     def empty(self, rows: int, source_length: int) -> Slots:
         """Returns slots without work, for sources of up to `source_length` tokens."""
         return self._empty(self.variables, rows, source_length)
+
+    def _call(self, program: Callable[..., Any], *inputs: Any) -> Any:
+        """Returns what a program makes of the model and inputs; experts on disk are read for it."""
+        return run_reading(self.variables, lambda: program(self.variables, *inputs))[0]
 
     def admit(self, slots: Slots, rows: Mapping[int, Row], batch: int) -> Slots:
         """Encodes up to `batch` sources and puts them into slots, by number; a program is compiled for each `batch`."""
@@ -134,7 +163,7 @@ class SlotDecoder:
             limit[i], greedy[i] = row.controls.max_new_tokens, not row.controls.do_sample
             for name, number in numbers_of(row.controls, self.decoder.config.vocab_size).items():
                 numbers[name][i] = number
-        return self._admit(self.variables, slots, ids, mask.astype(bool), where, draws, (limit, greedy, numbers))
+        return self._call(self._admit, slots, ids, mask.astype(bool), where, draws, (limit, greedy, numbers))
 
     def run(
         self, slots: Slots, active: np.ndarray, steps: int, level: int, scored: bool, wanted: bool = False
@@ -145,7 +174,7 @@ class SlotDecoder:
         for a slot, so that the run ends with the first row. A program is compiled for each len(active).
         """
         settings = np.int32(steps), np.int32(level), np.bool_(scored), np.bool_(wanted)
-        return self._run(self.variables, slots, active, *settings)
+        return self._call(self._run, slots, active, *settings)
 
 
 def level_of(controls: GenerationConfig) -> int:

@@ -59,6 +59,11 @@ class Pretrained:
         found = first_on_disk(self.params)
         return None if found is None else found.cache.reads
 
+    @property
+    def prefixes_in_use(self) -> tuple[str, ...]:
+        """What tasks had before inputs: those of the adapter in use, or else the model's."""
+        return (() if self.adapter is None else self._in_use().prefixes) or self.prefixes
+
     def replace(self, **changes: Any) -> Self:
         """Returns a copy with some fields changed: the parameters after an update, for instance."""
         return dataclasses.replace(self, **changes)
@@ -230,7 +235,7 @@ class Pretrained:
         if adapter is not None and adapter != self.adapter:
             return self.use_adapter(adapter).generate(input_ids, attention_mask, prefix=prefix, **controls)
         if prefix is None:
-            known = self.prefixes if self.adapter is None else self._in_use().prefixes or self.prefixes
+            known = self.prefixes_in_use
             prefix = known[0] if len(known) == 1 else ""
         ids, mask = self._encoded(input_ids, attention_mask, prefix)
         output = generate(self.model, self.params, ids, mask, **with_defaults(self.generation_defaults, controls))

@@ -7,6 +7,7 @@ import base64
 import contextlib
 import dataclasses
 import json
+import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
@@ -20,6 +21,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from flax_switch.config import ConfigError, check, one_of
+from flax_switch.convert.tensors import CheckpointError
 from flax_switch.host.json_text import field, json_object
 from flax_switch.serving.completions import WHERE, Answer, parse, texts_or_ids
 from flax_switch.serving.engine import Closing, Engine, Full, Job, Sequence
@@ -28,6 +30,8 @@ from flax_switch.serving.limits import Limits
 from flax_switch.serving.metrics import Metrics
 from flax_switch.serving.models import Served
 from flax_switch.serving.page import chip_colors, read_page
+
+log = logging.getLogger(__name__)
 
 _CLOSING = "The server is shutting down; ask another one, or again later."
 _MOST_INPUTS = 256  # texts of one request for embeddings
@@ -269,7 +273,8 @@ def build_app(server: Server, key: str | None = None, local: bool = True) -> Sta
         Route("/v1/chat/completions", server.chat, methods=["POST"]),
     ]
     paths = tuple(route.path for route in routes)
-    errors: Any = {HTTPException: _no_path, ConfigError: _bad, Refusal: _refused, Full: _full, Closing: _closing}
+    errors: Any = {HTTPException: _no_path, ConfigError: _bad, CheckpointError: _unreadable}
+    errors |= {Refusal: _refused, Full: _full, Closing: _closing}
     guard = Middleware(Guard, limits=server.limits, metrics=server.metrics, key=key, local=local, paths=paths)
     return Starlette(routes=routes, middleware=[guard], exception_handlers=errors, lifespan=server.lifespan)
 
@@ -282,6 +287,11 @@ async def _no_path(request: Request, error: HTTPException) -> Response:
 
 async def _bad(request: Request, error: ConfigError) -> Response:
     return refused(Refusal(400, str(error)))
+
+
+async def _unreadable(request: Request, error: CheckpointError) -> Response:
+    log.error("%s", error)
+    return refused(Refusal(500, "The model cannot be read; the server's log says why."))
 
 
 async def _refused(request: Request, error: Refusal) -> Response:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-import re
 from collections.abc import Mapping, Sequence
-from pathlib import PurePath
 from typing import Any
 
 import jax
@@ -21,6 +19,7 @@ from flax_switch.generation.slots import SlotDecoder
 from flax_switch.generation.text import prefixed
 from flax_switch.inspection.routing import StackRouting, stack_routings
 from flax_switch.nn.transformer import SwitchEncoder, SwitchTransformer
+from flax_switch.ops.kernels.on_disk import run_reading
 from flax_switch.pretrained import Pretrained
 from flax_switch.pretrained.tasks import embeddings
 from flax_switch.serving.limits import Limits
@@ -28,38 +27,25 @@ from flax_switch.serving.limits import Limits
 log = logging.getLogger(__name__)
 
 _NOT_FOLLOWED = ("num_beams", "num_return_sequences", "forced_eos_token_id", "output_scores", *BEAMS_ONLY)
-_NAME = re.compile(r"[\w.:-]{1,100}")
-
-
-def parse_model(text: str) -> tuple[str, str]:
-    """Returns the name and the path of NAME=PATH, or of a PATH, whose last part is the name."""
-    name, equals, path = text.partition("=")
-    if not equals or not _NAME.fullmatch(name):
-        name, path = PurePath(text).name or text, text
-    check(path, f"{text!r} names no model: give a PATH, or NAME=PATH.")
-    check(_NAME.fullmatch(name), f"{shown(name)} is no name to ask for a model by; give one, as in NAME={path}.")
-    return name, path
 
 
 class Served:
     """One model of a server."""
 
-    def __init__(self, name: str, pretrained: Pretrained, limits: Limits):
-        """Takes a model that is loaded. Its defaults of generation are followed, but for those of beams, which the log names."""
+    def __init__(self, name: str, pretrained: Pretrained, limits: Limits, like: Served | None = None):
+        """Takes a model that is loaded. Its defaults of generation are followed, but for those of beams, which the log names.
+
+        like: one of the same model, with another adapter or none, whose arrays and programs are used again.
+        """
         self.name, self.limits, self.config = name, limits, pretrained.config
         check(
             not self.config.decoder_only,
             f"The model {name!r} is a decoder alone, and slots are for models that read a source with an encoder; `flax-switch "
             "generate` runs it.",
         )
-        check(
-            pretrained.adapter is None,
-            f"The model {name!r} has an adapter in use, and a server takes models alone: make one of both with merge_adapter(), or "
-            "flax-switch convert ADAPTER DST --base MODEL --merge.",
-        )
         if pretrained.vocabulary is None:
             raise ConfigError(f"The model {name!r} has no vocabulary to read text with; put its spiece.model into the folder.")
-        self.vocabulary, prefixes = pretrained.vocabulary, pretrained.prefixes
+        self.vocabulary, prefixes = pretrained.vocabulary, pretrained.prefixes_in_use
         self.prefix = prefixes[0] if len(prefixes) == 1 else ""
         defaults = pretrained.generation_defaults
         self.defaults = {key: value for key, value in defaults.items() if key not in _NOT_FOLLOWED}
@@ -70,13 +56,16 @@ class Served:
         controls = self.controls({})
         self.decoder: SlotDecoder | None = None
         if pretrained.architecture == "full":
-            slots = self.decoder = SlotDecoder(self.config, pretrained.params, controls, limits.max_tokens)
-            encoder, decoder, variables = slots.encoder, slots.decoder, slots.variables
+            if like is None or like.decoder is None:
+                self.decoder = SlotDecoder(self.config, pretrained.params, controls, limits.max_tokens)
+            else:
+                self.decoder = like.decoder.with_adapter(pretrained.params)
+            encoder, decoder, self._variables = self.decoder.encoder, self.decoder.decoder, self.decoder.variables
         else:
             encoder = pretrained.model.clone(config=encoder_config(self.config, controls.routing))
-            decoder, variables = None, {"params": pretrained.params}
-        self._embed = functools.partial(jax.jit(functools.partial(embeddings, encoder)), variables)
-        self._routers = functools.partial(jax.jit(functools.partial(_routers, encoder, decoder)), variables)
+            decoder, self._variables = None, {"params": pretrained.params}
+        programs = functools.partial(embeddings, encoder), functools.partial(_routers, encoder, decoder)
+        self._programs = tuple(map(jax.jit, programs)) if like is None else like._programs
 
     def warm_up(self) -> None:
         """Compiles embeddings and routing for every length."""
@@ -114,7 +103,7 @@ class Served:
 
     def embed(self, ids: Sequence[int], length: int | None = None) -> np.ndarray:
         """Returns the mean of the encoder's states over the tokens of a source, made of length 1: [d_model] in float32."""
-        return np.asarray(self._embed(*_filled(ids, length or self.limits.bucket(len(ids)))))[0]
+        return np.asarray(self._run(0, *_filled(ids, length or self.limits.bucket(len(ids)))))[0]
 
     def routing(self, ids: Sequence[int], target: Sequence[int]) -> list[StackRouting]:
         """Returns what the routers decide about a source, and about the tokens of an output that the decoder is fed.
@@ -130,7 +119,10 @@ class Served:
         inputs = _filled(ids, length)
         if self.decoder is not None:
             inputs += _filled(fed, self.limits.max_tokens)
-        return jax.device_get(self._routers(*inputs))
+        return jax.device_get(self._run(1, *inputs))
+
+    def _run(self, program: int, *inputs: np.ndarray) -> Any:
+        return run_reading(self._variables, lambda: self._programs[program](self._variables, *inputs))[0]
 
 
 def _filled(row: Sequence[int], length: int) -> tuple[np.ndarray, np.ndarray]:

@@ -22,8 +22,15 @@ log = logging.getLogger(__name__)
 
 
 def prepare(pretrained: Mapping[str, Pretrained], limits: Limits) -> Server:
-    """Returns a server of models by name, all of whose programs are compiled."""
-    models = {name: Served(name, one, limits) for name, one in pretrained.items()}
+    """Returns a server of models by name, all of whose programs are compiled.
+
+    Those that are one model with different adapters (`Pretrained.use_adapter`) share its arrays.
+    """
+    models: dict[str, Served] = {}
+    for name, one in pretrained.items():
+        first = jax.tree.leaves(one.params)[0]
+        like = next((served for n, served in models.items() if jax.tree.leaves(pretrained[n].params)[0] is first), None)
+        models[name] = Served(name, one, limits, like)
     engine = Engine({name: model.decoder for name, model in models.items() if model.decoder is not None}, limits)
     slots = sum(x.nbytes for pool in engine.pools.values() for x in jax.tree.leaves(pool.slots.cache))
     log.info("Slots take %.0f MiB; compiling for sources of up to %s tokens.", slots / 2**20, ", ".join(map(str, limits.buckets)))

@@ -18,6 +18,7 @@ MODELS = {
     "experts": dict(),
     "experts, gated, two for each token": dict(_GATED, num_selected_experts=2, relative_attention_per_layer=True),
     "experts with Hugging Face's fixed capacity": dict(capacity_mode="fixed", expert_capacity=2, routing_group="sequence"),
+    "experts, all kernels in int8": dict(weights="int8"),
     "experts that choose": dict(router_type="experts_choose"),
     "dense (T5)": _DENSE,
     "dense, gated, untied (T5 1.1)": {**_DENSE, **_GATED},
@@ -57,10 +58,14 @@ class Model:
 
     def __init__(self, name, folder):
         self.vocabulary = vocabulary()
-        self.config = config_of(name, self.vocabulary.size)
-        self.params = lively_params(self.config)
+        config = config_of(name, self.vocabulary.size)
+        floats = config.replace(weights="float")
+        model = fs.Pretrained(floats, SwitchTransformer(floats), lively_params(floats), self.vocabulary)
+        if config.weights != "float":
+            model = fs.quantize(model, config.weights)
+        self.config, self.params = model.config, model.params
         self.folder = folder / "model"
-        fs.save_pretrained(self.folder, self.config, self.params, self.vocabulary, format="flax_switch")
+        model.save_pretrained(self.folder, format="flax_switch")
 
     def sources(self, count=100):
         """Batches of ids and masks, `count` rows in all."""

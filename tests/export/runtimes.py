@@ -33,12 +33,12 @@ np.savez(sys.argv[3], **found)
 """
 
 
-def stablehlo(folder, sources, scratch):
+def stablehlo(folder, sources, scratch, python=sys.executable):
     """Runs `load.py` in a process that can import nothing of this project; returns tokens, and those made step by step."""
     arrays = {f"{name}_{i}": array for i, pair in enumerate(sources) for name, array in zip(("ids", "mask"), pair, strict=True)}
     np.savez(scratch / "sources.npz", **arrays)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    arguments = [sys.executable, "-c", ALONE, folder, scratch / "sources.npz", scratch / "found.npz", NEW]
+    arguments = [python, "-c", ALONE, folder, scratch / "sources.npz", scratch / "found.npz", NEW]
     subprocess.run(list(map(str, arguments)), check=True, cwd=scratch, env=environment)
     found = np.load(scratch / "found.npz")
     assert (padded(found["steps_0"]) == padded(found["generate_0"])).all()

@@ -17,11 +17,13 @@ from flax_switch.convert.safetensors_file import read_safetensors
 from flax_switch.export import load
 from flax_switch.export.folder import export
 from flax_switch.export.programs import programs
+from flax_switch.nn.heads import build_model
 
 TINY = SwitchConfig(
     vocab_size=32, d_model=8, num_heads=2, d_kv=4, d_ff=16, num_encoder_layers=1, num_decoder_layers=1, num_experts=2,
     num_sparse_encoder_layers=0, num_sparse_decoder_layers=0,
 )  # fmt: skip
+HEAD = dict(head="classification", labels=("no", "yes"))
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +78,11 @@ def test_llama_cpp_knows_every_tensor_and_setting(dense, tmp_path):
         (dict(relative_attention_max_distance=64), "gguf-ready", "relative_attention_max_distance=64"),
         (dict(num_sparse_encoder_layers=1), "gguf-ready", "1 of this model's layers.*Distil"),
         (dict(num_sparse_decoder_layers=1), "onnx", "sort.*Distil"),
-        (dict(architecture="decoder_only"), "stablehlo", "architecture='decoder_only'"),
+        (dict(architecture="decoder_only"), "stablehlo", "architecture='decoder_only'.*flax-switch generate"),
+        (dict(architecture="decoder_only"), "onnx", "architecture='decoder_only'.*flax-switch generate"),
+        (dict(architecture="decoder_only"), "ctranslate2", "architecture='decoder_only'.*flax-switch generate"),
+        (dict(HEAD), "stablehlo", "head for classification.*checkpoint that the model was made of.*flax-switch predict"),
+        (dict(HEAD), "gguf-ready", "head for classification.*checkpoint that the model was made of"),
         (
             dict(num_sparse_encoder_layers=1, capacity_mode="fixed", expert_capacity=2, routing_group="tokens"), "stablehlo",
             "capacity_mode='fixed' with routing_group='tokens'",
@@ -85,7 +91,8 @@ def test_llama_cpp_knows_every_tensor_and_setting(dense, tmp_path):
 )  # fmt: skip
 def test_what_a_format_cannot_hold_is_refused_by_name(changes, to, said, tmp_path):
     config = TINY.replace(**changes)
-    fs.save_pretrained(tmp_path / "model", config, fs.init_params(config, jax.random.key(0)), format="flax_switch")
+    params = fs.init_params(build_model(config, "full"), jax.random.key(0))
+    fs.save_pretrained(tmp_path / "model", config, params, format="flax_switch")
     with pytest.raises(ConfigError, match=f"(?s){said}"):
         export(tmp_path / "model", tmp_path / "out", to=to)
     assert not (tmp_path / "out").exists()

@@ -1,12 +1,16 @@
 """What another runtime says of an exported model is what `generate` says, or the export is refused with the way out."""
 
 import importlib.util
+import os
+import subprocess
+import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from models import MODELS, Model
-from runtimes import NEEDS, RUNTIMES
+from runtimes import NEEDS, RUNTIMES, stablehlo
 
 from flax_switch.config import ConfigError
 from flax_switch.export import FORMATS
@@ -61,3 +65,31 @@ def test_a_runtime_says_what_the_table_says_of_a_model(name, to, tmp_path):
     if TABLE[name, to] == SAME and importlib.util.find_spec(NEEDS[to]) is None:
         pytest.skip(f"needs {NEEDS[to]}: see docs/export.md")
     assert outcome(name, to, tmp_path, count=100) == TABLE[name, to]
+
+
+def installed(folder, *packages):
+    """Installs packages into an environment of its own, whose Python it returns."""
+    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--retries", "0", *packages]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"no index to install {', '.join(packages)} from: {done.stderr[-300:]}")
+    return python
+
+
+@pytest.mark.slow
+def test_a_fresh_environment_with_jax_and_flatbuffers_alone_says_the_same(tmp_path, capfd):
+    pytest.importorskip("flatbuffers")
+    model = Model("experts", tmp_path)
+    folder, sources = export(model.folder, tmp_path / "out", to="stablehlo"), list(model.sources(100))
+    python = installed(tmp_path / "fresh", f"jax=={jax.__version__}")
+    with pytest.raises(subprocess.CalledProcessError):
+        stablehlo(folder, sources, tmp_path, python)
+    assert "Please install 'flatbuffers'" in capfd.readouterr().err, "what docs/export.md says is wanted beside JAX"
+    python = installed(tmp_path / "fresh", "flatbuffers")
+    for (ids, mask), found in zip(sources, stablehlo(folder, sources, tmp_path, python), strict=True):
+        np.testing.assert_array_equal(found, model.tokens(ids, mask))
+    frozen = subprocess.run([python, "-m", "pip", "list", "--format=freeze"], capture_output=True, text=True, check=True).stdout
+    assert "flax" not in frozen.lower()

@@ -7,18 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawn_adapters import drawn
 
 import flax_switch as fs
 from flax_switch.config import ConfigError, MeshConfig
-from flax_switch.config.adapter import AdapterConfig
 from flax_switch.convert import CheckpointError
-from flax_switch.convert.adapter import fingerprint, shapes, uniform
-from flax_switch.convert.tensors import from_array
 from flax_switch.generation.program import run_program
 from flax_switch.parallel.mesh import create_mesh
-from flax_switch.pretrained.saving import unscanned
-from flax_switch.serving.limits import Limits
-from flax_switch.serving.models import Served
 
 CONFIG = fs.SwitchConfig(
     vocab_size=64, d_model=64, num_heads=2, d_kv=32, d_ff=64, num_encoder_layers=2, num_decoder_layers=2, num_experts=4,
@@ -36,16 +31,6 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model(folder):
     return fs.load_pretrained(folder)
-
-
-def drawn(model, seed, **settings):
-    """An adapter of random numbers for a model."""
-    config, rng = AdapterConfig(**{"rank": 4, "alpha": 8.0, "router": True, **settings}), np.random.default_rng(seed)
-    arrays = {path: rng.normal(size=shape).astype(np.float32) * 0.15 for path, shape in shapes(model.config, config).items()}
-    arrays = {path: np.abs(x) * 8 if path.endswith("magnitude") else x for path, x in arrays.items()}
-    tensors = {path: from_array(x) for path, x in arrays.items()}
-    known = fingerprint(unscanned(model.config, model.params), model.config.embedding_path)
-    return uniform(config, tensors, "its base", known)
 
 
 def logits(model):
@@ -177,8 +162,3 @@ def test_what_an_adapters_tasks_had_before_inputs_goes_with_it(model, tmp_path):
     again = fs.load_adapter(tmp_path / "saved", model)
     assert again.prefixes == ("first: ",)
     assert model.with_adapter(again).merge_adapter().prefixes == ("first: ",)
-
-
-def test_a_server_takes_models_alone(model):
-    with pytest.raises(ConfigError, match="'it' has an adapter in use, .* merge_adapter"):
-        Served("it", model.with_adapter(drawn(model, 1)), Limits())

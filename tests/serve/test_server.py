@@ -3,6 +3,7 @@
 import base64
 import concurrent.futures
 import json
+import os
 import socket
 import time
 
@@ -11,7 +12,10 @@ import pytest
 from client import LIMITS, TEXT, Running, alone, requests, small_model
 from hostile import BAD, asked_with
 
+import flax_switch as fs
+from flax_switch.ops.kernels.on_disk import first_on_disk
 from flax_switch.serving import metrics
+from flax_switch.serving.models import Served
 
 WORDS = TEXT.split()
 PROMPT = " ".join(WORDS[:6])
@@ -262,3 +266,28 @@ def test_a_failure_of_the_device_is_told_and_the_next_request_is_served(running,
     assert client.post("/v1/completions", body)[0] == 200
     assert "no device" in caplog.text
     assert "secret" not in caplog.text, "texts are no matter of the log"
+
+
+@pytest.mark.slow
+def test_experts_on_disk_are_served_and_a_file_that_is_changed_is_told(models, tmp_path, caplog):
+    models["small"].save_pretrained(tmp_path / "model", format="flax_switch")
+    on_disk = fs.load_pretrained(tmp_path / "model", experts="disk", expert_memory=2 * 2 * 16 * 32 * 4)  # two experts
+    body = dict(prompt=PROMPT, max_tokens=8, temperature=0)
+    with Running({"small": on_disk}, LIMITS.replace(slots=1, max_source_length=32)) as running:
+        client = running.client
+        expected = models["small"].generate(PROMPT, max_new_tokens=8).texts
+        assert client.texts(**body) == list(expected)
+        assert "".join(event["choices"][0]["text"] for event in client.events(**body)) == expected[0]
+        said = client.complete(**body, logprobs=2)["choices"][0]
+        assert said["text"] == expected[0] and len(said["logprobs"]["token_logprobs"]) > 1
+        vector = client.post("/v1/embeddings", dict(input=PROMPT))[1]["data"][0]["embedding"]
+        resident = Served("small", models["small"], LIMITS)
+        np.testing.assert_allclose(vector, resident.embed(resident.ids_of(PROMPT), 32), rtol=1e-5)
+        os.utime(tmp_path / "model/params.safetensors")
+        first_on_disk(on_disk.params).cache.clear()
+        for path, asked in (("completions", body), ("embeddings", dict(input=PROMPT))):
+            caplog.clear()
+            status, answer = client.post(f"/v1/{path}", asked)
+            assert status == 500 and "log" in answer["error"]["message"] and str(tmp_path) not in str(answer)
+            assert "CheckpointError: Expert" in caplog.text or caplog.messages[-1].startswith("Expert"), "it names the expert"
+            assert "has changed since the model was opened" in caplog.text

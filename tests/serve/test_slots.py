@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from client import small_model
 
+import flax_switch as fs
 from flax_switch.config import ConfigError
 from flax_switch.generation.generate import generate
 from flax_switch.generation.slots import Row, level_of
@@ -21,6 +22,8 @@ MODELS = {
     "scanned": dict(
         scan_layers=True, num_encoder_layers=4, num_decoder_layers=4, num_sparse_encoder_layers=2, num_sparse_decoder_layers=2
     ),
+    "int8": {},
+    "experts on disk": {},
 }  # fmt: skip
 DEFAULTS = {
     "none": {},
@@ -67,10 +70,26 @@ def decoded(decoder, wanted):
     return [found[number] for number in range(len(wanted))]
 
 
-@pytest.mark.parametrize(("kind", "defaults"), [*((kind, "none") for kind in MODELS), ("dropless", "many")])
-def test_a_row_among_others_is_the_row_alone(kind, defaults):
-    pretrained = small_model(**MODELS[kind]).replace(generation_defaults=DEFAULTS[defaults])
-    served = Served(kind, pretrained, Limits(max_tokens=NEW))
+def as_served(kind, pretrained, folder):
+    """The model that a server has, and the one whose outputs it must have."""
+    if kind == "int8":
+        pretrained = fs.quantize(pretrained, "int8")
+    if kind != "experts on disk":
+        return pretrained, pretrained
+    pretrained.save_pretrained(folder / "model", format="flax_switch")
+    return fs.load_pretrained(folder / "model", experts="disk", expert_memory=3 * 2 * 16 * 32 * 4), pretrained  # three experts
+
+
+SLOW = {"int8", "experts on disk"}
+CASES = [*((kind, "none") for kind in MODELS), ("dropless", "many")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "defaults"), [pytest.param(*case, marks=pytest.mark.slow if case[0] in SLOW else ()) for case in CASES]
+)
+def test_a_row_among_others_is_the_row_alone(kind, defaults, tmp_path):
+    there, pretrained = as_served(kind, small_model(**MODELS[kind]).replace(generation_defaults=DEFAULTS[defaults]), tmp_path)
+    served = Served(kind, there, Limits(max_tokens=NEW))
     wanted = [(ids, served.controls(controls), seed) for ids, controls, seed in rows(12, pretrained.config.vocab_size)]
     found = decoded(served.decoder, [Row(ids, controls, (seed, 0, 0)) for ids, controls, seed in wanted])
     for (ids, controls, seed), tokens in zip(wanted, found, strict=True):
@@ -82,6 +101,8 @@ def test_a_row_among_others_is_the_row_alone(kind, defaults):
         expected = alone[: alone.index(1) + 1] if 1 in alone else alone
         assert tokens == expected[: controls.max_new_tokens], (ids, controls)
     assert len({tuple(tokens) for tokens in found}) > 6, "outputs that differ can be told apart"
+    if there is not pretrained:
+        assert there.expert_reads.misses > 4, "the memory holds three of eight experts"
 
 
 def test_where_somebody_waits_a_run_ends_with_the_first_row_else_with_the_last():

@@ -9,7 +9,7 @@ from flax_switch.config import ConfigError, SwitchConfig
 from flax_switch.data.byte_vocabulary import ByteVocabulary
 from flax_switch.generation.text import texts_of
 from flax_switch.serving.limits import Limits
-from flax_switch.serving.models import parse_model
+from flax_switch.serving.loading import parse_model
 from flax_switch.serving.texts import Output
 
 CONFIG = SwitchConfig(vocab_size=512)

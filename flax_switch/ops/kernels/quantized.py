@@ -14,6 +14,7 @@ from typing import Any, Self
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax import core
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int8, Integer
 
@@ -154,7 +155,8 @@ def _product(x: Array, values: Array, dtype: DTypeLike, least: int = 0) -> Array
     """Returns x times the transpose of values, or of each of a stack, in `dtype`; fewer rows than `least` get rows of zeros."""
     rows = x.reshape(-1, x.shape[-1]) if values.ndim == 2 else x
     count = rows.shape[-2]
-    padded = jnp.pad(rows, [(0, 0)] * (rows.ndim - 2) + [(0, max(0, least - count)), (0, 0)])
+    missing = core.max_dim(least - count, 0)  # the count may be a symbol
+    padded = jnp.pad(rows, [(0, 0)] * (rows.ndim - 2) + [(0, missing), (0, 0)])
     product = jnp.einsum("...RD,...FD->...RF", padded, values, preferred_element_type=dtype)
     return product[..., :count, :].reshape(*x.shape[:-1], values.shape[-2])
 

@@ -107,18 +107,18 @@ def measure(shape: str, args: argparse.Namespace) -> list[dict]:
     print(f"{shape}: {time.perf_counter() - began:.0f} s to compile", flush=True)
     from flax_switch.serving.app import build_app
 
-    def served(name: str, app) -> None:
+    def served(name: str, app, most: int) -> None:
         with running(app) as port:
             for clients in args.clients:
                 sizes = dict(clients=clients, source=args.source, new_tokens=args.new_tokens, vocab_size=config.vocab_size)
                 _asked(port, **sizes, requests=clients)
-                requests = max(args.requests[shape], 2 * clients)
+                requests = max(min(args.requests[shape], most), 2 * clients)
                 found = _asked(port, **sizes, requests=requests)
                 rows.append(_row(shape, f"{name}, {clients}", requests / found["total"], found["seconds"]))
 
-    served("ours", build_app(server))
+    served("ours", build_app(server), 10**6)
     if args.transformers:
-        served("transformers", transformers_app(config, params, args.new_tokens))
+        served("transformers", transformers_app(config, params, args.new_tokens), 100)
     _compare(rows)
     return rows
 

@@ -24,6 +24,7 @@ from flax_switch.serving.limits import Limits
 log = logging.getLogger(__name__)
 
 RUN_SECONDS = 0.03  # of decoding between two looks at who waits: what a newcomer waits and a stream pauses
+UNWATCHED_SECONDS = 0.1  # the same where nobody follows a text
 LEAST_STEPS = 8  # of a run that ends when a row has all its tokens, so that the row's slot is not empty for long
 
 
@@ -106,7 +107,8 @@ class Pool:
         level = max(level_of(sequence.row.controls) for sequence in sequences)
         scored = any(sequence.scored for sequence in sequences)
         left = min(sequence.row.controls.max_new_tokens - len(sequence.tokens) for sequence in sequences)
-        most = max(1, min(int(RUN_SECONDS / self.step_seconds[size]), max(left, LEAST_STEPS)))
+        seconds = RUN_SECONDS if any(sequence.followed for sequence in sequences) else UNWATCHED_SECONDS
+        most = max(1, min(int(seconds / self.step_seconds[size]), max(left, LEAST_STEPS)))
         started = time.perf_counter()
         self.slots, report = self.decoder.run(self.slots, active, most, level, scored, bool(self.waiting))
         scores, report = report.scores if scored else None, jax.device_get(report._replace(scores=None))

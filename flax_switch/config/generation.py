@@ -175,6 +175,7 @@ _FIXED = {
     "return_dict_in_generate": (True, "what comes back is always a GenerationOutput, whose .sequences are the ids; leave it out"),
     "past_key_values": (None, "the cache lives inside the compiled program; give the tokens so far as decoder_input_ids"),
     "cache": (None, "the cache lives inside the compiled program; give the tokens so far as decoder_input_ids"),
+    "streamer": (None, "iterate over stream(...), which takes the same arguments and gives tokens as they are made"),
     "max_length": (None, "it counts the start token; set max_new_tokens, one less"),
     "min_length": (None, "it counts the start token; set min_new_tokens, one less"),
 }

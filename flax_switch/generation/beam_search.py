@@ -36,6 +36,13 @@ class Beams:
         """The tokens that the decoder has not seen yet."""
         return jax.lax.dynamic_index_in_dim(self.tokens, self.length - 1, axis=2, keepdims=False).reshape(-1)
 
+    def alive(self, controls: GenerationConfig) -> Bool[Array, " R"]:
+        """Returns which beams are possible and may still change what is found for their source."""
+        going = self.improvable
+        if controls.early_stopping is True:
+            going = going & ~self.is_finished.all(axis=1)
+        return (going[:, None] & (self.scores > -jnp.inf)).reshape(-1)
+
 
 def start_beams(prefix: Int[Array, "B P"], keys: Key[Array, " B"], controls: GenerationConfig, vocab_size: int) -> Beams:
     """Returns beams that hold the decoder's prefix. Only the first counts until they differ."""

@@ -27,14 +27,17 @@ _constraints: weakref.WeakValueDictionary[int, "Constraint"] = weakref.WeakValue
 class Constraint:
     """A `prefix_allowed_tokens_fn` while a program asks it."""
 
-    def __init__(self, function: PrefixFunction, padding: Int[np.ndarray, " B"], vocab_size: int):
-        """Takes the function, and how many places of each source's rows are padding, which it is not shown."""
+    def __init__(self, function: PrefixFunction, padding: Int[np.ndarray, " B"], vocab_size: int, ends: tuple[int, ...] = ()):
+        """Takes the function, and how many places of each source's rows are padding, which it is not shown.
+
+        ends: tokens after which it may allow nothing.
+        """
         check(
             callable(function),
             "prefix_allowed_tokens_fn must be a function of a source's number and its tokens so far, which returns the ids allowed "
             f"next; it is {shown(function)}.",
         )
-        self.function, self.padding, self.vocab_size = function, padding, vocab_size
+        self.function, self.padding, self.vocab_size, self.ends = function, padding, vocab_size, ends
         self.failure: BaseException | None = None  # what the function raised, or what is wrong with what it returned
         self.number = next(_numbers) % 2**31
         _constraints[self.number] = self
@@ -53,12 +56,12 @@ class Constraint:
         except TypeError:
             raise ConfigError(f"{where} must return a list of ids; it returned {shown(found)}.") from None
         check(
-            len(ids) > 0,
+            len(ids) > 0 or int(tokens[-1]) in self.ends,
             f"{where} allows no token, so that nothing can follow; return at least one id, such as EOS where a sequence is whole.",
         )
         bad = next((token for token in ids if not 0 <= token < self.vocab_size), None)
         check(bad is None, f"{where} allows {bad}, which is no id of the vocabulary of {self.vocab_size}.")
-        return np.array(ids)
+        return np.array(ids, int)
 
 
 def allowed_tokens(
@@ -68,28 +71,29 @@ def allowed_tokens(
     asked: Bool[Array, " R"],
     sources: Size,
     vocab_size: int,
-) -> Bool[Array, "R V"]:
-    """Returns what the constraint with this number allows after the rows' first `length` tokens; nothing for rows not `asked`.
+) -> tuple[Bool[Array, "R V"], Bool[Array, ""]]:
+    """Returns what the constraint with this number allows after the rows' first `length` tokens, and whether it has failed.
 
-    R is a multiple of `sources`, and rows of a source are neighbours. Nothing is allowed, either, where the constraint has failed.
+    R is a multiple of `sources`, and rows of a source are neighbours. Nothing is allowed for rows that are not `asked`, and to none
+    where the constraint has failed.
     """
-    shape = jax.ShapeDtypeStruct((tokens.shape[0], vocab_size), jnp.bool_)
+    shapes = jax.ShapeDtypeStruct((tokens.shape[0], vocab_size), jnp.bool_), jax.ShapeDtypeStruct((), jnp.bool_)
 
-    def ask(*inputs: Any) -> np.ndarray:
+    def ask(*inputs: Any) -> tuple[np.ndarray, np.bool_]:
         return _ask(sources, vocab_size, *map(np.asarray, inputs))
 
-    return jax.pure_callback(ask, shape, number, tokens, length, asked)
+    return jax.pure_callback(ask, shapes, number, tokens, length, asked)
 
 
-def _ask(sources: int, vocab_size: int, number, tokens, length, asked) -> np.ndarray:
+def _ask(sources: int, vocab_size: int, number, tokens, length, asked) -> tuple[np.ndarray, np.bool_]:
     allowed = np.zeros((len(tokens), vocab_size), bool)
     constraint = _constraints.get(int(number))
     if constraint is None or constraint.failure is not None:
-        return allowed
+        return allowed, np.bool_(True)
     try:
         for row in np.flatnonzero(asked):
             source = int(row) * sources // len(tokens)
             allowed[row, constraint.allowed(source, tokens[row, constraint.padding[source] : int(length)].copy())] = True
     except BaseException as failure:  # `check_met` raises it where the program was called: JAX would raise one of its own
         constraint.failure = failure
-    return allowed
+    return allowed, np.bool_(constraint.failure is not None)

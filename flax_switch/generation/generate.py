@@ -134,7 +134,9 @@ def prepared(
             "prefix_allowed_tokens_fn is none of T5X's beam search; leave it out, or set search='huggingface'.",
         )
         padding = (~mask).sum(axis=1) if config.decoder_only else np.zeros(B, np.int64)
-        constraint = Constraint(prefix_allowed_tokens_fn, padding, config.vocab_size)
+        # Where too few can go on, beams that have ended stay among the running ones, and transformers asks for them.
+        ends: Any = settings.eos_token_id if settings.num_beams > 1 else ()
+        constraint = Constraint(prefix_allowed_tokens_fn, padding, config.vocab_size, ends)
         numbers["constraint"] = np.int32(constraint.number)
     if config.scan_layers:
         params, config = unstack_layers(params, config), config.replace(scan_layers=False)

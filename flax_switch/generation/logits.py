@@ -26,6 +26,7 @@ class History:
     source: Int[Array, "B S"]  # R is a multiple of B; rows of a source are neighbours
     source_mask: Bool[Array, "B S"] | None  # False where n-grams of the source do not count; None: all count
     allowed: Bool[Array, "R V"] | None = None  # what a function of the prefix allows next; None: there is none
+    said: Float[Array, "R V"] | None = None  # how many beams of former groups say a token; None: there are no groups
 
 
 def process_scores(
@@ -34,6 +35,8 @@ def process_scores(
     """Applies all controls that are on; `numbers` holds their values (see `controls.split_numbers`)."""
     V = scores.shape[-1]
     new_tokens = history.length - history.prefix_length
+    if history.said is not None:
+        scores = scores - numbers["diversity_penalty"] * history.said
     if controls.repetition_penalty != 1.0:
         scores = penalise_repetition(scores, history.tokens, history.length, numbers["repetition_penalty"])
     if controls.no_repeat_ngram_size:
@@ -49,7 +52,7 @@ def process_scores(
     if controls.min_new_tokens:
         scores = forbid(scores, (one_of_tokens(as_ids(controls.eos_token_id), V) & (new_tokens < numbers["min_new_tokens"]))[None])
     if history.allowed is not None:
-        scores = keep_allowed(scores, history.allowed, controls.num_beams)
+        scores = keep_allowed(scores, history.allowed, controls.group_size)
     if controls.forced_bos_token_id is not None and history.prefix_length == 1:
         scores = jnp.where(new_tokens == 0, force((controls.forced_bos_token_id,), V)[None], scores)
     if controls.forced_eos_token_id is not None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Array, Int
 
 from flax_switch.config import SwitchConfig, check
 from flax_switch.config.generation import GenerationConfig
@@ -15,7 +15,7 @@ from flax_switch.generation.constraint import PrefixFunction
 from flax_switch.generation.defaults import with_defaults
 from flax_switch.generation.generate import Call, prepared
 from flax_switch.generation.pieces import Output
-from flax_switch.generation.program import Search, decoder_config, in_compute_dtype
+from flax_switch.generation.program import Search, State, decoder_config, in_compute_dtype
 from flax_switch.generation.text import Line, line_inputs
 from flax_switch.nn.inputs import TokenIds
 from flax_switch.nn.transformer import SwitchEncoder
@@ -75,7 +75,7 @@ def stream_pieces(
     call = prepared(model, params, input_ids, attention_mask, decoder_input_ids, prefix_allowed_tokens_fn, seed, controls)
     settings = call.arguments[1]
     check_streamed(settings)
-    rows = len(call.prefix) * settings.rows_per_source
+    rows = len(call.prefix) * settings.num_return_sequences
     check(rows == 1, f"Pieces are of one sequence, and these would be of {rows}: give one source, and no num_return_sequences.")
     return _pieces(_steps(params, call), None if vocabulary is None else Output(vocabulary, model.config))
 
@@ -122,8 +122,8 @@ def _steps(params: Mapping[str, Any], call: Call) -> Iterator[tuple[Int[np.ndarr
         return carry, newest[:, None], bool(done)
 
     carry, newest, done = run(start_program, variables, input_ids, mask, prefix, seeds, numbers)
-    yield np.repeat(call.prefix, controls.rows_per_source, axis=0), False
-    if call.prefix.shape[1] > 1:  # a longer prefix is followed by its first token already
+    yield np.repeat(call.prefix, controls.num_return_sequences, axis=0), False
+    if call.prefix.shape[1] > 1 and controls.penalty_alpha is None:  # a longer prefix is followed by its first token already
         yield newest, done
     while not done:
         carry, newest, done = run(step_program, ready, input_ids, mask, prefix, numbers, carry)
@@ -134,9 +134,9 @@ def _steps(params: Mapping[str, Any], call: Call) -> Iterator[tuple[Int[np.ndarr
 def start_program(
     config: SwitchConfig, controls: GenerationConfig, variables, input_ids, mask, prefix, seeds, numbers, *, devices: Placement
 ):
-    """Encodes and takes the prefix in; returns what `step_program` goes on with, the newest token of each row, and if all ended."""
-    state, cache = Search(config, controls, variables, input_ids, mask, prefix, numbers, devices).started(seeds)
-    return (state, cache), state.newest, state.done
+    """Encodes and takes the prefix in; returns what `step_program` goes on with, the last token of each row, and if all ended."""
+    carry = Search(config, controls, variables, input_ids, mask, prefix, numbers, devices).started(seeds)
+    return carry, last_tokens(carry[0]), carry[0].done
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), static_argnames="devices", donate_argnums=7)
@@ -144,5 +144,10 @@ def step_program(
     config: SwitchConfig, controls: GenerationConfig, variables, input_ids, mask, prefix, numbers, carry, *, devices: Placement
 ):
     """Takes one step; returns what `start_program` does."""
-    state, cache = Search(config, controls, variables, input_ids, mask, prefix, numbers, devices).step(carry)
-    return (state, cache), state.newest, state.done
+    carry = Search(config, controls, variables, input_ids, mask, prefix, numbers, devices).step(carry)
+    return carry, last_tokens(carry[0]), carry[0].done
+
+
+def last_tokens(state: State) -> Int[Array, " Bn"]:
+    """Returns the last token that each row holds."""
+    return jax.lax.dynamic_index_in_dim(state.tokens, state.length - 1, axis=1, keepdims=False)

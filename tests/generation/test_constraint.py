@@ -51,6 +51,7 @@ def dense(tmp_path_factory):
     return pair(model, tmp_path_factory.mktemp("dense"))
 
 
+SAMPLES = dict(max_new_tokens=NEW, do_sample=True, num_return_sequences=3, seed=5)
 CONTROLS = [
     dict(),
     dict(num_beams=3, num_return_sequences=2),
@@ -66,10 +67,11 @@ CONTROLS = [
 @pytest.mark.parametrize("controls", CONTROLS, ids=str)
 def test_what_a_function_allows_is_found_as_transformers_finds_it(request, sources, name, controls):
     model = request.getfixturevalue(name)
-    free = generate(model.model, model.params, *sources, max_new_tokens=NEW).sequences
-    for function in (ordinary, titles):
-        found = assert_same(model, *sources, prefix_allowed_tokens_fn=function, **{"max_new_tokens": NEW, **controls}).sequences
-        assert found.shape != free.shape or (found != free).any(), "a constraint that changes nothing tests little"
+    found = [
+        assert_same(model, *sources, prefix_allowed_tokens_fn=function, max_new_tokens=NEW, **controls).sequences
+        for function in (ordinary, titles)
+    ]
+    assert found[0].tolist() != found[1].tolist()
 
 
 def test_one_program_serves_every_function_and_rows_that_are_over_are_not_asked(trained, sources):
@@ -80,27 +82,30 @@ def test_one_program_serves_every_function_and_rows_that_are_over_are_not_asked(
 
     def noted(source, tokens):
         asked.add((source, tuple(tokens.tolist())))
-        return strictly_titles(source, tokens)  # transformers raises here: it asks for beams that are impossible, too
+        return strictly_titles(source, tokens)  # transformers raises here: it wants something to follow whole titles, too
 
     found = generate(trained.model, trained.params, *sources, prefix_allowed_tokens_fn=noted, **controls)
     assert run_program._cache_size() == compiled
     np.testing.assert_array_equal(found.sequences, expected.sequences)
     prefixes = {title[:length] for title in TITLES for length in range(1, len(title))}
-    assert {tokens for _, tokens in asked} == prefixes
+    assert prefixes <= {tokens for _, tokens in asked} <= prefixes | set(TITLES)
     assert {source for source, tokens in asked if tokens == (0,)} == set(range(6))
 
 
 def test_samples_keep_to_what_their_source_may_say(trained, sources):
-    controls = dict(max_new_tokens=NEW, do_sample=True, num_return_sequences=3, seed=5)
-
-    def run(function):
-        return generate(trained.model, trained.params, *sources, prefix_allowed_tokens_fn=function, **controls).sequences
-
-    for row, tokens in enumerate(run(ordinary).tolist()):
+    sequences = generate(trained.model, trained.params, *sources, prefix_allowed_tokens_fn=ordinary, **SAMPLES).sequences
+    for row, tokens in enumerate(sequences.tolist()):
         for place in range(1, tokens.index(EOS) + 1 if EOS in tokens else len(tokens)):
             assert tokens[place] in ordinary(row // 3, tokens[:place])
-    free = generate(trained.model, trained.params, *sources, **controls).sequences
-    np.testing.assert_array_equal(run(lambda source, tokens: range(VOCAB)), free)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("controls", [dict(), SAMPLES, dict(num_beams=3)], ids=str)
+def test_a_function_that_allows_everything_changes_nothing(trained, sources, controls):
+    controls = {"max_new_tokens": NEW, **controls}
+    expected = generate(trained.model, trained.params, *sources, **controls).sequences
+    found = generate(trained.model, trained.params, *sources, prefix_allowed_tokens_fn=lambda *_: range(VOCAB), **controls)
+    np.testing.assert_array_equal(found.sequences, expected)
 
 
 def test_a_source_alone_says_what_it_says_among_others(trained, sources):
@@ -131,7 +136,6 @@ def test_a_source_alone_says_what_it_says_among_others(trained, sources):
         (lambda source, tokens: None, ConfigError, "must return a list of ids; it returned None"),
         (lambda source, tokens: ["five"], ConfigError, "must return a list of ids"),
         (lambda source, tokens: 1 // 0, ZeroDivisionError, "division"),
-        ([5, 6], ConfigError, r"must be a function of a source's number .*; it is \[5, 6\]"),
     ],
 )
 def test_what_cannot_be_is_said_in_a_sentence(trained, sources, capfd, function, error, message):

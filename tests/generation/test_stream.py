@@ -35,10 +35,10 @@ CASES = {
     "fixed capacity": (BASE.replace(capacity_mode="fixed", expert_capacity=2), dict(encoder_no_repeat_ngram_size=2)),
     "one token": (BASE, dict(max_new_tokens=1)),
 }  # fmt: skip
-SLOW = ("scanned, in bfloat16, penalised", "fixed capacity", "one token")
+QUICK = "after a prefix, constrained"
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in CASES])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name == QUICK else pytest.mark.slow) for name in CASES])
 def test_tokens_joined_are_generates(name):
     config, controls = CASES[name]
     inputs = (SwitchTransformer(config), lively_params(config), *sources(config))
@@ -56,12 +56,14 @@ def bytes_model():
     return Pretrained(config, SwitchTransformer(config), lively_params(config), ByteVocabulary.with_sentinels(), prefixes=("go: ",))
 
 
+SAMPLES = dict(max_new_tokens=24, do_sample=True, top_k=0)
+
+
 def test_pieces_are_the_text_and_come_with_each_token(bytes_model):
     before = step_program._cache_size()
     for text, seed in (("abc", 1), ("Zürich", 2), ("€", 3)):
-        controls = dict(max_new_tokens=24, do_sample=True, top_k=0, seed=seed)
-        expected = bytes_model.generate(text, **controls)
-        pieces = list(bytes_model.stream(text, **controls))
+        expected = bytes_model.generate(text, seed=seed, **SAMPLES)
+        pieces = list(bytes_model.stream(text, seed=seed, **SAMPLES))
         assert "".join(piece.text for piece in pieces) == expected.texts[0]
         assert [token for piece in pieces for token in piece.tokens] == expected.sequences[0].tolist()
         assert pieces[0].tokens == (0,) and all(len(piece.tokens) == 1 for piece in pieces)
@@ -94,12 +96,10 @@ def test_a_step_is_taken_when_its_token_is_asked_for(bytes_model):
 
 
 def test_without_a_vocabulary_pieces_have_tokens_alone(bytes_model):
-    model = bytes_model.replace(vocabulary=None)
-    pieces = list(model.stream([10, 11, 1], max_new_tokens=3))
+    model, ids = bytes_model.replace(vocabulary=None), [10, 11, 1] + [0] * 13  # as long as the texts above
+    pieces = list(model.stream(ids, **SAMPLES))
     assert {piece.text for piece in pieces} == {None}
-    assert [token for piece in pieces for token in piece.tokens] == model.generate([10, 11, 1], max_new_tokens=3).sequences[
-        0
-    ].tolist()
+    assert [token for piece in pieces for token in piece.tokens] == model.generate(ids, **SAMPLES).sequences[0].tolist()
 
 
 @pytest.mark.parametrize(
@@ -186,15 +186,14 @@ def test_what_a_command_cannot_stream_is_refused(folder, capsys, more, message):
     assert code != 0 and message in said.err
 
 
-def test_a_conversation_says_piece_by_piece_what_lines_say(folder, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("beams", [[], pytest.param(["--num-beams", "2"], marks=pytest.mark.slow)], ids=str)
+def test_a_conversation_says_piece_by_piece_what_lines_say(folder, tmp_path, capsys, monkeypatch, beams):
     (tmp_path / "in.txt").write_text("\n".join(LINES), encoding="utf-8")
-    argv = ["generate", "--checkpoint", str(folder), *SAMPLING]
+    argv = ["generate", "--checkpoint", str(folder), *SAMPLING, *beams]
     plain = run([*argv, "--input", str(tmp_path / "in.txt"), "--format", "plain", "--batch-size", "1"], capsys)[1].out
-    for beams in ([], ["--num-beams", "2"]):
-        turns = iter([*LINES, ""])
-        monkeypatch.setattr("builtins.input", lambda prompt, turns=turns: next(turns))
-        monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
-        code, said = run([*argv, *beams], capsys)
-        assert code == 0 and "its 41 tokens exceed" in said.out
-        if not beams:
-            assert plain in said.out
+    turns = iter([*LINES, ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(turns))
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    code, said = run(argv, capsys)
+    assert code == 0 and "its 41 tokens exceed" in said.out
+    assert plain in said.out

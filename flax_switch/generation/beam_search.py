@@ -93,10 +93,14 @@ def extend_beams(
     ancestors = take(beams.ancestors, take(parent, running))
     ancestors = jax.lax.dynamic_update_slice_in_dim(ancestors, own, jnp.minimum(beams.length, tokens.shape[2] - 1), axis=2)
 
-    beams = _finish(beams, tokens, scores, ends, new_tokens, controls, numbers)
-    # A group's best candidate counts though it ends, in Hugging Face's diverse search.
-    best = running_scores if controls.num_beam_groups == 1 else scores
+    # In Hugging Face's diverse search a group's best candidate counts though it ends, and what runs at the end is finished last.
+    grouped = controls.num_beam_groups > 1
+    beams = _finish(beams, tokens, scores, is_end if grouped else ends, new_tokens, controls, numbers)
+    best = scores if grouped else running_scores
     improvable = beams.improvable & _may_improve(beams, best, new_tokens, controls, numbers)
+    if grouped:
+        beams, left = dataclasses.replace(beams, improvable=improvable), jnp.broadcast_to(last_step, running.shape)
+        beams = _finish(beams, take(tokens, running), running_scores, left, new_tokens, controls, numbers)
     enough = beams.is_finished.all() if controls.early_stopping is True else jnp.bool_(False)
     step_scores = beams.step_scores
     if step_scores is not None:

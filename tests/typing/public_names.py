@@ -58,7 +58,7 @@ def calls(model: fs.Pretrained, ids: jax.Array, arrays: np.ndarray[Any, np.dtype
     assert_type(model.encode(ids).last_hidden_state, jax.Array)
     for source in ("a text", ["texts"], [1, 2], ids, arrays):
         assert_type(model.generate(source, num_beams=2), fs.GenerationOutput)
-    for piece in model.stream("a text", prefix_allowed_tokens_fn=lambda source, tokens: [1, int(tokens[-1])]):
+    for piece in model.stream("a text", do_sample=True):
         assert_type(piece.text, str | None)
         assert_type(piece.tokens, tuple[int, ...])
     vocabulary = model.vocabulary

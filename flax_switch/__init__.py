@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from flax_switch.config.recipes import load_recipe
     from flax_switch.convert import CheckpointError
     from flax_switch.generation.generate import GenerationOutput, generate
+    from flax_switch.generation.stream import stream
     from flax_switch.nn.init import init_params
     from flax_switch.nn.outputs import ModelOutput
     from flax_switch.nn.transformer import SwitchEncoder, SwitchTransformer
@@ -36,6 +37,7 @@ _HOME = {
     "LossOutput": "flax_switch.ops.losses",
     "generate": "flax_switch.generation.generate",
     "GenerationOutput": "flax_switch.generation.generate",
+    "stream": "flax_switch.generation.stream",
     "CheckpointError": "flax_switch.convert",
     "Pretrained": "flax_switch.pretrained",
     "load_adapter": "flax_switch.pretrained",
@@ -75,6 +77,7 @@ __all__ = [
     "quantize",
     "save_pretrained",
     "seq2seq_loss",
+    "stream",
     "train_step",
 ]
 

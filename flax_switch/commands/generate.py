@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--format", metavar="FORM",
         help="of standard output: plain, the outputs alone, which is the default on a terminal; or json, which is it elsewhere",
     )  # fmt: skip
+    parser.add_argument("--stream", action="store_true", help="write each text to standard output while it is made, line by line")
     parser.add_argument("--resume", action="store_true", help="go on with what a run that was cut off left in FILE.partial")
     parser.add_argument("--field", default="text", help="of JSON lines (default: text)")
     parser.add_argument("--batch-size", type=int, default=8)
@@ -93,6 +94,7 @@ def run(args: argparse.Namespace) -> int:
     from flax_switch.convert.checkpoint import open_checkpoint
     from flax_switch.generation.defaults import read_defaults, read_prefixes, with_defaults
     from flax_switch.generation.generate import check_seeds
+    from flax_switch.generation.stream import check_streamed
     from flax_switch.pretrained import from_checkpoint
     from flax_switch.pretrained.adapter import adapter_of
 
@@ -104,7 +106,11 @@ def run(args: argparse.Namespace) -> int:
     check(args.format is None or args.output is None, "--format is of standard output; an --output is JSON lines.")
     loading = {"dtype": args.dtype, **loading_options(args)}
     opened = open_checkpoint(args.checkpoint, changes=loading_changes(args), verify=not args.no_verify)
-    GenerationConfig(**with_defaults(read_defaults(opened.path), args.controls)).for_model(opened.config)
+    controls = GenerationConfig(**with_defaults(read_defaults(opened.path), args.controls)).for_model(opened.config)
+    if args.stream:
+        check(args.output is None and args.format != "json", "--stream writes plain text to standard output; leave out --output.")
+        check_streamed(controls)
+        check(controls.num_return_sequences == 1, "--stream writes one text a line; leave out --num-return-sequences.")
     options = {"batch_size": args.batch_size, "max_source_length": args.max_source_length, "seed": args.seed, **args.controls}
     prefixes = read_prefixes(opened.path)
     if args.adapter is not None:
@@ -113,9 +119,12 @@ def run(args: argparse.Namespace) -> int:
     options["prefix"] = _prefix(args, prefixes)
     start_jax(args)
     if args.input == "-" and sys.stdin.isatty():
-        return _converse(from_checkpoint(opened, **loading), options)
+        streamed = controls.num_beams == controls.num_return_sequences == 1 and not controls.output_scores
+        return _converse(from_checkpoint(opened, **loading), options, streamed)
     lines = _lines(args)
-    if args.output is None:
+    if args.stream:
+        results = _streamed(from_checkpoint(opened, **loading), lines, options)
+    elif args.output is None:
         check(not args.resume, "--resume continues an --output; standard output is not kept.")
         results = _results(from_checkpoint(opened, **loading), lines, options)
         plain = args.format == "plain" or (args.format is None and sys.stdout.isatty())
@@ -204,14 +213,42 @@ def _results(
     return results
 
 
+def _streamed(pretrained: Any, lines: list[Line], options: dict[str, Any]) -> list[dict[str, Any]]:
+    """Writes the texts of all lines while they are made; returns what is wrong with those that cannot be used."""
+    bad = []
+    _note("compiling")
+    for line in lines:
+        try:
+            _write_pieces(pretrained, line, options)
+        except ConfigError as problem:
+            bad.append({"line": line.number, "error": str(problem)})
+    _note("")
+    if pretrained.expert_reads is not None:
+        tell(str(pretrained.expert_reads))
+    return bad
+
+
+def _write_pieces(pretrained: Any, line: Line, options: dict[str, Any]) -> None:
+    """Writes a line's text while it is made; raises `ConfigError` for a line that cannot be used."""
+    from flax_switch.generation.stream import stream_line
+
+    begun = False
+    for text in stream_line(pretrained, line, **{name: value for name, value in options.items() if name != "batch_size"}):
+        if text and not begun:
+            _note("")
+            begun = True
+        print(text, end="", flush=True)
+    print(flush=True)
+
+
 def _note(text: str) -> None:
     """Shows where the work stands, in place of the former note; only on a terminal."""
     if sys.stderr.isatty():
         print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
 
 
-def _converse(pretrained: Any, options: dict[str, Any]) -> int:
-    """Reads a line and prints its continuation, until an empty line or the end of input."""
+def _converse(pretrained: Any, options: dict[str, Any], streamed: bool) -> int:
+    """Reads a line and prints its continuation, as it is made if `streamed`, until an empty line or the end of input."""
     from flax_switch.generation.text import Line, generate_lines
 
     print("Type a text and Enter; an empty line ends.")
@@ -228,6 +265,12 @@ def _converse(pretrained: Any, options: dict[str, Any]) -> int:
             return 0
         number += 1
         _note("compiling" if number == 1 else "")
+        if streamed:
+            try:
+                _write_pieces(pretrained, Line(number, text), options)
+            except ConfigError as problem:
+                print(problem)
+            continue
         (result,) = generate_lines(pretrained, [Line(number, text)], **{**options, "batch_size": 1})
         _note("")
         print(result.get("error") or "\n".join(result["outputs"]))

@@ -15,7 +15,10 @@ SEARCHES = ("huggingface", "t5x")
 
 # Neutral values, with which a control changes nothing. Only sampling, or only beams, heed these controls.
 SAMPLING_ONLY = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": None, "typical_p": 1.0}
-BEAMS_ONLY = {"search": "huggingface", "length_penalty": 1.0, "brevity_penalty": None, "early_stopping": False}
+BEAMS_ONLY = {
+    "search": "huggingface", "length_penalty": 1.0, "brevity_penalty": None, "early_stopping": False, "num_beam_groups": 1,
+    "diversity_penalty": 0.0,
+}  # fmt: skip
 T5X_ALPHA = 0.6  # T5X's default
 
 _Length = Annotated[int, Range(1, largest=2**20)]
@@ -41,10 +44,16 @@ class GenerationConfig(_Section):
     # T5X's alpha, in place of length_penalty: / ((5 + length) / 6)**alpha
     brevity_penalty: Annotated[float, Range(0, 10, off="None turns it off.")] | None = None
     early_stopping: bool | str = False  # True: at num_beams finished ones; False: by a heuristic; "never": only when it is certain
+    num_beam_groups: _Rows = 1  # diverse beam search: groups, each of which is kept from what those before it say
+    diversity_penalty: Annotated[float, Range(0, 1e6, off="0 turns it off.")] = (
+        0.0  # off a token for each beam of them that says it
+    )
+    # --- contrastive search: the top_k most probable tokens compete
+    penalty_alpha: Annotated[float, Range(0, 1, off="None turns it off.")] | None = None  # weight of likeness to what was said
     # --- sampling
     do_sample: bool = False
     temperature: Annotated[float, Range(1e-10, off="do_sample=False takes the most probable token.")] = 1.0
-    top_k: Annotated[int, Range(0, off="0 turns it off.")] = 50  # 0: all
+    top_k: Annotated[int, Range(0, off="0 turns it off.")] = 50  # 0: all; of contrastive search the candidates
     top_p: Annotated[float, Range(above=0, most=1, off="1 turns it off.")] = 1.0
     min_p: Annotated[float, Range(0, 1, off="None turns it off.")] | None = None  # relative to the most probable token
     typical_p: Annotated[float, Range(above=0, most=1, off="1 turns it off.")] = 1.0
@@ -86,6 +95,8 @@ class GenerationConfig(_Section):
             if self.do_sample if controls is SAMPLING_ONLY else self.num_beams > 1:
                 continue
             for name, neutral in controls.items():
+                if name == "top_k" and self.penalty_alpha is not None:
+                    continue
                 check(
                     getattr(self, name) == neutral,
                     f"{name}={getattr(self, name)!r} has no effect without {needed}; set that, or leave {name} out.",
@@ -94,11 +105,19 @@ class GenerationConfig(_Section):
             self.length_penalty == 1.0 or self.brevity_penalty is None,
             "length_penalty and brevity_penalty both say how a beam's length counts; set one of them.",
         )
-        for name, neutral in {"do_sample": False, "length_penalty": 1.0, "early_stopping": False}.items():
+        for name, neutral in {"do_sample": False, "length_penalty": 1.0, "early_stopping": False, "num_beam_groups": 1}.items():
             check(
                 self.search != "t5x" or getattr(self, name) == neutral,
                 f"{name}={getattr(self, name)!r} is none of T5X's beam search; leave it out, or set search='huggingface'.",
             )
+        self._check_groups()
+        if self.penalty_alpha is not None:
+            for name, neutral in {"do_sample": False, "num_beams": 1}.items():
+                check(
+                    getattr(self, name) == neutral,
+                    f"{name}={getattr(self, name)!r} is none of contrastive search; leave it out, or penalty_alpha.",
+                )
+            check(self.top_k > 1, f"penalty_alpha needs a top_k of at least 2, of which it chooses; it is {self.top_k}.")
         if self.num_beams > 1:
             check(
                 self.num_return_sequences <= self.num_beams,
@@ -119,6 +138,22 @@ class GenerationConfig(_Section):
         for word in self.bad_words_ids or ():
             check(len(word) > 0, "bad_words_ids holds an empty word; every word needs at least one id.")
 
+    def _check_groups(self) -> None:
+        groups, penalty = self.num_beam_groups, self.diversity_penalty
+        check(
+            self.num_beams % groups == 0,
+            f"num_beams ({self.num_beams}) must be a multiple of num_beam_groups ({groups}); groups have the same size.",
+        )
+        check(groups == 1 or penalty > 0, f"num_beam_groups={groups} needs a diversity_penalty above 0: the groups would be alike.")
+        check(
+            groups > 1 or penalty == 0,
+            f"diversity_penalty={penalty!r} has no effect without num_beam_groups of at least 2; set that, or leave it out.",
+        )
+        check(
+            groups == 1 or not self.do_sample,
+            f"do_sample=True is none of diverse beam search; leave it out, or num_beam_groups={groups}.",
+        )
+
     def for_model(self, config: SwitchConfig) -> Self:
         """Returns a copy with the model's special tokens filled in and every id checked against its vocabulary."""
         filled = dataclasses.replace(
@@ -131,6 +166,7 @@ class GenerationConfig(_Section):
                 config.decoder_start_token_id if self.decoder_start_token_id is None else self.decoder_start_token_id
             ),
             forced_eos_token_id=None if self.forced_eos_token_id is None else as_ids(self.forced_eos_token_id),
+            top_k=self.top_k if self.penalty_alpha is None else min(self.top_k, config.vocab_size),
         )
         if config.decoder_only:
             neutral = {"search": "huggingface", "forced_bos_token_id": None}
@@ -159,14 +195,24 @@ class GenerationConfig(_Section):
         return filled
 
     @property
+    def group_size(self) -> int:
+        """How many beams compete with each other: all of a source, or of a group."""
+        return self.num_beams // self.num_beam_groups
+
+    @property
     def num_candidates(self) -> int:
-        """How many continuations of a source's beams are compared: enough that num_beams remain if EOS tokens lead."""
-        return max(2, 1 + len(as_ids(self.eos_token_id))) * self.num_beams
+        """How many continuations of a group's beams are compared: enough that as many remain if EOS tokens lead."""
+        return max(2, 1 + len(as_ids(self.eos_token_id))) * self.group_size
+
+    @property
+    def rows_together(self) -> int:
+        """How many rows may read each other's past: beams of a source, or the candidates of contrastive search."""
+        return self.num_beams if self.penalty_alpha is None else self.top_k
 
     @property
     def rows_per_source(self) -> int:
-        """How many rows of a batch share one source: beams, or samples."""
-        return self.num_beams if self.num_beams > 1 else self.num_return_sequences
+        """How many rows of a batch share one source: those that are together, or samples."""
+        return self.rows_together if self.rows_together > 1 else self.num_return_sequences
 
 
 # transformers' options that are no controls here: the one value that says what happens anyway, and what to do about others.
@@ -175,6 +221,7 @@ _FIXED = {
     "return_dict_in_generate": (True, "what comes back is always a GenerationOutput, whose .sequences are the ids; leave it out"),
     "past_key_values": (None, "the cache lives inside the compiled program; give the tokens so far as decoder_input_ids"),
     "cache": (None, "the cache lives inside the compiled program; give the tokens so far as decoder_input_ids"),
+    "streamer": (None, "iterate over stream(...), which takes the same arguments and gives tokens as they are made"),
     "max_length": (None, "it counts the start token; set max_new_tokens, one less"),
     "min_length": (None, "it counts the start token; set min_new_tokens, one less"),
 }
@@ -222,8 +269,14 @@ _IDS = (
     "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id", "eos_token_id",
     "pad_token_id", "decoder_start_token_id",
 )  # fmt: skip
-_NEUTRAL = {"temperature": 1.0, "top_p": 1.0, "min_p": None, "typical_p": 1.0, "repetition_penalty": 1.0, "min_new_tokens": 0}
-_ON_VALUES = {"temperature": 0.5, "top_p": 0.5, "min_p": 0.5, "typical_p": 0.5, "repetition_penalty": 2.0, "min_new_tokens": 1}
+_NEUTRAL = {
+    "temperature": 1.0, "top_p": 1.0, "min_p": None, "typical_p": 1.0, "repetition_penalty": 1.0, "min_new_tokens": 0,
+    "diversity_penalty": 0.0, "penalty_alpha": None,
+}  # fmt: skip
+_ON_VALUES = {
+    "temperature": 0.5, "top_p": 0.5, "min_p": 0.5, "typical_p": 0.5, "repetition_penalty": 2.0, "min_new_tokens": 1,
+    "diversity_penalty": 0.5, "penalty_alpha": 0.5,
+}  # fmt: skip
 
 
 def tuples(value: Any) -> Any:

@@ -32,7 +32,10 @@ from flax_switch.parallel.placement import ONE_DEVICE
 
 Arrays = Mapping[str, Any]
 Shapes = Mapping[str, ShapeDtypeStruct]
-_GREEDY = {"num_beams": 1, "num_return_sequences": 1, "do_sample": False, "forced_eos_token_id": None, "output_scores": False}
+_GREEDY = {
+    "num_beams": 1, "num_return_sequences": 1, "do_sample": False, "penalty_alpha": None, "forced_eos_token_id": None,
+    "output_scores": False,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

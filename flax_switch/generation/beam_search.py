@@ -36,13 +36,21 @@ class Beams:
         """The tokens that the decoder has not seen yet."""
         return jax.lax.dynamic_index_in_dim(self.tokens, self.length - 1, axis=2, keepdims=False).reshape(-1)
 
+    def going(self, controls: GenerationConfig) -> Bool[Array, " B"]:
+        """Returns for which sources what is found may still change."""
+        return self.improvable & ~self.is_finished.all(axis=1) if controls.early_stopping is True else self.improvable
+
+    def alive(self, controls: GenerationConfig) -> Bool[Array, " R"]:
+        """Returns which beams are possible and may still change what is found for their source."""
+        return (self.going(controls)[:, None] & (self.scores > -jnp.inf)).reshape(-1)
+
 
 def start_beams(prefix: Int[Array, "B P"], keys: Key[Array, " B"], controls: GenerationConfig, vocab_size: int) -> Beams:
     """Returns beams that hold the decoder's prefix. Only the first counts until they differ."""
     B, P = prefix.shape
-    J = controls.num_beams
-    # Hugging Face fills with EOS where the pad id is 0, which it takes for none, and else with pad.
-    fill = controls.pad_token_id or as_ids(controls.eos_token_id)[0]
+    J = controls.group_size
+    # Hugging Face fills with EOS where the pad id is 0, which it takes for none, and else with pad; groups always with pad.
+    fill = controls.pad_token_id if controls.num_beam_groups > 1 else controls.pad_token_id or as_ids(controls.eos_token_id)[0]
     tokens = jnp.pad(prefix, ((0, 0), (0, controls.max_new_tokens)), constant_values=fill)
     tokens = jnp.broadcast_to(tokens[:, None], (B, J, tokens.shape[1]))
     own = jnp.broadcast_to(jnp.arange(J, dtype=jnp.int32)[None, :, None], tokens.shape)
@@ -76,16 +84,23 @@ def extend_beams(
     tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[..., None].astype(jnp.int32), beams.length, axis=2)
     new_tokens = beams.length + 1 - history.prefix_length
     last_step = new_tokens >= controls.max_new_tokens
-    ends = jnp.isin(token, jnp.asarray(controls.eos_token_id)) | last_step
+    is_end = jnp.isin(token, jnp.asarray(controls.eos_token_id))
+    ends = is_end | last_step
 
     # The best candidates that do not end go on.
-    running_scores, running = jax.lax.top_k(scores + ends * NEVER, J)
+    running_scores, running = jax.lax.top_k(scores + is_end * NEVER, J)
     own = jnp.broadcast_to(jnp.arange(J, dtype=jnp.int32)[None, :, None], (B, J, 1))
     ancestors = take(beams.ancestors, take(parent, running))
     ancestors = jax.lax.dynamic_update_slice_in_dim(ancestors, own, jnp.minimum(beams.length, tokens.shape[2] - 1), axis=2)
 
-    beams = _finish(beams, tokens, scores, ends, new_tokens, controls, numbers)
-    improvable = beams.improvable & _may_improve(beams, running_scores, new_tokens, controls, numbers)
+    # In Hugging Face's diverse search a group's best candidate counts though it ends, and what runs at the end is finished last.
+    grouped = controls.num_beam_groups > 1
+    beams = _finish(beams, tokens, scores, is_end if grouped else ends, new_tokens, controls, numbers)
+    best = scores if grouped else running_scores
+    improvable = beams.improvable & _may_improve(beams, best, new_tokens, controls, numbers)
+    if grouped:
+        beams, left = dataclasses.replace(beams, improvable=improvable), jnp.broadcast_to(last_step, running.shape)
+        beams = _finish(beams, take(tokens, running), running_scores, left, new_tokens, controls, numbers)
     enough = beams.is_finished.all() if controls.early_stopping is True else jnp.bool_(False)
     step_scores = beams.step_scores
     if step_scores is not None:
@@ -116,7 +131,7 @@ def _candidates(
 
 def _finish(beams, tokens, scores, ends, new_tokens, controls: GenerationConfig, numbers) -> Beams:
     """Puts candidates that end among the finished beams where they are better. Only the first num_beams candidates may."""
-    J = controls.num_beams
+    J = controls.group_size
     ends = ends & (jnp.arange(ends.shape[1])[None] < J)
     scores = scores / numbers["length_divisors"][new_tokens]
     if controls.early_stopping is True:
@@ -134,15 +149,15 @@ def _finish(beams, tokens, scores, ends, new_tokens, controls: GenerationConfig,
     )
 
 
-def _may_improve(beams: Beams, running_scores, new_tokens, controls: GenerationConfig, numbers) -> Bool[Array, " B"]:
-    """Returns whether the best running beam could still be better than the worst finished one.
+def _may_improve(beams: Beams, best_scores, new_tokens, controls: GenerationConfig, numbers) -> Bool[Array, " B"]:
+    """Returns whether a beam with the first of the best scores could still be better than the worst finished one.
 
     Its score is judged at its present length; with early_stopping="never" at the longest, if that is more favourable. Places
     that no beam has finished in count as never.
     """
     hopeful = controls.early_stopping == "never" and controls.length_penalty > 0.0
     divisor = numbers["length_divisors"][controls.max_new_tokens if hopeful else new_tokens]
-    best_running = running_scores[:, :1] / divisor
+    best_running = best_scores[:, :1] / divisor
     worst_finished = jnp.where(beams.is_finished, beams.finished_scores.min(-1, keepdims=True), NEVER)
     return (best_running > worst_finished).any(-1)
 

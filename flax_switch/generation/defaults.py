@@ -25,9 +25,9 @@ _SILENT = {
     "output_attentions", "output_hidden_states", "bos_token_id", "cache_implementation", "trust_remote_code",
     PREFIX,
 }  # fmt: skip
-_COUNTS = ("num_beams", "num_return_sequences", "min_new_tokens", "max_new_tokens")
+_COUNTS = ("num_beams", "num_beam_groups", "num_return_sequences", "min_new_tokens", "max_new_tokens")
 _NEUTRAL = {
-    "num_beam_groups": 1, "diversity_penalty": 0.0, "penalty_alpha": None, "renormalize_logits": False, "guidance_scale": 1.0,
+    "renormalize_logits": False, "guidance_scale": 1.0,
     "encoder_repetition_penalty": 1.0, "remove_invalid_values": False, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "top_h": None,
 }  # fmt: skip
 
@@ -102,12 +102,29 @@ def with_defaults(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict
     merged = {**defaults, **given}
     if not all(isinstance(merged.get(name, 1), int) for name in _COUNTS):
         return merged  # `GenerationConfig` says what is wrong
-    idle = {"do_sample", "length_penalty", "early_stopping"} if given.get("search") == "t5x" else set()
-    if not merged.get("do_sample") or "do_sample" in idle:
-        idle |= {*SAMPLING_ONLY}
-    if merged.get("num_beams", 1) == 1:
-        idle |= {*BEAMS_ONLY} | (set() if merged.get("do_sample") else {"num_return_sequences"})
-    elif merged.get("num_return_sequences", 1) > merged["num_beams"]:
+    idle: set[str] = set()
+    if given.get("search") == "t5x":
+        idle |= {"do_sample", "length_penalty", "early_stopping", "num_beam_groups"}
+    if given.get("penalty_alpha") is not None:
+        idle |= {"do_sample", "num_beams"}
+    if given.get("num_beam_groups", 1) > 1:
+        idle |= {"do_sample"}
+
+    def kept(name: str, neutral: Any) -> Any:
+        return merged.get(name, neutral) if name in given or name not in idle else neutral
+
+    sampling, beams = kept("do_sample", False), kept("num_beams", 1)
+    if sampling or beams > 1:
+        idle.add("penalty_alpha")
+    if not sampling:
+        idle |= {*SAMPLING_ONLY} - ({"top_k"} if kept("penalty_alpha", None) is not None else set())
+    if sampling or beams % max(kept("num_beam_groups", 1), 1):
+        idle.add("num_beam_groups")
+    if kept("num_beam_groups", 1) == 1:
+        idle.add("diversity_penalty")
+    if beams == 1:
+        idle |= {*BEAMS_ONLY} | (set() if sampling else {"num_return_sequences"})
+    elif merged.get("num_return_sequences", 1) > beams:
         idle.add("num_return_sequences")
     if "brevity_penalty" in given:
         idle.add("length_penalty")

@@ -1,7 +1,7 @@
 """`generate`: checks inputs and controls, runs the compiled program, and cuts what it found to length."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -14,6 +14,7 @@ from flax_switch.config.generation import GenerationConfig, make_controls, split
 from flax_switch.config.heads import LANGUAGE_MODEL
 from flax_switch.config.ranges import shown
 from flax_switch.convert.scan import unstack_layers
+from flax_switch.generation.constraint import Constraint, PrefixFunction
 from flax_switch.generation.program import run_program
 from flax_switch.host.expert_cache import ExpertReads
 from flax_switch.nn.fields import Fields
@@ -22,7 +23,7 @@ from flax_switch.nn.transformer import SwitchEncoder, SwitchTransformer
 from flax_switch.ops.kernels.few_rows import unstacked_experts
 from flax_switch.ops.kernels.on_disk import run_reading
 from flax_switch.parallel.mesh import batch_sharding, batch_ways, replicated
-from flax_switch.parallel.placement import ONE_DEVICE, LaidOutByCompiler
+from flax_switch.parallel.placement import ONE_DEVICE, LaidOutByCompiler, Placement
 
 
 @flax.struct.dataclass
@@ -54,13 +55,14 @@ def generate(
     attention_mask: TokenIds | None = None,
     *,
     decoder_input_ids: TokenIds | None = None,
+    prefix_allowed_tokens_fn: PrefixFunction | None = None,
     seed: int | Sequence[int] = 0,
     **controls: Any,
 ) -> GenerationOutput:
     """Generates a continuation for every source, with Hugging Face's controls and their meaning.
 
     A program is compiled for each shape of the inputs and set of controls in use; the values of temperature, top_p, min_p,
-    typical_p, the penalties and min_new_tokens do not matter to it.
+    typical_p, the penalties and min_new_tokens do not matter to it, nor does which function constrains it.
 
     Args:
       params: may lie on a mesh; then rows are split over its data and expert axes and the parameters stay where they are.
@@ -68,23 +70,49 @@ def generate(
         them; its start token is put before a row unless the row begins with it.
       attention_mask: 1 at tokens, 0 at padding, on any side; None: 0 where there is the pad token.
       decoder_input_ids: a prefix for every row; the start token is put before it unless a row begins with it.
+      prefix_allowed_tokens_fn: returns the ids that may come next, given a source's number and the tokens of one of its rows so far
+        (a numpy array, from the start token on). It is asked before each token of every row or beam that goes on.
       seed: of sampling; one for all rows, or one for each source, whose samples then do not depend on its place in the batch.
       **controls: see `GenerationConfig`.
 
     Raises:
-      ConfigError: before anything is compiled, naming the control or the input that cannot be.
+      ConfigError: before anything is compiled, naming the control or the input that cannot be; later, where
+        prefix_allowed_tokens_fn allows no token, or what is none. What it raises itself is raised.
     """
-    expect("model", model, SwitchEncoder, "Call generate(model, params, input_ids), or the .generate(input_ids) of a loaded model.")
+    call = prepared(model, params, input_ids, attention_mask, decoder_input_ids, prefix_allowed_tokens_fn, seed, controls)
+    output, reads = run_reading(params, lambda: jax.device_get(run_program(*call.arguments, devices=call.devices)))
+    if call.constraint is not None:
+        call.constraint.check_met()
+    return GenerationOutput(
+        sequences=output.tokens[:, : call.prefix.shape[1] + int(output.new_tokens)],
+        scores=output.scores,
+        step_scores=None if output.step_scores is None else output.step_scores[: int(output.steps)],
+        expert_reads=reads,
+    )
+
+
+class Call(NamedTuple):
+    """A call of `generate` that can be run: what `run_program` takes, in its order."""
+
+    arguments: tuple[Any, ...]  # config, controls, variables, input_ids, mask, prefix, seeds, numbers
+    devices: Placement
+    prefix: Int[np.ndarray, "B P"]
+    constraint: Constraint | None  # has to live as long as the program runs
+
+
+def prepared(
+    model: SwitchEncoder,
+    params: Mapping[str, Any],
+    input_ids: TokenIds,
+    attention_mask: TokenIds | None,
+    decoder_input_ids: TokenIds | None,
+    prefix_allowed_tokens_fn: PrefixFunction | None,
+    seed: int | Sequence[int],
+    controls: Mapping[str, Any],
+) -> Call:
+    """Returns what runs a call of `generate`; raises `ConfigError` for what cannot be."""
+    check_generates(model)
     config = model.config
-    check(
-        config.head == LANGUAGE_MODEL,
-        f"This model has a head for {config.head}, not a language model's, so that it generates nothing. Load the checkpoint that "
-        "it was made of.",
-    )
-    check(
-        isinstance(model, SwitchTransformer) and model.head,
-        f"generate needs a model with a decoder and a head; this is a {type(model).__name__} without one.",
-    )
     settings = make_controls(controls, config)
     ids = np.asarray(as_ids("input_ids", input_ids, config))
     B = ids.shape[0]
@@ -99,6 +127,17 @@ def generate(
     check_alive("The parameters", params, "take those of the state that it returned")
     given = ", ".join(params) or "none"
     check("decoder" in params, f"params must be a model's parameters; these are {given}. Take what is inside 'params'.")
+    constraint, program, numbers = None, *split_numbers(settings)
+    if prefix_allowed_tokens_fn is not None:
+        check(
+            settings.search != "t5x",
+            "prefix_allowed_tokens_fn is none of T5X's beam search; leave it out, or set search='huggingface'.",
+        )
+        padding = (~mask).sum(axis=1) if config.decoder_only else np.zeros(B, np.int64)
+        # Where too few can go on, beams that have ended stay among the running ones, and transformers asks for them.
+        ends: Any = settings.eos_token_id if settings.num_beams > 1 else ()
+        constraint = Constraint(prefix_allowed_tokens_fn, padding, config.vocab_size, ends)
+        numbers["constraint"] = np.int32(constraint.number)
     if config.scan_layers:
         params, config = unstack_layers(params, config), config.replace(scan_layers=False)
     inputs, where = (ids, mask, prefix, seeds), getattr(jax.tree.leaves(params)[0], "sharding", None)
@@ -111,15 +150,21 @@ def generate(
     if config.layer_form != "fused":
         unstacked = unstacked_experts(params, config.decoder.sparse_layers, config.num_experts)
         variables |= {} if unstacked is None else {"unstacked": unstacked}
-    program, numbers = split_numbers(settings)
-    output, reads = run_reading(
-        params, lambda: jax.device_get(run_program(config, program, variables, *inputs, numbers, devices=devices))
+    return Call((config, program, variables, *inputs, numbers), devices, prefix, constraint)
+
+
+def check_generates(model: SwitchEncoder) -> None:
+    """Raises `ConfigError` for a model that has no head of a language model."""
+    expect("model", model, SwitchEncoder, "Call generate(model, params, input_ids), or the .generate(input_ids) of a loaded model.")
+    config = model.config
+    check(
+        config.head == LANGUAGE_MODEL,
+        f"This model has a head for {config.head}, not a language model's, so that it generates nothing. Load the checkpoint that "
+        "it was made of.",
     )
-    return GenerationOutput(
-        sequences=output.tokens[:, : prefix.shape[1] + int(output.new_tokens)],
-        scores=output.scores,
-        step_scores=None if output.step_scores is None else output.step_scores[: int(output.steps)],
-        expert_reads=reads,
+    check(
+        isinstance(model, SwitchTransformer) and model.head,
+        f"generate needs a model with a decoder and a head; this is a {type(model).__name__} without one.",
     )
 
 

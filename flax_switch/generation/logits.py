@@ -25,6 +25,8 @@ class History:
     prefix_length: Size = flax.struct.field(pytree_node=False)
     source: Int[Array, "B S"]  # R is a multiple of B; rows of a source are neighbours
     source_mask: Bool[Array, "B S"] | None  # False where n-grams of the source do not count; None: all count
+    allowed: Bool[Array, "R V"] | None = None  # what a function of the prefix allows next; None: there is none
+    said: Float[Array, "R V"] | None = None  # how many beams of former groups say a token; None: there are no groups
 
 
 def process_scores(
@@ -33,6 +35,8 @@ def process_scores(
     """Applies all controls that are on; `numbers` holds their values (see `controls.split_numbers`)."""
     V = scores.shape[-1]
     new_tokens = history.length - history.prefix_length
+    if history.said is not None:
+        scores = scores - numbers["diversity_penalty"] * history.said
     if controls.repetition_penalty != 1.0:
         scores = penalise_repetition(scores, history.tokens, history.length, numbers["repetition_penalty"])
     if controls.no_repeat_ngram_size:
@@ -47,6 +51,8 @@ def process_scores(
         scores = forbid(scores, completed_words(history, [word for word in words if len(word) == size], V))
     if controls.min_new_tokens:
         scores = forbid(scores, (one_of_tokens(as_ids(controls.eos_token_id), V) & (new_tokens < numbers["min_new_tokens"]))[None])
+    if history.allowed is not None:
+        scores = keep_allowed(scores, history.allowed, controls.group_size)
     if controls.forced_bos_token_id is not None and history.prefix_length == 1:
         scores = jnp.where(new_tokens == 0, force((controls.forced_bos_token_id,), V)[None], scores)
     if controls.forced_eos_token_id is not None:
@@ -82,6 +88,13 @@ def filter_scores(scores: Float[Array, "R V"], controls: GenerationConfig, numbe
 def forbid(scores: Float[Array, "R V"], tokens: Bool[Array, "#R V"]) -> Float[Array, "R V"]:
     """Gives `tokens` the score -inf."""
     return jnp.where(tokens, -jnp.inf, scores)
+
+
+def keep_allowed(scores: Float[Array, "R V"], allowed: Bool[Array, "R V"], beams: int) -> Float[Array, "R V"]:
+    """Keeps what is allowed; for a source of whose beams other controls have forbidden all of it, with the score 0."""
+    kept = forbid(scores, ~allowed)
+    possible = jnp.repeat((kept > -jnp.inf).reshape(-1, beams * kept.shape[1]).any(axis=1), beams)
+    return jnp.where(possible[:, None], kept, jnp.where(allowed, 0.0, -jnp.inf))
 
 
 def force(ids: tuple[int, ...], vocab_size: int) -> Float[Array, " V"]:

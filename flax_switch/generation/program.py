@@ -15,7 +15,10 @@ from jaxtyping import Array, Bool, Float, Int, Integer
 
 from flax_switch.config import SwitchConfig
 from flax_switch.config.generation import GenerationConfig
-from flax_switch.generation.beam_search import extend_beams, start_beams
+from flax_switch.generation.beam_search import Beams, extend_beams, start_beams
+from flax_switch.generation.constraint import allowed_tokens
+from flax_switch.generation.contrastive_search import Candidates, choose, propose, start_candidates
+from flax_switch.generation.diverse_search import Groups, best_of_groups, extend_groups, start_groups
 from flax_switch.generation.logits import History
 from flax_switch.generation.sampling import Rows, extend_rows, start_rows
 from flax_switch.generation.t5x_search import best_found, extend_live, start_live
@@ -26,6 +29,8 @@ from flax_switch.ops.kernels.narrow import Narrow
 from flax_switch.ops.kernels.quantized import Kernel, Quantized
 from flax_switch.ops.mlp import expert_dtype
 from flax_switch.parallel.placement import ONE_DEVICE, Placement
+
+State = Rows | Beams | Groups | Candidates
 
 
 @flax.struct.dataclass
@@ -56,6 +61,107 @@ def decoder_config(config: SwitchConfig, routing: str) -> SwitchConfig:
     return encoder_config(config, routing)
 
 
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """What every step of a search needs, inside a program. The state of rows or beams and the cache go from step to step.
+
+    controls, numbers: from `controls.split_numbers`; with a number "constraint", of what `constraint.allowed_tokens` asks.
+    input_ids, mask: the sources; of a decoder-only model the prefix once more, and where it is not filled up.
+    variables: "params" and, where it is faster to read experts one by one, those of `few_rows.unstacked_experts`.
+    devices: where the parameters lie.
+    max_length: places of a row without beams, the prefix included; None: as many as `controls` say.
+    """
+
+    config: SwitchConfig
+    controls: GenerationConfig
+    variables: Mapping[str, Any]
+    input_ids: Int[Array, "B S"]
+    mask: Bool[Array, "B S"]
+    prefix: Int[Array, "B P"]
+    numbers: Mapping[str, Array]
+    devices: Placement = ONE_DEVICE
+    max_length: Size | None = None
+
+    @functools.cached_property
+    def model(self) -> SwitchTransformer:
+        """The decoder's model."""
+        return SwitchTransformer(decoder_config(self.config, self.controls.routing), devices=self.devices)
+
+    @functools.cached_property
+    def ready(self) -> dict[str, Any]:
+        """The variables in the dtype that the decoder computes in."""
+        return in_compute_dtype(self.variables, self.model.config)
+
+    @property
+    def rows(self) -> Size:
+        """R, the rows that are decoded."""
+        return self.prefix.shape[0] * self.controls.rows_per_source
+
+    @property
+    def places(self) -> Size:
+        """T, the places of a row."""
+        return self.prefix.shape[1] + self.controls.max_new_tokens if self.max_length is None else self.max_length
+
+    def started(self, seeds: Integer[Array, "B 2"]) -> tuple[State, DecoderCache]:
+        """Returns the state after the prefix, if it is more than the start token, and the cache; `step` goes on with them."""
+        (B, P), controls = self.prefix.shape, self.controls
+        encoded = encode(self.config, controls, self.variables, self.input_ids, self.mask, self.devices)
+        cache = start_cache(self.model, self.ready, encoded, self.places, controls.rows_per_source, controls.rows_together)
+        if P == 1 and controls.penalty_alpha is None:
+            return self._begun(seeds), cache
+        # The whole prefix in one pass and, with a capacity, one chunk.
+        empty = start_cache(self.model, self.ready, encoded, P)
+        logits, states, before = decode_states(self.model, self.ready, self.prefix, self.mask, empty)
+        if controls.penalty_alpha is not None:
+            counts = self.mask if self.config.decoder_only else jnp.ones((B, P), bool)
+            state = start_candidates(self.prefix, states, counts, controls, self.config.vocab_size, self.places)
+            return self.extended(state, logits), cache.after(before)
+        return self.extended(self._begun(seeds), jnp.repeat(logits, self.rows // B, axis=0)), cache.after(before)
+
+    def _begun(self, seeds: Integer[Array, "B 2"]) -> State:
+        """Returns the state with the prefix alone."""
+        controls, vocab_size = self.controls, self.config.vocab_size
+        keys = jax.vmap(lambda s: jax.random.fold_in(jax.random.key(s[0]), s[1]))(seeds)
+        if controls.num_beams > 1:
+            plain: Any = start_beams if controls.num_beam_groups == 1 else start_groups
+            return (start_live if controls.search == "t5x" else plain)(self.prefix, keys, controls, vocab_size)
+        n = controls.num_return_sequences
+        keys = jax.vmap(lambda key: jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(n)))(keys).reshape(-1)
+        return start_rows(jnp.repeat(self.prefix, n, axis=0), keys, controls, vocab_size, self.places)
+
+    def step(self, carry: tuple[State, DecoderCache]) -> tuple[State, DecoderCache]:
+        """Decodes the newest token of each row and chooses the next."""
+        state, cache = carry
+        mask = self.mask
+        if self.config.decoder_only:  # after the prefix the mask is of all places of each row
+            new = ((0, 0), (0, self.places - self.prefix.shape[1]))
+            mask = jnp.pad(jnp.repeat(mask, self.rows // mask.shape[0], axis=0), new, constant_values=True)
+        cache = dataclasses.replace(cache, ancestors=state.ancestors)
+        logits, states, cache = decode_states(self.model, self.ready, state.newest[:, None], mask, cache)
+        if isinstance(state, Candidates):
+            state, logits = choose(state, logits, states, self.controls, self.numbers)
+        return self.extended(state, logits), dataclasses.replace(cache, ancestors=None)
+
+    def extended(self, state: State, logits: Float[Array, "R V"]) -> State:
+        """Returns the state with one more token for each row; of contrastive search, with candidates for one."""
+        controls, (B, P) = self.controls, self.prefix.shape
+        # In dropless mode nothing depends on padding; with Hugging Face's capacity n-grams count it too, as there.
+        source_mask = None if self.model.config.capacity_mode == "fixed" else self.mask
+        tokens = state.tokens if state.tokens.ndim == 2 else state.tokens.reshape(self.rows, -1)
+        history = History(tokens, state.length, P, self.input_ids, source_mask)
+        failed = jnp.bool_(False)
+        if "constraint" in self.numbers:
+            asked = state.alive(controls)
+            allowed, failed = allowed_tokens(self.numbers["constraint"], tokens, state.length, asked, B, self.config.vocab_size)
+            if controls.num_beams == 1:  # what follows a row's end is padding, whatever is allowed
+                allowed |= ~asked[:, None]
+            history = dataclasses.replace(history, allowed=allowed)
+        extends = {Rows: extend_rows, Groups: extend_groups, Candidates: propose}
+        extend: Any = extends.get(type(state), extend_live if controls.search == "t5x" else extend_beams)
+        state = extend(state, logits, history, controls, self.numbers)
+        return dataclasses.replace(state, done=state.done | failed)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1), static_argnames=("devices", "max_length"))
 def run_program(
     config: SwitchConfig,
@@ -70,54 +176,16 @@ def run_program(
     devices: Placement = ONE_DEVICE,
     max_length: Size | None = None,
 ) -> ProgramOutput:
-    """Encodes, decodes until all rows are finished, and returns what was found.
-
-    Args:
-      controls, numbers: from `controls.split_numbers`.
-      input_ids, mask: the sources; of a decoder-only model the prefix once more, and where it is not filled up.
-      variables: "params" and, where it is faster to read experts one by one, those of `few_rows.unstacked_experts`.
-      devices: where the parameters lie.
-      max_length: places of a row without beams, the prefix included; None: as many as `controls` say.
-    """
-    B, P = prefix.shape
-    max_length = P + controls.max_new_tokens if max_length is None else max_length
-    encoded = encode(config, controls, variables, input_ids, mask, devices)
-    config = decoder_config(config, controls.routing)
-    model, variables = SwitchTransformer(config, devices=devices), in_compute_dtype(variables, config)
-    beams, rows, n = controls.num_beams, B * controls.rows_per_source, controls.num_return_sequences
-    keys = jax.vmap(lambda s: jax.random.fold_in(jax.random.key(s[0]), s[1]))(seeds)
-    # In dropless mode nothing depends on padding; with Hugging Face's capacity n-grams count it too, as there.
-    source = (input_ids, None if config.capacity_mode == "fixed" else mask)
-    if beams > 1:
-        start, extend = (start_live, extend_live) if controls.search == "t5x" else (start_beams, extend_beams)
-        state = start(prefix, keys, controls, config.vocab_size)
-    else:
-        keys = jax.vmap(lambda key: jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(n)))(keys).reshape(-1)
-        state = start_rows(jnp.repeat(prefix, n, axis=0), keys, controls, config.vocab_size, max_length)
-        extend = extend_rows
-
-    def extended(state, logits):
-        history = History(state.tokens.reshape(rows, -1), state.length, P, *source)
-        return extend(state, logits, history, controls, numbers)
-
-    cache = start_cache(model, variables, encoded, max_length, controls.rows_per_source, beams)
-    if P > 1:  # the whole prefix in one pass and, with a capacity, one chunk
-        logits, before = decode(model, variables, prefix, mask, start_cache(model, variables, encoded, P))
-        cache, state = cache.after(before), extended(state, jnp.repeat(logits, rows // B, axis=0))
-    if config.decoder_only:  # from here on the mask is of all places of each row
-        mask = jnp.pad(jnp.repeat(mask, rows // B, axis=0), ((0, 0), (0, max_length - P)), constant_values=True)
-
-    def body(carry):
-        state, cache = carry
-        cache = dataclasses.replace(cache, ancestors=state.ancestors)
-        logits, cache = decode(model, variables, state.newest[:, None], mask, cache)
-        return extended(state, logits), dataclasses.replace(cache, ancestors=None)
-
-    state, _ = jax.lax.while_loop(lambda carry: ~carry[0].done, body, (state, cache))
+    """Encodes, decodes until all rows are finished, and returns what was found; for the arguments see `Search`."""
+    (B, P), n = prefix.shape, controls.num_return_sequences
+    search = Search(config, controls, variables, input_ids, mask, prefix, numbers, devices, max_length)
+    state, _ = jax.lax.while_loop(lambda carry: ~carry[0].done, search.step, search.started(seeds))
     steps = state.length - P
-    if isinstance(state, Rows):
+    if isinstance(state, (Rows, Candidates)):
         return ProgramOutput(state.tokens, steps, None, steps, state.scores)
-    if controls.search == "t5x":
+    if isinstance(state, Groups):
+        state = best_of_groups(state)
+    elif controls.search == "t5x":
         state = best_found(state, P)
     return ProgramOutput(
         tokens=state.finished_tokens[:, :n].reshape(B * n, -1),
@@ -158,7 +226,15 @@ def start_cache(
 def decode(
     model: SwitchTransformer, variables: Mapping[str, Any], tokens: Int[Array, "R L"], mask: Bool[Array, "B S"], cache: DecoderCache
 ) -> tuple[Float[Array, "R V"], DecoderCache]:
-    """Returns logits (float32) after the last of some more tokens of each row, and the cache with them.
+    """Returns logits (float32) after the last of some more tokens of each row, and the cache with them; see `decode_states`."""
+    logits, _, cache = decode_states(model, variables, tokens, mask, cache)
+    return logits, cache
+
+
+def decode_states(
+    model: SwitchTransformer, variables: Mapping[str, Any], tokens: Int[Array, "R L"], mask: Bool[Array, "B S"], cache: DecoderCache
+) -> tuple[Float[Array, "R V"], Float[Array, "R L D"], DecoderCache]:
+    """Returns logits (float32) after the last of some more tokens of each row, the decoder's states at all, and the cache.
 
     mask: of the source; of a decoder-only model [R, T], of its own places. Several tokens at once are its inputs.
     """
@@ -171,7 +247,7 @@ def decode(
         )  # fmt: skip
     else:
         output = model.apply(variables, tokens, None, mask, cache=cache, method="decode")
-    return output.logits[:, -1], output.cache
+    return output.logits[:, -1], output.last_hidden_state, output.cache
 
 
 def in_compute_dtype(variables: Mapping[str, Any], config: SwitchConfig) -> dict[str, Any]:

@@ -28,6 +28,10 @@ class Rows:
         """The tokens that the decoder has not seen yet."""
         return jax.lax.dynamic_index_in_dim(self.tokens, self.length - 1, axis=1, keepdims=False)
 
+    def alive(self, controls: GenerationConfig) -> Bool[Array, " R"]:
+        """Returns which rows go on."""
+        return ~self.finished
+
     @property
     def ancestors(self) -> None:
         """Rows keep their own past."""

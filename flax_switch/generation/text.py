@@ -80,19 +80,11 @@ def generate_lines(
     """
     vocabulary, config = pretrained.vocabulary, pretrained.config
     controls = with_defaults(getattr(pretrained, "generation_defaults", {}), controls)
-    check(
-        vocabulary is not None,
-        "The checkpoint has no vocabulary to tokenise text with; put its spiece.model into the folder.",
-    )
+    _check_vocabulary(vocabulary)
     results: dict[int, dict[str, Any]] = {}
     sources: list[tuple[int, list[int]]] = []
     for i, line in enumerate(lines):
-        ids = [] if line.error else source_ids(prefixed(line.text, prefix), vocabulary, config)
-        error = line.error
-        if len(ids) > max_source_length:
-            error = f"its {len(ids)} tokens exceed max_source_length={max_source_length}"
-        elif any(token >= config.vocab_size for token in ids):
-            error = f"the vocabulary gives ids past the model's {config.vocab_size}"
+        ids, error = _source(line, prefix, max_source_length, vocabulary, config)
         if error:
             results[i] = {"line": line.number, "error": error}
         else:
@@ -118,6 +110,34 @@ def generate_lines(
         on_results([results[i] for i in batch])
         on_batch(len(batch), int((rows != config.pad_token_id).sum()))
     return [results[i] for i in range(len(lines))]
+
+
+def line_inputs(
+    pretrained: Any, line: Line, *, max_source_length: int, prefix: str, seed: int
+) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """Returns the ids, mask and seeds [1, ...] with which `generate` says what `generate_lines` says of a line.
+
+    Raises `ConfigError` for a line that cannot be used.
+    """
+    _check_vocabulary(pretrained.vocabulary)
+    ids, error = _source(line, prefix, max_source_length, pretrained.vocabulary, pretrained.config)
+    if error is not None:
+        raise ConfigError(error)
+    return *_pad([(line.number, ids)], bucket_of(len(ids), max_source_length)), [_source_seed(seed, line.number)]
+
+
+def _source(line: Line, prefix: str, longest: int, vocabulary: Any, config: SwitchConfig) -> tuple[list[int], str | None]:
+    """Returns a line's ids, and why it cannot be used, if it cannot."""
+    ids = [] if line.error else source_ids(prefixed(line.text, prefix), vocabulary, config)
+    if len(ids) > longest:
+        return ids, f"its {len(ids)} tokens exceed max_source_length={longest}"
+    if any(token >= config.vocab_size for token in ids):
+        return ids, f"the vocabulary gives ids past the model's {config.vocab_size}"
+    return ids, line.error
+
+
+def _check_vocabulary(vocabulary: Any) -> None:
+    check(vocabulary is not None, "The checkpoint has no vocabulary to tokenise text with; put its spiece.model into the folder.")
 
 
 def prefixed(text: str, prefix: str) -> str:

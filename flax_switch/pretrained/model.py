@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -30,6 +30,7 @@ from flax_switch.pretrained.saving import save_pretrained
 if TYPE_CHECKING:
     from flax_switch.data.vocabulary import Vocabulary
     from flax_switch.generation.generate import GenerationOutput
+    from flax_switch.generation.stream import Piece
     from flax_switch.host.expert_cache import ExpertReads
 
 
@@ -232,16 +233,44 @@ class Pretrained:
         from flax_switch.generation.generate import generate
         from flax_switch.generation.text import texts_of
 
-        if adapter is not None and adapter != self.adapter:
-            return self.use_adapter(adapter).generate(input_ids, attention_mask, prefix=prefix, **controls)
-        if prefix is None:
-            known = self.prefixes_in_use
-            prefix = known[0] if len(known) == 1 else ""
-        ids, mask = self._encoded(input_ids, attention_mask, prefix)
-        output = generate(self.model, self.params, ids, mask, **with_defaults(self.generation_defaults, controls))
+        model, ids, mask, controls = self._asked(input_ids, attention_mask, prefix, adapter, controls)
+        output = generate(model.model, model.params, ids, mask, **controls)
         if self.vocabulary is None:
             return output
         return dataclasses.replace(output, texts=tuple(texts_of(output.sequences, self.vocabulary, self.config)))
+
+    def stream(
+        self,
+        input_ids: str | Sequence[str] | TokenIds,
+        attention_mask: TokenIds | None = None,
+        *,
+        prefix: str | None = None,
+        adapter: str | None = None,
+        **controls: Any,
+    ) -> Iterator[Piece]:
+        """Returns an iterator over what `generate` makes of one source, while it is made: a piece for every token.
+
+        Arguments are `generate`'s. Joined, the pieces' tokens are its sequence and their texts its text; the first piece holds what
+        the sequence begins with, which of a decoder-only model are its inputs.
+
+        Raises:
+          ConfigError: at once, as `generate`; for beams and for more than one sequence, too.
+        """
+        from flax_switch.generation.stream import stream_pieces
+
+        model, ids, mask, controls = self._asked(input_ids, attention_mask, prefix, adapter, controls)
+        return stream_pieces(model.model, model.params, ids, mask, self.vocabulary, **controls)
+
+    def _asked(
+        self, source: Any, mask: Any, prefix: str | None, adapter: str | None, controls: Mapping[str, Any]
+    ) -> tuple[Self, Any, Any, dict[str, Any]]:
+        """Returns the model with the adapter that is asked for, a source's ids and mask, and controls over the defaults."""
+        if adapter is not None and adapter != self.adapter:
+            return self.use_adapter(adapter)._asked(source, mask, prefix, None, controls)
+        if prefix is None:
+            known = self.prefixes_in_use
+            prefix = known[0] if len(known) == 1 else ""
+        return self, *self._encoded(source, mask, prefix), with_defaults(self.generation_defaults, controls)
 
     def _encoded(self, source: Any, mask: Any, prefix: str) -> tuple[Any, Any]:
         """Returns ids and mask of what `generate` is given: texts are encoded with their prefix, ids stay as they are."""

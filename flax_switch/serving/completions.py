@@ -11,12 +11,12 @@ from typing import Any
 from flax_switch.config import check, one_of
 from flax_switch.config.generation import GenerationConfig
 from flax_switch.config.ranges import Range, refusal, shown
+from flax_switch.generation.pieces import Output
 from flax_switch.generation.slots import ALTERNATIVES, MOST_TOP_K, Row
 from flax_switch.host.json_text import field
 from flax_switch.serving.engine import Job
 from flax_switch.serving.engine import Sequence as Decoded
 from flax_switch.serving.models import Served
-from flax_switch.serving.texts import Output
 
 WHERE = "The request"
 _NUMBERS = {

@@ -26,7 +26,7 @@ from flax_switch.serving.limits import Limits
 
 log = logging.getLogger(__name__)
 
-_NOT_FOLLOWED = ("num_beams", "num_return_sequences", "forced_eos_token_id", "output_scores", *BEAMS_ONLY)
+_NOT_FOLLOWED = ("num_beams", "num_return_sequences", "penalty_alpha", "forced_eos_token_id", "output_scores", *BEAMS_ONLY)
 
 
 class Served:

@@ -188,16 +188,21 @@ class Uncached:
         @jax.jit
         def decode(params, tokens, encoded, mask):
             encoded, mask = (jnp.repeat(x[None], rows, axis=0) for x in (encoded, mask))
-            return decoder.apply({"params": params}, tokens, encoded, mask, method="decode").logits
+            output = decoder.apply({"params": params}, tokens, encoded, mask, method="decode")
+            return output.logits, output.last_hidden_state
 
         self.decode = decode
 
     def logits(self, source, prefixes):
         """[len(prefixes), max_length, V]: place t holds the logits after t + 1 tokens of a prefix, whatever follows there."""
+        return self._decoded(source, prefixes)[0]
+
+    def _decoded(self, source, prefixes):
         filled = np.full((self.rows, self.max_length), self.config.pad_token_id, np.int32)
         for row, ids in enumerate(prefixes):
             filled[row, : len(ids)] = ids
-        return np.asarray(self.decode(self.params, filled, self.encoded[source], self.mask[source]))[: len(prefixes)]
+        found = self.decode(self.params, filled, self.encoded[source], self.mask[source])
+        return [np.asarray(x)[: len(prefixes)] for x in found]
 
     def log_probs(self, source):
         """What `textbook` asks for."""
@@ -208,3 +213,13 @@ class Uncached:
             return last - np.logaddexp.reduce(last, axis=-1, keepdims=True)
 
         return next_log_probs
+
+    def run(self, source):
+        """What `textbook.contrastive_search` asks for."""
+
+        def log_probs_and_states(tokens):
+            (logits,), (states,) = self._decoded(source, [tokens])
+            last = logits[len(tokens) - 1].astype(np.float64)
+            return last - np.logaddexp.reduce(last), states[: len(tokens)].astype(np.float64)
+
+        return log_probs_and_states

@@ -85,12 +85,26 @@ def test_a_temperature_without_sampling_changes_nothing(tmp_path):
 
 def test_what_is_not_followed_is_named_and_what_is_neutral_is_not(tmp_path, caplog):
     folder = write(
-        tmp_path, num_beam_groups=1, transformers_version="5", bos_token_id=3, penalty_alpha=0.6, watermark={"a": 1}, top_p=None
+        tmp_path,
+        guidance_scale=1.0,
+        transformers_version="5",
+        bos_token_id=3,
+        renormalize_logits=True,
+        watermark={"a": 1},
+        top_p=None,
     )
     assert read_defaults(folder) == {}
     (record,) = caplog.records
     message = record.getMessage()
-    assert "penalty_alpha=0.6" in message and "watermark" in message and "num_beam_groups" not in message
+    assert "renormalize_logits=True" in message and "watermark" in message and "guidance_scale" not in message
+
+
+def test_a_model_may_ask_for_groups_or_for_contrastive_search(tmp_path, caplog):
+    groups = dict(num_beams=4, num_beam_groups=2, diversity_penalty=0.5)
+    assert with_defaults(read_defaults(write(tmp_path, **groups)), {}) == groups
+    assert with_defaults(read_defaults(write(tmp_path, num_beam_groups=1, diversity_penalty=0.0, penalty_alpha=None)), {}) == {}
+    assert with_defaults(read_defaults(write(tmp_path, penalty_alpha=0.6, top_k=4)), {}) == dict(penalty_alpha=0.6, top_k=4)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("values", [dict(num_beams="three"), dict(num_beams=0), dict(eos_token_id="x", max_new_tokens=-1)], ids=str)

@@ -7,10 +7,10 @@ from hypothesis import given
 
 from flax_switch.config import ConfigError, SwitchConfig
 from flax_switch.data.byte_vocabulary import ByteVocabulary
+from flax_switch.generation.pieces import Output
 from flax_switch.generation.text import texts_of
 from flax_switch.serving.limits import Limits
 from flax_switch.serving.loading import parse_model
-from flax_switch.serving.texts import Output
 
 CONFIG = SwitchConfig(vocab_size=512)
 VOCABULARIES = {"pieces": small_model().vocabulary, "bytes": ByteVocabulary.with_sentinels()}

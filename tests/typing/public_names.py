@@ -45,6 +45,8 @@ def models(params: dict[str, Any], ids: jax.Array, arrays: np.ndarray[Any, np.dt
     assert_type(generated, fs.GenerationOutput)
     assert_type(generated.texts, tuple[str, ...] | None)
     assert_type(fs.generate(model, params, [1, 2, 3]), fs.GenerationOutput)
+    for tokens in fs.stream(model, params, arrays, do_sample=True, seed=1):
+        assert_type(tokens.tolist(), Any)
     fs.generate(model, params, "text")  # pyright: ignore[reportArgumentType] - a model alone has no vocabulary
 
 
@@ -56,6 +58,9 @@ def calls(model: fs.Pretrained, ids: jax.Array, arrays: np.ndarray[Any, np.dtype
     assert_type(model.encode(ids).last_hidden_state, jax.Array)
     for source in ("a text", ["texts"], [1, 2], ids, arrays):
         assert_type(model.generate(source, num_beams=2), fs.GenerationOutput)
+    for piece in model.stream("a text", do_sample=True):
+        assert_type(piece.text, str | None)
+        assert_type(piece.tokens, tuple[int, ...])
     vocabulary = model.vocabulary
     if vocabulary is not None:
         assert_type(vocabulary(["a text"], text_target=["another"], padding=True, return_tensors="np").input_ids, Any)

@@ -1,7 +1,5 @@
 """Tokens as text while they come: what is certain of it is told, and a stop sequence ends it."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from typing import Any

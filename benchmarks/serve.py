@@ -4,9 +4,10 @@
     python benchmarks/serve.py --shapes tiny --clients 1 8   # a part of it
 
 Every request has another source of --source tokens and asks for exactly --new-tokens greedy ones. Clients are threads of a process
-of their own that ask again as soon as they have an answer; the server runs in this one. "loop" answers one request after the other
-by `generate`, "batch" is one call of `generate` with 32 sources, told as requests per second. "transformers" is the same weights
-behind the same framework (starlette and uvicorn), which answers one request after the other. Compilation is not counted.
+of their own that ask again as soon as they have an answer; the server runs in this one, and contenders take turns. "loop" answers
+one request after the other by `generate`, "batch" is one call of `generate` with 32 sources, told as requests per second.
+"transformers" is the same weights behind the same framework (starlette and uvicorn), which answers one request after the other; it
+comes last. Compilation is not counted.
 Quiet machines only.
 """
 
@@ -66,7 +67,7 @@ def load(port: int, clients: int, requests: int, source: int, new_tokens: int, v
     with concurrent.futures.ThreadPoolExecutor(clients) as pool:
         began = time.perf_counter()
         seconds = list(pool.map(ask, prompts))
-    print(json.dumps(dict(total=time.perf_counter() - began, seconds=seconds)))
+    print(json.dumps(dict(requests=requests, total=time.perf_counter() - began, seconds=seconds)))
 
 
 def measure(shape: str, args: argparse.Namespace) -> list[dict]:
@@ -77,6 +78,7 @@ def measure(shape: str, args: argparse.Namespace) -> list[dict]:
     import flax_switch as fs
     from flax_switch.data.byte_vocabulary import ByteVocabulary
     from flax_switch.pretrained import Pretrained
+    from flax_switch.serving.app import build_app
     from flax_switch.serving.limits import Limits
     from flax_switch.serving.serve import prepare
 
@@ -87,38 +89,39 @@ def measure(shape: str, args: argparse.Namespace) -> list[dict]:
     controls = dict(suppress_tokens=(1,))
     pretrained = Pretrained(config, model, params, ByteVocabulary.with_sentinels(), generation_defaults=controls)
     sources = np.random.default_rng(0).integers(2, config.vocab_size, (BATCH, args.source)).astype(np.int32)
-    run = lambda ids: pretrained.generate(ids, max_new_tokens=args.new_tokens)  # noqa: E731
-    rows = []
+    took: dict[str, list[tuple[float, list[float]]]] = {}  # requests per second and seconds of each, by turn
 
-    def timed(name: str, calls: list, requests: int) -> None:
-        run(calls[0])
+    def timed(name: str, calls: list) -> None:
         seconds = []
         for ids in calls:
             began = time.perf_counter()
-            run(ids)
+            pretrained.generate(ids, max_new_tokens=args.new_tokens)
             seconds.append(time.perf_counter() - began)
-        rows.append(_row(shape, name, requests / sum(seconds), seconds))
+        took.setdefault(name, []).append((sum(map(len, calls)) / sum(seconds), seconds))
 
-    timed("loop", [sources[i % BATCH : i % BATCH + 1] for i in range(args.requests[shape])], args.requests[shape])
-    timed("batch", [sources] * 3, 3 * BATCH)
+    def asked(name: str, port: int, clients: int, requests: int) -> None:
+        sizes = dict(clients=clients, source=args.source, new_tokens=args.new_tokens, vocab_size=config.vocab_size)
+        found = _asked(port, **sizes, requests=max(requests, 2 * clients))
+        took.setdefault(f"{name}, {clients}", []).append((found["requests"] / found["total"], found["seconds"]))
+
+    one_by_one = [sources[i % BATCH : i % BATCH + 1] for i in range(args.requests[shape] // args.turns)]
     limits = Limits(slots=BATCH, max_source_length=args.source, max_tokens=args.new_tokens, timeout=600.0)
     began = time.perf_counter()
     server = prepare({shape: pretrained}, limits)
     print(f"{shape}: {time.perf_counter() - began:.0f} s to compile", flush=True)
-    from flax_switch.serving.app import build_app
-
-    def served(name: str, app, most: int) -> None:
-        with running(app) as port:
+    with running(build_app(server)) as port:
+        for turn in range(-1, args.turns):  # the first compiles, and is forgotten
+            timed("loop", one_by_one if turn >= 0 else one_by_one[:1])
+            timed("batch", [sources])
             for clients in args.clients:
-                sizes = dict(clients=clients, source=args.source, new_tokens=args.new_tokens, vocab_size=config.vocab_size)
-                _asked(port, **sizes, requests=clients)
-                requests = max(min(args.requests[shape], most), 2 * clients)
-                found = _asked(port, **sizes, requests=requests)
-                rows.append(_row(shape, f"{name}, {clients}", requests / found["total"], found["seconds"]))
-
-    served("ours", build_app(server), 10**6)
+                asked("ours", port, clients, len(one_by_one) if turn >= 0 else clients)
+            if turn < 0:
+                took.clear()
     if args.transformers:
-        served("transformers", transformers_app(config, params, args.new_tokens), 100)
+        with running(transformers_app(config, params, args.new_tokens)) as port:
+            for clients in args.clients:
+                asked("transformers", port, clients, min(args.requests[shape], 100))
+    rows = [_row(shape, name, turns) for name, turns in took.items()]
     _compare(rows)
     return rows
 
@@ -188,9 +191,9 @@ def _compare(rows: list[dict]) -> None:
         print(f"{row['shape']:8} {row['name']:16} {row['times_loop']:6.2f} times the loop")
 
 
-def _row(shape: str, name: str, rate: float, seconds: list[float]) -> dict:
-    ordered = sorted(seconds)
-    p95 = ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))]
+def _row(shape: str, name: str, turns: list[tuple[float, list[float]]]) -> dict:
+    rate, seconds = statistics.median(rate for rate, _ in turns), sorted(each for _, several in turns for each in several)
+    p95 = seconds[min(len(seconds) - 1, int(0.95 * len(seconds)))]
     row = dict(shape=shape, name=name, requests_per_second=rate, p50=statistics.median(seconds), p95=p95)
     print(f"{shape:8} {name:16} {rate:9.2f} requests/s  p50 {1000 * row['p50']:9.1f} ms  p95 {1000 * p95:9.1f} ms", flush=True)
     return row
@@ -204,7 +207,8 @@ def main() -> None:
     parser.add_argument("--source", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--tiny-requests", type=int, default=1000)
-    parser.add_argument("--base-requests", type=int, default=16)
+    parser.add_argument("--base-requests", type=int, default=24)
+    parser.add_argument("--turns", type=int, default=4, help="of the loop, the batch and the clients; the rate is their median")
     parser.add_argument("--no-transformers", action="store_false", dest="transformers", help="leave transformers out")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/serve.json"))
     parser.add_argument("--load", help=argparse.SUPPRESS)
@@ -217,7 +221,7 @@ def main() -> None:
     import run_record
 
     rows = [row for shape in args.shapes for row in measure(shape, args)]
-    settings = dict(source=args.source, new_tokens=args.new_tokens)
+    settings = dict(source=args.source, new_tokens=args.new_tokens, turns=args.turns)
     run_record.write(args.output, dict(**settings, rows=rows), device=jax.devices()[0].device_kind)
 
 

@@ -124,7 +124,7 @@ def test_help_lists_every_control_by_group_with_its_default(capsys, monkeypatch)
     for field in dataclasses.fields(GenerationConfig):
         assert f"--{field.name.replace('_', '-')} " in text or f"--{field.name.replace('_', '-')}\n" in text
     flat = " ".join(text.split())
-    assert "0: all (default: 50)" in flat
+    assert "0: all; of contrastive search the candidates (default: 50)" in flat
     assert [flat.index(f" {group}: --") for group in ("length", "beams", "sampling", "what may be said")]
 
 
@@ -149,7 +149,7 @@ def test_help_fits_80_columns_and_breaks_at_words(command, capsys, monkeypatch):
 
 def test_comments_of_fields_are_those_of_their_source_lines():
     found = {field.name: field for field in fields.described(GenerationConfig)}
-    assert found["top_k"] == fields.Described("sampling", "top_k", 50, "0: all", False)
+    assert found["top_k"] == fields.Described("sampling", "top_k", 50, "0: all; of contrastive search the candidates", False)
     assert found["do_sample"].is_bool
 
 
@@ -365,7 +365,7 @@ def test_completion_knows_commands_options_fields_and_recipes(capsys):
 
         assert complete("flax-switch", "pre") == {"predict", "pretrain", "presets"}
         assert complete("flax-switch", "pretrain", "--config.train.st") == {"--config.train.steps"}
-        assert complete("flax-switch", "generate", "--num-b") == {"--num-beams"}
+        assert complete("flax-switch", "generate", "--num-b") == {"--num-beams", "--num-beam-groups"}
         assert complete("flax-switch", "pretrain", "--config", "descr") >= {"descriptions_small"}
     assert cli.main(["completion", "fish"]) == 0
     assert "-l 'num-beams'" in capsys.readouterr().out

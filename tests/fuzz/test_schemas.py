@@ -158,7 +158,8 @@ def fields_of(function):
     given = [(node.targets[0] if isinstance(node, ast.Assign) else node.target, node.value)
              for node in nodes if isinstance(node, ast.Assign | ast.NamedExpr)]  # fmt: skip
     for target, value in given:
-        if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
+        pairs = isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple)
+        if pairs and not any(isinstance(element, ast.Starred) for element in value.elts):
             given += zip(target.elts, value.elts, strict=True)
     given = [(target, value.body if isinstance(value, ast.IfExp) else value) for target, value in given]
     names = {target.id for target, value in given if isinstance(target, ast.Name) and is_read(value)}

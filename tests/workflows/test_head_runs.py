@@ -66,6 +66,7 @@ def recipes(recipe, tmp_path_factory):
     return {head: of(head) for head in TASKS}
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("head", [pytest.param(head, marks=pytest.mark.slow if head in SLOW else ()) for head in TASKS])
 def test_a_head_learns_is_scored_resumes_to_the_bit_and_can_be_used(head, recipes, checkpoint, mesh, tmp_path):
     result = finetune(recipes[head], tmp_path / "run", init=checkpoint, mesh=mesh)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from client import Client, alone, requests, small_model
+from client import LIMITS, Client, alone, requests, small_model
 from hostile import BAD, asked_with
 
 REQUESTS = 10_000 if "SOAK_ROUND" in os.environ else 300
@@ -70,7 +70,7 @@ def test_a_server_stays_right_and_of_a_size_and_ends_in_good_order(model, tmp_pa
 def soak(client, pretrained, process):
     """Nine of ten requests can be served, among them one prompt again and again and odd texts; the others are hostile."""
     rng = np.random.default_rng(SEED)
-    served = list(requests(REQUESTS * 9 // 10, SEED))
+    served = fitting(pretrained, REQUESTS * 9 // 10, SEED)
     again = served[0]  # greedy
     for i in range(0, len(served), 20):
         served[i] = again
@@ -91,6 +91,13 @@ def soak(client, pretrained, process):
     for i in rng.choice(len(told), min(500, len(told)), replace=False):
         case, answer = told[i]
         assert answer == alone(pretrained, *case), case
+
+
+def fitting(pretrained, count, seed):
+    """Requests that the server has room for: of thousands a few are longer."""
+    return [
+        case for case in requests(count, seed) if len(pretrained.vocabulary.encode(case[0]["prompt"])) < LIMITS.max_source_length
+    ]
 
 
 def served_as(client, case):
@@ -129,7 +136,7 @@ def drip(port, cut):
 
 def end_under_load(client, pretrained, process):
     """A signal while all clients ask: what was taken is answered rightly, what comes after is refused, and the status is 0."""
-    cases = list(requests(40 * CLIENTS, SEED + 1))
+    cases = fitting(pretrained, 40 * CLIENTS, SEED + 1)
 
     def ask(case):
         try:

@@ -51,7 +51,7 @@ def write_zarr(folder: Path, shard: Mapping[str, LazyTensor], on_bytes: Callable
     import tensorstore as ts
 
     (tensor,) = shard.values()
-    spec = ts.Spec(_spec(tensor, f"{folder.resolve()}"))
+    spec = ts.Spec(_spec(tensor, str(folder.resolve())))
     store = ts.open(spec, create=True, delete_existing=True).result()
     start = 0
     for block in tensor.blocks():
@@ -64,8 +64,7 @@ def write_zarr(folder: Path, shard: Mapping[str, LazyTensor], on_bytes: Callable
 
 def step_of(folder: Path) -> int:
     """Returns the step that a checkpoint's folder is named by, in a run or as T5X names it; 0 for any other."""
-    names = (folder.name, folder.parent.name) if folder.name == "params" else (folder.name,)
-    match = next(filter(None, (re.fullmatch(r"(?:checkpoint_)?(\d{1,9})", name) for name in names)), None)
+    match = re.fullmatch(r"(?:checkpoint_)?(\d{1,9})", folder.name)
     return int(match[1]) if match else 0
 
 

@@ -8,7 +8,7 @@ import pytest
 import tensorstore as ts
 import transformers
 
-from flax_switch import CheckpointError, ConfigError, load_pretrained
+from flax_switch import CheckpointError, ConfigError, load_pretrained, save_pretrained
 from flax_switch.convert import convert, open_checkpoint, stack_layers, t5x_writing
 from flax_switch.convert.canonical import canonical_shapes, flatten
 from tests.convert import oracle, t5x_files
@@ -120,9 +120,12 @@ def test_an_interrupted_one_goes_on_where_it_was(tmp_path, monkeypatch):
 
 def test_parts_of_models_are_refused_and_no_checkpoint_is_overwritten(tmp_path):
     encoder = folder_of(model_of("MT5", 1, "EncoderModel"), tmp_path / "encoder")
+    headed = load_pretrained(folder_of(model_of("MT5", 1), tmp_path / "whole"), head="classification", labels=("a", "b"))
     with pytest.raises(ConfigError, match="whole models.*'encoder'"):
         convert(encoder, tmp_path / "none", to="t5x")
     assert not (tmp_path / "none").exists()
+    with pytest.raises(ConfigError, match="whole models.*'classification'"):
+        save_pretrained(tmp_path / "none", headed.config, headed.params, format="t5x")
     t5x = convert(t5x_files.write(tmp_path / "t5x", random_params(CONFIGS["switch"])), tmp_path / "back", to="t5x")
     with pytest.raises(CheckpointError, match="T5X checkpoint"):
         convert(tmp_path / "t5x", t5x, to="t5x", overwrite=True)

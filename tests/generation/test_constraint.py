@@ -90,6 +90,10 @@ def test_one_program_serves_every_function_and_rows_that_are_over_are_not_asked(
     prefixes = {title[:length] for title in TITLES for length in range(1, len(title))}
     assert prefixes <= {tokens for _, tokens in asked} <= prefixes | set(TITLES)
     assert {source for source, tokens in asked if tokens == (0,)} == set(range(6))
+    asked.clear()
+    said = generate(trained.model, trained.params, *sources, prefix_allowed_tokens_fn=noted, max_new_tokens=NEW).sequences
+    assert len({row.index(EOS) for row in said.tolist()}) > 1, "rows end at different steps"
+    assert {tokens for _, tokens in asked} <= prefixes
 
 
 def test_samples_keep_to_what_their_source_may_say(trained, sources):

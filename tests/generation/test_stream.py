@@ -71,6 +71,21 @@ def test_pieces_are_the_text_and_come_with_each_token(bytes_model):
     assert step_program._cache_size() == before + 1
 
 
+class Replacing:
+    """Bytes as text, with the sign of SentencePiece for those of a character that lacks some."""
+
+    def decode(self, ids, skip_special_tokens=False):
+        return bytes(token - 3 for token in ids).decode(errors="replace")
+
+
+def test_the_last_character_is_told_though_it_lacks_bytes(bytes_model):
+    said = [byte + 3 for byte in "aé".encode()[:-1]]
+    controls = dict(max_new_tokens=2, prefix_allowed_tokens_fn=lambda _, tokens: [said[len(tokens) - 1]])
+    model = bytes_model.replace(vocabulary=Replacing())
+    assert model.generate([[9, 1]], **controls).texts[0] == "a\ufffd"
+    assert [piece.text for piece in model.stream([[9, 1]], **controls)] == ["", "a", "\ufffd"]
+
+
 def test_a_decoder_alone_tells_its_inputs_first():
     config = ALONE_BASE.replace(vocab_size=384)
     model = Pretrained(config, SwitchTransformer(config), lively_params(config), ByteVocabulary.with_sentinels())

@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar
 from flax_switch.config import MeshConfig, OptimizerConfig, SwitchConfig, TrainConfig, check, one_of, reject_unknown_keys
 from flax_switch.config.adapter import ADAPTER, AdapterConfig
 from flax_switch.config.base import _Section, _tuples, may_change
-from flax_switch.config.heads import HEADS, LANGUAGE_MODEL, head_of
+from flax_switch.config.heads import HEADS, LANGUAGE_MODEL, head_of, head_shapes
 from flax_switch.config.ranges import Count, Every, Natural, Positive, Range, Rate
 from flax_switch.config.run import BatchConfig, check_microbatches, joined_for
 
@@ -187,7 +187,7 @@ class FinetuneConfig(_Section):
         object.__setattr__(self, "data", labelled_for(self.model, joined_for(self.model, self.data)))
         object.__setattr__(self, "optimizer", _optimizer_for(self.adapter, self.optimizer))
         check(
-            not self.adapter.rank or self.model.head == LANGUAGE_MODEL,
+            not self.adapter.rank or not head_shapes(self.model),
             f"adapter.rank={self.adapter.rank} trains an adapter alone, and the head {self.model.head!r} would stay as it began; "
             "train the whole model with adapter.rank=0, or optimizer.trainable.",
         )

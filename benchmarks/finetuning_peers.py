@@ -11,8 +11,8 @@ Three tasks on the sentences of the quickstart's corpus, that need no download a
     rewriting        a sentence without its articles, written whole, right to the letter; with adapters beside the whole model
 
 Every way picks its learning rate with a seed of its own and then runs with three others, which draw new parameters, the order of
-examples and dropout. Controls: guessing the most frequent class, the model before fine-tuning, and random weights in the
-checkpoint's place. Here means the dense model in this library, there the same in transformers (adapters: in peft) with torch's AdamW.
+examples and dropout. Controls: guessing the most frequent class, and random weights in the checkpoint's place. "Here" is the dense
+model in this library, "there" the same in transformers (adapters: in peft) with torch's AdamW.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ OF_TASK = {
 
 
 def write_tasks(folder: Path) -> None:
-    """Writes {task}/train.jsonl and validation.jsonl, once; a row's side follows from its hash, a document's from the document's."""
+    """Writes {task}/train.jsonl and validation.jsonl; a row's side follows from its hash."""
     documents = by_origin()
     largest = sorted(documents, key=lambda name: -sum(map(len, documents[name])))[:CLASSES]
     rows: dict[str, dict[str, dict[str, str]]] = collections.defaultdict(dict)

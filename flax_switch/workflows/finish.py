@@ -231,7 +231,10 @@ def finish_finetuning(result: RunResult, workdir: epath.PathLike) -> None:
     )
 
 
-_CALLS = {"classification": "classify", "regression": "regress", "token_classification": "tag", "question_answering": "answer"}
+_CALLS = {
+    "classification": "classify", "multi_label_classification": "label", "regression": "regress", "token_classification": "tag",
+    "question_answering": "answer",
+}  # fmt: skip
 
 
 def _next_commands(config: FinetuneConfig, model: str, prefix: str) -> str:

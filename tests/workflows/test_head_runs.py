@@ -22,9 +22,9 @@ from flax_switch.training.metrics import read_metrics
 from flax_switch.workflows.finetune import finetune, recipe_of
 from tests.workflows.conftest import WORDS, lists, write_jsonl
 
-TASKS = ("classification", "regression", "token_classification", "question_answering", "embedding")
-SLOW = ("regression", "token_classification", "question_answering")
-LABELS = {"classification": ("low", "high"), "token_classification": ("O", "B-X")}
+TASKS = ("classification", "multi_label_classification", "regression", "token_classification", "question_answering", "embedding")
+SLOW = ("multi_label_classification", "regression", "token_classification", "question_answering")
+LABELS = {"classification": ("low", "high"), "multi_label_classification": ("ba", "lo", "zu"), "token_classification": ("O", "B-X")}
 
 
 def tag(word):
@@ -36,12 +36,14 @@ def records(count, seed):
         words = text.split()
         yield {
             "text": text, "class": LABELS["classification"][first in WORDS[5:]], "number": len(words) / 4, "first": first,
+            "classes": [word for word in LABELS["multi_label_classification"] if word in words],
             "words": words, "tags": [tag(word) for word in words], "answers": {"text": [first, "ba"]},
         }  # fmt: skip
 
 
 FIELDS = {
     "classification": dict(inputs="text", targets="class"),
+    "multi_label_classification": dict(inputs="text", targets="classes"),
     "regression": dict(inputs="text", targets="number"),
     "token_classification": dict(inputs="words", targets="tags"),
     "question_answering": dict(inputs="first", context="text", targets="answers.text", inputs_length=64),
@@ -87,6 +89,7 @@ def test_a_head_learns_is_scored_resumes_to_the_bit_and_can_be_used(head, recipe
     last = load_pretrained(tmp_path / "run")
     say = {
         "classification": lambda: [one.label for one in last.classify(texts)],
+        "multi_label_classification": lambda: [", ".join(one.labels) for one in last.label(texts)],
         "regression": lambda: last.regress(texts),
         "token_classification": lambda: [" ".join(word.label for word in one) for one in last.tag(texts)],
         "question_answering": lambda: [one.text for one in last.answer(texts, [row["text"] for row in records(12, 1)])],

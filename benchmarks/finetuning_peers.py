@@ -9,9 +9,9 @@ Three tasks on the sentences of the quickstart's corpus, that need no download a
     embedding        a sentence is to find the one that follows it, among 1,000
     rewriting        a sentence is written again without its articles, right to the letter; with adapters beside the whole model
 
-Every way picks its learning rate with a seed of its own and then runs with three others, which draw new parameters, the order of
-examples and dropout. Controls: guessing the most frequent class, and random weights in the checkpoint's place. "Here" is the dense
-model in this library, "there" the same in transformers (adapters: in peft) with torch's AdamW.
+The learning rate is picked here, with a seed of its own, and used there, too: the optimiser is the same, AdamW. Then three other
+seeds draw new parameters, the order of examples and dropout. Controls: guessing the most frequent class, and random weights in the
+checkpoint's place. "Here" is the dense model in this library, "there" the same in transformers, with adapters by peft.
 """
 
 from __future__ import annotations
@@ -55,21 +55,22 @@ SCORE = {"classification": "accuracy", "embedding": "recall_at_1", "rewriting": 
 
 
 class Way(NamedTuple):
-    """How a model is fine-tuned, and the learning rates to pick from."""
+    """How a model is fine-tuned."""
 
     where: str  # "here" or "there"
-    model: str  # "dense", or "random" weights of its shapes
-    rates: tuple[float, ...]
+    model: str = "dense"  # or "random" weights of its shapes
     adapter: AdapterConfig = AdapterConfig()
+    rate_of: str = ""  # the way whose learning rate it takes; "": it picks from RATES
 
 
-WHOLE = (1e-3, 3e-3)
+RATES = (1e-3, 3e-3)
+STEPS = {"classification": 200, "embedding": 200, "rewriting": 300}
 WAYS = {
-    "here": Way("here", "dense", WHOLE),
-    "there": Way("there", "dense", WHOLE),
-    "here, random weights": Way("here", "random", WHOLE),
-    "here, LoRA": Way("here", "dense", (1e-3, 3e-3), LORA),
-    "there, LoRA": Way("there", "dense", (1e-3, 3e-3), LORA),
+    "here": Way("here"),
+    "there": Way("there", rate_of="here"),
+    "here, random weights": Way("here", "random", rate_of="here"),
+    "here, LoRA": Way("here", adapter=LORA),
+    "there, LoRA": Way("there", adapter=LORA, rate_of="here, LoRA"),
 }
 OF_TASK = {
     "classification": ("here", "there", "here, random weights"),
@@ -140,7 +141,7 @@ def run_here(task: str, way: Way, rate: float, seed: int, args: argparse.Namespa
         ),
         optimizer=FinetuneOptimizerConfig(name="adamw", learning_rate=rate, schedule="linear", warmup_steps=WARMUP),
         train=FinetuneTrainConfig(
-            steps=args.steps, seed=seed, log_every=20, eval_every=args.steps, eval_batches=10, checkpoint_every=args.steps,
+            steps=STEPS[task], seed=seed, log_every=20, eval_every=STEPS[task], eval_batches=10, checkpoint_every=STEPS[task],
             sample_spans=0,
         ),
         evaluation=EvaluationConfig(metrics=(METRIC[task],), batch_size=100, num_beams=1),
@@ -251,12 +252,12 @@ def run_there(task: str, way: Way, rate: float, seed: int, args: argparse.Namesp
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
 
     def factor(step: int) -> float:  # linear from 0, and linear to 0 at the last step, as here
-        return min(step / WARMUP, 1.0) * min(1.0, (args.steps - step) / (args.steps - WARMUP))
+        return min(step / WARMUP, 1.0) * min(1.0, (STEPS[task] - step) / (STEPS[task] - WARMUP))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     there.model.train()
     losses = []
-    for batch in shuffled(there.train, args.steps, seed):
+    for batch in shuffled(there.train, STEPS[task], seed):
         loss = there.loss(batch)
         optimizer.zero_grad()
         loss.backward()
@@ -309,23 +310,25 @@ def main() -> None:
     parser.add_argument("--dense", type=Path, required=True)
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--tasks", nargs="+", choices=OF_TASK, default=list(OF_TASK))
-    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--output", type=Path, default=run_record.RESULTS / "finetuning_peers.json")
     args = parser.parse_args()
     use_compile_cache()  # the seeds of a way run one program
     data = args.workdir / "data"
     if not (data / "rewriting" / "validation.jsonl").exists():
         write_tasks(data)
-    results: dict[str, Any] = {"steps": args.steps, "batch": BATCH, "tasks": {}}
+    results: dict[str, Any] = {"batch": BATCH, "tasks": {}}
     for task in args.tasks:
         sizes = {side: len(read_rows(data / task, side)) for side in ("train", "validation")}
-        found: dict[str, Any] = {"examples": sizes, "ways": {}, "runs": []}
+        found: dict[str, Any] = {"steps": STEPS[task], "examples": sizes, "ways": {}, "runs": []}
         if task == "classification":
             counts = collections.Counter(row["label"] for row in read_rows(data / task, "validation"))
             found |= {"classes": dict(counts), "most_frequent_class": 100.0 * max(counts.values()) / sizes["validation"]}
+        rates: dict[str, float] = {}
         for name in OF_TASK[task]:
-            trials = [run_of(task, name, rate, PICKING, args) for rate in WAYS[name].rates]
-            rate = max(trials, key=lambda run: run["score"])["learning_rate"]
+            own_rate = not WAYS[name].rate_of
+            trials = [run_of(task, name, rate, PICKING, args) for rate in RATES] if own_rate else []
+            rate = max(trials, key=lambda run: run["score"])["learning_rate"] if own_rate else rates[WAYS[name].rate_of]
+            rates[name] = rate
             own = [run_of(task, name, rate, seed, args) for seed in SEEDS]
             found["runs"] += trials + own
             found["ways"][name] = summary(own)

@@ -47,14 +47,17 @@ def main() -> None:
 
 
 def decoder_alone(run: str) -> None:
-    """Pre-trains a decoder-only model for two steps and has it continue a text."""
+    """Pre-trains a decoder-only model, resumes, and has it continue a text."""
     small = [
         *SMALL,
         "--config.model.layer_form=fused",
         "--config.model.num_decoder_layers=1",
         "--config.model.num_sparse_decoder_layers=1",
     ]
-    flax_switch("pretrain", "--config", "configs/tiny_decoder.py", "--workdir", run, *small, "--config.train.steps=2")
+    recipe = ["pretrain", "--config", "configs/tiny_decoder.py", "--workdir", run, *small]
+    flax_switch(*recipe, "--config.train.steps=2")
+    resumed = flax_switch(*recipe, "--config.train.steps=3")
+    assert "from step 2" in resumed, resumed
     generated = flax_switch("generate", "--checkpoint", run, "--max-new-tokens", "4", stdin="Returns True if the\n")
     assert "Returns True if the" in generated, generated
 

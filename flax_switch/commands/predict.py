@@ -90,6 +90,8 @@ def _said(model: Pretrained, texts: list[str], contexts: list[str], batch_size: 
     head = model.config.head
     if head == "classification":
         return [one._asdict() for one in model.classify(texts, batch_size=batch_size)]
+    if head == "multi_label_classification":
+        return [one._asdict() for one in model.label(texts, batch_size=batch_size)]
     if head == "regression":
         return [{"value": float(value)} for value in model.regress(texts, batch_size=batch_size)]
     if head == "token_classification":

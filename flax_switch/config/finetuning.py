@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar
 from flax_switch.config import MeshConfig, OptimizerConfig, SwitchConfig, TrainConfig, check, one_of, reject_unknown_keys
 from flax_switch.config.adapter import ADAPTER, AdapterConfig
 from flax_switch.config.base import _Section, _tuples, may_change
-from flax_switch.config.heads import HEADS, LANGUAGE_MODEL, head_of
+from flax_switch.config.heads import HEADS, LANGUAGE_MODEL, head_shapes, targets_length
 from flax_switch.config.ranges import Count, Every, Natural, Positive, Range, Rate
 from flax_switch.config.run import BatchConfig, check_microbatches, joined_for
 
@@ -36,6 +36,7 @@ METRICS: dict[str, tuple[str, ...]] = {
 HEAD_METRICS: dict[str, tuple[str, ...]] = {
     LANGUAGE_MODEL: ("bleu", "chrf", "rouge", "exact_match", "f1", "accuracy"),
     "classification": ("accuracy", "f1", "matthews"),
+    "multi_label_classification": ("f1", "accuracy"),
     "regression": ("pearson", "spearman", "mse"),
     "token_classification": ("span_f1", "accuracy"),
     "question_answering": ("exact_match", "f1"),
@@ -187,7 +188,7 @@ class FinetuneConfig(_Section):
         object.__setattr__(self, "data", labelled_for(self.model, joined_for(self.model, self.data)))
         object.__setattr__(self, "optimizer", _optimizer_for(self.adapter, self.optimizer))
         check(
-            not self.adapter.rank or self.model.head == LANGUAGE_MODEL,
+            not self.adapter.rank or not head_shapes(self.model),
             f"adapter.rank={self.adapter.rank} trains an adapter alone, and the head {self.model.head!r} would stay as it began; "
             "train the whole model with adapter.rank=0, or optimizer.trainable.",
         )
@@ -236,7 +237,7 @@ def labelled_for(model: SwitchConfig, data: FinetuneDataConfig) -> FinetuneDataC
     check(
         not data.packing, f"data.packing puts several examples in a row, of which head={head!r} takes one; set data.packing=False."
     )
-    length = data.inputs_length if head == "token_classification" else head_of(model).targets_length
+    length = data.inputs_length if head == "token_classification" else targets_length(model)
     return data if length in (None, data.targets_length) else data.replace(targets_length=length)
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from flax_switch.config.model import SwitchConfig
 
 LANGUAGE_MODEL = "language_model"
+SEPARATOR = ", "  # between the labels of a text that has several
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,11 +25,13 @@ class Head:
     labelled: bool = False  # an output for each of the config's labels
     outputs: int = 0  # of one without labels
     targets_length: int | None = None  # columns of a batch's labels; None: as many as data.targets_length says
+    targets_per_label: bool = False  # as many columns as there are labels
 
 
 HEADS = {
     LANGUAGE_MODEL: Head("ForConditionalGeneration"),
     "classification": Head("ForSequenceClassification", labelled=True, targets_length=1),
+    "multi_label_classification": Head("ForSequenceClassification", labelled=True, targets_per_label=True),
     "regression": Head("ForSequenceClassification", outputs=1, targets_length=1),
     "token_classification": Head("ForTokenClassification", reads_decoder=False, labelled=True),
     "question_answering": Head("ForQuestionAnswering", outputs=2, targets_length=2),
@@ -46,6 +49,11 @@ def head_of(config: SwitchConfig) -> Head:
     return HEADS[config.head]
 
 
+def targets_length(config: SwitchConfig) -> int | None:
+    """Returns how many columns the labels of a batch have; None: as many as data.targets_length says."""
+    return len(config.labels) if head_of(config).targets_per_label else head_of(config).targets_length
+
+
 def num_outputs(config: SwitchConfig) -> int:
     """Returns how many outputs the head of a model has: one for each label where it has labels."""
     return len(config.labels) if head_of(config).labelled else head_of(config).outputs
@@ -54,9 +62,11 @@ def num_outputs(config: SwitchConfig) -> int:
 def head_shapes(config: SwitchConfig) -> dict[str, tuple[int, ...]]:
     """Returns the parameters of a task's head."""
     D, outputs = config.d_model, num_outputs(config)
+    classes = {"classification_head/dense": D, "classification_head/out_proj": outputs}
     layers: dict[str, dict[str, int]] = {
-        "classification": {"classification_head/dense": D, "classification_head/out_proj": outputs},
-        "regression": {"classification_head/dense": D, "classification_head/out_proj": outputs},
+        "classification": classes,
+        "multi_label_classification": classes,
+        "regression": classes,
         "token_classification": {"classifier": outputs},
         "question_answering": {"qa_outputs": outputs},
     }
@@ -83,6 +93,8 @@ def check_head(config: SwitchConfig) -> None:
     )
     twice = next((label for label in labels if labels.count(label) > 1), None)
     check(twice is None, f"labels names {twice!r} twice; each class needs a name of its own.")
+    listed = next((label for label in labels if head_of(config).targets_per_label and SEPARATOR.strip() in label), None)
+    check(listed is None, f"labels names {listed!r}; with head={config.head!r} several are written with commas between them.")
 
 
 def head_changes(config: SwitchConfig, changes: Mapping[str, Any], source: object) -> dict[str, Any]:

@@ -35,7 +35,7 @@ _PARTS = {"lora_A.weight": "a", "lora_B.weight": "b", "lora_magnitude_vector": "
 # Settings that make another function of the same tensors, and the values that do not.
 _PLAIN = {
     "bias": ("none", None), "lora_bias": (False, None), "fan_in_fan_out": (False, None), "use_qalora": (False, None),
-    "use_bdlora": (None, False), "modules_to_save": (None, []), "target_parameters": (None, []), "layer_replication": (None, []),
+    "use_bdlora": (None, False), "modules_to_save": (None, []), "layer_replication": (None, []),
     "trainable_token_indices": (None, []), "alora_invocation_tokens": (None, []), "arrow_config": (None,),
     "megatron_config": (None,), "kasa_config": (None,), "monteclora_config": (None,), "velora_config": (None,),
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),  # others change the model, too
@@ -61,17 +61,26 @@ def adapter_config(folder: Path) -> AdapterConfig:
     """Returns the settings of the adapter in a folder, as far as we have them."""
     values, where = read_settings(folder), str(folder / CONFIG_FILE)
     try:
-        targets = field(values, "target_modules", (str, list, type(None)), where, None) or "all"
         return AdapterConfig(
             rank=field(values, "r", int, where),
             alpha=field(values, "lora_alpha", (int, float), where),
-            targets=re.escape(targets) if isinstance(targets, str) else tuple(re.escape(str(name)) for name in targets),
+            targets=_named(values, where),
             dropout=field(values, "lora_dropout", (int, float), where, 0.0),
             use_rslora=field(values, "use_rslora", bool, where, False),
             use_dora=field(values, "use_dora", bool, where, False),
         )
     except ConfigError as error:
         raise CheckpointError(f"{where}: {str(error).removeprefix(f'{where}: ')}") from error
+
+
+def _named(values: Mapping[str, Any], where: str) -> str | tuple[str, ...]:
+    """Returns what has an adapter: modules, and parameters by their own names, which are a module's and ".weight"."""
+    named = field(values, "target_modules", (str, list, type(None)), where, None) or []
+    parameters = field(values, "target_parameters", (list, type(None)), where, None) or []
+    if isinstance(named, str) and not parameters:
+        return re.escape(named)
+    names = [named] if isinstance(named, str) else [*named]
+    return tuple(re.escape(str(name).removesuffix(".weight")) for name in [*names, *parameters]) or "all"
 
 
 def read_peft(folder: Path, config: SwitchConfig, architecture: str) -> Adapter:

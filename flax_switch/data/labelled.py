@@ -1,4 +1,4 @@
-"""Examples of tasks with heads: texts with a class, a number, a tag for each word, or a span of a context."""
+"""Examples of tasks with heads: texts with a class or several, a number, a tag for each word, or a span of a context."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from flax_switch.config import SwitchConfig, check
 from flax_switch.config.finetuning import FinetuneDataConfig, TaskConfig
-from flax_switch.config.heads import class_number
+from flax_switch.config.heads import SEPARATOR, class_number
 from flax_switch.config.ranges import shown
 from flax_switch.data.batches import IGNORED
 from flax_switch.data.examples import Example
@@ -56,11 +56,24 @@ def tagged_example(record: Record, task: TaskConfig, model: SwitchConfig, where:
         len(words) == len(tags),
         f"{where}: there are {len(words)} words and {len(tags)} tags; each word has one. Mend the file.",
     )
-    tags = [
-        named(task.labels[int(tag)] if tag.isdecimal() and int(tag) < len(task.labels) else tag, model.labels, where)
-        for tag in tags
-    ]
+    tags = [named(_renamed(tag, task), model.labels, where) for tag in tags]
     return Example(" ".join(words), (" ".join(tags),))
+
+
+def labelled_example(record: Record, task: TaskConfig, model: SwitchConfig, where: str, value: FieldReader) -> Example | None:
+    """Returns an example of a text with its classes, given as a list or with commas between them; None for one without a text."""
+    text, given = (value(record, field, where, setting) for field, setting in ((task.inputs, "inputs"), (task.targets, "targets")))
+    check(text is None or isinstance(text, str), f"{where}: field {task.inputs!r} must be text; it is {shown(text)}.")
+    if not text or not text.strip():
+        return None
+    each = given if isinstance(given, list) else ("" if given is None else str(given)).split(SEPARATOR.strip())
+    found = {named(_renamed(name, task), model.labels, where) for name in (str(one).strip() for one in each) if name}
+    return Example(task.prefix + text, (SEPARATOR.join(label for label in model.labels if label in found),))
+
+
+def _renamed(label: str, task: TaskConfig) -> str:
+    """Returns the text that `data.labels` has for a number."""
+    return task.labels[int(label)] if label.isdecimal() and int(label) < len(task.labels) else label
 
 
 def _listed(value: Any, where: str) -> list[str]:
@@ -93,7 +106,8 @@ def encode_labelled(
     examples: Sequence[Example], vocabulary: Vocabulary, config: FinetuneDataConfig, model: SwitchConfig
 ) -> LabelledPairs:
     """Returns examples as ids and the labels that the model's head learns."""
-    encode = {"token_classification": _tags, "question_answering": _span}.get(model.head, _one)
+    encoders = {"token_classification": _tags, "question_answering": _span, "multi_label_classification": _several}
+    encode = encoders.get(model.head, _one)
     encoded = [encode(example, vocabulary, config.inputs_length, model) for example in examples]
     check(
         not encoded or any(label != IGNORED for _, labels in encoded for label in labels),
@@ -109,6 +123,12 @@ def _one(example: Example, vocabulary: Vocabulary, length: int, model: SwitchCon
     text = example.references[0]
     label = int(np.float32(text).view(np.int32)) if model.head == "regression" else model.labels.index(text)
     return vocabulary.encode(example.inputs), [label]
+
+
+def _several(example: Example, vocabulary: Vocabulary, length: int, model: SwitchConfig) -> tuple[list[int], list[int]]:
+    """Returns 1 for each class that a text has, and 0 for the others."""
+    found = example.references[0].split(SEPARATOR)
+    return vocabulary.encode(example.inputs), [int(label in found) for label in model.labels]
 
 
 def _tags(example: Example, vocabulary: Vocabulary, length: int, model: SwitchConfig) -> tuple[list[int], list[int]]:

@@ -24,7 +24,7 @@ from flax_switch.data.batches import Batch
 from flax_switch.data.cache import is_heldout
 from flax_switch.data.examples import Example
 from flax_switch.data.formats import Record
-from flax_switch.data.labelled import check_example, encode_labelled, tagged_example
+from flax_switch.data.labelled import check_example, encode_labelled, labelled_example, tagged_example
 from flax_switch.data.pairs import Pairs
 from flax_switch.data.task_files import task_records
 from flax_switch.data.vocabulary import Vocabulary
@@ -171,6 +171,11 @@ def _read(
             tagged = tagged_example(record, task, model, where, _value)
             check(tagged is not None or skip_empty, f"{where}: the inputs are empty; mend the file, or set data.skip_empty=true.")
             examples += [] if tagged is None else [tagged]
+            continue
+        if model is not None and model.head == "multi_label_classification":
+            labelled = labelled_example(record, task, model, where, _value)
+            check(labelled is not None or skip_empty, f"{where}: the inputs are empty; mend the file, or set data.skip_empty=true.")
+            examples += [] if labelled is None else [labelled]
             continue
         (inputs,), references = (
             _texts(record, task.inputs, task, where, "inputs"),

@@ -1,4 +1,4 @@
-"""Losses of tasks' heads: cross-entropy of classes, tags and spans, squared error, and contrastive loss; the routers' are added."""
+"""Losses of tasks' heads: cross-entropy of classes, tags and spans, squared error, contrastive loss; the routers' are added."""
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,9 @@ def task_loss(output, labels: AnyArray, config: SwitchConfig, *, divisor: Float[
     Args:
       output: a `ModelOutput`; its logits are [B, labels], [B, 1] (regression), [B, S, labels] or [B, S, 2] (start and end of a
         span), or, for embeddings, vectors [2B, D] of length 1: of each row its text, and then its positive.
-      labels: whole numbers, -100 where none counts: classes [B, 1]; classes of tokens [B, S]; first and last token of a span
-        [B, 2]; of a regression the bits of float32 numbers [B, 1] (`as_bits`), of which -100 would be no number; of embeddings the
-        ids [B, T] of the positive, by which equal ones are known.
+      labels: whole numbers, -100 where none counts: classes [B, 1]; with several classes a text 0 or 1 for each [B, labels];
+        classes of tokens [B, S]; first and last token of a span [B, 2]; of a regression the bits of float32 numbers [B, 1]
+        (`as_bits`), of which -100 would be no number; of embeddings the ids [B, T] of the positive, by which equal ones are known.
       config: gives the head, label_smoothing, z_loss_coef, loss_normalizer, contrastive_temperature and the routers' coefficients.
       divisor: as for `seq2seq_loss`.
     """
@@ -31,6 +31,9 @@ def task_loss(output, labels: AnyArray, config: SwitchConfig, *, divisor: Float[
         weights = (labels != IGNORED_LABEL).astype(jnp.float32)
         wanted = jnp.where(labels == IGNORED_LABEL, 0.0, jax.lax.bitcast_convert_type(labels, jnp.float32))
         losses = jnp.square(output.logits - wanted)
+    elif config.head == "multi_label_classification":
+        weights = (labels != IGNORED_LABEL).astype(jnp.float32)
+        losses = jax.nn.softplus(output.logits) - output.logits * labels.clip(0, 1)
     else:
         logits = {"classification": lambda x: x[:, None], "question_answering": lambda x: x.swapaxes(1, 2)}
         weights = (labels != IGNORED_LABEL).astype(jnp.float32)

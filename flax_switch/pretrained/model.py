@@ -290,6 +290,10 @@ class Pretrained:
         """Returns the class of each text, with probabilities; raises `ConfigError` for a model without such a head."""
         return tasks.classify(self, texts, batch_size)
 
+    def label(self, texts: str | Sequence[str], *, batch_size: int = 32) -> list[tasks.Labelled]:
+        """Returns the classes of each text, any number of them, of a head for multi-label classification."""
+        return tasks.label(self, texts, batch_size)
+
     def regress(self, texts: str | Sequence[str], *, batch_size: int = 32) -> Float[np.ndarray, " B"]:
         """Returns the number that a head for regression gives each text."""
         return tasks.regress(self, texts, batch_size)

@@ -149,7 +149,8 @@ def task_output(output: ModelOutput, labels: Any, config: SwitchConfig, output_r
 def as_task_labels(labels: Any, shape: Sequence[int], config: SwitchConfig) -> AnyArray:
     """Returns labels as `task_loss` takes them; raises `ConfigError` naming what is wrong with them."""
     B = shape[0]
-    wanted = {"token_classification": (B, *shape[1:2]), "question_answering": (B, 2)}.get(config.head, (B, 1))
+    each = {"token_classification": (B, *shape[1:2]), "question_answering": (B, 2), "multi_label_classification": tuple(shape)}
+    wanted = each.get(config.head, (B, 1))
     check(
         config.head != "embedding", "A model for embeddings has no labels; its loss is of pairs of texts, see docs/embeddings.md."
     )
@@ -161,6 +162,10 @@ def as_task_labels(labels: Any, shape: Sequence[int], config: SwitchConfig) -> A
     )
     if config.head == "regression":
         return as_bits(found.astype(np.float32))
+    if config.head == "multi_label_classification":  # transformers wants them as floats
+        right = not is_known(found) or bool(np.isin(np.asarray(found), (0, 1, IGNORED_LABEL)).all())
+        check(right, f"labels must hold 0 or 1 for each class with head={config.head!r}.")
+        return found.astype(np.int32)
     check(np.issubdtype(found.dtype, np.integer), f"labels must hold numbers of classes, integers; their dtype is {found.dtype}.")
     if config.head == "question_answering":  # a position past the end is none, as in transformers
         return jnp.where((jnp.asarray(found) < 0) | (jnp.asarray(found) >= shape[1]), IGNORED_LABEL, jnp.asarray(found))

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from flax_switch.config import SwitchConfig, check
-from flax_switch.config.heads import HEADS
+from flax_switch.config.heads import HEADS, head_of
 from flax_switch.data.words import encode_context, encode_words, words_of
 from flax_switch.generation.text import encode_sources, pad_sources, prefixed
 from flax_switch.nn.inputs import as_ids
@@ -31,6 +31,13 @@ class Classified(NamedTuple):
 
     label: str
     score: float
+    scores: dict[str, float]
+
+
+class Labelled(NamedTuple):
+    """The classes of a text, those of probability 1/2 or more, and the probabilities of all by name."""
+
+    labels: tuple[str, ...]
     scores: dict[str, float]
 
 
@@ -67,7 +74,7 @@ def check_kind(pretrained: Pretrained, head: str, doing: str) -> None:
 
 def check_ends(ids: AnyArray, config: SwitchConfig) -> None:
     """Raises `ConfigError` where a row has no EOS and its state at the EOS is what is classified."""
-    if config.head not in ("classification", "regression") or not is_known(ids):
+    if head_of(config).huggingface != "ForSequenceClassification" or not is_known(ids):
         return
     check(
         bool((np.asarray(ids) == config.eos_token_id).any(axis=1).all()),
@@ -97,6 +104,15 @@ def classify(pretrained: Pretrained, texts: Any, batch_size: int) -> list[Classi
     rows = _probabilities(_logits(pretrained, _encoded(pretrained, texts), batch_size))
     best = [(row, int(row.argmax())) for row in rows]
     return [Classified(labels[i], float(row[i]), dict(zip(labels, map(float, row), strict=True))) for row, i in best]
+
+
+def label(pretrained: Pretrained, texts: Any, batch_size: int) -> list[Labelled]:
+    """Returns the classes of each text."""
+    check_kind(pretrained, "multi_label_classification", "label")
+    labels = pretrained.config.labels
+    rows = [jax.nn.sigmoid(row).tolist() for row in _logits(pretrained, _encoded(pretrained, texts), batch_size)]
+    scores = [dict(zip(labels, row, strict=True)) for row in rows]
+    return [Labelled(tuple(name for name, score in each.items() if score >= 0.5), each) for each in scores]
 
 
 def regress(pretrained: Pretrained, texts: Any, batch_size: int) -> Float[np.ndarray, " B"]:

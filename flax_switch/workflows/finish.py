@@ -231,10 +231,21 @@ def finish_finetuning(result: RunResult, workdir: epath.PathLike) -> None:
     )
 
 
-_CALLS = {"classification": "classify", "regression": "regress", "token_classification": "tag", "question_answering": "answer"}
+_CALLS = {
+    "classification": "classify", "multi_label_classification": "label", "regression": "regress", "token_classification": "tag",
+    "question_answering": "answer",
+}  # fmt: skip
 
 
 def _next_commands(config: FinetuneConfig, model: str, prefix: str) -> str:
+    if config.model.head != LANGUAGE_MODEL and config.adapter.rank:  # no head has one but the mean of the encoder's states
+        base = shlex.quote(config.init)
+        return (
+            "Next: use the adapter, export it for PEFT, or make one model of both:\n"
+            f"  fs.load_pretrained({config.init!r}).with_adapter({model!r}).embed(...)\n"
+            f"  flax-switch convert {model} exported --base {base} --to huggingface\n"
+            f"  flax-switch convert {model} merged --base {base} --merge --to flax_switch"
+        )
     if config.model.head != LANGUAGE_MODEL:
         return (
             "Next: evaluate it on other examples, or use it:\n"

@@ -7,6 +7,7 @@ import numpy as np
 
 from flax_switch.config import SwitchConfig
 from flax_switch.config.finetuning import FinetuneConfig
+from flax_switch.config.heads import SEPARATOR
 from flax_switch.data.batches import pad_batch, pad_rows
 from flax_switch.data.examples import Example
 from flax_switch.data.tasks import PreparedTask, PreparedTasks, spread
@@ -16,7 +17,7 @@ from flax_switch.pretrained.tasks import span
 from flax_switch.training.metrics import plain
 from flax_switch.training.state import Run
 from flax_switch.workflows.scores import score
-from flax_switch.workflows.task_scores import class_scores, number_scores, retrieval_scores, tag_scores
+from flax_switch.workflows.task_scores import class_scores, number_scores, retrieval_scores, set_scores, tag_scores
 
 OUTSIDE = "O"  # what a word beyond data.inputs_length is taken for, where there is such a tag
 
@@ -49,9 +50,11 @@ def examined(
 
 
 def said(model: SwitchConfig, examples: Sequence[Example], outputs: Sequence[np.ndarray], vocabulary: Any) -> list[str]:
-    """Returns what a head says of each example, as text: a class, a number, tags, a span, or the nearest text."""
+    """Returns what a head says of each example, as text: a class or several, a number, tags, a span, or the nearest text."""
     if model.head == "classification":
         return [model.labels[int(row.argmax())] for row in outputs]
+    if model.head == "multi_label_classification":
+        return [SEPARATOR.join(label for label, logit in zip(model.labels, row, strict=True) if logit > 0) for row in outputs]
     if model.head == "regression":
         return [repr(float(row[0])) for row in outputs]
     if model.head == "token_classification":
@@ -91,6 +94,10 @@ def task_score(
     if model.head == "classification":
         predicted, wanted = (np.array([model.labels.index(text) for text in side]) for side in (texts, first))
         return {metric: class_scores(metric, predicted, wanted, len(model.labels))}
+    if model.head == "multi_label_classification":
+        return {
+            metric: set_scores(metric, *([set(filter(None, text.split(SEPARATOR))) for text in side] for side in (texts, first)))
+        }
     if model.head == "regression":
         return {metric: number_scores(metric, *(np.array(list(map(float, side))) for side in (texts, first)))}
     if model.head == "token_classification":

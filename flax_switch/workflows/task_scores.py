@@ -31,6 +31,17 @@ def class_scores(metric: str, predicted: Int[np.ndarray, " N"], wanted: Int[np.n
     return 100.0 * float(covariance / spread) if spread else 0.0
 
 
+def set_scores(metric: str, predicted: Sequence[set[str]], wanted: Sequence[set[str]]) -> float:
+    """Returns the share of texts with exactly the right classes, or F1 of all texts' classes together (micro)."""
+    if metric == "accuracy":
+        return 100.0 * float(np.mean([a == b for a, b in zip(predicted, wanted, strict=True)]))
+    return _f1(*({(i, label) for i, found in enumerate(side) for label in found} for side in (predicted, wanted)))
+
+
+def _f1(made: set, true: set) -> float:
+    return 100.0 * (2 * len(made & true) / (len(made) + len(true)) if made or true else 1.0)
+
+
 def number_scores(metric: str, predicted: Float[np.ndarray, " N"], wanted: Float[np.ndarray, " N"]) -> float:
     """Returns Pearson's or Spearman's correlation, or the mean squared error, which is not in per cent."""
     if metric == "mse":
@@ -71,7 +82,7 @@ def tag_scores(metric: str, predicted: Sequence[Sequence[str]], wanted: Sequence
         right = [a == b for tags, true in zip(predicted, wanted, strict=True) for a, b in zip(tags, true, strict=True)]
         return 100.0 * float(np.mean(right))
     made, true = ({(i, *chunk) for i, tags in enumerate(side) for chunk in chunks(tags)} for side in (predicted, wanted))
-    return 100.0 * (2 * len(made & true) / (len(made) + len(true)) if made or true else 1.0)
+    return _f1(made, true)
 
 
 def retrieval_scores(

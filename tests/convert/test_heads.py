@@ -18,17 +18,25 @@ from flax_switch.pretrained.outputs import as_task_labels
 from tests.convert import oracle
 from tests.convert.test_roundtrip import assert_same_tensors, tensors_of
 
-KINDS = {"classification": "ForSequenceClassification", "regression": "ForSequenceClassification",
-         "token_classification": "ForTokenClassification", "question_answering": "ForQuestionAnswering"}  # fmt: skip
+KINDS = {"classification": "ForSequenceClassification", "multi_label_classification": "ForSequenceClassification",
+         "regression": "ForSequenceClassification", "token_classification": "ForTokenClassification",
+         "question_answering": "ForQuestionAnswering"}  # fmt: skip
 
 
 def model_of(name, head, seed=0, **changes):
     """A model of random weights and its batch: two rows with one EOS each, of which one is padded."""
-    outputs = {"classification": 3, "regression": 1, "token_classification": 5, "question_answering": 2}[head]
+    outputs = {
+        "classification": 3,
+        "multi_label_classification": 4,
+        "regression": 1,
+        "token_classification": 5,
+        "question_answering": 2,
+    }[head]
     config = getattr(transformers, f"{name}Config")(
         vocab_size=61, d_model=16, d_kv=4, num_heads=2, d_ff=24, num_layers=2, num_decoder_layers=2, dropout_rate=0.0,
         classifier_dropout=0.1, initializer_factor=0.7, decoder_start_token_id=0, relative_attention_num_buckets=8,
-        relative_attention_max_distance=20, num_labels=outputs, feed_forward_proj="gated-gelu", **changes,
+        relative_attention_max_distance=20, num_labels=outputs, feed_forward_proj="gated-gelu",
+        **({"problem_type": head} if head == "multi_label_classification" else {}), **changes,
     )  # fmt: skip
     model = oracle.huggingface_model(config, seed, getattr(transformers, f"{name}{KINDS[head]}"))
     rng = np.random.default_rng(seed)
@@ -38,6 +46,7 @@ def model_of(name, head, seed=0, **changes):
         ids[row, length - 1], ids[row, length:], mask[row, length:] = 1, 0, 0
     labels = {
         "classification": rng.integers(0, 3, 3),
+        "multi_label_classification": rng.integers(0, 2, (3, 4)).astype(np.float32),
         "regression": rng.normal(size=3).astype(np.float32),
         "token_classification": np.where(mask, rng.integers(0, 5, ids.shape), -100),
         "question_answering": np.array([[1, 4], [0, 0], [9, 12]]),  # of the last row the span was cut off
@@ -128,6 +137,6 @@ def test_what_cannot_be_opened_is_refused_by_name(tmp_path):
     (folder / "config.json").write_text(json.dumps({**values, "id2label": {"0": "a", "1": "b"}}))
     with pytest.raises(CheckpointError, match=r"classification_head.out_proj.weight is \[3, 16\] where \[2, 16\]"):
         load_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps({**values, "problem_type": "multi_label_classification"}))
-    with pytest.raises(ConfigError, match="problem_type='multi_label_classification'; known are"):
+    (folder / "config.json").write_text(json.dumps({**values, "problem_type": "ordinal"}))
+    with pytest.raises(ConfigError, match="problem_type='ordinal'; known are"):
         load_pretrained(folder)

@@ -31,6 +31,9 @@ ADAPTERS = {  # kind of model, what PEFT is told
     "routers, by the root of the rank": ("switch", dict(
         r=4, lora_alpha=2, use_rslora=True, target_modules=["router.classifier", "q"],
     )),
+    "parameters by their own names": ("switch", dict(
+        r=3, lora_alpha=6, target_modules=["q"], target_parameters=["expert_1.wi.weight", f"{EXPERT}.weight", "k.weight"],
+    )),
     "T5": ("t5", dict(r=4, lora_alpha=8, target_modules=["q", "v", "wi_0", "wo", "lm_head"])),
     "T5 with DoRA": ("t5", dict(r=4, lora_alpha=8, use_dora=True, target_modules=["o", "wi_1"])),
 }  # fmt: skip
@@ -147,7 +150,7 @@ def test_an_adapter_of_another_model_is_refused_by_name(models, adapter):
     [
         (dict(peft_type="IA3"), "peft_type is 'IA3'; adapters that can be read are 'LORA'"),
         (dict(bias="all"), "bias='all' cannot be followed; it must be 'none'"),
-        (dict(target_parameters=["experts.wi"]), "target_parameters=['experts.wi'] cannot be followed"),
+        (dict(modules_to_save=["lm_head"]), "modules_to_save=['lm_head'] cannot be followed"),
         (dict(init_lora_weights="pissa"), "init_lora_weights='pissa' cannot be followed"),
         (dict(r="four"), "field 'r' must be a whole number"),
         (dict(alpha_pattern={"(": 2}), "alpha_pattern must be numbers by regular expression"),

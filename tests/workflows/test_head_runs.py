@@ -11,19 +11,20 @@ import pytest
 
 from flax_switch import cli
 from flax_switch.config import ConfigError, MeshConfig
+from flax_switch.config.adapter import AdapterConfig
 from flax_switch.config.finetuning import HEAD_METRICS, METRICS, EvaluationConfig, FinetuneConfig
 from flax_switch.convert.canonical import flatten
 from flax_switch.data.labelled import encode_labelled
 from flax_switch.data.tasks import read_task
 from flax_switch.parallel.mesh import create_mesh
-from flax_switch.pretrained import load_pretrained
+from flax_switch.pretrained import load_adapter, load_pretrained
 from flax_switch.training.metrics import read_metrics
 from flax_switch.workflows.finetune import finetune, recipe_of
 from tests.workflows.conftest import WORDS, lists, write_jsonl
 
-TASKS = ("classification", "regression", "token_classification", "question_answering", "embedding")
-SLOW = ("regression", "token_classification", "question_answering")
-LABELS = {"classification": ("low", "high"), "token_classification": ("O", "B-X")}
+TASKS = ("classification", "multi_label_classification", "regression", "token_classification", "question_answering", "embedding")
+SLOW = ("multi_label_classification", "regression", "token_classification", "question_answering")
+LABELS = {"classification": ("low", "high"), "multi_label_classification": ("ba", "lo", "zu"), "token_classification": ("O", "B-X")}
 
 
 def tag(word):
@@ -35,12 +36,14 @@ def records(count, seed):
         words = text.split()
         yield {
             "text": text, "class": LABELS["classification"][first in WORDS[5:]], "number": len(words) / 4, "first": first,
+            "classes": [word for word in LABELS["multi_label_classification"] if word in words],
             "words": words, "tags": [tag(word) for word in words], "answers": {"text": [first, "ba"]},
         }  # fmt: skip
 
 
 FIELDS = {
     "classification": dict(inputs="text", targets="class"),
+    "multi_label_classification": dict(inputs="text", targets="classes"),
     "regression": dict(inputs="text", targets="number"),
     "token_classification": dict(inputs="words", targets="tags"),
     "question_answering": dict(inputs="first", context="text", targets="answers.text", inputs_length=64),
@@ -86,6 +89,7 @@ def test_a_head_learns_is_scored_resumes_to_the_bit_and_can_be_used(head, recipe
     last = load_pretrained(tmp_path / "run")
     say = {
         "classification": lambda: [one.label for one in last.classify(texts)],
+        "multi_label_classification": lambda: [", ".join(one.labels) for one in last.label(texts)],
         "regression": lambda: last.regress(texts),
         "token_classification": lambda: [" ".join(word.label for word in one) for one in last.tag(texts)],
         "question_answering": lambda: [one.text for one in last.answer(texts, [row["text"] for row in records(12, 1)])],
@@ -102,6 +106,27 @@ def test_a_head_learns_is_scored_resumes_to_the_bit_and_can_be_used(head, recipe
     ]
     for path, leaf in flatten(again.state.params).items():
         np.testing.assert_array_equal(leaf, flatten(result.state.params)[path])
+
+
+@pytest.mark.slow
+def test_an_adapter_of_the_encoder_learns_embeddings(recipes, checkpoint, mesh, tmp_path):
+    recipe = recipes["embedding"].replace(adapter=AdapterConfig(rank=4))
+    result = finetune(recipe, tmp_path / "run", init=checkpoint, mesh=mesh)
+    lines = read_metrics(tmp_path / "run")
+    losses = [line["cross_entropy"] for line in lines if line["kind"] == "train"]
+    assert np.mean(losses[-3:]) < 0.8 * np.mean(losses[:3])
+    predictions = [json.loads(line) for line in (tmp_path / "run" / "predictions" / "step_40.jsonl").read_text().splitlines()]
+    texts = [p["inputs"] for p in predictions]
+    base = load_pretrained(checkpoint)  # a language model, whose encoder is what the adapter is for
+    adapted = base.with_adapter(tmp_path / "run")
+    assert _nearest(adapted, texts, [p["references"][0] for p in predictions]) == [p["prediction"] for p in predictions]
+    alone = load_pretrained(checkpoint, head="embedding").with_adapter(tmp_path / "run")
+    np.testing.assert_allclose(alone.embed(texts), adapted.embed(texts), atol=1e-6)
+    assert np.abs(adapted.embed(texts) - base.embed(texts)).max() > 1e-3
+    assert load_adapter(tmp_path / "run" / "best", base).config == AdapterConfig(rank=4)
+    alone.save_adapter(tmp_path / "peft")
+    np.testing.assert_array_equal(base.with_adapter(tmp_path / "peft").embed(texts), adapted.embed(texts))
+    assert all("encoder" in path for path in flatten(result.state.params["adapter"]))
 
 
 def _nearest(model, texts, targets):

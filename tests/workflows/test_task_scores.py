@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from flax_switch.workflows.task_scores import chunks, class_scores, number_scores, retrieval_scores, tag_scores
+from flax_switch.workflows.task_scores import chunks, class_scores, number_scores, retrieval_scores, set_scores, tag_scores
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -27,6 +27,13 @@ def test_matthews_of_many_classes_is_the_correlation_of_their_indicators():
     assert class_scores("matthews", predicted, wanted, 4) == pytest.approx(expected)
     assert class_scores("matthews", np.zeros(5, int), np.arange(5) % 2, 2) == 0.0  # one class alone says nothing
     assert class_scores("f1", np.array([0, 0, 2]), np.array([0, 2, 2]), 4) == pytest.approx(100 * 2 / 3)  # of the classes there
+
+
+def test_several_classes_a_text_are_counted_by_hand():
+    predicted, wanted = [{"a", "b"}, {"c"}, set()], [{"a"}, {"c"}, {"b", "c"}]
+    assert set_scores("accuracy", predicted, wanted) == pytest.approx(100 / 3)
+    assert set_scores("f1", predicted, wanted) == pytest.approx(100 * 2 * 2 / (3 + 4))  # 2 right of 3 said and 4 that there are
+    assert set_scores("f1", [set()], [set()]) == 100.0
 
 
 def test_correlations_are_scipys():

@@ -140,7 +140,9 @@ def in_order(parts: list[tuple[np.ndarray, Examples]], count: int) -> Examples:
         hidden = merged([np.ones(e.targets.shape, bool) if e.hidden is None else e.hidden for e in made])
     objectives = [examples.objective for examples in made if examples.objective is not None]
     columns: Any = zip(*(e[:4] for e in made), strict=True)
-    return Examples(*(merged(list(arrays)) for arrays in columns), merged(objectives) if objectives else None, hidden)
+    inputs, input_lengths, targets, target_lengths = (merged(list(arrays)) for arrays in columns)
+    objective = merged(objectives) if objectives else None
+    return Examples(inputs, input_lengths, targets, target_lengths, objective, hidden)
 
 
 class ConcatenatedText:

@@ -60,7 +60,7 @@ class _Stopped(Exception):
 class TextStream:
     """The documents of files, again and again."""
 
-    paths: tuple[Path, ...]
+    paths: Sequence[Path]
     config: DataConfig
     vocabulary: Vocabulary
     seed: int
@@ -68,19 +68,23 @@ class TextStream:
     def blocks(self, place: Place, stopped: Callable[[], bool] = lambda: False) -> Iterator[Block]:
         """Yields the blocks from a place on, without end. Raises `ConfigError` where an epoch has no document to train on."""
         size = self.config.shuffle_buffer // 2
+        found: list[str] = []
         while True:
-            begin, found = place, []
+            begin = place
             for file, document, text in self._documents(place):
                 if stopped():
                     raise _Stopped
                 found.append(text)
                 if len(found) == size:
-                    after = Place(place.epoch, file, document + 1, begin.block + 1)
-                    yield Block(begin, self._shuffled(found, begin.block), after)
-                    begin, found = after, []
+                    block = Block(
+                        begin, self._shuffled(found, begin.block), Place(place.epoch, file, document + 1, begin.block + 1)
+                    )
+                    begin, found = block.following, []
+                    yield block
             after = Place(place.epoch + 1, block=begin.block + bool(found))
             if found:
-                yield Block(begin, self._shuffled(found, begin.block), after)
+                block, found = Block(begin, self._shuffled(found, begin.block), after), []
+                yield block
             whole = (place.file, place.document) == (0, 0)
             check(
                 after.block > place.block or not whole,
@@ -151,7 +155,7 @@ class _Lane:
     def __init__(self, stream: TextStream, mixture: Mixture, position: Position, stopped: Callable[[], bool]):
         self._stream, self._mixture = stream, mixture
         self._blocks = stream.blocks(Place(*position[:4]), stopped)
-        self._next: _Soon | None = _Soon(self._make)
+        self._next = _Soon(self._make)
         self._rows: _Rows | None = None
         self._place, self._used = Place(*position[:4]), position[4]
 
@@ -163,17 +167,17 @@ class _Lane:
     def take(self, count: int) -> Iterator[tuple[BatchMaker, np.ndarray, int]]:
         """Yields (maker, rows, number of the block) of the next rows, by block."""
         while count:
-            if self._rows is None:
-                self._rows, self._next = self._next.result() if self._next else self._make(), None
-                self._place = self._rows.block.place
-                self._next = _Soon(self._make)
-            some = self._rows.order[self._used : self._used + count]
+            rows = self._rows
+            if rows is None:
+                rows = self._rows = self._next.result()
+                self._place, self._next = rows.block.place, _Soon(self._make)
+            some = rows.order[self._used : self._used + count]
             if len(some):
-                yield self._rows.make, some, self._place.block
+                yield rows.make, some, rows.block.place.block
             count -= len(some)
             self._used += len(some)
-            if self._used >= len(self._rows.order):
-                self._place, self._used, self._rows = self._rows.block.following, 0, None
+            if self._used >= len(rows.order):
+                self._place, self._used, self._rows = rows.block.following, 0, None
 
     def _make(self) -> _Rows:
         block = next(self._blocks)
@@ -203,25 +207,20 @@ class BatchReader:
         size = self.mixture.config.batch_size
         for number in itertools.count(first):
             part, _ = self.turns(number * size + np.arange(size))
-            taken = []
+            parts, places = [], []
             for k, lane in enumerate(lanes):
-                mine = np.flatnonzero(part == k)
-                for make, rows, block in lane.take(len(mine)):
-                    taken.append((make, mine[: len(rows)], rows, block))
-                    mine = mine[len(rows) :]
-            yield self._made(taken), [lane.position for lane in lanes]
-
-    def _made(self, taken: list[tuple[BatchMaker, np.ndarray, np.ndarray, int]]) -> Batch:
-        """Makes the rows of this process out of (maker, places in the batch, rows, block)."""
-        parts, places = [], []
-        for make, place, rows, block in taken:
-            wanted = np.isin(place, self.rows)
-            if wanted.any() or not (parts or len(self.rows)):
-                parts.append(make(rows[wanted], np.full(int(wanted.sum()), block)))
-                places.append(place[wanted])
-        order = np.argsort(np.concatenate(places))
-        order = order[np.searchsorted(np.sort(self.rows), self.rows)]
-        return {name: np.concatenate([part[name] for part in parts])[order] for name in parts[0]}
+                left = np.flatnonzero(part == k)
+                for make, rows, block in lane.take(len(left)):
+                    place, left = left[: len(rows)], left[len(rows) :]
+                    wanted = np.isin(place, self.rows)
+                    if wanted.any() or not (parts or len(self.rows)):
+                        parts.append(make(rows[wanted], np.full(int(wanted.sum()), block)))
+                        places.append(place[wanted])
+                    del make  # and with it the block, before another one is read
+            order = np.argsort(np.concatenate(places))
+            order = order[np.searchsorted(np.sort(self.rows), self.rows)]
+            batch = {name: np.concatenate([part[name] for part in parts])[order] for name in parts[0]}
+            yield batch, [lane.position for lane in lanes]
 
 
 class StreamIterator:
@@ -273,10 +272,14 @@ class _Ahead:
         self._stop = threading.Event()
         self._worker: Any
         self._made: Any
+        self._asked: Any
         if in_process:
             context = multiprocessing.get_context("spawn")
-            self._made = context.Queue(most)
-            self._worker = context.Process(target=_work, args=(reader, start, self._made), daemon=True)
+            self._made, self._asked = context.Queue(most), context.Queue()
+            for one in (self._made, self._asked):
+                one.cancel_join_thread()
+            self._asked.put((reader, start))  # as an argument it would block the start of a process that dies before it reads it
+            self._worker = context.Process(target=_work, args=(self._asked, self._made), daemon=True)
         else:
             self._made = queue.Queue(most)
             self._worker = threading.Thread(target=_fill, args=(reader, start, self._made, self._stop.is_set), daemon=True)
@@ -303,14 +306,15 @@ class _Ahead:
         self._stop.set()
         if not isinstance(self._worker, threading.Thread):
             self._worker.terminate()
-            self._made.cancel_join_thread()
+            self._asked.close()
             self._made.close()
         self._worker.join(timeout=10)
 
 
-def _work(reader: BatchReader, start: tuple[int, list[Position]], made: Any) -> None:
+def _work(asked: Any, made: Any) -> None:
     """Fills a queue, in a process of its own."""
     live_and_die_with_the_parent()
+    reader, start = asked.get()
     _fill(reader, start, made, lambda: False)
 
 

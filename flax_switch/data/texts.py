@@ -118,10 +118,13 @@ class Text:
 
     def told(self) -> str:
         """Returns the same in a sentence."""
-        held = f"{self.heldout.num_documents:,} with {self.heldout.num_tokens:,} held out"
+        held, tokens = f"{self.heldout.num_documents:,}", f"{self.heldout.num_tokens:,}"
         if isinstance(self.train, Streamed):
-            return f"{len(self.train.paths):,} files, read while they are trained on; documents: {held}."
-        return f"{self.train.num_documents:,} documents with {self.train.num_tokens:,} tokens for training, {held}."
+            return (
+                f"{len(self.train.paths):,} files, read while they are trained on; {held} documents with {tokens} tokens held out."
+            )
+        trained = f"{self.train.num_documents:,} documents with {self.train.num_tokens:,} tokens for training"
+        return f"{trained}, {held} with {tokens} held out."
 
 
 def _held_out(documents: Iterable[str], config: DataConfig) -> Iterator[str]:

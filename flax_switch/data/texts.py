@@ -18,7 +18,7 @@ from flax_switch.host import files
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Documents to read as often as needed, and a fingerprint of them. Of a stream they are the first ones of its files."""
+    """Documents to read as often as needed (those of a stream are the first ones of its files), and a fingerprint of them."""
 
     documents: Callable[[], Iterable[str]]
     fingerprint: str

@@ -76,6 +76,17 @@ def test_the_rows_of_an_epoch_are_all_of_its_text(streamed, vocabulary):
     assert [i for row in rows for i in row][: len(text)] == text
 
 
+def test_another_epoch_masks_other_spans(streamed, vocabulary):
+    prepared = prepare(streamed.replace(shuffle=False, shuffle_buffer=1000, batch_size=1), vocabulary=vocabulary, quiet=True)
+    batches, states = everything(prepared, 300)
+    second = [at["positions"][0][0] for at in states].index(1)
+    assert second > 10
+    text_of = lambda batch: sorted(i for i in [*batch["input_ids"][0], *batch["labels"][0]] if 1 < i < vocabulary.num_pieces)  # noqa: E731
+    pairs = list(zip(batches[:second], batches[second : 2 * second], strict=True))
+    assert all(text_of(one) == text_of(other) for one, other in pairs)
+    assert sum((one["labels"] != other["labels"]).any() for one, other in pairs) > 0.9 * second
+
+
 def test_seeds_differ_and_equal_seeds_agree(either):
     other = dataclasses.replace(either, config=either.config.replace(seed=4))
     same(take(either, 6), take(either, 6))

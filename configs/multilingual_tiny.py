@@ -6,7 +6,8 @@ power of 0.3: English, with 60 times the text of Finnish, comes between three an
 Command:   python scripts/data/debian_descriptions.py data/debian --languages fr de ru es fi
            flax-switch pretrain --config configs/multilingual_tiny.py --workdir runs/multilingual
 Hardware:  1 or 2 CPU cores.
-Expect:    TO BE MEASURED
+Expect:    about 6 minutes (0.2 s a step). No figures of a whole run are kept yet: benchmarks/multilingual.py measures the
+           held-out loss of every language beside a model of that language alone and beside a dense one.
 """
 
 from flax_switch.config import DataConfig, ExperimentConfig, OptimizerConfig, SourceConfig, TrainConfig

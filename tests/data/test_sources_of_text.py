@@ -111,6 +111,7 @@ def test_one_source_in_a_mixture_is_that_source(mixed, vocabulary, folder):
 def test_joined_texts_have_the_rows_of_each(mixed, vocabulary, packing):
     prepared = prepare(mixed.replace(packing=packing, prefix_lm_rate=1.0), vocabulary=vocabulary, quiet=True)
     stores = [text.train for text in prepared.texts]
+    assert len({seed_of(5, k) for k in range(3)}) == 3  # sources with equal chunks have other masks
     joined, sizes = text_maker(stores, prepared._mixture, 5, whole=True)
     ids = np.random.default_rng(0).permutation(joined.num_rows)
     whole = joined(ids, np.zeros_like(ids))

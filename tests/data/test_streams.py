@@ -91,6 +91,8 @@ def test_seeds_differ_and_equal_seeds_agree(either):
     other = dataclasses.replace(either, config=either.config.replace(seed=4))
     same(take(either, 6), take(either, 6))
     assert (take(either, 1)[0]["labels"] != take(other, 1)[0]["labels"]).any()
+    for one, another in zip(documents_of_epochs(either, 2), documents_of_epochs(other, 2), strict=True):
+        assert one != another and sorted(one) == sorted(another)
 
 
 def test_going_on_from_any_batch_equals_not_having_stopped(either):

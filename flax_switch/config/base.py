@@ -119,8 +119,10 @@ class _Section:
         sections = {f.name: f.default_factory for f in dataclasses.fields(cls) if isinstance(f.default_factory, type)}
         built = {}
         for key, value in values.items():
-            section = sections.get(key)
-            if isinstance(section, type) and issubclass(section, _Section):
+            section, items = sections.get(key), _section_in(_type_hints(cls)[key])
+            if items is not None and isinstance(value, (list, tuple)):
+                built[key] = tuple(one if isinstance(one, items) else items.from_dict(one) for one in value)
+            elif isinstance(section, type) and issubclass(section, _Section):
                 built[key] = value if isinstance(value, section) else section.from_dict(value)
             else:
                 built[key] = _tuples(value)
@@ -159,6 +161,12 @@ def check_value(called: str, value: Any, hint: Any) -> None:
 def _type_hints(cls: type) -> dict[str, Any]:
     hints = typing.get_type_hints(cls, include_extras=True)
     return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
+
+
+def _section_in(hint: Any) -> type[_Section] | None:
+    """Returns the section that a field has any number of, as `tuple[Section, ...]` says."""
+    item = typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else None
+    return item if isinstance(item, type) and issubclass(item, _Section) else None
 
 
 def _options(hint: Any) -> tuple[Any, ...]:

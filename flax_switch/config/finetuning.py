@@ -7,8 +7,7 @@ which is what a run's workdir holds. Like `flax_switch.config`, this module impo
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 from flax_switch.config import MeshConfig, OptimizerConfig, SwitchConfig, TrainConfig, check, one_of, reject_unknown_keys
 from flax_switch.config.adapter import ADAPTER, AdapterConfig
@@ -113,15 +112,6 @@ class FinetuneDataConfig(TaskConfig, BatchConfig):
         if self.tasks:
             return self.tasks
         return (TaskConfig(**{field.name: getattr(self, field.name) for field in dataclasses.fields(TaskConfig)}),)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> FinetuneDataConfig:
-        """Reads a dict as every section does; tasks may be dicts."""
-        tasks = values.get("tasks") if isinstance(values, Mapping) else None
-        if not isinstance(tasks, (list, tuple)):
-            return super().from_dict(values)
-        made = tuple(task if isinstance(task, TaskConfig) else TaskConfig.from_dict(task) for task in tasks)
-        return super().from_dict({**values, "tasks": made})
 
 
 @dataclasses.dataclass(frozen=True)

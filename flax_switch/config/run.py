@@ -52,10 +52,34 @@ _Data = TypeVar("_Data", bound=BatchConfig)
 
 
 @dataclasses.dataclass(frozen=True)
+class SourceConfig(_Section):
+    """One source of a mixture of texts, such as a language."""
+
+    section: ClassVar[str] = "data.mixture"
+
+    name: str = "text"
+    # "default": the embedded corpus; else files, folders or globs, on disks, in object storage or on the hub (hf://datasets/...)
+    source: str | tuple[str, ...] = "default"
+    rate: Positive | None = None  # its share of the rows, over the sum of all; None: by size ** (1 / data.mixing_temperature)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What it names, one by one."""
+        return (self.source,) if isinstance(self.source, str) else self.source
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig(BatchConfig):
     """What text is read and how examples are made of it."""
 
-    source: str | tuple[str, ...] = "default"  # "default": the embedded corpus; else files, folders or globs
+    source: str | tuple[str, ...] = "default"  # as `SourceConfig.source`
+    mixture: tuple[SourceConfig, ...] = ()  # several sources in place of `source`, whose rows take turns
+    mixing_temperature: Annotated[float, Range(least=0.1)] = 1.0  # T: rates are size ** (1/T); large ones make them equal
+    # read text while it is trained on, instead of tokenising all of it before; None: text on the hub alone
+    streaming: bool | None = None
+    # documents of a stream in memory: half of them are shuffled together, half are being read
+    shuffle_buffer: Annotated[int, Range(least=2)] = 20_000
+    first_documents: Count = 50_000  # of a stream: those that a vocabulary is trained on, and held-out ones are among
     text_field: str = "text"  # the field or column of JSON, tables, parquet and ArrayRecord
     document_separator: str = "line"  # of .txt: "line" (one document a line) or "blank_line"
     heldout_fraction: Share = 0.02  # of documents, chosen by a hash of their text
@@ -84,6 +108,33 @@ class DataConfig(BatchConfig):
             sum(rates.values()) > 0,
             f"One of {', '.join(rates)} must be positive; they are {', '.join(map(str, rates.values()))}.",
         )
+        self._check_sources()
+
+    def _check_sources(self) -> None:
+        names = [source.name for source in self.mixture]
+        check(len(set(names)) == len(names), f"The sources of a mixture need different names; these are {', '.join(names)}.")
+        check(
+            not self.mixture or self.source == "default",
+            f"With data.mixture every source names its own text; leave data.source out, which is {self.source!r}.",
+        )
+        rated = [source.rate is not None for source in self.mixture]
+        check(all(rated) or not any(rated), "Either every source of a mixture has a rate, or none: then their sizes decide.")
+        check(
+            not self.streamed or all("default" not in source.names for source in self.sources),
+            "Streams (data.streaming=True, hf://...) are of text in files; the embedded corpus, 'default', is small and tokenised "
+            "as a whole. Name other text, or leave data.streaming out.",
+        )
+
+    @property
+    def sources(self) -> tuple[SourceConfig, ...]:
+        """The sources, of which there may be one."""
+        return self.mixture or (SourceConfig(source=self.source),)
+
+    @property
+    def streamed(self) -> bool:
+        """Whether text is read while it is trained on."""
+        remote = any(name.startswith("hf://") for source in self.sources for name in source.names)
+        return remote if self.streaming is None else self.streaming
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,30 +27,18 @@ _VERSION = 1  # of the format; part of the fingerprint
 _DOCUMENTS_AT_ONCE = 2000
 
 
-class TokenStore:
-    """One split of a cache: documents as ids in a memory-mapped file. Pickles as its path, for worker processes."""
+class Tokens:
+    """Documents as token ids, end to end."""
 
-    def __init__(self, folder: Path, split: str):
-        self.folder, self.split = Path(folder).resolve(), split
-        try:
-            meta = read_json(self.folder / "meta.json")
-            counts = field(field(meta, "splits", dict, "meta.json"), split, dict, "meta.json")
-            self.fingerprint: str = field(meta, "fingerprint", str, "meta.json")
-            dtype = field(meta, "dtype", str, "meta.json")
-            one_of("dtype", dtype, ("uint16", "uint32"))
-            for path in self.folder.iterdir():
-                check(path.is_file(), f"{path.name} is no regular file")
-            tokens, documents = (field(counts, name, int, "meta.json") for name in ("tokens", "documents"))
-            self.tokens = _mapped(self.folder / f"{split}.tokens", np.dtype(dtype), tokens)
-            self.offsets = _mapped(self.folder / f"{split}.offsets", np.dtype(np.int64), documents + 1)
-            _check_contents(self.folder, field(meta, "crc32", dict, "meta.json", {}))
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"The token cache {self.folder} is damaged ({error}); delete that folder and it is made anew."
-            ) from error
+    def __init__(self, tokens: np.ndarray, offsets: np.ndarray):
+        """Takes ids, and where each document begins, and the end of the last."""
+        self.tokens, self.offsets = tokens, offsets
 
-    def __reduce__(self):
-        return TokenStore, (self.folder, self.split)
+    @classmethod
+    def of(cls, documents: Sequence[Sequence[int]]) -> Tokens:
+        """Returns documents in memory."""
+        ends = np.cumsum([0, *map(len, documents)], dtype=np.int64)
+        return cls(np.fromiter(itertools.chain.from_iterable(documents), np.int32, int(ends[-1])), ends)
 
     @property
     def num_tokens(self) -> int:
@@ -63,6 +51,34 @@ class TokenStore:
     def document(self, i: int) -> np.ndarray:
         """Returns the token ids of document `i`."""
         return np.asarray(self.tokens[self.offsets[i] : self.offsets[i + 1]], np.int32)
+
+
+class TokenStore(Tokens):
+    """One split of a cache, memory-mapped. Pickles as its path, for worker processes."""
+
+    def __init__(self, folder: Path, split: str):
+        self.folder, self.split = Path(folder).resolve(), split
+        try:
+            meta = read_json(self.folder / "meta.json")
+            counts = field(field(meta, "splits", dict, "meta.json"), split, dict, "meta.json")
+            self.fingerprint: str = field(meta, "fingerprint", str, "meta.json")
+            dtype = field(meta, "dtype", str, "meta.json")
+            one_of("dtype", dtype, ("uint16", "uint32"))
+            for path in self.folder.iterdir():
+                check(path.is_file(), f"{path.name} is no regular file")
+            tokens, documents = (field(counts, name, int, "meta.json") for name in ("tokens", "documents"))
+            super().__init__(
+                _mapped(self.folder / f"{split}.tokens", np.dtype(dtype), tokens),
+                _mapped(self.folder / f"{split}.offsets", np.dtype(np.int64), documents + 1),
+            )
+            _check_contents(self.folder, field(meta, "crc32", dict, "meta.json", {}))
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"The token cache {self.folder} is damaged ({error}); delete that folder and it is made anew."
+            ) from error
+
+    def __reduce__(self):
+        return TokenStore, (self.folder, self.split)
 
 
 def _mapped(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
@@ -131,7 +147,7 @@ def _write(
                     ends[split].append(ends[split][-1] + len(ids))
     for split in SPLITS:
         (folder / f"{split}.offsets").write_bytes(np.asarray(ends[split], np.int64).tobytes())  # tofile does not say a disk is full
-    check(ends["train"][-1] > 0, "The corpus is empty: no document of it has any text.")
+    check(any(ends[split][-1] for split in SPLITS), "The corpus is empty: no document of it has any text.")
     meta = {
         "fingerprint": digest.hexdigest(),
         "dtype": dtype.name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -14,12 +15,14 @@ from flax_switch.data.random_bits import example_keys
 from flax_switch.data.vocabulary import Vocabulary
 
 _SEED = 20_210_111
+_FILES = 16  # of a stream
 
 
 def heldout_by_kind(config: DataConfig, vocabulary: Vocabulary, most_rows: int, fewest_rows: int) -> dict[str, Batch]:
     """Returns for each kind a batch of at most `most_rows` held-out examples; kinds of fewer than `fewest_rows` are left out.
 
-    A kind is where a document is from: a file of `config.source`, or of the embedded corpus the reference, the library, a package.
+    A kind is where a document is from: a source of a mixture, else a file of `config.source` (of a stream one of the first), or
+    of the embedded corpus the reference, the library, a package.
     Each row is full, and the same rows come every time.
     """
     mixture, batches = Mixture.of(config, vocabulary), {}
@@ -40,11 +43,20 @@ def heldout_by_kind(config: DataConfig, vocabulary: Vocabulary, most_rows: int, 
 
 
 def _kinds(config: DataConfig) -> Iterator[tuple[str, Iterator[str]]]:
-    if config.source == "default":
-        yield from ((name, iter(documents)) for name, documents in corpus.by_origin().items())
-        return
-    for path in sources.find_files(config.source):
-        yield path.name, sources.documents_of(path, config.text_field, config.document_separator)
+    read = (config.text_field, config.document_separator)
+    for source in config.sources:
+        if source.source == "default":
+            yield from ((name, iter(documents)) for name, documents in corpus.by_origin().items())
+            continue
+        paths = sources.find_files(source.source)
+        if config.mixture:
+            yield source.name, sources.first_documents(paths, config.first_documents, *read)
+        else:
+            for path in paths[:_FILES] if config.streamed else paths:
+                yield (
+                    path.name,
+                    itertools.islice(sources.documents_of(path, *read), config.first_documents if config.streamed else None),
+                )
 
 
 def _tokens(documents: Iterator[str], heldout_fraction: float, vocabulary: Vocabulary, most: int) -> np.ndarray:

@@ -25,11 +25,17 @@ from jaxtyping import Integer
 
 from flax_switch.config import BatchConfig, ConfigError, check
 from flax_switch.data.batches import IGNORED, Batch, describe_targets, join_batch, pack_batch, pad_batch, pad_rows
+from flax_switch.data.cache import Tokens
 from flax_switch.data.examples import Examples, span_of_each
-from flax_switch.data.packing import Plan
+from flax_switch.data.objectives import ConcatenatedText, Mixture, SeparateDocuments
+from flax_switch.data.packing import Plan, plan_rows
 from flax_switch.data.random_bits import example_keys
 
 _ENDLESS = 2**40  # groups of batches
+WORKER_DIED = (
+    "A data worker died. Worker processes import the main script again, so a script must start its work under "
+    "`if __name__ == '__main__':`; data.num_workers=0 needs no such guard."
+)
 _ROWS_AT_ONCE = 256  # small batches are made several at a time: array operations on few rows cost as much as on many
 
 
@@ -55,6 +61,16 @@ class BatchMaker:
     def of(cls, source: Source, config: BatchConfig, plan: Plan | None = None) -> BatchMaker:
         """Makes batches of the form that a config asks for."""
         return cls(source, config.inputs_length, config.targets_length, plan, config.joined)
+
+    @classmethod
+    def of_text(cls, text: Tokens, mixture: Mixture, seed: int, *, whole: bool) -> BatchMaker:
+        """Makes batches of documents: end to end, or with `data.packing` each by itself; `whole` as in `ConcatenatedText`."""
+        config = mixture.config
+        if not config.packing:
+            return cls.of(ConcatenatedText(text, mixture, seed, whole=whole), config)
+        source = SeparateDocuments(text, mixture, seed)
+        lengths = (source.input_lengths, source.target_lengths, config.inputs_length, config.targets_length)
+        return cls.of(source, config, plan_rows(*lengths, seed=seed, joined=config.joined))
 
     @property
     def num_rows(self) -> int:
@@ -180,10 +196,7 @@ class TrainIterator:
             return next(self._groups)
         except RuntimeError as error:
             if self._num_workers:
-                error.add_note(
-                    "A data worker died. Worker processes import the main script again, so a script must start its work under "
-                    "`if __name__ == '__main__':`; data.num_workers=0 needs no such guard."
-                )
+                error.add_note(WORKER_DIED)
             raise
 
     def _start(self) -> Iterator[list[Batch]]:
@@ -198,7 +211,7 @@ class TrainIterator:
         in_worker = grain.experimental.WithOptionsIterDataset(in_worker, grain.experimental.DatasetOptions(min_shm_size=2**62))
         per_worker = -(-ahead // self._num_workers)
         options = grain.MultiprocessingOptions(self._num_workers, per_worker_buffer_size=per_worker)
-        return iter(in_worker.mp_prefetch(options, worker_init_fn=_live_and_die_with_the_parent))
+        return iter(in_worker.mp_prefetch(options, worker_init_fn=live_and_die_with_the_parent))
 
     def get_state(self) -> dict[str, Any]:
         """Returns where the stream stands, as a JSON-able dict; valid for any number of workers and processes."""
@@ -209,12 +222,7 @@ class TrainIterator:
 
         Raises `ConfigError` where the state is of another stream: another corpus, vocabulary, seed or batch size.
         """
-        differing = [f"{k} ({state.get(k)!r}, now {v!r})" for k, v in self._identity.items() if state.get(k) != v]
-        if differing:
-            raise ConfigError(
-                f"The saved position is of another data stream; these differ: {', '.join(differing)}. A fingerprint stands for "
-                "corpus, vocabulary and objectives. Restore those settings, or start in a new workdir."
-            )
+        check_position(state, self._identity)
         self.close()
         self._next_batch = int(state["next_batch"])
 
@@ -226,7 +234,17 @@ class TrainIterator:
             self._groups = None
 
 
-def _live_and_die_with_the_parent(worker_index: int, worker_count: int) -> None:
+def check_position(state: dict[str, Any], identity: dict[str, Any]) -> None:
+    """Raises `ConfigError` that names what differs where a saved position is of another stream."""
+    differing = [f"{k} ({state.get(k)!r}, now {v!r})" for k, v in identity.items() if state.get(k) != v]
+    if differing:
+        raise ConfigError(
+            f"The saved position is of another data stream; these differ: {', '.join(differing)}. A fingerprint stands for "
+            "corpus, vocabulary and objectives. Restore those settings, or start in a new workdir."
+        )
+
+
+def live_and_die_with_the_parent(worker_index: int = 0, worker_count: int = 1) -> None:
     """Has a worker ignore Ctrl-C, which is the parent's to handle, and end when its parent is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()

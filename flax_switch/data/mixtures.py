@@ -1,4 +1,4 @@
-"""Several tasks in one stream: rates, and which task each row of the stream comes from.
+"""Several tasks, or several sources of text, in one stream: rates, and which of them each row of the stream comes from.
 
 Rows take turns by integer weights, in closed form: after n rows a task has had its share of n to within the number of tasks, and
 row n needs no row before it. So rates are exact in the long run, and a stream resumes from its position alone.
@@ -14,10 +14,15 @@ from fractions import Fraction
 import numpy as np
 from jaxtyping import Int64, Integer
 
+from flax_switch.config import DataConfig
 from flax_switch.config.finetuning import FinetuneDataConfig
-from flax_switch.data.loader import BatchMaker, TrainIterator
+from flax_switch.data.cache import Tokens
+from flax_switch.data.examples import Examples
+from flax_switch.data.loader import BatchMaker, Source, TrainIterator
+from flax_switch.data.objectives import Mixture, in_order
 from flax_switch.data.packing import Plan
 from flax_switch.data.pairs import Pairs, plan_pairs
+from flax_switch.data.random_bits import example_keys
 
 _LARGEST = 2**30  # of a sum of weights: products of a remainder and a weight stay within 63 bits
 
@@ -52,16 +57,17 @@ def _scaled(n: Int64[np.ndarray, " M"], weight: int, total: int) -> Int64[np.nda
     return whole * weight + rest * weight // total
 
 
-def mixing_rates(config: FinetuneDataConfig, examples: Sequence[int]) -> list[Fraction]:
-    """Returns the share of examples that each task of the mixture gets: as given, or min(examples, limit) ** (1 / temperature).
+def mixing_rates(config: FinetuneDataConfig | DataConfig, sizes: Sequence[int]) -> list[Fraction]:
+    """Returns the share that each task or source of the mixture gets: as given, or min(size, limit) ** (1 / temperature).
 
-    Limit and temperature are those of T5 (1910.10683, section 3.5.2).
+    Limit and temperature are those of T5 (1910.10683, section 3.5.2); sources of text have no limit, as in mT5 (2010.11934).
     """
-    given = [task.rate for task in config.mixture]
+    given = [one.rate for one in config.mixture]
     if None not in given:
         rates = [Fraction(str(rate)) for rate in given]
     else:
-        counts = [min(n, config.mixing_limit or n) for n in examples]
+        limit = config.mixing_limit if isinstance(config, FinetuneDataConfig) else None
+        counts = [min(n, limit or n) for n in sizes]
         exponent = 1.0 / config.mixing_temperature
         rates = [Fraction(n) if exponent == 1.0 else Fraction(n**exponent) for n in counts]
     return [rate / sum(rates) for rate in rates]
@@ -105,6 +111,42 @@ def mixture_iterator(
         num_workers=config.num_workers,
         prefetch=config.prefetch,
     )
+
+
+def text_maker(texts: Sequence[Tokens], mixture: Mixture, seed: int, *, whole: bool) -> tuple[BatchMaker, tuple[int, ...]]:
+    """Returns what makes batches of texts whose rows stand one after another, and how many rows each has.
+
+    `whole` as in `ConcatenatedText`.
+    """
+    makers = [BatchMaker.of_text(text, mixture, seed_of(seed, k), whole=whole) for k, text in enumerate(texts)]
+    sizes = tuple(maker.num_rows for maker in makers)
+    if len(makers) == 1:
+        return makers[0], sizes
+    plans = [maker.plan for maker in makers if maker.plan is not None]
+    source = JoinedText([maker.source for maker in makers])
+    return BatchMaker.of(source, mixture.config, _joined(plans) if plans else None), sizes
+
+
+def seed_of(seed: int, part: int) -> int:
+    """Returns a seed for each part of a mixture; of the first it is the mixture's."""
+    return seed if part == 0 else int(example_keys(seed, np.array([part]), np.array([-1]))[0] >> np.uint64(1))
+
+
+class JoinedText:
+    """The examples of several texts, those of one text after those of another."""
+
+    def __init__(self, parts: Sequence[Source]):
+        self.parts = tuple(parts)
+        self._ends = np.cumsum([part.num_examples for part in parts])
+        self.num_examples = int(self._ends[-1])
+
+    def examples(self, ids: Integer[np.ndarray, " M"], epochs: Integer[np.ndarray, " M"]) -> Examples:
+        """Returns the examples with these numbers in these epochs."""
+        part, made = np.searchsorted(self._ends, ids, side="right"), []
+        for k in np.unique(part) if len(ids) else (0,):  # a process may have no row of a batch
+            rows, one = np.flatnonzero(part == k), self.parts[k]
+            made.append((rows, one.examples(ids[rows] - (int(self._ends[k]) - one.num_examples), epochs[rows])))
+        return in_order(made, len(ids))
 
 
 def _joined(plans: Sequence[Plan]) -> Plan:

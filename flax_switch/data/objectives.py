@@ -10,7 +10,7 @@ from jaxtyping import Int8, Int32, Int64, Integer, UInt64
 
 from flax_switch.config import DataConfig, check
 from flax_switch.data import causal_lm, infilling, prefix_lm, span_corruption, ul2
-from flax_switch.data.cache import TokenStore
+from flax_switch.data.cache import Tokens
 from flax_switch.data.examples import MODES, Examples, Lengths, Objective
 from flax_switch.data.random_bits import example_keys, fold_in, uniform
 from flax_switch.data.span_corruption import check_sentinels
@@ -98,7 +98,7 @@ class Mixture:
             parts.append((rows, made if mode is None else _begin_with(self.last_sentinel + mode(keys[rows]), made)))
         if len(parts) == 1:
             return parts[0][1]._replace(objective=chosen)
-        return _in_order(parts, len(keys))._replace(objective=chosen)
+        return in_order(parts, len(keys))._replace(objective=chosen)
 
     def _objectives(self, keys: UInt64[np.ndarray, " M"]) -> Int8[np.ndarray, " M"]:
         """Draws an index into OBJECTIVES for every key."""
@@ -124,8 +124,8 @@ def _begin_with(tokens: Integer[np.ndarray, " M"], examples: Examples) -> Exampl
     return examples._replace(inputs=inputs, input_lengths=examples.input_lengths + 1)
 
 
-def _in_order(parts: list[tuple[np.ndarray, Examples]], count: int) -> Examples:
-    """Puts parts of a batch, each with the rows that it is of, together; `hidden` where some part has one."""
+def in_order(parts: list[tuple[np.ndarray, Examples]], count: int) -> Examples:
+    """Puts parts of a batch, each with the rows that it is of, together; `objective` and `hidden` where some part has one."""
 
     def merged(arrays: list[np.ndarray]) -> np.ndarray:
         width = np.max([a.shape[1:] for a in arrays], axis=0, initial=0)
@@ -138,8 +138,11 @@ def _in_order(parts: list[tuple[np.ndarray, Examples]], count: int) -> Examples:
     hidden = None
     if any(examples.hidden is not None for examples in made):
         hidden = merged([np.ones(e.targets.shape, bool) if e.hidden is None else e.hidden for e in made])
+    objectives = [examples.objective for examples in made if examples.objective is not None]
     columns: Any = zip(*(e[:4] for e in made), strict=True)
-    return Examples(*(merged(list(arrays)) for arrays in columns), hidden=hidden)
+    inputs, input_lengths, targets, target_lengths = (merged(list(arrays)) for arrays in columns)
+    objective = merged(objectives) if objectives else None
+    return Examples(inputs, input_lengths, targets, target_lengths, objective, hidden)
 
 
 class ConcatenatedText:
@@ -148,7 +151,7 @@ class ConcatenatedText:
     `whole` keeps the short chunk at the end and always cuts at the same places: for evaluation.
     """
 
-    def __init__(self, store: TokenStore, mixture: Mixture, seed: int, *, whole: bool = False):
+    def __init__(self, store: Tokens, mixture: Mixture, seed: int, *, whole: bool = False):
         self.store, self.mixture, self.seed = store, mixture, seed
         self.raw_length = mixture.raw_length
         shifted = (store.num_tokens - self.raw_length + 1) // self.raw_length
@@ -168,7 +171,7 @@ class ConcatenatedText:
 class SeparateDocuments:
     """Every document by itself, cut into chunks where it is longer than one: for packing, which keeps documents apart."""
 
-    def __init__(self, store: TokenStore, mixture: Mixture, seed: int):
+    def __init__(self, store: Tokens, mixture: Mixture, seed: int):
         self.store, self.mixture, self.seed = store, mixture, seed
         documents = np.diff(store.offsets)
         chunks = -(-documents // mixture.raw_length)
@@ -188,7 +191,7 @@ class SeparateDocuments:
         return self.mixture(tokens, self.lengths[ids], example_keys(self.seed, epochs, ids), limits=limits)
 
 
-def _gather(store: TokenStore, starts: Int64[np.ndarray, " M"], lengths: Int64[np.ndarray, " M"]) -> Int32[np.ndarray, "M L"]:
+def _gather(store: Tokens, starts: Int64[np.ndarray, " M"], lengths: Int64[np.ndarray, " M"]) -> Int32[np.ndarray, "M L"]:
     """Runs of tokens as padded rows; what lies past a length is arbitrary."""
     columns = np.arange(int(lengths.max(initial=1)))
     return store.tokens[np.minimum(starts[:, None] + columns, store.num_tokens - 1)].astype(np.int32)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import io
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from flax_switch.config import ConfigError, one_line
+from flax_switch.data.remote import PatientFile
+from flax_switch.host.files import in_store
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "Zstandard"}  # ending -> its name, for messages
 
@@ -40,12 +43,16 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
     ending = ending_of(path)
     unpack, damage = _unpacker(path, ending)
     try:
-        with path.open("rb") as file, unpack(file) as unpacked:
+        with _plain(path) as file, unpack(file) as unpacked:
             yield unpacked
     except damage as error:
         raise ConfigError(f"{path} is damaged or is no {COMPRESSIONS[ending]} file: {one_line(error)}.") from error
     except OSError as error:
         raise ConfigError(f"Cannot read {path}: {error.strerror or error}.") from error
+
+
+def _plain(path: Path) -> IO[bytes]:
+    return io.BufferedReader(PatientFile(path), 1 << 20) if in_store(path) else path.open("rb")
 
 
 def _unpacker(path: Path, ending: str) -> tuple[Any, tuple[type[Exception], ...]]:

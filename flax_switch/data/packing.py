@@ -42,7 +42,7 @@ def plan_rows(
     room = np.array([inputs_length, targets_length])
     check(
         bool((lengths <= room).all()),
-        f"An example of {lengths.max(axis=0).tolist()} tokens (inputs, targets) does not fit rows of {room.tolist()}.",
+        f"An example of {lengths.max(axis=0, initial=0).tolist()} tokens (inputs, targets) does not fit rows of {room.tolist()}.",
     )
     order = np.random.default_rng(seed).permutation(len(lengths))
     free = np.tile(room, (_OPEN_ROWS, 1))  # of the open rows

@@ -1,22 +1,25 @@
 """Users' own text: files, folders and globs of the formats that `data.formats` lists, read as documents or as records.
 
-They may lie in object storage (gs://..., s3://..., see `docs/launching.md`), ArrayRecord files excepted.
+They may lie in object storage (gs://..., s3://..., see `docs/launching.md`) and on the Hugging Face hub (hf://datasets/...),
+ArrayRecord files excepted.
 """
 
 from __future__ import annotations
 
 import glob
 import hashlib
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from etils import epath
-
 from flax_switch.config import ConfigError, check
+from flax_switch.data import remote
 from flax_switch.data.formats import FORMATS, WITH_FIELDS, Record, Records, describe, kind_of
 from flax_switch.host.files import absolute, in_store
+
+_FIRST_FILES = 16  # that are opened for the first documents
 
 
 def find_files(source: str | tuple[str, ...], known: tuple[str, ...] = tuple(FORMATS), setting: str = "data.source") -> list[Path]:
@@ -27,10 +30,13 @@ def find_files(source: str | tuple[str, ...], known: tuple[str, ...] = tuple(FOR
     endings = describe(known)
     found: dict[Path, None] = {}
     for pattern in (source,) if isinstance(source, str) else source:
+        pattern = remote.located(pattern, setting)
         expanded = os.path.expanduser(pattern)
         if in_store(pattern):
-            matches: list[Any] = sorted(path for path in _stored_files(pattern) if kind_of(path) in known)
-            check(bool(matches), f"{setting}: {pattern!r} names no file that ends in {endings}, no folder of them and no glob.")
+            matches = sorted(path for path in remote.stored_files(pattern) if kind_of(path) in known)
+            missing = f"{setting}: {pattern!r} names no file that ends in {endings}, no folder of them and no glob."
+            private = " Is there such a data set? For a private one set HF_TOKEN." if remote.on_hub(pattern) else ""
+            check(bool(matches), missing + private)
         elif os.path.isdir(expanded):
             matches = sorted(p for p in Path(expanded).rglob("*") if p.is_file() and kind_of(p) in known)
             check(bool(matches), f"The folder {pattern} holds no text: none of its files ends in {endings}.")
@@ -45,32 +51,33 @@ def find_files(source: str | tuple[str, ...], known: tuple[str, ...] = tuple(FOR
     return list(found)
 
 
-def _stored_files(pattern: str) -> Iterator[Any]:  # etils' paths, with pathlib's interface
-    """Yields the files in object storage that a path, a folder (searched through) or a glob without ** names."""
-    path = epath.Path(pattern)
-    if not path.exists():
-        yield from path.parent.glob(path.name)
-    elif path.is_dir():
-        for entry in path.iterdir():
-            yield from _stored_files(str(entry))
-    else:
-        yield path
-
-
 def fingerprint(paths: list[Path], text_field: str, separator: str) -> str:
     """Changes with the files' names, sizes or modification times and with how they are read."""
     digest = hashlib.blake2b(f"{text_field} {separator}".encode(), digest_size=10)
     for path in paths:
-        stat: Any = path.stat()  # in object storage etils' own
+        stat: Any = remote.patiently(path, path.stat) if in_store(path) else path.stat()  # in object storage etils' own
         size, time = (stat.length, stat.mtime) if in_store(path) else (stat.st_size, stat.st_mtime_ns)
         digest.update(os.fsencode(f"\n{absolute(path)} {size} {time}"))  # names of files need not be UTF-8
     return digest.hexdigest()
 
 
-def total_bytes(paths: list[Path]) -> int | None:
+def _size_and_time(path: Any) -> tuple[int, int]:
+    if not in_store(path):
+        stat = path.stat()
+        return stat.st_size, stat.st_mtime_ns
+    stat = remote.patiently(path, path.stat)  # etils' own
+    return stat.length, stat.mtime
+
+
+def total_bytes(paths: list[Path]) -> int:
+    """Returns the size of files, as they are."""
+    return sum(_size_and_time(path)[0] for path in paths)
+
+
+def text_bytes(paths: list[Path]) -> int | None:
     """Returns the size of the text where it is known beforehand: that of plain files of nothing else, such as .txt."""
     plain = all(path.suffix.lower() in FORMATS and not FORMATS[kind_of(path)].fields for path in paths)
-    return sum(epath.Path(path).stat().length for path in paths) if plain else None
+    return total_bytes(paths) if plain else None
 
 
 def documents(paths: list[Path], text_field: str = "text", separator: str = "line") -> Iterator[str]:
@@ -96,6 +103,13 @@ def documents_of(path: Path, text_field: str = "text", separator: str = "line") 
     else:
         texts = form.read(path, separator)
     yield from (text for text in texts if text and not text.isspace())
+
+
+def first_documents(paths: list[Path], count: int, text_field: str = "text", separator: str = "line") -> Iterator[str]:
+    """Yields about `count` documents, the first ones of at most 16 files that lie evenly among all; raises as `documents` does."""
+    chosen = paths[:: -(-len(paths) // _FIRST_FILES)]
+    for path in chosen:
+        yield from itertools.islice(documents_of(path, text_field, separator), -(-count // len(chosen)))
 
 
 def records(paths: list[Path]) -> Records:

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from flax_switch.config.finetuning import LOSS
 from flax_switch.data import Prepared, Vocabulary, text_token_mask
 from flax_switch.ops.ids import check_ids
 from flax_switch.ops.losses import IGNORED_LABEL
@@ -38,7 +39,8 @@ class Evaluator:
         """Returns metrics by name; cross-entropies in nats per token, perplexities e to their power.
 
         `nats_below_unigram` is how far the cross-entropy over text targets (neither sentinels nor EOS) lies below the entropy of
-        the same tokens' unigram distribution, the least that a model without context can reach.
+        the same tokens' unigram distribution, the least that a model without context can reach. `NAME/cross_entropy` is that of a
+        source of a mixture.
         """
         rows = batch_rows(self.run.mesh, self.run.config.data.batch_size)
         batches = self.prepared.heldout_batches(self.batches, rows)
@@ -49,8 +51,18 @@ class Evaluator:
             "text_perplexity": perplexity(text),
             "unigram_entropy": self.unigram_entropy,
             "nats_below_unigram": self.unigram_entropy - text,
+            **self._by_source(params, rows),
             **self.probe(params),
         }
+
+    def _by_source(self, params: Any, rows: np.ndarray) -> dict[str, float]:
+        """Returns "source/cross_entropy" of each source of a mixture, over an equal share of the batches."""
+        texts, found = self.prepared.texts, {}
+        for number, text in enumerate(texts if len(texts) > 1 else ()):
+            batches = self.prepared.heldout_batches(-(-self.batches // len(texts)), rows, text=number)
+            means = mean_metrics(self.run, self.eval_step, params, batches, self.prepared.vocabulary)
+            found[f"{text.name}/{LOSS}"] = means[LOSS]
+        return found
 
     def describe(self, evaluation: dict[str, Any]) -> str:
         """Returns an evaluation as a sentence."""
@@ -108,5 +120,15 @@ def describe(evaluation: dict[str, Any]) -> str:
         f"held-out loss {evaluation['cross_entropy']:.3f} nats a token (perplexity {evaluation['perplexity']:.2f}); "
         f"{100 * evaluation['accuracy']:.1f} % of tokens are right\n"
         f"  held-out loss without special tokens: {text:.3f} (guessing each token by its frequency: {alone:.3f})\n"
-        f"{describe_probe(evaluation)}"
+        f"{_of_sources(evaluation)}{describe_probe(evaluation)}"
     ).rstrip()
+
+
+def losses_of_sources(evaluation: dict[str, Any]) -> dict[str, float]:
+    """Returns the held-out loss of each source of a mixture by its name; nothing of a single source."""
+    return {name.removesuffix(f"/{LOSS}"): value for name, value in evaluation.items() if name.endswith(f"/{LOSS}")}
+
+
+def _of_sources(evaluation: dict[str, Any]) -> str:
+    told = ", ".join(f"{name} {value:.3f}" for name, value in losses_of_sources(evaluation).items())
+    return f"  held-out loss by source: {told}\n" if told else ""

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from flax_switch.config.finetuning import LOSS
+from flax_switch.config.finetuning import LOSS, FinetuneConfig
 from flax_switch.pages.page import SCALE, curves, heat
+from flax_switch.training.evaluate import losses_of_sources
 from flax_switch.training.findings import sparse_layer_names
 from flax_switch.workflows.record import RunRecord
 
@@ -25,6 +26,7 @@ def run_charts(record: RunRecord) -> str:
     train, evals = record.train, record.evals
     drawn = [
         _cross_entropy(record),
+        _loss_of_sources(record),
         _loss_parts(record),
         curves("Scores of generated text", "%", [series(evals, name, name, points=True) for name in record.scores]),
         curves("Learning rate", "", [series(train, "learning_rate", "learning rate")], zero=True),
@@ -48,6 +50,13 @@ def _cross_entropy(record: RunRecord) -> str:
         )
         top = {"top": max(entropy, *(line["text_cross_entropy"] for line in evals)) + 0.5}
     return curves("Cross-entropy", "nats per token", lines, wide=True, height=300, **top)
+
+
+def _loss_of_sources(record: RunRecord) -> str:
+    names = losses_of_sources(record.evals[-1]) if record.evals and record.config.kind != FinetuneConfig.kind else ()
+    return curves(
+        "Held-out cross-entropy by source", "nats per token", [series(record.evals, f"{n}/{LOSS}", n, points=True) for n in names]
+    )
 
 
 def _loss_parts(record: RunRecord) -> str:

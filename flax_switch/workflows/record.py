@@ -14,7 +14,7 @@ from flax_switch.config.kinds import RunConfig
 from flax_switch.host.files import read_bytes
 from flax_switch.host.json_text import parse_json
 from flax_switch.training.checkpoint import flat_fields, read_config
-from flax_switch.training.evaluate import perplexity
+from flax_switch.training.evaluate import losses_of_sources, perplexity
 from flax_switch.training.metrics import METRICS_FILE, read_metrics
 from flax_switch.training.sessions import read_sessions
 
@@ -96,6 +96,10 @@ class RunRecord:
         else:
             found += [
                 Result(title, last[name] * scale, form, more) for name, title, scale, form, more in _PRETRAINING if name in last
+            ]
+            found += [
+                Result(f"held-out cross-entropy, {name}, nats/token", loss, ".3f", False)
+                for name, loss in losses_of_sources(last).items()
             ]
         gains = [
             (name.partition("/")[2].replace("_", " "), gain) for name, gain in last.items() if name.startswith("encoder_gain/")

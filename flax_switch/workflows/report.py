@@ -148,6 +148,7 @@ def _data(about: dict[str, Any]) -> str:
     source = about.get("source", about.get("task", ""))
     name = ", ".join(map(str, source)) if isinstance(source, list) else str(source)
     name = "the embedded corpus" if name == "default" else name
+    name = f"{about['name']} ({100 * about['rate']:.1f} % of the rows), {name}" if "name" in about else name
     parts = []
     for kind, word in (("train", "for training"), ("validation", "for validation"), ("heldout", "held out")):
         numbers = about.get(kind) or {}

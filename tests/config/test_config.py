@@ -115,7 +115,7 @@ def test_impossible_experiments_are_refused_with_the_reason():
 def test_data_of_pretraining_and_finetuning_share_the_fields_of_batches_and_their_checks():
     assert {field.name for field in dataclasses.fields(DataConfig)} & {
         field.name for field in dataclasses.fields(FinetuneDataConfig)
-    } == {field.name for field in dataclasses.fields(BatchConfig)}
+    } == {field.name for field in dataclasses.fields(BatchConfig)} | {"mixing_temperature"}
     assert (DataConfig().targets_length, FinetuneDataConfig().targets_length) == (114, 128)
     for section in (BatchConfig, DataConfig, FinetuneDataConfig):
         for name in ("inputs_length", "targets_length", "batch_size", "prefetch"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
 import os
 import re
 import shlex
@@ -92,7 +93,7 @@ _EVALUATION = {"evaluation.max_examples": 2, "evaluation.batch_size": 2, "data.t
 
 def _pretraining(config) -> dict[str, object]:
     changed: dict[str, object] = {**_STEPS, "data.batch_size": 16, "data.inputs_length": 32, "data.targets_length": 16}
-    if config.data.source == "default":
+    if config.data.source == "default" and not config.data.mixture:
         changed |= {"data.source": "text.txt", "data.heldout_fraction": 0.2}  # enough to look at routing
     if config.data.vocabulary is None:
         changed["data.vocabulary_size"] = PIECES
@@ -154,7 +155,7 @@ class World:
             (folder / name).symlink_to(ROOT / name)
         calls = commands_of(text)
         written = set().union(*(outputs(argv) for argv in calls))
-        for path in sorted({"text.txt", *re.findall(r"[\w.*/-]+", text), *map(_source, calls)}):
+        for path in sorted({"text.txt", *re.findall(r"[\w.*/-]+", text), *itertools.chain(*map(_sources, calls))}):
             if not any(path == made or path.startswith(f"{made}/") for made in written):
                 self._provide_path(folder, path)
 
@@ -170,10 +171,10 @@ class World:
         return None
 
 
-def _source(argv: list[str]) -> str:
-    """The file that a command's recipe names as its text, or ""."""
-    source = getattr(getattr(load(argv), "data", None), "source", "")
-    return source if isinstance(source, str) else ""
+def _sources(argv: list[str]) -> list[str]:
+    """The files that a command's recipe names as its text."""
+    sources = getattr(getattr(load(argv), "data", None), "sources", ())
+    return [source.source for source in sources if isinstance(source.source, str)]
 
 
 def commands_of(text: str) -> list[list[str]]:

@@ -102,7 +102,7 @@ def debian(folder: Path) -> None:
         for split in ("train", "validation", "test"):
             records(*fields)(folder / kind / f"{split}.jsonl")
     (folder / "corpus").mkdir()
-    for language in ("en", "it"):
+    for language in ("en", "it", "fr", "de", "ru", "es", "fi"):
         text(folder / "corpus" / f"{language}.txt")
 
 

@@ -1,6 +1,7 @@
 """Runs survive: killed or stopped anywhere they continue with the losses they would have had, and refuse what is not theirs."""
 
 import errno
+import gzip
 import json
 import os
 import random
@@ -10,6 +11,8 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 from flax_switch.cli import main
@@ -17,6 +20,7 @@ from flax_switch.config import ConfigError, ExperimentConfig
 from flax_switch.config.distillation import DistillConfig
 from flax_switch.config.finetuning import FinetuneConfig
 from flax_switch.config.recipes import load_recipe
+from flax_switch.pretrained import load_pretrained
 from flax_switch.training.checkpoint import changeable_fields, claim_workdir, differing_fields, explain_full_disk, read_config
 from flax_switch.training.metrics import MetricsWriter, read_metrics
 
@@ -58,9 +62,9 @@ def losses(workdir):
     return [{k: v for k, v in line.items() if k not in timing} for line in read_metrics(workdir)]
 
 
-def start_paused(workdir, environment):
+def start_paused(workdir, environment, *more):
     """A run that takes its time, so that a signal cannot come after its end."""
-    return start(workdir, environment, program=[str(Path(__file__).with_name("paused_run.py"))])
+    return start(workdir, environment, *more, program=[str(Path(__file__).with_name("paused_run.py"))])
 
 
 def reached(workdir):
@@ -87,11 +91,11 @@ def test_the_undisturbed_run_logged_every_step(undisturbed):
     assert [line["step"] for line in undisturbed if line["kind"] == "eval"] == [7, STEPS]
 
 
-def killed_and_resumed(workdir, environment, seed, kills):
+def killed_and_resumed(workdir, environment, *more, seed, kills):
     """What a run computed that was killed some times, and the checkpoint (or None) it went on from last."""
     generator = random.Random(seed)
     for _ in range(kills):
-        process = start_paused(workdir, environment)
+        process = start_paused(workdir, environment, *more)
         wait_for_step(workdir, min(reached(workdir) + generator.randint(1, 5), STEPS - 4), process)
         time.sleep(generator.random() * 0.3)
         process.send_signal(signal.SIGKILL)
@@ -100,7 +104,7 @@ def killed_and_resumed(workdir, environment, seed, kills):
         assert reached(workdir) < STEPS
     complete = [int(folder.name) for folder in (workdir / "checkpoints").glob("*") if folder.name.isdigit()]
     saved = max(complete, default=None)
-    output = finish(workdir, environment)
+    output = finish(workdir, environment, *more)
     assert ("Continuing" in output) == (saved is not None), output
     assert saved is None or f"from step {saved}." in " ".join(output.split())
     return losses(workdir), saved
@@ -117,6 +121,36 @@ def test_a_killed_run_ends_with_the_losses_of_an_undisturbed_one(tmp_path, envir
 def test_ten_killed_runs_end_with_the_losses_of_an_undisturbed_one(tmp_path, environment, undisturbed, seed):
     seeds = dict(seed=100 + seed + 1000 * ROUND, kills=1 + seed % 3)
     assert killed_and_resumed(tmp_path / "run", environment, **seeds)[0] == undisturbed
+
+
+@pytest.fixture(scope="module")
+def streamed(tmp_path_factory, environment):
+    """Settings that stream a data set of the hub, from a mirror; and the environment that names it."""
+    folder = tmp_path_factory.mktemp("hub")
+    dataset = folder / "datasets" / "owner" / "words"
+    dataset.mkdir(parents=True)
+    generator = random.Random(0)
+    words = ["".join(generator.choices("abcdefghijklmnopqrstuvwxyz", k=generator.randint(2, 8))) for _ in range(300)]
+    for number in range(3):
+        records = (json.dumps({"text": " ".join(generator.choices(words, k=8))}) + "\n" for _ in range(4))
+        (dataset / f"part-{number}.json.gz").write_bytes(gzip.compress("".join(records).encode()))
+    settings = ["source=hf://datasets/owner/words/*.json.gz", "shuffle_buffer=4", "heldout_fraction=0.2", "vocabulary_size=60"]
+    return {**environment, "FLAX_SWITCH_HUB_MIRROR": str(folder)}, *(f"data.{setting}" for setting in settings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_killed_run_on_a_streamed_data_set_ends_with_the_bits_of_an_undisturbed_one(tmp_path, streamed, packing):
+    streamed = (*streamed, f"data.packing={packing}")
+    finish(tmp_path / "whole", *streamed)
+    (meta,) = (tmp_path / "whole" / "checkpoints" / str(STEPS) / "meta").glob("meta*")
+    (epoch, _, _, block, _), *_ = json.loads(meta.read_text())["data"]["positions"]
+    assert epoch > 0 and block > 4
+    found, resumed_from = killed_and_resumed(tmp_path / "run", *streamed, seed=0, kills=2)
+    assert found == losses(tmp_path / "whole")
+    assert resumed_from in range(3, STEPS, 3)
+    whole, run = (load_pretrained(tmp_path / name).params for name in ("whole", "run"))
+    jax.tree.map(np.testing.assert_array_equal, whole, run)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

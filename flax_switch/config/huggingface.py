@@ -1,9 +1,9 @@
 """Hugging Face's `config.json` as a `SwitchConfig`, and back.
 
-`switch_transformers` is understood and, for models without sparse layers, the T5 family: `t5` (1.0 and 1.1, FLAN, ByT5), `mt5`, and
-`umt5`, in which every layer has its own table of relative positions. A config read from Hugging Face carries Hugging Face's
-semantics: a fixed expert capacity per sequence, padding that takes slots, probabilities in the activations' dtype, losses
-concatenated on the length axis, no z-loss on the logits.
+`switch_transformers` is understood; for models without sparse layers the T5 family: `t5` (1.0 and 1.1, FLAN, ByT5), `mt5`, and
+`umt5`, in which every layer has its own table of relative positions; and `nllb-moe` (`config/huggingface_nllb`). A config read from
+Hugging Face carries Hugging Face's semantics. Those of the first two: a fixed expert capacity per sequence, padding that takes slots,
+probabilities in the activations' dtype, losses concatenated on the length axis, no z-loss on the logits.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from flax_switch.config import ConfigError, StackConfig, SwitchConfig, check, sparse_layers
+from flax_switch.config import huggingface_nllb as nllb
 from flax_switch.config.base import check_value
-from flax_switch.config.heads import HEADS, head_of
+from flax_switch.config.huggingface_heads import head_fields, head_values
 from flax_switch.config.ranges import Count, shown
 
 NEVER_DROPS = 2**31 - 1  # an expert_capacity no sequence reaches: how Hugging Face's config says "dropless"
@@ -51,7 +52,7 @@ _T5 = (
 )
 _MT5_DEFAULTS = {"vocab_size": 250112, "d_ff": 1024, "num_heads": 6, "num_layers": 8}
 _MT5 = tuple((ours, theirs, _MT5_DEFAULTS.get(theirs, default)) for ours, theirs, default in _T5)
-_TABLES = {"switch_transformers": _SWITCH, "t5": _T5, "mt5": _MT5, "umt5": _MT5}
+_TABLES = {"switch_transformers": _SWITCH, "t5": _T5, "mt5": _MT5, "umt5": _MT5, nllb.MODEL_TYPE: nllb.TABLE}
 T5_FAMILY = ("t5", "mt5", "umt5")  # dense models, whose files have T5's names
 
 # What gives a model its shape, and stands in every file that transformers writes. Where one is absent and there is a key that is
@@ -78,10 +79,16 @@ SEMANTICS: dict[str, Any] = dict(
     router_loss_reduction="huggingface",
     z_loss_coef=0.0,
     label_smoothing=0.0,
+    attention_dropout_rate=None,
+    activation_dropout_rate=None,
     expert_dropout_rate=None,
     expert_dtype=None,
 )
-_TRAINING = ("router_loss_reduction", "z_loss_coef", "label_smoothing", "expert_dropout_rate")  # those that matter there alone
+# Those that matter there alone.
+_TRAINING = (
+    "router_loss_reduction", "z_loss_coef", "label_smoothing", "attention_dropout_rate", "activation_dropout_rate",
+    "expert_dropout_rate",
+)  # fmt: skip
 # Those of them that change the forward pass of a given model: `to_huggingface` will not drop them in silence.
 _FORWARD = ("capacity_mode", "routing_group", "ignore_padding_tokens", "zero_padding_activations")
 
@@ -94,7 +101,9 @@ _UNREPRESENTABLE = {
     "extra_mlp": False,
     "shared_expert": False,
     "expert_d_ff": None,
+    "expert_masking_rate": 0.0,
 }
+_T5_FORM = {"norm": "rms", "use_bias": False, "embedding_scale": "head", "scale_attention_logits": False}
 _ACTIVATION_ALIASES = {"gelu_pytorch_tanh": "gelu_new", "gelu_python": "gelu"}
 
 
@@ -119,13 +128,10 @@ def from_huggingface(values: Any) -> SwitchConfig:
     )
     check_schema(values)
     model_type = check_model_type(values)
+    values = {**nllb.DEFAULTS, **values} if model_type == nllb.MODEL_TYPE else values
     table = _TABLES[model_type]
     _check_keys(values, table)
     fields: dict[str, Any] = {ours: values.get(theirs, default) for ours, theirs, default in table}
-    decoder_layers = values.get("num_decoder_layers")
-    # An old file has no num_decoder_layers in T5's case, and an explicit null in Switch's: both mean a symmetric model.
-    absent = 12 if model_type == "switch_transformers" and "num_decoder_layers" not in values else fields["num_encoder_layers"]
-    fields["num_decoder_layers"] = absent if decoder_layers is None else decoder_layers
     dtype = values.get("dtype", values.get("torch_dtype")) or "float32"
     fields["dtype"] = fields["param_dtype"] = str(dtype).removeprefix("torch.")
     pad = values.get("pad_token_id")
@@ -134,9 +140,15 @@ def from_huggingface(values: Any) -> SwitchConfig:
     fields["extra_eos_token_ids"] = tuple(more)
     start = values.get("decoder_start_token_id")
     fields["decoder_start_token_id"] = fields["pad_token_id"] if start is None else start
+    if model_type == nllb.MODEL_TYPE:
+        return SwitchConfig(**{**fields, **nllb.fields_of(values)})
+    decoder_layers = values.get("num_decoder_layers")
+    # An old file has no num_decoder_layers in T5's case, and an explicit null in Switch's: both mean a symmetric model.
+    absent = 12 if model_type == "switch_transformers" and "num_decoder_layers" not in values else fields["num_encoder_layers"]
+    fields["num_decoder_layers"] = absent if decoder_layers is None else decoder_layers
     if model_type in T5_FAMILY:
         per_layer = model_type == "umt5"
-        fields |= _head_fields(values)
+        fields |= head_fields(values)
         return SwitchConfig(**fields, **_t5_fields(values), relative_attention_per_layer=per_layer, **SEMANTICS)
     tied = is_tied(values)
     capacity = values.get("expert_capacity", 64)
@@ -175,8 +187,8 @@ def check_model_type(values: Mapping[str, Any]) -> str:
     near = difflib.get_close_matches(shown(model_type)[:40].strip("'"), _TABLES, n=1, cutoff=0.4)
     check(
         isinstance(model_type, str) and model_type in _TABLES,
-        f"config.json has model_type {shown(model_type)}, another architecture; flax_switch reads 'switch_transformers' and, "
-        f"without sparse layers, 't5', 'mt5' and 'umt5'.{f' The nearest is {near[0]!r}.' if near else ''}",
+        f"config.json has model_type {shown(model_type)}, another architecture; flax_switch reads 'switch_transformers', "
+        f"'nllb-moe' and, without sparse layers, 't5', 'mt5' and 'umt5'.{f' The nearest is {near[0]!r}.' if near else ''}",
     )
     return model_type
 
@@ -184,8 +196,9 @@ def check_model_type(values: Mapping[str, Any]) -> str:
 def _check_keys(values: Mapping[str, Any], table: tuple[tuple[str, str, Any], ...]) -> None:
     """Refuses a file in which a size may have a new name, rather than take the default for it."""
     read = {theirs for _, theirs, _ in table}
-    absent = [name for name in _SHAPE if name in read and name not in values]
-    unknown = sorted(key for key in values if key not in read | _OTHER and not key.startswith("_"))
+    shape, other = (nllb.SHAPE, _OTHER | nllb.OTHER) if table is nllb.TABLE else (_SHAPE, _OTHER)
+    absent = [name for name in shape if name in read and name not in values]
+    unknown = sorted(key for key in values if key not in read | other and not key.startswith("_"))
     check(
         not absent or not unknown,
         f"config.json has no {', '.join(absent)}, but keys that are not known here: {', '.join(map(repr, unknown))}. If one is the "
@@ -204,12 +217,15 @@ def to_huggingface(config: SwitchConfig) -> dict[str, Any]:
     """
     problems = _architecture_problems(config)
     if config.is_sparse:
-        wanted = dict(SEMANTICS, capacity_mode=("fixed", "dropless"))
-        for name in _FORWARD:
+        of_nllb = nllb.is_nllb(config)
+        wanted = nllb.SEMANTICS if of_nllb else dict(SEMANTICS, capacity_mode=("fixed", "dropless"))
+        for name in nllb.FORWARD if of_nllb else _FORWARD:
             value, allowed = getattr(config, name), wanted[name]
             if value != allowed and value not in (allowed if isinstance(allowed, tuple) else ()):
                 problems.append(f"{name}={value!r} (there it is {allowed!r}; see flax_switch.config.huggingface.SEMANTICS)")
     _refuse(problems)
+    if nllb.is_nllb(config):
+        return _nllb_config(config)
     return _t5_config(config) if _is_dense(config) else _switch_config(config)
 
 
@@ -223,7 +239,7 @@ def with_huggingface_semantics(config: SwitchConfig) -> tuple[SwitchConfig, dict
       ConfigError: naming the fields that no setting can bring over, gated experts or a second choice for instance.
     """
     _refuse(_architecture_problems(config))
-    changes = dict(SEMANTICS)
+    changes = dict(nllb.SEMANTICS if nllb.is_nllb(config) else SEMANTICS)
     if config.capacity_mode == "dropless":
         changes["capacity_mode"] = "dropless"
     changed = {name: (getattr(config, name), new) for name, new in changes.items() if getattr(config, name) != new}
@@ -244,6 +260,11 @@ def _architecture_problems(config: SwitchConfig) -> list[str]:
     problems = []
     if config.decoder_only:
         return ["architecture='decoder_only' (they have an encoder): keep it in the format 'flax_switch', which holds any model"]
+    if nllb.is_nllb(config):
+        return nllb.problems(config)
+    for name, allowed in _T5_FORM.items():
+        if getattr(config, name) != allowed:
+            problems.append(f"{name}={getattr(config, name)!r} (there it is {allowed!r}, or the model an NLLB-MoE in all)")
     if config.is_sparse:
         if config.is_gated:
             problems.append(f"mlp_activations={config.mlp_activations!r} (its experts are not gated)")
@@ -290,6 +311,8 @@ def is_tied(values: Mapping[str, Any]) -> bool:
     tied = values.get("tie_word_embeddings", True)
     if values.get("model_type") in ("mt5", "umt5"):
         return values["model_type"] == "umt5" and tied is not False
+    if values.get("model_type") == nllb.MODEL_TYPE:
+        return True
     if values.get("model_type") == "t5":
         return bool(values["scale_decoder_outputs"]) if "scale_decoder_outputs" in values else tied is not False
     check(
@@ -343,54 +366,6 @@ def _t5_fields(values: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
-def _head_fields(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the head that a `config.json` names by its class, and its labels; nothing for a class that has none."""
-    named = (values.get("architectures") or [""])[0]
-    heads = [name for name, head in HEADS.items() if isinstance(named, str) and named.endswith(head.huggingface)]
-    heads = [name for name in heads if HEADS[name].targets_length is not None or HEADS[name].labelled]
-    if not heads:
-        return {}
-    fields: dict[str, Any] = {"classifier_dropout": values.get("classifier_dropout", 0.0)}
-    labels, count, problem = values.get("id2label"), values.get("num_labels"), values.get("problem_type")
-    if labels is None:
-        labels = {i: f"LABEL_{i}" for i in range(2 if count is None else min(count, 10_000))}
-    labels = {str(number): label for number, label in labels.items()}
-    names = [labels.get(str(i)) for i in range(len(labels))]
-    check(
-        all(isinstance(name, str) for name in names),
-        f"config.json has id2label={shown(labels)}; expected a name for each number from 0 on.",
-    )
-    if heads[0] == "question_answering":
-        check(len(names) == 2, f"config.json has {len(names)} labels; a head for spans has 2 outputs, their start and their end.")
-        return {**fields, "head": heads[0]}
-    if heads[0] != "classification":
-        return {**fields, "head": heads[0], "labels": tuple(names)}
-    if problem == "regression" or (problem is None and len(names) == 1):
-        check(len(names) == 1, f"config.json asks for the regression of {len(names)} numbers; a head here gives one.")
-        return {**fields, "head": "regression"}
-    check(
-        problem in (None, "single_label_classification"),
-        f"config.json has problem_type={shown(problem)}; known are 'regression' and 'single_label_classification', one class for "
-        "each text.",
-    )
-    return {**fields, "head": "classification", "labels": tuple(names)}
-
-
-def _head_values(config: SwitchConfig) -> dict[str, Any]:
-    """Returns what a `config.json` says of a task's head."""
-    head = head_of(config)
-    if not head.labelled and head.targets_length is None:
-        return {}
-    labels = config.labels or tuple(f"LABEL_{i}" for i in range(head.outputs))
-    values: dict[str, Any] = {
-        "id2label": {str(i): label for i, label in enumerate(labels)},
-        "label2id": {label: i for i, label in enumerate(labels)},
-        "classifier_dropout": config.classifier_dropout,
-    }
-    problems = {"regression": "regression", "classification": "single_label_classification"}
-    return {**values, "problem_type": problems[config.head]} if config.head in problems else values
-
-
 def _feed_forward_proj(config: SwitchConfig) -> str | None:
     """T5's name of the activations, or None where it has none."""
     first, *gate = config.mlp_activations
@@ -424,6 +399,15 @@ def _shared_fields(config: SwitchConfig, table) -> dict[str, Any]:
     }
 
 
+def _nllb_config(config: SwitchConfig) -> dict[str, Any]:
+    return {
+        **{name: value for name, value in _shared_fields(config, nllb.TABLE).items() if name != "num_decoder_layers"},
+        **nllb.to_values(config),
+        "model_type": nllb.MODEL_TYPE,
+        "architectures": [nllb.CLASS],
+    }
+
+
 def _switch_config(config: SwitchConfig) -> dict[str, Any]:
     return {
         "model_type": "switch_transformers",
@@ -445,5 +429,5 @@ def _t5_config(config: SwitchConfig) -> dict[str, Any]:
         "feed_forward_proj": _feed_forward_proj(config),
         "is_gated_act": config.is_gated,
         "dense_act_fn": config.mlp_activations[0],
-        **_head_values(config),
+        **head_values(config),
     }

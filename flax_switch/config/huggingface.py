@@ -2,8 +2,8 @@
 
 `switch_transformers` is understood; for models without sparse layers the T5 family: `t5` (1.0 and 1.1, FLAN, ByT5), `mt5`, and
 `umt5`, in which every layer has its own table of relative positions; and `nllb-moe` (`config/huggingface_nllb`). A config read from
-Hugging Face carries Hugging Face's semantics. Those of the first two: a fixed expert capacity per sequence, padding that takes slots,
-probabilities in the activations' dtype, losses concatenated on the length axis, no z-loss on the logits.
+Hugging Face carries Hugging Face's semantics. Those of the first two: a fixed expert capacity per sequence, padding that takes
+slots, probabilities in the activations' dtype, losses concatenated on the length axis, no z-loss on the logits.
 """
 
 from __future__ import annotations

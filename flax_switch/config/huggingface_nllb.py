@@ -1,8 +1,8 @@
 """transformers' `nllb-moe` (NLLB's mixture of experts, 2207.04672) as fields of a `SwitchConfig`, and back.
 
-What is computed is what fairseq computes: evaluation drops no token, and nothing depends on a sequence's batch mates. Of training
-some is other than in transformers: no capacity, load balancing by sequence and layer, expert output masking unscaled (as in
-fairseq), and no layer is left out.
+What is computed is what fairseq computes: evaluation drops no token, and nothing depends on a sequence's batch mates. Training is in
+parts another than in transformers: there is no capacity, balance is judged by sequence and layer, masked outputs of experts are not
+made up for (nor are they in fairseq), the output of an MLP has the rate of other sublayers, and no layer is left out.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _SCHEMA: dict[str, Any] = {
     "encoder_layers": int, "decoder_layers": int, "encoder_sparse_step": Natural, "decoder_sparse_step": Natural,
     "encoder_attention_heads": Count, "decoder_attention_heads": Count, "encoder_ffn_dim": Count, "decoder_ffn_dim": Count,
     "d_model": Count, "activation_function": str, "scale_embedding": bool, "router_ignore_padding_tokens": bool,
-    "moe_token_dropout": Rate, "moe_eval_capacity_token_fraction": float, "expert_capacity": Count | None,
+    "moe_token_dropout": Rate, "moe_eval_capacity_token_fraction": float, "expert_capacity": int | None,
 }  # fmt: skip
 
 # What the class computes whatever its config says.

@@ -244,8 +244,8 @@ class SwitchConfig(_Section):
         )
         check(
             self.positions != "sinusoidal" or (self.d_model % 2 == 0 and self.d_model > 2),
-            f"positions='sinusoidal' has a sine and a cosine of several frequencies, so d_model must be even and more than 2; it is "
-            f"{self.d_model}.",
+            f"positions='sinusoidal' has a sine and a cosine of several frequencies, so d_model must be even and more than 2; it "
+            f"is {self.d_model}.",
         )
 
     def _check_stack(self, stack: StackConfig) -> None:

@@ -14,8 +14,8 @@ from flax_switch.config.weights import BIAS
 from flax_switch.ops.dropout import dropout
 from flax_switch.ops.kernels.quantized import Kernel
 
-# {"wi" | "wi_0", "wi_1": [E, D, F], "wo": [E, F, D]}, with biases as "wi_bias": [E, 1, F] and so on; or of experts that only project
-# {"kernel": [E, D, F]}
+# {"wi" | "wi_0", "wi_1": [E, D, F], "wo": [E, F, D]}, with biases as "wi_bias": [E, 1, F] and so on; or of experts that only
+# project {"kernel": [E, D, F]}
 ExpertKernels = Mapping[str, Kernel]
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {

@@ -1,4 +1,4 @@
-"""Sinusoidal positions (1706.03762, section 3.5), laid out as in fairseq: sines in one half of the features, cosines in the other."""
+"""Sinusoidal positions (1706.03762, section 3.5), laid out as in fairseq: first all sines, then all cosines."""
 
 import math
 

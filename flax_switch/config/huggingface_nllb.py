@@ -1,8 +1,8 @@
 """transformers' `nllb-moe` (NLLB's mixture of experts, 2207.04672) as fields of a `SwitchConfig`, and back.
 
-What is computed is what fairseq computes: evaluation drops no token, and nothing depends on a sequence's batch mates. Training is in
-parts another than in transformers: there is no capacity, balance is judged by sequence and layer, masked outputs of experts are not
-made up for (nor are they in fairseq), the output of an MLP has the rate of other sublayers, and no layer is left out.
+What is computed is what fairseq computes: evaluation drops no token, and nothing depends on a sequence's batch mates. Training
+is in parts another than in transformers: there is no capacity, balance is judged by sequence and layer, masked outputs of experts
+are not made up for (nor are they in fairseq), an MLP's output has the dropout of other sublayers, and no layer is left out.
 """
 
 from __future__ import annotations

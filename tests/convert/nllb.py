@@ -14,10 +14,10 @@ SIZES = dict(
     encoder_layerdrop=0.0, decoder_layerdrop=0.0, dropout=0.0, attention_dropout=0.0, init_std=0.3,
 )  # fmt: skip
 DRAWS = (
-    dict(encoder_layers=2, decoder_layers=3, encoder_sparse_step=2, decoder_sparse_step=1, num_experts=5, router_bias=True),
+    dict(encoder_layers=2, decoder_layers=1, encoder_sparse_step=2, decoder_sparse_step=1, num_experts=5, router_bias=True),
     dict(encoder_layers=3, decoder_layers=2, encoder_sparse_step=1, decoder_sparse_step=2, num_experts=3, scale_embedding=False),
     dict(
-        encoder_layers=4, decoder_layers=1, encoder_sparse_step=3, decoder_sparse_step=0, num_experts=2, moe_token_dropout=0.0,
+        encoder_layers=4, decoder_layers=3, encoder_sparse_step=3, decoder_sparse_step=0, num_experts=2, moe_token_dropout=0.0,
         router_ignore_padding_tokens=True, activation_function="gelu",
     ),
 )  # fmt: skip

@@ -17,7 +17,7 @@ from flax_switch.nn.outputs import DecoderOutput, EncoderOutput, ModelOutput
 from flax_switch.nn.stack import Stack
 from flax_switch.ops import AnyArray, Size
 from flax_switch.ops.attention import cross_attention_mask, self_attention_mask
-from flax_switch.ops.positions import count_tokens, sinusoids
+from flax_switch.ops.positions import numbered, sinusoids
 from flax_switch.parallel.placement import ONE_DEVICE, Placement
 
 
@@ -115,14 +115,16 @@ class SwitchEncoder(nn.Module):
     ) -> Float[Array, "B L D"]:
         """Returns the embeddings that were given, or those of ids, with their positions where these are added.
 
-        By ids, tokens are numbered as fairseq does: pad_token_id is none. first: how many tokens rows have before these.
+        pad_token_id has no position. The encoder does not count it either, so that inputs may be padded on the left; a decoder
+        does, as every step of it takes a place of the cache. first: how many places rows have before these.
         """
         x = self._embeddings(stack, ids, embeds)
         if self.config.positions != "sinusoidal":
             return x
-        pad = self.config.pad_token_id
-        tokens = jnp.ones(x.shape[:2], bool) if ids is None or embeds is not None else jnp.asarray(ids) != pad
-        positions = sinusoids(count_tokens(tokens, segments, first), self.config.d_model, offset=pad)
+        pad, every = self.config.pad_token_id, jnp.ones(x.shape[:2], bool)
+        tokens = every if ids is None or embeds is not None else jnp.asarray(ids) != pad
+        number = numbered(every if stack.stack.causal else tokens, segments, first)
+        positions = sinusoids(jnp.where(tokens, number, 0), self.config.d_model, offset=pad)
         return (x.astype(jnp.float32) + positions).astype(x.dtype)
 
     def _embeddings(

@@ -147,8 +147,8 @@ def check_vocabulary(config: ExperimentConfig | FinetuneConfig, vocabulary: Voca
     start = config.model.decoder_start_token_id
     if start != 0:
         raise ConfigError(
-            f"model.decoder_start_token_id is {start}, and the batches that are made of text begin a decoder's inputs with 0, as T5's "
-            "do. Train this model by a loop of your own (docs/custom_training.md), which takes its ids as they are."
+            f"model.decoder_start_token_id is {start}, and batches that are made of text begin a decoder's inputs with 0, as T5's. "
+            "Train this model by a loop of your own (docs/custom_training.md), which takes its ids as they are."
         )
     if vocabulary.size > config.model.vocab_size:
         raise ConfigError(

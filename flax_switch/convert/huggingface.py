@@ -122,6 +122,11 @@ def rules_for(model_type: str) -> tuple[Rule, ...]:
     return T5_RULES if model_type in T5_FAMILY else SWITCH_RULES
 
 
+def prefix_of(model_type: str, architecture: str) -> str:
+    """Returns what `nllb-moe` has before all names of a whole model but that of its head, which is tied; nothing for others."""
+    return nllb.PREFIX if model_type == NLLB and architecture == "full" else ""
+
+
 def class_name(model_type: str, architecture: str) -> str:
     """Returns the transformers class that holds an architecture. Raises `ConfigError` where there is none."""
     check(
@@ -253,8 +258,8 @@ def huggingface_tensors(
         for stack in ("encoder",) if architecture == "encoder" else ("encoder", "decoder"):
             canonical.setdefault(f"{stack}/token_embedder/embedding", canonical["token_embedder/embedding"])
     foreign = to_foreign(canonical, rules_for(model_type))
-    if model_type == NLLB and architecture == "full":
-        return {f"{nllb.PREFIX}{name}": tensor for name, tensor in foreign.items()}
+    if before := prefix_of(model_type, architecture):
+        return {f"{before}{name}": tensor for name, tensor in foreign.items()}
     if head_of(config).huggingface not in ("ForSequenceClassification", "ForTokenClassification"):
         return foreign
     heads = tuple(name.replace("/", ".") for name in TASK_HEADS)

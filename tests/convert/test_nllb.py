@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import transformers
 
@@ -204,6 +205,30 @@ def test_integers_disks_and_adapters_hold_it(pair, tmp_path):
     assert integers.params["encoder"]["layers_1"]["mlp"]["expert"]["wi"]["bias"].dtype == jnp.float32
     assert np.abs(integers(**batch).logits - logits).max() < 0.1 * np.abs(logits).max()
     integers.generate(*source)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_pefts_adapter_of_attention_and_experts_is_read_and_written(pair, tmp_path):
+    peft = pytest.importorskip("peft")
+    folder = oracle.save(nllb.model_of(0), tmp_path / "model")
+    settings = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "experts.expert_3.fc1", "fc2"])
+    theirs = peft.get_peft_model(nllb.model_of(0), settings)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    theirs.save_pretrained(tmp_path / "theirs")
+    batch = nllb.batch_of(pair[0].config, 0)
+    with torch.no_grad():
+        expected = theirs(**batch.torch()).logits.numpy()
+    model = load_pretrained(folder, adapter=tmp_path / "theirs")
+    real = batch.decoder_attention_mask == 1
+    close(np.asarray(model(**batch.numpy()).logits)[real], expected[real])
+    model.save_adapter(tmp_path / "ours")
+    assert_same_tensors(
+        *(safetensors.torch.load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "theirs"))
+    )
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ AXES = {
     ],
     "sizes": [dict(num_heads=3, d_kv=6), dict(), dict(d_model=20, d_ff=12, vocab_size=80)],
     "dtype": [dict(), dict(dtype="bfloat16"), dict(expert_dtype="bfloat16"), dict(param_dtype="bfloat16")],
-    "norms": [dict(zero_padding_activations=False), dict(), dict(layer_norm_epsilon=0.05), dict(norm="layer", embedding_scale="none")],
+    "norms": [dict(zero_padding_activations=False), dict(), dict(layer_norm_epsilon=0.05), dict(norm="layer")],
     "special tokens": [dict(pad_token_id=3, eos_token_id=5, decoder_start_token_id=7, extra_eos_token_ids=(6,)), dict()],
     "groups": [
         dict(routing_group="tokens", group_size=8, padding_semantics="scatter", ignore_padding_tokens=True),

@@ -11,12 +11,18 @@ import torch
 import transformers
 
 from flax_switch import ConfigError, SwitchConfig, load_pretrained
+from flax_switch.config import ExperimentConfig
 from flax_switch.config.sizes import count_parameters
 from flax_switch.convert import convert, open_checkpoint
 from flax_switch.convert.canonical import canonical_shapes, flatten
+from flax_switch.convert.checkpoint import Checkpoint
 from flax_switch.convert.huggingface_nllb import PREFIX, RULES
 from flax_switch.convert.mapping import to_canonical
+from flax_switch.convert.t5x_writing import t5x_files
 from flax_switch.convert.tensors import from_array
+from flax_switch.data.byte_vocabulary import ByteVocabulary
+from flax_switch.export.dense import check_dense
+from flax_switch.training.loop import check_vocabulary
 from tests.convert import nllb, oracle
 from tests.convert.test_roundtrip import assert_same_tensors, bin_folder, tensors_of, there_and_back
 
@@ -256,3 +262,17 @@ def test_what_its_class_does_not_compute_is_not_written_as_one(pair):
             ours.config.replace(**{name: value}).to_huggingface()
     with pytest.raises(ConfigError, match="use_bias=True"):
         SwitchConfig(use_bias=True).to_huggingface()
+
+
+def test_what_else_cannot_hold_it_refuses_it_before_any_work(pair, tmp_path):
+    _, ours = pair
+    with pytest.raises(ConfigError, match="norm='layer': T5X's T5 has none"):
+        t5x_files(ours.config, "full", {}, 0)
+    dense = ours.config.replace(encoder_sparse_layers=(), decoder_sparse_layers=())
+    with pytest.raises(ConfigError, match="CTranslate2 is given models of T5's form"):
+        check_dense(Checkpoint("huggingface", tmp_path, dense, "full", {}), "ctranslate2")
+    with pytest.raises(ConfigError, match="decoder_start_token_id is 2.*loop of your own"):
+        check_vocabulary(ExperimentConfig(model=ours.config), ByteVocabulary.with_sentinels())
+    for field, value in dict(norm="layer", use_bias=True, embedding_scale="inputs", positions="sinusoidal").items():
+        with pytest.raises(ConfigError, match=f"{field}={value!r} is not for architecture='decoder_only'"):
+            SwitchConfig(architecture="decoder_only", **{field: value})

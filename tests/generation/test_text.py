@@ -1,6 +1,7 @@
 """Lines in: text or JSON, with what is wrong told by number; and the buckets they are padded to."""
 
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -47,7 +48,9 @@ def test_a_checkpoint_without_vocabulary_is_refused():
 class Letters:
     """A vocabulary of letters, from id 10 on."""
 
-    def encode(self, text):
+    languages: ClassVar = {}
+
+    def encode_source(self, text):
         return [10 + ord(letter) - ord("a") for letter in text]
 
     def decode(self, ids, skip_special_tokens):

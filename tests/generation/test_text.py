@@ -50,8 +50,10 @@ class Letters:
 
     languages: ClassVar = {}
 
-    def encode_source(self, text):
+    def encode(self, text):
         return [10 + ord(letter) - ord("a") for letter in text]
+
+    encode_source = encode
 
     def decode(self, ids, skip_special_tokens):
         return "".join(chr(int(i) - 10 + ord("a")) for i in ids)

@@ -28,7 +28,7 @@ def test_buckets_are_powers_of_two_up_to_the_longest():
 
 
 def test_lines_that_cannot_be_used_are_results_in_their_place():
-    vocabulary = SimpleNamespace(encode=lambda text: [5] * len(text))
+    vocabulary = SimpleNamespace(encode_source=lambda text: [5] * len(text))
     pretrained = SimpleNamespace(vocabulary=vocabulary, config=BASE.replace(vocab_size=4))
     results = generate_lines(pretrained, read_lines(["abc", "x" * 9, "{"]), max_source_length=8)
     assert [result["line"] for result in results] == [1, 2, 3]

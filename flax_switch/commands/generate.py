@@ -39,6 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-source-length", type=int, default=512, help="tokens; longer lines are errors")
     parser.add_argument("--prefix", metavar="TEXT", help="put before every text; default: what the model was fine-tuned with")
+    parser.add_argument(
+        "--source-language", metavar="CODE", help="of texts to translate, such as eng_Latn, where the vocabulary has them"
+    )
+    parser.add_argument("--target-language", metavar="CODE", help="the one to translate into, such as fra_Latn")
     parser.add_argument("--no-prefix", action="store_true", help="put nothing before texts")
     parser.add_argument("--seed", type=int, default=0, help="of sampling")
     parser.add_argument("--dtype", help="of the parameters, for instance bfloat16; default: the checkpoint's")
@@ -106,6 +110,7 @@ def run(args: argparse.Namespace) -> int:
     check(args.format is None or args.output is None, "--format is of standard output; an --output is JSON lines.")
     loading = {"dtype": args.dtype, **loading_options(args)}
     opened = open_checkpoint(args.checkpoint, changes=loading_changes(args), verify=not args.no_verify)
+    prefix, args.controls = _languages(args, opened)
     controls = GenerationConfig(**with_defaults(read_defaults(opened.path), args.controls)).for_model(opened.config)
     if args.stream:
         check(args.output is None and args.format != "json", "--stream writes plain text to standard output; leave out --output.")
@@ -116,7 +121,7 @@ def run(args: argparse.Namespace) -> int:
     if args.adapter is not None:
         adapter = loading["adapter"] = adapter_of(args.adapter, opened, verify=not args.no_verify)
         prefixes = adapter.prefixes or prefixes
-    options["prefix"] = _prefix(args, prefixes)
+    options["prefix"] = _prefix(args, prefixes) if prefix is None else prefix
     start_jax(args)
     if args.input == "-" and sys.stdin.isatty():
         streamed = controls.num_beams == controls.num_return_sequences == 1 and not controls.output_scores
@@ -138,6 +143,19 @@ def run(args: argparse.Namespace) -> int:
     for result in bad:
         print(f"{args.input}, line {result['line']}: {result['error']}.", file=sys.stderr)
     return 1 if bad else 0
+
+
+def _languages(args: argparse.Namespace, opened: Any) -> tuple[str | None, dict[str, Any]]:
+    """Returns the prefix that a source language is, and the controls with the target's; nothing is read where none is named."""
+    from flax_switch.convert.tokenizer import load_vocabulary
+    from flax_switch.generation.text import with_languages
+
+    source, target = args.source_language, args.target_language
+    if source is None and target is None:
+        return None, args.controls
+    given = args.prefix if source is not None else None
+    prefix, controls = with_languages(load_vocabulary(opened.path), given, args.controls, source, target)
+    return prefix if source is not None else None, controls
 
 
 def _prefix(args: argparse.Namespace, prefixes: tuple[str, ...]) -> str:

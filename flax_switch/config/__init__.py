@@ -6,8 +6,9 @@ standard library, so that data preparation and tools can read a config without s
 """
 
 from flax_switch.config.base import ConfigError, check, expect, one_line, one_of, reject_unknown_keys
-from flax_switch.config.model import EXECUTORS, ROUTERS, StackConfig, SwitchConfig, sparse_layers
+from flax_switch.config.model import EXECUTORS, ROUTERS, SwitchConfig
 from flax_switch.config.run import BatchConfig, DataConfig, ExperimentConfig, MeshConfig, OptimizerConfig, SourceConfig, TrainConfig
+from flax_switch.config.stacks import StackConfig, sparse_layers
 
 __all__ = [
     "EXECUTORS",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from flax_switch.config.heads import LANGUAGE_MODEL, head_of
-from flax_switch.config.model import StackConfig, SwitchConfig
+from flax_switch.config.model import SwitchConfig
+from flax_switch.config.stacks import StackConfig
 
 BACKWARD = 2  # gradients take two products for each one of the forward pass
 

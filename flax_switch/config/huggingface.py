@@ -1,9 +1,9 @@
 """Hugging Face's `config.json` as a `SwitchConfig`, and back.
 
-`switch_transformers` is understood and, for models without sparse layers, the T5 family: `t5` (1.0 and 1.1, FLAN, ByT5), `mt5`, and
-`umt5`, in which every layer has its own table of relative positions. A config read from Hugging Face carries Hugging Face's
-semantics: a fixed expert capacity per sequence, padding that takes slots, probabilities in the activations' dtype, losses
-concatenated on the length axis, no z-loss on the logits.
+`switch_transformers` is understood; for models without sparse layers the T5 family: `t5` (1.0 and 1.1, FLAN, ByT5), `mt5`, and
+`umt5`, in which every layer has its own table of relative positions; and `nllb-moe` (`config/huggingface_nllb`). A config read from
+Hugging Face carries Hugging Face's semantics. Those of the first two: a fixed expert capacity per sequence, padding that takes
+slots, probabilities in the activations' dtype, losses concatenated on the length axis, no z-loss on the logits.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flax_switch.config import ConfigError, StackConfig, SwitchConfig, check, sparse_layers
+from flax_switch.config import huggingface_nllb as nllb
 from flax_switch.config.base import check_value
 from flax_switch.config.huggingface_heads import head_fields, head_values
 from flax_switch.config.ranges import Count, shown
@@ -51,7 +52,7 @@ _T5 = (
 )
 _MT5_DEFAULTS = {"vocab_size": 250112, "d_ff": 1024, "num_heads": 6, "num_layers": 8}
 _MT5 = tuple((ours, theirs, _MT5_DEFAULTS.get(theirs, default)) for ours, theirs, default in _T5)
-_TABLES = {"switch_transformers": _SWITCH, "t5": _T5, "mt5": _MT5, "umt5": _MT5}
+_TABLES = {"switch_transformers": _SWITCH, "t5": _T5, "mt5": _MT5, "umt5": _MT5, nllb.MODEL_TYPE: nllb.TABLE}
 T5_FAMILY = ("t5", "mt5", "umt5")  # dense models, whose files have T5's names
 
 # What gives a model its shape, and stands in every file that transformers writes. Where one is absent and there is a key that is
@@ -78,10 +79,16 @@ SEMANTICS: dict[str, Any] = dict(
     router_loss_reduction="huggingface",
     z_loss_coef=0.0,
     label_smoothing=0.0,
+    attention_dropout_rate=None,
+    activation_dropout_rate=None,
     expert_dropout_rate=None,
     expert_dtype=None,
 )
-_TRAINING = ("router_loss_reduction", "z_loss_coef", "label_smoothing", "expert_dropout_rate")  # those that matter there alone
+# Those that matter there alone.
+_TRAINING = (
+    "router_loss_reduction", "z_loss_coef", "label_smoothing", "attention_dropout_rate", "activation_dropout_rate",
+    "expert_dropout_rate",
+)  # fmt: skip
 # Those of them that change the forward pass of a given model: `to_huggingface` will not drop them in silence.
 _FORWARD = ("capacity_mode", "routing_group", "ignore_padding_tokens", "zero_padding_activations")
 
@@ -94,7 +101,9 @@ _UNREPRESENTABLE = {
     "extra_mlp": False,
     "shared_expert": False,
     "expert_d_ff": None,
+    "expert_masking_rate": 0.0,
 }
+_T5_FORM = {"norm": "rms", "use_bias": False, "embedding_scale": "head", "scale_attention_logits": False}
 _ACTIVATION_ALIASES = {"gelu_pytorch_tanh": "gelu_new", "gelu_python": "gelu"}
 
 
@@ -119,13 +128,10 @@ def from_huggingface(values: Any) -> SwitchConfig:
     )
     check_schema(values)
     model_type = check_model_type(values)
+    values = {**nllb.DEFAULTS, **values} if model_type == nllb.MODEL_TYPE else values
     table = _TABLES[model_type]
     _check_keys(values, table)
     fields: dict[str, Any] = {ours: values.get(theirs, default) for ours, theirs, default in table}
-    decoder_layers = values.get("num_decoder_layers")
-    # An old file has no num_decoder_layers in T5's case, and an explicit null in Switch's: both mean a symmetric model.
-    absent = 12 if model_type == "switch_transformers" and "num_decoder_layers" not in values else fields["num_encoder_layers"]
-    fields["num_decoder_layers"] = absent if decoder_layers is None else decoder_layers
     dtype = values.get("dtype", values.get("torch_dtype")) or "float32"
     fields["dtype"] = fields["param_dtype"] = str(dtype).removeprefix("torch.")
     pad = values.get("pad_token_id")
@@ -134,6 +140,12 @@ def from_huggingface(values: Any) -> SwitchConfig:
     fields["extra_eos_token_ids"] = tuple(more)
     start = values.get("decoder_start_token_id")
     fields["decoder_start_token_id"] = fields["pad_token_id"] if start is None else start
+    if model_type == nllb.MODEL_TYPE:
+        return SwitchConfig(**{**fields, **nllb.fields_of(values)})
+    decoder_layers = values.get("num_decoder_layers")
+    # An old file has no num_decoder_layers in T5's case, and an explicit null in Switch's: both mean a symmetric model.
+    absent = 12 if model_type == "switch_transformers" and "num_decoder_layers" not in values else fields["num_encoder_layers"]
+    fields["num_decoder_layers"] = absent if decoder_layers is None else decoder_layers
     if model_type in T5_FAMILY:
         per_layer = model_type == "umt5"
         fields |= head_fields(values)
@@ -175,8 +187,8 @@ def check_model_type(values: Mapping[str, Any]) -> str:
     near = difflib.get_close_matches(shown(model_type)[:40].strip("'"), _TABLES, n=1, cutoff=0.4)
     check(
         isinstance(model_type, str) and model_type in _TABLES,
-        f"config.json has model_type {shown(model_type)}, another architecture; flax_switch reads 'switch_transformers' and, "
-        f"without sparse layers, 't5', 'mt5' and 'umt5'.{f' The nearest is {near[0]!r}.' if near else ''}",
+        f"config.json has model_type {shown(model_type)}, another architecture; flax_switch reads 'switch_transformers', "
+        f"'nllb-moe' and, without sparse layers, 't5', 'mt5' and 'umt5'.{f' The nearest is {near[0]!r}.' if near else ''}",
     )
     return model_type
 
@@ -184,8 +196,9 @@ def check_model_type(values: Mapping[str, Any]) -> str:
 def _check_keys(values: Mapping[str, Any], table: tuple[tuple[str, str, Any], ...]) -> None:
     """Refuses a file in which a size may have a new name, rather than take the default for it."""
     read = {theirs for _, theirs, _ in table}
-    absent = [name for name in _SHAPE if name in read and name not in values]
-    unknown = sorted(key for key in values if key not in read | _OTHER and not key.startswith("_"))
+    shape, other = (nllb.SHAPE, _OTHER | nllb.OTHER) if table is nllb.TABLE else (_SHAPE, _OTHER)
+    absent = [name for name in shape if name in read and name not in values]
+    unknown = sorted(key for key in values if key not in read | other and not key.startswith("_"))
     check(
         not absent or not unknown,
         f"config.json has no {', '.join(absent)}, but keys that are not known here: {', '.join(map(repr, unknown))}. If one is the "
@@ -204,12 +217,15 @@ def to_huggingface(config: SwitchConfig) -> dict[str, Any]:
     """
     problems = _architecture_problems(config)
     if config.is_sparse:
-        wanted = dict(SEMANTICS, capacity_mode=("fixed", "dropless"))
-        for name in _FORWARD:
+        of_nllb = nllb.is_nllb(config)
+        wanted = nllb.SEMANTICS if of_nllb else dict(SEMANTICS, capacity_mode=("fixed", "dropless"))
+        for name in nllb.FORWARD if of_nllb else _FORWARD:
             value, allowed = getattr(config, name), wanted[name]
             if value != allowed and value not in (allowed if isinstance(allowed, tuple) else ()):
                 problems.append(f"{name}={value!r} (there it is {allowed!r}; see flax_switch.config.huggingface.SEMANTICS)")
     _refuse(problems)
+    if nllb.is_nllb(config):
+        return _nllb_config(config)
     return _t5_config(config) if _is_dense(config) else _switch_config(config)
 
 
@@ -223,7 +239,7 @@ def with_huggingface_semantics(config: SwitchConfig) -> tuple[SwitchConfig, dict
       ConfigError: naming the fields that no setting can bring over, gated experts or a second choice for instance.
     """
     _refuse(_architecture_problems(config))
-    changes = dict(SEMANTICS)
+    changes = dict(nllb.SEMANTICS if nllb.is_nllb(config) else SEMANTICS)
     if config.capacity_mode == "dropless":
         changes["capacity_mode"] = "dropless"
     changed = {name: (getattr(config, name), new) for name, new in changes.items() if getattr(config, name) != new}
@@ -244,6 +260,11 @@ def _architecture_problems(config: SwitchConfig) -> list[str]:
     problems = []
     if config.decoder_only:
         return ["architecture='decoder_only' (they have an encoder): keep it in the format 'flax_switch', which holds any model"]
+    if nllb.is_nllb(config):
+        return nllb.problems(config)
+    for name, allowed in _T5_FORM.items():
+        if getattr(config, name) != allowed:
+            problems.append(f"{name}={getattr(config, name)!r} (there it is {allowed!r}, or the model an NLLB-MoE in all)")
     if config.is_sparse:
         if config.is_gated:
             problems.append(f"mlp_activations={config.mlp_activations!r} (its experts are not gated)")
@@ -290,6 +311,8 @@ def is_tied(values: Mapping[str, Any]) -> bool:
     tied = values.get("tie_word_embeddings", True)
     if values.get("model_type") in ("mt5", "umt5"):
         return values["model_type"] == "umt5" and tied is not False
+    if values.get("model_type") == nllb.MODEL_TYPE:
+        return True
     if values.get("model_type") == "t5":
         return bool(values["scale_decoder_outputs"]) if "scale_decoder_outputs" in values else tied is not False
     check(
@@ -373,6 +396,15 @@ def _shared_fields(config: SwitchConfig, table) -> dict[str, Any]:
         "dtype": config.param_dtype,
         "is_encoder_decoder": True,
         "use_cache": True,
+    }
+
+
+def _nllb_config(config: SwitchConfig) -> dict[str, Any]:
+    return {
+        **{name: value for name, value in _shared_fields(config, nllb.TABLE).items() if name != "num_decoder_layers"},
+        **nllb.to_values(config),
+        "model_type": nllb.MODEL_TYPE,
+        "architectures": [nllb.CLASS],
     }
 
 

@@ -9,89 +9,20 @@ from typing import Annotated, Any
 from flax_switch.config.base import _Section, check, differences, may_change, one_of
 from flax_switch.config.heads import HEADS, LANGUAGE_MODEL, check_head
 from flax_switch.config.ranges import Count, Epsilon, Layers, Natural, NotNegative, Positive, Range, Rate, Seed
+from flax_switch.config.stacks import LAYOUTS, StackConfig, sparse_layers
 from flax_switch.config.weights import FINE, GROUP, WEIGHTS
 
 ACTIVATIONS = ("relu", "gelu", "gelu_new", "silu", "swish", "linear", "tanh")
-LAYOUTS = ("bottom", "middle", "mixed", "top", "huggingface")
 LOSS_NORMALIZERS = ("real_target_tokens", "total_target_tokens", "average_per_sequence")
 ROUTERS = ("tokens_choose", "experts_choose", "hash")  # see `ops.moe.block.ROUTERS`
 EXECUTORS = ("einsum", "gather", "ragged", "blocks", "hit")  # see `ops.moe.executors`
 DTYPES = ("float32", "bfloat16", "float16")
 ARCHITECTURES = ("encoder_decoder", "decoder_only")
 LAYER_FORMS = ("sequential", "parallel", "fused")
+POSITIONS = ("relative", "rotary", "sinusoidal")
+NORMS = ("rms", "layer")
+EMBEDDING_SCALES = ("head", "inputs", "none")
 PROJECTIONS = ("q_wi", "kv", "o_wo")  # of a fused layer
-
-
-def sparse_layers(layout: str, num_layers: int, num_sparse: int) -> tuple[int, ...]:
-    """Indices of the sparse layers of a stack of `num_layers` with `num_sparse` of them sparse.
-
-    `bottom`, `middle`, `mixed` and `top` are flaxformer's layouts. `huggingface` is transformers' rule
-    (step = num_layers // num_sparse, sparse if i % step == 1 or step == 1), odd cases included: it may build another number
-    of sparse layers than was asked for.
-    """
-    n, m = num_layers, num_sparse
-    if layout == "huggingface":
-        step = n // m if m > 0 else n
-        return tuple(i for i in range(n) if step > 0 and (i % step == 1 or step == 1))
-    check(0 <= m <= n, f"{m} sparse layers do not fit a stack of {n} layers; lower the number of sparse layers.")
-    if m == 0:
-        return ()
-    if layout == "bottom":
-        return tuple(range(m))
-    if layout == "top":
-        return tuple(range(n - m, n))
-    if layout == "middle":
-        return tuple(i for i in range(n) if n - m <= 2 * i < n + m)
-    check(
-        n % m == 0,
-        f"sparse_layout='mixed' spreads sparse layers evenly, so their number must divide the number of layers; {m} does not "
-        f"divide {n}. Change either number, or take another sparse_layout.",
-    )
-    return tuple(i for i in range(n) if i % (n // m) == n // m - 1)
-
-
-@dataclasses.dataclass(frozen=True)
-class StackConfig:
-    """A view of one stack of a model: how many layers it has, and which of them are sparse."""
-
-    name: str  # "encoder" or "decoder"
-    num_layers: int
-    sparse_layers: tuple[int, ...]  # their indices
-    attends_to_source: bool = False  # whether its layers have cross-attention
-    projections: tuple[str, ...] = ()  # that a fused sparse layer has experts in, each with a router; else the MLP has them
-
-    @property
-    def causal(self) -> bool:
-        """Whether attention is causal."""
-        return self.name == "decoder"
-
-    @property
-    def num_sparse(self) -> int:
-        """How many layers are sparse."""
-        return len(self.sparse_layers)
-
-    @property
-    def routers(self) -> tuple[str, ...]:
-        """What the routers are called in the order of a model's outputs: "decoder 1", or of fused layers "decoder 1 q_wi"."""
-        return tuple(f"{self.name} {i} {part}".rstrip() for i in self.sparse_layers for part in self.projections or ("",))
-
-    @property
-    def block_size(self) -> int | None:
-        """The number of layers in the repeating block, whose last layer is sparse if any is; None if no block repeats."""
-        if not self.sparse_layers:
-            return 1
-        size, rest = divmod(self.num_layers, self.num_sparse)
-        return size if rest == 0 and self.sparse_layers == tuple(range(size - 1, self.num_layers, size)) else None
-
-    @property
-    def num_blocks(self) -> int | None:
-        """How often the block repeats; None if none does."""
-        return None if self.block_size is None else self.num_layers // self.block_size
-
-    @property
-    def why_not_blocks(self) -> str:
-        """The reason that errors give when a stack has no repeating block."""
-        return f"the {self.name}'s sparse layers {self.sparse_layers} of {self.num_layers} do not repeat"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,9 +39,14 @@ class SwitchConfig(_Section):
     # unscaled, in one projection to queries and MLP, one to a key and a value that all heads share, and one back
     layer_form: str = "sequential"
     fused_sparse: tuple[str, ...] = ("q_wi", "o_wo")  # which projections of a fused sparse layer have experts
-    positions: str = "relative"  # or "rotary" (2104.09864), of a decoder-only model
-    scale_attention_logits: bool = False  # the same: divide them by sqrt(d_kv), which otherwise the queries' initialisation does
-    bidirectional_inputs: bool = False  # the same: inputs (a prompt) see each other, only targets are causal
+    positions: str = "relative"  # or "rotary" (2104.09864), of a decoder-only model, or "sinusoidal" (1706.03762), of others
+    scale_attention_logits: bool = False  # divide them by sqrt(d_kv), which otherwise the queries' initialisation does
+    bidirectional_inputs: bool = False  # of a decoder-only model: inputs (a prompt) see each other, only targets are causal
+    norm: str = "rms"  # or "layer": LayerNorm, which takes the mean off and has a bias; like the next two of encoder-decoders alone
+    use_bias: bool = False  # in the projections of attention, in MLPs and in experts
+    # Where sqrt(d_model) lies between a table and the states: "head": a tied head divides by it; "inputs": embeddings are
+    # multiplied by it when they are read; "none": nowhere
+    embedding_scale: str = "head"
 
     # --- sizes
     vocab_size: Count = 32128  # V, sentinels and padding to a multiple of 128 included
@@ -150,6 +86,8 @@ class SwitchConfig(_Section):
     router_bias: bool = False
     router_init_std: NotNegative = 0.02  # of the router's kernel; at D**-0.5 routing starts out uneven, at 0.02 nearly uniform
     router_jitter_noise: Rate = 0.0  # training only: router inputs times U(1-eps, 1+eps)
+    # NLLB's expert output masking (2207.04672, section 6.2): a choice counts nothing at this rate; in evaluation all count 1 - rate
+    expert_masking_rate: Rate = 0.0
     router_dtype: str = "float32"
     cast_router_probs: bool = False  # Hugging Face: probabilities in the activations' dtype before argmax
     moe_executor: str = may_change("auto")  # "auto" or one of EXECUTORS
@@ -174,7 +112,9 @@ class SwitchConfig(_Section):
     relative_attention_per_layer: bool = False  # a table in every layer, as T5X's scanned checkpoints have
     layer_norm_epsilon: Epsilon = 1e-6
     dropout_rate: Rate = 0.1
-    expert_dropout_rate: Rate | None = None  # None: dropout_rate
+    attention_dropout_rate: Rate | None = None  # of attention probabilities; None: dropout_rate
+    activation_dropout_rate: Rate | None = None  # inside MLPs; None: dropout_rate
+    expert_dropout_rate: Rate | None = None  # inside experts; None: the same as inside MLPs
     zero_padding_activations: bool = True  # flaxformer multiplies the padding mask in before each sublayer; HF does not
     init_scale: Positive = 0.1  # of variance-scaling initialisers (Switch, table 3)
     copying_heads: Natural = 0  # heads of every cross-attention that begin by attending to the token's like in the inputs
@@ -257,7 +197,9 @@ class SwitchConfig(_Section):
         """Raises for fields that are another architecture's, or another form of layer's."""
         one_of("architecture", self.architecture, ARCHITECTURES)
         one_of("layer_form", self.layer_form, LAYER_FORMS)
-        one_of("positions", self.positions, ("relative", "rotary"))
+        one_of("positions", self.positions, POSITIONS)
+        one_of("norm", self.norm, NORMS)
+        one_of("embedding_scale", self.embedding_scale, EMBEDDING_SCALES)
 
         def only(condition: bool, wanted: str, **neutral: Any) -> None:
             for name, value in neutral.items():
@@ -267,12 +209,14 @@ class SwitchConfig(_Section):
         fused = self.layer_form == "fused"
         only(
             self.decoder_only, "architecture='encoder_decoder'",
-            layer_form="sequential", positions="relative", scale_attention_logits=False, bidirectional_inputs=False,
+            layer_form="sequential", bidirectional_inputs=False,
         )  # fmt: skip
+        for wanted, other in (("encoder_decoder", "rotary"), ("decoder_only", "sinusoidal")):
+            only(self.architecture != wanted or self.positions != other, f"architecture={wanted!r}", positions="relative")
         only(
             not self.decoder_only, "architecture='decoder_only'",
             separate_embeddings=False, copying_heads=0, batch_prioritized_routing=False,
-            router_loss_reduction="layers",
+            router_loss_reduction="layers", norm="rms", use_bias=False, embedding_scale="head",
         )  # fmt: skip
         check(
             not self.decoder_only or self.router_type != "experts_choose",
@@ -297,6 +241,11 @@ class SwitchConfig(_Section):
         check(
             self.positions != "rotary" or self.d_kv % 2 == 0,
             f"positions='rotary' turns pairs of features, so d_kv must be even; it is {self.d_kv}.",
+        )
+        check(
+            self.positions != "sinusoidal" or (self.d_model % 2 == 0 and self.d_model > 2),
+            f"positions='sinusoidal' has a sine and a cosine of several frequencies, so d_model must be even and more than 2; it "
+            f"is {self.d_model}.",
         )
 
     def _check_stack(self, stack: StackConfig) -> None:
@@ -403,6 +352,31 @@ class SwitchConfig(_Section):
     def has_bias_tables(self) -> bool:
         """Whether attention adds biases by relative position."""
         return self.positions == "relative"
+
+    @property
+    def input_scale(self) -> float:
+        """What embeddings are multiplied by when they are read."""
+        return self.d_model**0.5 if self.embedding_scale == "inputs" else 1.0
+
+    @property
+    def head_scale(self) -> float:
+        """What states are multiplied by before a tied head."""
+        return self.d_model**-0.5 if self.embedding_scale == "head" else 1.0
+
+    @property
+    def attention_dropout(self) -> float:
+        """The rate of dropout of attention probabilities."""
+        return self.dropout_rate if self.attention_dropout_rate is None else self.attention_dropout_rate
+
+    @property
+    def activation_dropout(self) -> float:
+        """The rate of dropout inside MLPs."""
+        return self.dropout_rate if self.activation_dropout_rate is None else self.activation_dropout_rate
+
+    @property
+    def expert_dropout(self) -> float:
+        """The rate of dropout inside experts."""
+        return self.activation_dropout if self.expert_dropout_rate is None else self.expert_dropout_rate
 
     @property
     def key_heads(self) -> int:

@@ -21,6 +21,8 @@ def count_parameters(config: SwitchConfig) -> ParameterCount:
     """Counts the parameters of a config's model; letters are the axes of `flax_switch.ops`."""
     vocabulary, d, experts = config.vocab_size, config.d_model, config.num_experts
     attention = 2 * d * (config.num_heads + config.key_heads) * config.d_kv
+    attention += (3 * config.num_heads * config.d_kv + d) * config.use_bias
+    norm = 2 * d if config.norm == "layer" else d
     buckets = config.relative_attention_num_buckets * config.num_heads * config.has_bias_tables
     expert = _mlp(config, config.d_ff if config.expert_d_ff is None else config.expert_d_ff)
     tables = 1 + (2 if config.separate_embeddings else 0) + (config.head == LANGUAGE_MODEL and not config.tie_word_embeddings)
@@ -33,12 +35,12 @@ def count_parameters(config: SwitchConfig) -> ParameterCount:
             continue
         layers, sparse, attentions = stack.num_layers, stack.num_sparse, 1 + stack.attends_to_source
         norms = attentions + (config.layer_form == "sequential")
-        shared += layers * (attentions * attention + norms * d) + d
+        shared += layers * (attentions * attention + norms * norm) + norm
         shared += buckets * (layers if config.relative_attention_per_layer else 1)
         shared += (layers - sparse) * _mlp(config, config.d_ff)
         shared += sparse * experts * (d * config.learned_router + config.router_bias)
         shared += sparse * (expert if config.shared_expert else 0)
-        shared += sparse * (_mlp(config, config.d_ff) + d if config.extra_mlp else 0)
+        shared += sparse * (_mlp(config, config.d_ff) + norm if config.extra_mlp else 0)
         routed += sparse * experts * expert
     active = routed * config.num_selected_experts // experts if routed else 0
     return ParameterCount(shared + routed, shared + active)
@@ -57,8 +59,9 @@ def _fused_layers(config: SwitchConfig, stack: StackConfig) -> tuple[int, int]:
 
 
 def _mlp(config: SwitchConfig, width: int) -> int:
-    """Returns an MLP's kernels: one into the hidden layer for each activation, one out of it."""
-    return (len(config.mlp_activations) + 1) * config.d_model * width
+    """Returns an MLP's parameters: a kernel into the hidden layer for each activation, one out of it, and their biases."""
+    n, d = len(config.mlp_activations), config.d_model
+    return (n + 1) * d * width + (n * width + d) * config.use_bias
 
 
 def shorten(count: int) -> str:

@@ -18,6 +18,7 @@ GROUP = 64  # inputs that share a scale in int4
 # Kernels of attention that are int8 in an int4 model: four bits there cost more than everywhere else together.
 FINE = {"attention": ("value",), "self_attention": ("value", "out"), "encoder_decoder_attention": ("value", "out")}
 SCALE = "_scale"  # what the name of a kernel's scales ends with
+BIAS = "_bias"  # what the name of an MLP's bias ends with, where it lies among its kernels
 
 
 class Stored(NamedTuple):

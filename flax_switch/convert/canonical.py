@@ -39,7 +39,7 @@ def canonical_shapes(config: SwitchConfig, architecture: str = "full") -> dict[s
                 shapes[f"{layer}/relpos_bias/rel_embedding"] = table
             for name, shape in layer_shapes(config, view, sparse=i in view.sparse_layers).items():
                 shapes[f"{layer}/{name}"] = shape
-        shapes[f"{stack}/{stack}_norm/scale"] = (D,)
+        shapes |= _norm(config, f"{stack}/{stack}_norm")
     if config.head != LANGUAGE_MODEL:
         shapes |= head_shapes(config)
     elif architecture == "full" and not config.tie_word_embeddings:
@@ -97,12 +97,12 @@ def layer_shapes(config: SwitchConfig, stack: StackConfig, *, sparse: bool) -> d
     if stack.attends_to_source:
         attentions["encoder_decoder_attention"] = "pre_cross_attention_layer_norm"
     for attention, norm in attentions.items():
-        shapes[f"{norm}/scale"] = (D,)
+        shapes |= _norm(config, norm)
         for name in ("query", "key", "value"):
-            shapes[f"{attention}/{name}/kernel"] = (D, HK)
-        shapes[f"{attention}/out/kernel"] = (HK, D)
+            shapes |= _projection(config, f"{attention}/{name}", D, HK)
+        shapes |= _projection(config, f"{attention}/out", HK, D)
     if config.layer_form == "sequential":
-        shapes["pre_mlp_layer_norm/scale"] = (D,)
+        shapes |= _norm(config, "pre_mlp_layer_norm")
     if not sparse:
         shapes |= _mlp(config, "mlp", config.d_ff)
         return shapes
@@ -111,7 +111,7 @@ def layer_shapes(config: SwitchConfig, stack: StackConfig, *, sparse: bool) -> d
     if config.shared_expert:
         shapes |= _mlp(config, "mlp/shared_expert", config.expert_width)
     if config.extra_mlp:
-        shapes["pre_extra_mlp_layer_norm/scale"] = (D,)
+        shapes |= _norm(config, "pre_extra_mlp_layer_norm")
         shapes |= _mlp(config, "extra_mlp", config.d_ff)
     return shapes
 
@@ -146,7 +146,19 @@ def _router(config: SwitchConfig, prefix: str, features: tuple[int, ...]) -> dic
 def _mlp(config: SwitchConfig, prefix: str, width: int) -> dict[str, tuple[int, ...]]:
     D = config.d_model
     inputs = ("wi_0", "wi_1") if config.is_gated else ("wi",)
-    return {**{f"{prefix}/{w}/kernel": (D, width) for w in inputs}, f"{prefix}/wo/kernel": (width, D)}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in inputs:
+        shapes |= _projection(config, f"{prefix}/{name}", D, width)
+    return {**shapes, **_projection(config, f"{prefix}/wo", width, D)}
+
+
+def _projection(config: SwitchConfig, path: str, inputs: int, outputs: int) -> dict[str, tuple[int, ...]]:
+    return {f"{path}/kernel": (inputs, outputs), **({f"{path}/bias": (outputs,)} if config.use_bias else {})}
+
+
+def _norm(config: SwitchConfig, path: str) -> dict[str, tuple[int, ...]]:
+    parts = ("scale", "bias") if config.norm == "layer" else ("scale",)
+    return {f"{path}/{part}": (config.d_model,) for part in parts}
 
 
 KINDS = (  # what a parameter is of -> the paths; the first that matches

@@ -21,7 +21,7 @@ _KINDS = (
     (stat.S_ISCHR, "a device"),
     (stat.S_ISBLK, "a device"),
 )
-_COUNTS = ("num_layers", "num_encoder_layers", "num_decoder_layers", "num_experts")
+_COUNTS = ("num_layers", "num_encoder_layers", "num_decoder_layers", "encoder_layers", "decoder_layers", "num_experts")
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
 """Hugging Face checkpoint folders: the table of names, and reading them.
 
 Read are safetensors, torch's .bin and flax_model.msgpack, one file or shards with an index, written by transformers 4 or 5, of
-`SwitchTransformers...` and, for models without sparse layers, of `T5...`, `MT5...` and `UMT5...`. Written is what transformers 5
-writes.
+`SwitchTransformers...`, `NllbMoe...` and, for models without sparse layers, of `T5...`, `MT5...` and `UMT5...`. Written is what
+transformers 5 writes.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from flax_switch.config import ConfigError, SwitchConfig, check
 from flax_switch.config import huggingface as config_huggingface
 from flax_switch.config.heads import HEADS, LANGUAGE_MODEL, head_of
 from flax_switch.config.huggingface import T5_FAMILY
+from flax_switch.config.huggingface_nllb import MODEL_TYPE as NLLB
+from flax_switch.convert import huggingface_nllb as nllb
 from flax_switch.convert.canonical import TASK_HEADS, architecture_of, canonical_shapes
 from flax_switch.convert.doors import check_counts, config_of
 from flax_switch.convert.flax_msgpack import pytorch_name, read_flax_msgpack
@@ -92,8 +94,8 @@ T5_RULES = (
 )
 
 _EMBEDDING_COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-# In T5 1.0's files; transformers has ignored it since there were two implementations.
-_NEVER_USED = ("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",)
+# The first is in T5 1.0's files; transformers has ignored it since there were two implementations.
+_NEVER_USED = ("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight", *nllb.NEVER_USED)
 
 _CLASSES = {
     "switch_transformers": {
@@ -102,6 +104,7 @@ _CLASSES = {
         "encoder": "SwitchTransformersEncoderModel",
         "embedding": "SwitchTransformersEncoderModel",
     },
+    NLLB: nllb.CLASSES,
     **{
         kind: {
             **dict(full=f"{name}ForConditionalGeneration", headless=f"{name}Model", encoder=f"{name}EncoderModel"),
@@ -113,16 +116,23 @@ _CLASSES = {
 
 
 def rules_for(model_type: str) -> tuple[Rule, ...]:
-    """Returns the table of `switch_transformers` or of the T5 family."""
+    """Returns the table of `switch_transformers`, of `nllb-moe` or of the T5 family."""
+    if model_type == NLLB:
+        return nllb.RULES
     return T5_RULES if model_type in T5_FAMILY else SWITCH_RULES
+
+
+def prefix_of(model_type: str, architecture: str) -> str:
+    """Returns what `nllb-moe` has before all names of a whole model but that of its head, which is tied; nothing for others."""
+    return nllb.PREFIX if model_type == NLLB and architecture == "full" else ""
 
 
 def class_name(model_type: str, architecture: str) -> str:
     """Returns the transformers class that holds an architecture. Raises `ConfigError` where there is none."""
     check(
         architecture in _CLASSES[model_type],
-        f"transformers has no SwitchTransformers with a head for {architecture}; keep the model in the format 'flax_switch', which "
-        "holds any.",
+        f"transformers has no {'NllbMoe' if model_type == NLLB else 'SwitchTransformers'} with a head for {architecture}; keep the "
+        "model in the format 'flax_switch', which holds any.",
     )
     return _CLASSES[model_type][architecture]
 
@@ -147,7 +157,8 @@ def assemble(
     config: SwitchConfig, values: Mapping[str, Any], tensors: Mapping[str, LazyTensor], *, allow_missing: Sequence[str] = ()
 ) -> tuple[SwitchConfig, str, dict[str, LazyTensor]]:
     """Returns the config, architecture and canonical tensors that a config.json, read as `config`, and its tensors are."""
-    tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
+    prefix = nllb.PREFIX if values.get("model_type") == NLLB else _PREFIX
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     architecture = find_architecture(config, values, tensors)
     config, tensors = settle_embeddings(config, values, architecture, tensors)
     rules = rules_for(values.get("model_type", "switch_transformers"))
@@ -157,9 +168,10 @@ def assemble(
 def derived_names(values: Mapping[str, Any]) -> tuple[str, ...]:
     """Names the tensors that a config.json makes copies of shared.weight: no file need hold them."""
     tied = config_huggingface.is_tied(values)
+    prefix = nllb.PREFIX if values.get("model_type") == NLLB else _PREFIX
     copies = _EMBEDDING_COPIES if tied or values.get("model_type") in T5_FAMILY else ()
     copies = (*copies, "lm_head.weight") if tied else copies
-    return (*copies, *(f"{_PREFIX}{name}" for name in copies))
+    return (*copies, *(f"{prefix}{name}" for name in copies))
 
 
 def read_tensors(folder: Path, derived: Collection[str] = ()) -> dict[str, LazyTensor]:
@@ -246,6 +258,8 @@ def huggingface_tensors(
         for stack in ("encoder",) if architecture == "encoder" else ("encoder", "decoder"):
             canonical.setdefault(f"{stack}/token_embedder/embedding", canonical["token_embedder/embedding"])
     foreign = to_foreign(canonical, rules_for(model_type))
+    if before := prefix_of(model_type, architecture):
+        return {f"{before}{name}": tensor for name, tensor in foreign.items()}
     if head_of(config).huggingface not in ("ForSequenceClassification", "ForTokenClassification"):
         return foreign
     heads = tuple(name.replace("/", ".") for name in TASK_HEADS)

@@ -20,7 +20,7 @@ from flax_switch.config.adapter import AdapterConfig
 from flax_switch.config.ranges import shown
 from flax_switch.convert.adapter import Adapter, Ranks, refuse
 from flax_switch.convert.canonical import canonical_shapes, is_expert
-from flax_switch.convert.huggingface import rules_for
+from flax_switch.convert.huggingface import prefix_of, rules_for
 from flax_switch.convert.mapping import rule_of
 from flax_switch.convert.safetensors_file import read_safetensors
 from flax_switch.convert.tensors import CheckpointError, Index, LazyTensor, abstract, stack, take, transpose
@@ -142,10 +142,11 @@ def modules(tensors: Mapping[str, LazyTensor], where: object) -> dict[str, dict[
 def module_names(config: SwitchConfig, architecture: str) -> dict[str, list[str]]:
     """Returns transformers' modules that each of a model's kernels is; of experts one each. Raises where it has no such model."""
     config = config_huggingface.with_huggingface_semantics(config.replace(weights="float"))[0]
-    rules = rules_for(config.to_huggingface()["model_type"])
+    model_type = config.to_huggingface()["model_type"]
+    rules, before = rules_for(model_type), prefix_of(model_type, architecture)
     shapes = {path: shape for path, shape in canonical_shapes(config, architecture).items() if path.endswith("/kernel")}
     names = {path: rule_of(path, rules).to_foreign(path, abstract(shape)) for path, shape in shapes.items()}
-    return {path: [name.removesuffix(".weight") for name in foreign] for path, foreign in names.items()}
+    return {path: [f"{before}{name.removesuffix('.weight')}" for name in foreign] for path, foreign in names.items()}
 
 
 def _alphas(values: Mapping[str, Any], settings: AdapterConfig, folder: Path) -> Any:

@@ -18,6 +18,8 @@ from flax_switch.convert.scan import stack_layers
 from flax_switch.convert.tensors import BLOCK_BYTES, LazyTensor, contiguous
 
 VERSION = 3
+_T5X_FORM = {"norm": "rms", "use_bias": False, "embedding_scale": "head", "expert_masking_rate": 0.0}
+_OF_ENCODER_DECODERS = {"positions": "relative", "scale_attention_logits": False}
 
 
 def t5x_files(
@@ -26,13 +28,19 @@ def t5x_files(
     """Returns a checkpoint's zarr folders, each with its one tensor, and the file that names them; scanned as the config says.
 
     Raises:
-      ConfigError: for what T5X does not save: a part of a model, or a head of a task.
+      ConfigError: for what T5X does not save: a part of a model, a head of a task, or another form of layers.
     """
     check(
         architecture == "full",
         f"T5X's checkpoints hold whole models with a language model's head; this is one of the architecture {architecture!r}. "
         "Convert it to huggingface or flax_switch.",
     )
+    for name, value in {**_T5X_FORM, **({} if config.decoder_only else _OF_ENCODER_DECODERS)}.items():
+        found = getattr(config, name)
+        check(
+            found == value,
+            f"{name}={found!r}: T5X's T5 has none of that, but {value!r}. Convert the model to flax_switch, or to huggingface.",
+        )
     if config.scan_layers:
         tensors = stack_layers(tensors, config)
     import flax.serialization

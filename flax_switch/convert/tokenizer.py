@@ -65,6 +65,8 @@ def _vocabulary_in(folder: Path) -> Vocabulary | None:
         return Vocabulary.from_sentencepiece(spiece, count_sentinels(folder)) if spiece.is_file() else None
     values = read_json(tokenizer)
     strange, vocabulary = strange_parts(values), None
+    if not strange and not is_unigram(values) and "<s>" in _vocab(values):
+        strange = ["a model that is no unigram"]
     if not strange:
         vocabulary = _unigram(values, spiece if spiece.is_file() else None, folder)
         strange = [f"the token {content!r} with the id {number}" for content, number in other_ids(values, vocabulary)]
@@ -168,6 +170,10 @@ def _strange_tokens(tokenizer: Mapping[str, Any]) -> list[str]:
     there = set(pieces)
     new = [entry.get("id") for entry in entries if str(entry.get("content")) not in there]
     return strange if new == [*range(len(pieces), len(pieces) + len(new))] else [*strange, "gaps in the ids of added tokens"]
+
+
+def _vocab(tokenizer: Mapping[str, Any]) -> Any:
+    return field(tokenizer, "model", dict, "tokenizer.json", {}).get("vocab") or ()
 
 
 def is_unigram(tokenizer: Mapping[str, Any]) -> bool:

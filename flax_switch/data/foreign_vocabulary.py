@@ -1,8 +1,12 @@
-"""A vocabulary that a `tokenizer.json` describes in ways that SentencePiece has not, run by the library that wrote it."""
+"""A vocabulary that a `tokenizer.json` describes in ways that SentencePiece has not, run by the library that wrote it.
+
+Special tokens have T5's ids, or fairseq's, as in NLLB's tokenizers: there tokens such as `fra_Latn` name the language of a text.
+"""
 
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -10,11 +14,15 @@ from flax_switch.config import ConfigError, check
 from flax_switch.data.vocabulary import OtherTokenizerError, Vocabulary
 from flax_switch.host.json_text import parse_json, valid_text
 
+_IDS = {"T5's": {"<pad>": 0, "</s>": 1, "<unk>": 2}, "fairseq's": {"<pad>": 1, "</s>": 2, "<unk>": 3}}
+_LANGUAGE = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}")
+ENGLISH = "eng_Latn"  # what transformers takes for the language of a text where nobody says
+
 LONGEST_PIECE = 4096  # characters; a piece of a million overflows the stack of the library, which ends the process
 
 
 class ForeignVocabulary(Vocabulary):
-    """Text to token ids and back as `tokenizers` has it, with T5's ids for pad, EOS and unk, and sentinels, if any, at the top."""
+    """Text to token ids and back as `tokenizers` has it; sentinels, if any, are at the top."""
 
     file_name = "tokenizer.json"
 
@@ -35,14 +43,27 @@ class ForeignVocabulary(Vocabulary):
         size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.num_sentinels = next(i for i in itertools.count() if self._tokenizer.token_to_id(f"<extra_id_{i}>") != size - 1 - i)
         self.num_pieces = size - self.num_sentinels
-        for name, expected in (("<pad>", self.pad_id), ("</s>", self.eos_id), ("<unk>", self.unk_id)):
-            found = self._tokenizer.token_to_id(name)
-            if found != expected:
-                raise OtherTokenizerError(f"{name} has the id {found}, but T5's ids are needed: <pad> 0, </s> 1, <unk> 2.")
+        found = {name: self._tokenizer.token_to_id(name) for name in _IDS["T5's"]}
+        if found not in _IDS.values():
+            needed = " or ".join(f"{whose} ({', '.join(f'{name} {i}' for name, i in ids.items())})" for whose, ids in _IDS.items())
+            listed = ", ".join(f"{name} {i}" for name, i in found.items())
+            raise OtherTokenizerError(f"it has the ids {listed}, but those needed are {needed}.")
+        self.pad_id, self.eos_id, self.unk_id = found.values()
+        if found == _IDS["fairseq's"]:
+            tokens = self._tokenizer.get_added_tokens_decoder().items()
+            self.languages = {token.content: i for i, token in tokens if _LANGUAGE.fullmatch(token.content)}
 
     def encode(self, text: str) -> list[int]:
         """Returns the token ids of a text, without EOS."""
         return self._tokenizer.encode(valid_text(text), add_special_tokens=False).ids
+
+    def encode_source(self, text: str) -> list[int]:
+        """Returns token ids of a text, its language's first: that which it begins with, such as `fra_Latn`, or else English."""
+        ids = self.encode(text)
+        if not self.languages or (ids and ids[0] in self.languages.values()):
+            return ids
+        check(ENGLISH in self.languages, f"The text does not say its language, and the tokenizer has no {ENGLISH}; name it.")
+        return [self.languages[ENGLISH], *ids]
 
     def encode_documents(self, documents: Sequence[str]) -> list[list[int]]:
         """Returns the token ids of many texts, in parallel."""

@@ -14,7 +14,8 @@ import io
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,7 @@ class Vocabulary:
     pad_id = 0
     eos_id = 1
     unk_id = 2
+    languages: Mapping[str, int] = MappingProxyType({})  # ids of the tokens that name the language of a text
 
     def __init__(self, model: bytes, num_sentinels: int = 100, added: Sequence[AddedToken] = ()):
         """Takes a serialised SentencePiece model; see `from_sentencepiece`."""
@@ -203,6 +205,10 @@ class Vocabulary:
                 end = match.end()
         return ids + self._plain_ids(text[end:])
 
+    def encode_source(self, text: str) -> list[int]:
+        """Returns token ids of a text as a model reads it, without EOS: where texts have languages, its language's first."""
+        return self.encode(text)
+
     def __call__(
         self,
         text: str | Sequence[str] | None = None,
@@ -237,7 +243,7 @@ class Vocabulary:
         )  # fmt: skip
         encoding = Encoding()
         if text is not None:
-            encoding["input_ids"], encoding["attention_mask"] = encode_texts(self.encode, text, **options)
+            encoding["input_ids"], encoding["attention_mask"] = encode_texts(self.encode_source, text, **options)
         if text_target is not None:
             ids, mask = encode_texts(self.encode, text_target, **options)
             encoding |= {"labels": ids} if text is not None else {"input_ids": ids, "attention_mask": mask}

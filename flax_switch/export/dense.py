@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flax_switch.config import check
+from flax_switch.config.huggingface_nllb import is_nllb
 from flax_switch.convert.checkpoint import Checkpoint, companion_files, write_checkpoint
 from flax_switch.convert.folder import write_folder
 from flax_switch.convert.tokenizer import load_vocabulary
@@ -31,6 +32,11 @@ def check_dense(checkpoint: Checkpoint, to: str) -> None:
         not config.is_sparse,
         f"{runtime} has no experts, and {sparse} of this model's layers are made of them. Distil it into a dense one (flax-switch "
         "distill), which is exported; --to stablehlo holds experts.",
+    )
+    check(
+        not is_nllb(config),
+        f"norm={config.norm!r} and positions={config.positions!r}: {runtime} is given models of T5's form. --to stablehlo holds "
+        "this one.",
     )
     check(
         checkpoint.architecture == "full",

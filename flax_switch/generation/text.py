@@ -1,13 +1,13 @@
 """Text in, text out: lines are tokenised, batched by length buckets so that few programs compile, and returned in order."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from flax_switch.config import ConfigError, SwitchConfig, check
+from flax_switch.config import ConfigError, SwitchConfig, check, one_of
 from flax_switch.generation.defaults import with_defaults
 from flax_switch.generation.generate import check_seeds, generate
 from flax_switch.host.json_text import json_object, valid_text
@@ -140,6 +140,28 @@ def _check_vocabulary(vocabulary: Any) -> None:
     check(vocabulary is not None, "The checkpoint has no vocabulary to tokenise text with; put its spiece.model into the folder.")
 
 
+def with_languages(
+    vocabulary: Any, prefix: str | None, controls: Mapping[str, Any], source: str | None, target: str | None
+) -> tuple[str | None, dict[str, Any]]:
+    """Returns the prefix and controls with which texts are translated from a language into another, both named by their tokens.
+
+    Raises `ConfigError` for a language that the vocabulary has no token for.
+    """
+    controls = dict(controls)
+    known = {} if vocabulary is None else vocabulary.languages
+    for name, language in (("source_language", source), ("target_language", target)):
+        if language is not None:
+            check(bool(known), f"{name}={language!r}: the model's vocabulary has no tokens for languages; leave it out.")
+            one_of(name, language, tuple(known))
+    if source is not None:
+        check(not prefix, f"source_language={source!r} is put before texts, and so is prefix={prefix!r}; leave one out.")
+        prefix = source
+    if target is not None:
+        check("forced_bos_token_id" not in controls, "target_language and forced_bos_token_id say the same; leave one out.")
+        controls["forced_bos_token_id"] = known[target]
+    return prefix, controls
+
+
 def prefixed(text: str, prefix: str) -> str:
     """Returns a text with a prefix before it, once."""
     return text if text.startswith(prefix) else prefix + text
@@ -191,15 +213,16 @@ def _pad(batch: Sequence[tuple[int, Sequence[int]]], length: int) -> tuple[np.nd
 
 
 def texts_of(sequences: Iterable[Sequence[int] | np.ndarray], vocabulary: Any, config: SwitchConfig) -> list[str]:
-    """Returns sequences as text, without start token, EOS and padding; sentinels stay, by name."""
+    """Returns sequences as text, without start token, EOS, padding and languages; sentinels stay, by name."""
     hidden = {config.pad_token_id, config.eos_token_id, config.decoder_start_token_id, *config.extra_eos_token_ids}
+    hidden |= {*vocabulary.languages.values()}
     shown = ([int(token) for token in sequence if int(token) not in hidden] for sequence in sequences)
     return [vocabulary.decode(ids, skip_special_tokens=False) for ids in shown]
 
 
 def source_ids(text: str, vocabulary: Any, config: SwitchConfig) -> list[int]:
     """Returns a text as ids, closed by EOS; not so for a decoder-only model, which continues it."""
-    return [*vocabulary.encode(text), *([] if config.decoder_only else [config.eos_token_id])]
+    return [*vocabulary.encode_source(text), *([] if config.decoder_only else [config.eos_token_id])]
 
 
 def encode_sources(texts: Sequence[str], vocabulary: Any, config: SwitchConfig) -> tuple[np.ndarray, np.ndarray]:

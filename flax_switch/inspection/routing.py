@@ -134,7 +134,7 @@ def _fed(pretrained: Pretrained, text: str, target: str | None) -> list[Int[Arra
             ids = jnp.asarray([[pretrained.config.decoder_start_token_id, *inputs, *vocabulary.encode(target)]])
         is_input = (jnp.arange(ids.shape[1]) <= len(inputs))[None].astype(jnp.int32)
         return [ids, is_input] if pretrained.config.bidirectional_inputs else [ids]
-    ids = jnp.asarray([[*vocabulary.encode(text), vocabulary.eos_id]])
+    ids = jnp.asarray([[*vocabulary.encode_source(text), vocabulary.eos_id]])
     return [ids] if pretrained.architecture == "encoder" else [ids, _answer(pretrained, ids, target)]
 
 

@@ -41,7 +41,7 @@ class RelativePositionBias(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self- or cross-attention; kernels [D, H*K] and out [H*K, D]."""
+    """Self- or cross-attention; kernels [D, H*K] and out [H*K, D], with biases where the config has them."""
 
     config: SwitchConfig
 
@@ -50,10 +50,11 @@ class Attention(nn.Module):
 
         def linear(projection, features, axes, factor=1.0):
             weights = config.attention_weights(self.name or "", projection)
-            return Linear(features, axes, scaled_init(config, factor=factor), config.dtype, config.param_dtype, weights)
+            init = scaled_init(config, factor=factor)
+            return Linear(features, axes, init, config.dtype, config.param_dtype, weights, config.use_bias)
 
         joined = config.num_heads * config.d_kv
-        # Logits are not scaled by 1/sqrt(K); the queries' initialisation is.
+        # Where logits are not scaled by 1/sqrt(K), the queries' initialisation is.
         self.query = linear("query", joined, ("embed", "joined_kv"), factor=query_factor(config))
         self.key = linear("key", joined, ("embed", "joined_kv"))
         self.value = linear("value", joined, ("embed", "joined_kv"))
@@ -115,7 +116,7 @@ def attend(
         if make_rng is not None:
             raise ValueError("Decoding with a cache has no dropout; call it with deterministic=True.")
         return cached_attention(query, keys_values.key, keys_values.value, bias=bias, mask=mask)
-    rate = config.dropout_rate
+    rate = config.attention_dropout
     rng = None if make_rng is None or rate == 0.0 else make_rng()
     key, value = keys_values.key, keys_values.value
     return dot_product_attention(query, key, value, bias=bias, mask=mask, dropout_rate=rate, dropout_rng=rng)

@@ -92,6 +92,11 @@ class DecoderCache:
         """T, the places of each row."""
         return self.layers[0].past.key.shape[-1] // self.beams
 
+    @property
+    def tokens(self) -> Int[Array, "#R 1"] | Int[Array, ""]:
+        """How many tokens rows have."""
+        return self.index
+
     def advanced(self, layers: tuple[LayerCache, ...], length: Size) -> Self:
         """Returns the cache after `length` more tokens of each row, which `layers` hold."""
         return dataclasses.replace(self, layers=layers, index=self.index + length)
@@ -144,6 +149,11 @@ class RingCache(DecoderCache):
         """Returns an empty cache, with a place for each row, as a circle."""
         rows = empty.layers[0].past.key.shape[0]
         return cls(empty.layers, empty.biases, empty.index, lengths=jnp.zeros(rows, jnp.int32))
+
+    @property
+    def tokens(self) -> Int[Array, "R 1"]:
+        """How many tokens each row has."""
+        return self.lengths[:, None]
 
     @property
     def distances(self) -> Int[Array, " T"]:

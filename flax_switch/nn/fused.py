@@ -67,7 +67,7 @@ class FusedLayer(nn.Module):
         self.q_wi_fused = self._projection("q_wi", embed, queries_and_mlp, self._q_wi_init)
         self.kv_fused = self._projection("kv", embed, {"multiquery_heads": 1, "kv_fused": 2 * K}, _init(config, 1))
         self.o_wo_fused = self._projection("o_wo", hidden, embed, _init(config, 2))
-        self.mlp_dropout = Dropout(config.dropout_rate, broadcast_axes=(-3,))
+        self.mlp_dropout = Dropout(config.activation_dropout, broadcast_axes=(-3,))
         self.dropout = Dropout(config.dropout_rate)
 
     def _projection(self, name: str, inputs: Features, outputs: Features, init: Initializer) -> Any:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from flax_switch.config import SwitchConfig
 from flax_switch.config.heads import LANGUAGE_MODEL, head_of, num_outputs
 from flax_switch.nn.inputs import shift_right
-from flax_switch.nn.layers import Dropout, Initializer, kernel_of, scaled_init
+from flax_switch.nn.layers import Dropout, Initializer, along_last, kernel_of, scaled_init
 from flax_switch.nn.outputs import EncoderOutput, ModelOutput
 from flax_switch.nn.transformer import SwitchEncoder, SwitchTransformer, model_output
 from flax_switch.ops import AnyArray
@@ -36,7 +36,7 @@ class Dense(nn.Module):
         kernel = kernel_of(self, init, (x.shape[-1], self.features), ("embed", "unmodeled"), config.param_dtype, "float")
         bias = self.param("bias", zeros, (self.features,), jnp.dtype(config.param_dtype))
         product = project(x.astype(jnp.float32), kernel.astype(jnp.float32))
-        return product + bias.astype(jnp.float32).reshape((1,) * (product.ndim - 1) + (-1,))
+        return product + along_last(bias.astype(jnp.float32), product)
 
 
 class ClassificationHead(nn.Module):

@@ -10,6 +10,7 @@ from jaxtyping import Array, Int
 
 from flax_switch.config import SwitchConfig, check, expect
 from flax_switch.config.heads import LANGUAGE_MODEL
+from flax_switch.nn.attention import query_factor
 from flax_switch.nn.heads import build_model
 from flax_switch.nn.transformer import SwitchEncoder, SwitchTransformer
 
@@ -46,9 +47,10 @@ def with_copying_heads(params: dict, config: SwitchConfig) -> dict:
             return tree
         tree = {name: begin(value) for name, value in tree.items()}
         if cross := tree.get("encoder_decoder_attention"):
-            queries = cross["query"]["kernel"][..., :copied] * config.d_kv**0.5  # which begin smaller: see nn/attention
+            queries = cross["query"]["kernel"][..., :copied] / query_factor(config)  # which begin smaller
             key = cross["key"]["kernel"]
-            tree["encoder_decoder_attention"] = {**cross, "key": {"kernel": key.at[..., :copied].set(queries.astype(key.dtype))}}
+            kernel = key.at[..., :copied].set(queries.astype(key.dtype))
+            tree["encoder_decoder_attention"] = {**cross, "key": {**cross["key"], "kernel": kernel}}
         return tree
 
     return begin(params)

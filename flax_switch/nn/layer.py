@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from flax_switch.config import StackConfig, SwitchConfig
 from flax_switch.nn.attention import Attention, RelativePositionBias
 from flax_switch.nn.cache import KeyValue, LayerCache
-from flax_switch.nn.layers import MLP, Dropout, RMSNorm
+from flax_switch.nn.layers import MLP, Dropout, norm_of
 from flax_switch.nn.moe import SparseMLP
 from flax_switch.nn.outputs import LayerOutput
 from flax_switch.ops.moe.expert_parallel import EXCHANGED
@@ -58,24 +58,24 @@ class Layer(nn.Module):
     def setup(self) -> None:
         config = self.config
         if config.layer_form == "parallel":
-            self.layer_norm = RMSNorm(config)
+            self.layer_norm = norm_of(config)
             self.self_attention = Attention(config)
         elif self.stack.causal:
-            self.pre_self_attention_layer_norm = RMSNorm(config)
+            self.pre_self_attention_layer_norm = norm_of(config)
             self.self_attention = Attention(config)
         else:
-            self.pre_attention_layer_norm = RMSNorm(config)
+            self.pre_attention_layer_norm = norm_of(config)
             self.attention = Attention(config)
         if self.stack.attends_to_source:
-            self.pre_cross_attention_layer_norm = RMSNorm(config)
+            self.pre_cross_attention_layer_norm = norm_of(config)
             self.encoder_decoder_attention = Attention(config)
         if config.has_bias_tables and config.relative_attention_per_layer:
             self.relpos_bias = RelativePositionBias(config, bidirectional=not self.stack.causal)
         if config.layer_form == "sequential":
-            self.pre_mlp_layer_norm = RMSNorm(config)
+            self.pre_mlp_layer_norm = norm_of(config)
         self.mlp = SparseMLP(config, self.stack.causal) if self.sparse else MLP(config)
         if self.sparse and config.extra_mlp:
-            self.pre_extra_mlp_layer_norm = RMSNorm(config)
+            self.pre_extra_mlp_layer_norm = norm_of(config)
             self.extra_mlp = MLP(config)
         self.dropout = Dropout(config.dropout_rate)
 
@@ -150,7 +150,7 @@ class Layer(nn.Module):
         y, router = self.mlp(y, **inputs.routing)
         return y, (router,)
 
-    def _normed(self, norm: RMSNorm, x: Float[Array, "B Q D"], inputs: LayerInputs) -> Float[Array, "B Q D"]:
+    def _normed(self, norm: nn.Module, x: Float[Array, "B Q D"], inputs: LayerInputs) -> Float[Array, "B Q D"]:
         return zero_padding(norm(x), inputs.padding_mask, self.config)
 
 

@@ -1,4 +1,4 @@
-"""Linear, RMS norm, embedding, dropout and the dense MLP: the parts every layer is made of.
+"""Linear, norms, embedding, dropout and the dense MLP: the parts every layer is made of.
 
 Every parameter is declared with the logical names of its axes beside its shape; `flax_switch.parallel.mesh` maps the names to
 mesh axes.
@@ -60,7 +60,7 @@ def kernel_of(
 
 
 class Linear(nn.Module):
-    """x @ kernel, in `dtype`; no bias (T5 has none)."""
+    """x @ kernel, in `dtype`; with `bias` (T5 has none) + bias."""
 
     features: int
     axes: tuple[str, str]
@@ -68,12 +68,22 @@ class Linear(nn.Module):
     dtype: str
     param_dtype: str
     weights: str = "float"
+    bias: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B F"]:
         shape = (x.shape[-1], self.features)
         kernel = kernel_of(self, self.kernel_init, shape, self.axes, self.param_dtype, self.weights)
-        return project(x.astype(self.dtype), kernel.astype(self.dtype))
+        y = project(x.astype(self.dtype), kernel.astype(self.dtype))
+        if not self.bias:
+            return y
+        zeros: Initializer = nn.with_logical_partitioning(nn.initializers.zeros_init(), self.axes[1:])
+        return y + along_last(self.param("bias", zeros, (self.features,), jnp.dtype(self.param_dtype)), y).astype(self.dtype)
+
+
+def along_last(x: Float[Array, " F"], y: Float[Array, "*B F"]) -> Float[Array, "*ones F"]:
+    """Returns a vector with as many axes as `y` has, to go with its last one."""
+    return x.reshape((1,) * (y.ndim - 1) + (-1,))
 
 
 class RMSNorm(nn.Module):
@@ -87,8 +97,30 @@ class RMSNorm(nn.Module):
         scale = self.param("scale", init, (x.shape[-1],), jnp.dtype(self.config.param_dtype))
         x = x.astype(jnp.float32)
         x *= jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.config.layer_norm_epsilon)
-        scale = jnp.expand_dims(scale.astype(jnp.float32), tuple(range(x.ndim - 1)))
-        return (x * scale).astype(self.config.dtype)
+        return (x * along_last(scale.astype(jnp.float32), x)).astype(self.config.dtype)
+
+
+class LayerNorm(nn.Module):
+    """The norm of 1607.06450, which takes the mean off and adds a bias; the statistics in float32."""
+
+    config: SwitchConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        parts = []
+        for name, init in (("scale", jax.nn.initializers.ones), ("bias", jax.nn.initializers.zeros)):
+            declared: Initializer = nn.with_logical_partitioning(init, ("embed",))
+            parts.append(along_last(self.param(name, declared, (x.shape[-1],), jnp.dtype(self.config.param_dtype)), x))
+        scale, bias = (part.astype(jnp.float32) for part in parts)
+        x = x.astype(jnp.float32)
+        x -= x.mean(-1, keepdims=True)
+        x *= jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.config.layer_norm_epsilon)
+        return (x * scale + bias).astype(self.config.dtype)
+
+
+def norm_of(config: SwitchConfig) -> nn.Module:
+    """Makes a norm of the kind that a config asks for."""
+    return (LayerNorm if config.norm == "layer" else RMSNorm)(config)
 
 
 class Embedding(nn.Module):
@@ -97,17 +129,18 @@ class Embedding(nn.Module):
     config: SwitchConfig
 
     def setup(self) -> None:
-        init: Initializer = nn.with_logical_partitioning(jax.nn.initializers.normal(1.0), ("vocab", "embed"))
+        deviation = 1.0 if self.config.embedding_scale == "head" else self.config.d_model**-0.5
+        init: Initializer = nn.with_logical_partitioning(jax.nn.initializers.normal(deviation), ("vocab", "embed"))
         shape = (self.config.vocab_size, self.config.d_model)
         self.embedding = self.param("embedding", init, shape, jnp.dtype(self.config.param_dtype))
 
     def __call__(self, ids: Int[Array, "*B"]) -> Float[Array, "*B D"]:
         check_ids("The token ids", ids, self.config.vocab_size)
-        return self.embedding[ids].astype(self.config.dtype)
+        return (self.embedding[ids] * self.config.input_scale).astype(self.config.dtype)
 
     def attend(self, x: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
-        """Returns logits in float32: h * D**-0.5 @ E^T. bfloat16 logits make training unstable."""
-        x = x.astype(jnp.float32) * self.config.d_model**-0.5
+        """Returns logits in float32: h * D**-0.5 @ E^T (see `embedding_scale`). bfloat16 logits make training unstable."""
+        x = x.astype(jnp.float32) * self.config.head_scale
         return project_transposed(x, self.embedding.astype(jnp.float32))
 
 
@@ -137,7 +170,7 @@ class MLP(nn.Module):
         init, numerics = scaled_init(config, distribution="truncated_normal"), (config.dtype, config.param_dtype, config.weights)
         branches = []
         for name, activation in zip(names, activations, strict=True):
-            linear = Linear(self.features or config.d_ff, ("embed", "mlp"), init, *numerics, name=name)
+            linear = Linear(self.features or config.d_ff, ("embed", "mlp"), init, *numerics, bias=config.use_bias, name=name)
             branches.append(ACTIVATION_FUNCTIONS[activation](linear(x)))
-        hidden = Dropout(config.dropout_rate)(functools.reduce(operator.mul, branches), deterministic=deterministic)
-        return Linear(x.shape[-1], ("mlp", "embed"), init, *numerics, name="wo")(hidden)
+        hidden = Dropout(config.activation_dropout)(functools.reduce(operator.mul, branches), deterministic=deterministic)
+        return Linear(x.shape[-1], ("mlp", "embed"), init, *numerics, bias=config.use_bias, name="wo")(hidden)

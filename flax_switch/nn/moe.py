@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from flax_switch.config import SwitchConfig
+from flax_switch.config.weights import BIAS
 from flax_switch.nn.layers import Initializer, kernel_of
 from flax_switch.ops.kernels.adapted import whole
 from flax_switch.ops.kernels.narrow import Narrow
@@ -23,7 +24,10 @@ from flax_switch.parallel.placement import ONE_DEVICE, Placement
 
 
 class KernelParam(nn.Module):
-    """One parameter called "kernel" (and with `bias`, one called "bias"), declared with its logical axes."""
+    """One parameter called "kernel" (and with `bias`, one called "bias"), declared with its logical axes.
+
+    lead: how many axes, of members of a stack, the bias shares with the kernel.
+    """
 
     shape: tuple[int, ...]
     axes: tuple[str, ...]
@@ -31,15 +35,16 @@ class KernelParam(nn.Module):
     dtype: Any
     bias: bool = False
     weights: str = "float"
+    lead: int = 0
 
     @nn.compact
     def __call__(self) -> tuple[Kernel | Narrow, Array | None]:
-        """Returns the kernel, and the bias over its last axis or None."""
+        """Returns the kernel, and the bias over its last axis (and that of members) or None."""
         kernel = kernel_of(self, self.initializer, self.shape, self.axes, self.dtype, self.weights)
         if not self.bias:
             return kernel, None
-        zeros: Initializer = nn.with_logical_partitioning(nn.initializers.zeros_init(), self.axes[-1:])
-        return kernel, self.param("bias", zeros, self.shape[-1:], self.dtype)
+        zeros: Initializer = nn.with_logical_partitioning(nn.initializers.zeros_init(), (*self.axes[: self.lead], self.axes[-1]))
+        return kernel, self.param("bias", zeros, (*self.shape[: self.lead], self.shape[-1]), self.dtype)
 
 
 def each_expert(init: Initializer) -> Initializer:
@@ -53,14 +58,14 @@ def each_expert(init: Initializer) -> Initializer:
 
 
 class MLPKernels(nn.Module):
-    """The kernels of an MLP, or of E of them on a leading "expert" axis."""
+    """The kernels and biases of an MLP, or of E of them on a leading "expert" axis."""
 
     config: SwitchConfig
     num_experts: int | None = None
 
     @nn.compact
     def __call__(self) -> dict[str, Any]:
-        """Returns {"wi" | "wi_0", "wi_1": [(E,) D, F], "wo": [(E,) F, D]}."""
+        """Returns {"wi" | "wi_0", "wi_1": [(E,) D, F], "wo": [(E,) F, D]}, and biases as "wi_bias": [(E,) 1, F] and so on."""
         config = self.config
         D, F = config.d_model, config.expert_width
         init = nn.initializers.variance_scaling(config.init_scale, "fan_in", "normal")
@@ -68,9 +73,13 @@ class MLPKernels(nn.Module):
         if self.num_experts is not None:
             lead, lead_axis, init = (self.num_experts,), ("expert",), each_expert(init)
         names = ("wi_0", "wi_1") if config.is_gated else ("wi",)
-        numerics = (config.param_dtype, False, config.weights)
-        kernels = {n: KernelParam((*lead, D, F), (*lead_axis, "embed", "mlp"), init, *numerics, name=n)()[0] for n in names}
-        kernels["wo"] = KernelParam((*lead, F, D), (*lead_axis, "mlp", "embed"), init, *numerics, name="wo")()[0]
+        shapes = {**dict.fromkeys(names, ((D, F), ("embed", "mlp"))), "wo": ((F, D), ("mlp", "embed"))}
+        numerics = (config.param_dtype, config.use_bias, config.weights, len(lead))
+        kernels: dict[str, Any] = {}
+        for name, (shape, axes) in shapes.items():
+            kernels[name], bias = KernelParam((*lead, *shape), (*lead_axis, *axes), init, *numerics, name=name)()
+            if bias is not None:
+                kernels[f"{name}{BIAS}"] = bias[..., None, :]
         return kernels
 
 
@@ -110,8 +119,8 @@ class Router(nn.Module):
 class _Sparse(nn.Module):
     """What experts need, whatever they compute: how to route, and their random streams.
 
-    Random streams: "jitter" where router_jitter_noise, "dropout" where an expert's dropout rate is not 0; both only if not
-    deterministic.
+    Random streams: "jitter" where router_jitter_noise or expert_masking_rate, "dropout" where an expert's dropout rate is not 0;
+    both only if not deterministic.
     """
 
     config: SwitchConfig
@@ -133,7 +142,6 @@ class _Sparse(nn.Module):
         padding_mask: True for real tokens, or None. token_ids: for hash routing. with_logits: return the router's logits too.
         """
         config = self.config
-        dropout_rate = config.dropout_rate if config.expert_dropout_rate is None else config.expert_dropout_rate
         return moe_block(
             params,
             x,
@@ -141,8 +149,8 @@ class _Sparse(nn.Module):
             padding_mask=padding_mask,
             deterministic=deterministic,
             token_ids=token_ids,
-            jitter_rng=self._rng("jitter", config.router_jitter_noise, deterministic),
-            dropout_rng=self._rng("dropout", dropout_rate, deterministic),
+            jitter_rng=self._rng("jitter", max(config.router_jitter_noise, config.expert_masking_rate), deterministic),
+            dropout_rng=self._rng("dropout", config.expert_dropout, deterministic),
             causal=self.causal,
             replicas=flaxformer_replicas(config.num_experts) if config.routing_group == "flaxformer" else 1,
             with_logits=with_logits,

@@ -12,7 +12,7 @@ from flax_switch.nn.attention import RelativePositionBias
 from flax_switch.nn.cache import DecoderCache, KeyValue
 from flax_switch.nn.fused import FusedLayer
 from flax_switch.nn.layer import Layer, LayerInputs, ScanBlock, remat, zero_padding
-from flax_switch.nn.layers import Dropout, Embedding, RMSNorm
+from flax_switch.nn.layers import Dropout, Embedding, norm_of
 from flax_switch.nn.outputs import LayerOutput
 from flax_switch.ops import Size
 
@@ -45,7 +45,7 @@ class Stack(nn.Module):
         else:
             layer = remat(form, config.remat_policy)
             self.layers = [layer(config, stack, sparse=i in stack.sparse_layers) for i in range(stack.num_layers)]
-        norm = RMSNorm(config)
+        norm = norm_of(config)
         setattr(self, f"{stack.name}_norm", norm)
         self.dropout = Dropout(config.dropout_rate)
 

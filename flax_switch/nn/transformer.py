@@ -17,6 +17,7 @@ from flax_switch.nn.outputs import DecoderOutput, EncoderOutput, ModelOutput
 from flax_switch.nn.stack import Stack
 from flax_switch.ops import AnyArray, Size
 from flax_switch.ops.attention import cross_attention_mask, self_attention_mask
+from flax_switch.ops.positions import numbered, sinusoids
 from flax_switch.parallel.placement import ONE_DEVICE, Placement
 
 
@@ -82,12 +83,13 @@ class SwitchEncoder(nn.Module):
           deterministic: False turns on dropout and jitter (rngs "dropout" and "jitter") and takes the training capacity.
         """
         check(not self.config.decoder_only, "A model with architecture='decoder_only' has no encoder; call .decode.")
-        x = self._embed(self.encoder, input_ids, inputs_embeds)
+        segments = _as_array(segment_ids)
+        x = self._embed(self.encoder, input_ids, inputs_embeds, segments)
         mask = _as_mask(attention_mask)
         _check_mask("attention_mask", mask, x)
         inputs = LayerInputs(
             bias=None,
-            mask=self_attention_mask(self.config, mask, _as_array(segment_ids)),
+            mask=self_attention_mask(self.config, mask, segments),
             padding_mask=mask,
             token_ids=self._token_ids(self.config.encoder, input_ids),
             deterministic=deterministic,
@@ -104,9 +106,30 @@ class SwitchEncoder(nn.Module):
         )
 
     def _embed(
+        self,
+        stack: Stack,
+        ids: Int[AnyArray, "B L"] | None,
+        embeds: Float[AnyArray, "B L D"] | None,
+        segments: Int[Array, "B L"] | None,
+        first: Int[Array, "#B 1"] | Int[Array, ""] | int = 0,
+    ) -> Float[Array, "B L D"]:
+        """Returns the embeddings that were given, or those of ids, with their positions where these are added.
+
+        pad_token_id has no position. The encoder does not count it either, so that inputs may be padded on the left; a decoder
+        does, as every step of it takes a place of the cache. first: how many places rows have before these.
+        """
+        x = self._embeddings(stack, ids, embeds)
+        if self.config.positions != "sinusoidal":
+            return x
+        pad, every = self.config.pad_token_id, jnp.ones(x.shape[:2], bool)
+        tokens = every if ids is None or embeds is not None else jnp.asarray(ids) != pad
+        number = numbered(every if stack.stack.causal else tokens, segments, first)
+        positions = sinusoids(jnp.where(tokens, number, 0), self.config.d_model, offset=pad)
+        return (x.astype(jnp.float32) + positions).astype(x.dtype)
+
+    def _embeddings(
         self, stack: Stack, ids: Int[AnyArray, "B L"] | None, embeds: Float[AnyArray, "B L D"] | None
     ) -> Float[Array, "B L D"]:
-        """Returns the embeddings that were given, or those of ids."""
         if embeds is not None:
             return jnp.asarray(embeds).astype(self.config.dtype)
         if ids is None:
@@ -196,10 +219,11 @@ class SwitchTransformer(SwitchEncoder):
             decoder_attention_mask says without a cache, and all of them with one.
         """
         config = self.config
-        x = self._embed(self.decoder, decoder_input_ids, decoder_inputs_embeds)
+        source_segments, target_segments = _as_array(segment_ids), _as_array(decoder_segment_ids)
+        first = 0 if cache is None else cache.tokens
+        x = self._embed(self.decoder, decoder_input_ids, decoder_inputs_embeds, target_segments, first)
         mask, source_mask = _as_mask(decoder_attention_mask), _as_mask(attention_mask)
         padding_mask = _as_mask(decoder_padding_mask)
-        source_segments, target_segments = _as_array(segment_ids), _as_array(decoder_segment_ids)
         if cache is None:
             _check_mask("decoder_attention_mask", mask, x)
             if padding_mask is None:
@@ -352,7 +376,7 @@ class Decoder(Stack):
 
     def logits(self, x: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
         """Returns logits of the head in float32: without scaling if it is its own, else as `Embedding.attend` does."""
-        return self.logits_dense(x.astype(jnp.float32) * self.config.d_model**-0.5 if self.config.copied_head else x)
+        return self.logits_dense(x.astype(jnp.float32) * self.config.head_scale if self.config.copied_head else x)
 
 
 def _one_sequence(source: tuple[Any, ...], target: tuple[Any, ...], encoder_output: EncoderOutput | None) -> tuple[Any, ...]:

@@ -10,10 +10,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
 from flax_switch.config import SwitchConfig
+from flax_switch.config.weights import BIAS
 from flax_switch.ops.dropout import dropout
 from flax_switch.ops.kernels.quantized import Kernel
 
-# {"wi" | "wi_0", "wi_1": [E, D, F], "wo": [E, F, D]}, or of experts that only project {"kernel": [E, D, F]}
+# {"wi" | "wi_0", "wi_1": [E, D, F], "wo": [E, F, D]}, with biases as "wi_bias": [E, 1, F] and so on; or of experts that only
+# project {"kernel": [E, D, F]}
 ExpertKernels = Mapping[str, Kernel]
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -41,18 +43,21 @@ def mlp(
     dropout_rate: float = 0.0,
     dropout_rng: PRNGKeyArray | None = None,
 ) -> Array:
-    """Computes `act(x wi) wo`, or `(act(x wi_0) * act(x wi_1)) wo` where `activations` names two.
+    """Computes `act(x wi) wo`, or `(act(x wi_0) * act(x wi_1)) wo` where `activations` names two, with biases where there are some.
 
     `matmul(x, kernel)` multiplies rows by experts' kernels: a batched product over an expert axis, a grouped GEMM over sorted rows,
     or a plain one; so every executor shares these lines. Everything is computed in x's dtype. Dropout draws every
     element by itself: flaxformer shares one draw among all tokens of an expert, which drops a unit for the whole batch.
     """
+
+    def layer(x: Array, name: str) -> Array:
+        product, bias = matmul(x, kernels[name].astype(x.dtype)), kernels.get(f"{name}{BIAS}")
+        # A kernel of one row gives every row the bias of its expert, however the product sorts rows by experts.
+        return product if bias is None else product + matmul(jnp.ones_like(x[..., :1]), bias.astype(x.dtype))
+
     names = ("wi",) if len(activations) == 1 else ("wi_0", "wi_1")
-    branches = [
-        activation(function)(matmul(x, kernels[name].astype(x.dtype))) for name, function in zip(names, activations, strict=True)
-    ]
-    hidden = dropout(functools.reduce(operator.mul, branches), dropout_rate, dropout_rng)
-    return matmul(hidden, kernels["wo"].astype(x.dtype))
+    branches = [activation(function)(layer(x, name)) for name, function in zip(names, activations, strict=True)]
+    return layer(dropout(functools.reduce(operator.mul, branches), dropout_rate, dropout_rng), "wo")
 
 
 def expert_dtype(config: SwitchConfig) -> jnp.dtype:
@@ -69,5 +74,5 @@ def expert_function(config: SwitchConfig, dropout_rng: PRNGKeyArray | None, name
     """Returns `mlp` with every argument bound but rows, kernels and `matmul`; for kernels of such `names`, `projection`."""
     if "kernel" in names:
         return projection
-    rate = config.dropout_rate if config.expert_dropout_rate is None else config.expert_dropout_rate
+    rate = config.expert_dropout
     return functools.partial(mlp, activations=config.mlp_activations, dropout_rate=rate, dropout_rng=dropout_rng)

@@ -214,6 +214,8 @@ class Pretrained:
         *,
         prefix: str | None = None,
         adapter: str | None = None,
+        source_language: str | None = None,
+        target_language: str | None = None,
         **controls: Any,
     ) -> GenerationOutput:
         """`flax_switch.generate` with this model, its parameters and, where no control is given, its defaults.
@@ -223,6 +225,8 @@ class Pretrained:
           adapter: the name of one of the model's adapters; by default the one in use.
           prefix: put before every text that does not begin with it; by default what the adapter in use, or else the model, was
             fine-tuned with, if that is one.
+          source_language: of the texts, such as "eng_Latn", where the vocabulary has tokens for languages.
+          target_language: the one that outputs begin with.
 
         Returns:
           The output; its `texts` are there where the model has a vocabulary.
@@ -231,8 +235,9 @@ class Pretrained:
           ConfigError: naming the control or the input that cannot be; for text where there is no vocabulary.
         """
         from flax_switch.generation.generate import generate
-        from flax_switch.generation.text import texts_of
+        from flax_switch.generation.text import texts_of, with_languages
 
+        prefix, controls = with_languages(self.vocabulary, prefix, controls, source_language, target_language)
         model, ids, mask, controls = self._asked(input_ids, attention_mask, prefix, adapter, controls)
         output = generate(model.model, model.params, ids, mask, **controls)
         if self.vocabulary is None:
@@ -246,6 +251,8 @@ class Pretrained:
         *,
         prefix: str | None = None,
         adapter: str | None = None,
+        source_language: str | None = None,
+        target_language: str | None = None,
         **controls: Any,
     ) -> Iterator[Piece]:
         """Returns an iterator over what `generate` makes of one source, while it is made: a piece for every token.
@@ -257,7 +264,9 @@ class Pretrained:
           ConfigError: at once, as `generate`; for beams and for more than one sequence, too.
         """
         from flax_switch.generation.stream import stream_pieces
+        from flax_switch.generation.text import with_languages
 
+        prefix, controls = with_languages(self.vocabulary, prefix, controls, source_language, target_language)
         model, ids, mask, controls = self._asked(input_ids, attention_mask, prefix, adapter, controls)
         return stream_pieces(model.model, model.params, ids, mask, self.vocabulary, **controls)
 

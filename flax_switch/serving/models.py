@@ -89,7 +89,8 @@ class Served:
         if isinstance(prompt, str):
             most = 64 * self.limits.max_source_length  # characters; tokenising more only to refuse it would take long
             check(len(prompt) <= most, f"{name} has {len(prompt)} characters, more than {most}; shorten it.")
-            ids = [*self.vocabulary.encode(prefixed(prompt, self.prefix if prefix is None else prefix)), self.config.eos_token_id]
+            text = prefixed(prompt, self.prefix if prefix is None else prefix)
+            ids = [*self.vocabulary.encode_source(text), self.config.eos_token_id]
         else:
             ids = list(prompt)
         V, most = self.config.vocab_size, self.limits.max_source_length

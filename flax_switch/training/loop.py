@@ -143,7 +143,13 @@ def given_back_if_refused(workdir: epath.PathLike) -> Iterator[None]:
 
 
 def check_vocabulary(config: ExperimentConfig | FinetuneConfig, vocabulary: Vocabulary) -> None:
-    """Raises `ConfigError` unless every id of the vocabulary has an embedding."""
+    """Raises `ConfigError` unless every id of the vocabulary has an embedding, and the decoder begins as it does in batches."""
+    start = config.model.decoder_start_token_id
+    if start != 0:
+        raise ConfigError(
+            f"model.decoder_start_token_id is {start}, and batches that are made of text begin a decoder's inputs with 0, as T5's. "
+            "Train this model by a loop of your own (docs/custom_training.md), which takes its ids as they are."
+        )
     if vocabulary.size > config.model.vocab_size:
         raise ConfigError(
             f"The vocabulary has {vocabulary.size} ids ({vocabulary.num_pieces} pieces and {vocabulary.num_sentinels} sentinels), "

@@ -14,7 +14,7 @@ from flax_switch import load_pretrained
 from flax_switch.config.base import differences
 from flax_switch.convert import convert, open_checkpoint
 from flax_switch.convert.canonical import unflatten
-from tests.convert import oracle, t5x_files
+from tests.convert import nllb, oracle, t5x_files
 from tests.convert.test_family import assert_same_outputs, folder_of, model_of
 from tests.convert.test_flax_msgpack import as_flax
 from tests.convert.test_roundtrip import assert_same_tensors, tensors_of, there_and_back
@@ -29,6 +29,7 @@ FAMILIES = {  # the name that transformers' classes begin with, a seed that pick
     "mT5": ("MT5", 0, True),
     "UMT5": ("UMT5", 0, True),
     "Switch Transformers": ("SwitchTransformers", 4, False),
+    "NLLB-MoE": ("NllbMoe", 0, False),
 }
 
 
@@ -93,6 +94,8 @@ def drawn(name):
     if kind == "SwitchTransformers":
         config = oracle.draw_config(seed)
         return oracle.huggingface_model(config, seed)
+    if kind == "NllbMoe":
+        return nllb.model_of(seed)
     if kind == "T5" and own_head:
         return t5_model(seed)
     return model_of(kind, seed, own_head=own_head)
@@ -113,7 +116,8 @@ def test_the_table_names_every_family_and_form():
     forms = ("safetensors", ".bin", "msgpack", "T5X", "to Hugging Face", "to T5X")
     assert TABLE.keys() == {(name, form) for name in FAMILIES for form in forms}
     without = {cell for cell, said in TABLE.items() if said == NONE}
-    assert without == {("UMT5", "msgpack"), ("Switch Transformers", "msgpack")}, "transformers had no Flax classes of these"
+    no_classes = {(name, "msgpack") for name in ("UMT5", "Switch Transformers", "NLLB-MoE")}
+    assert without == no_classes | {("NLLB-MoE", "T5X"), ("NLLB-MoE", "to T5X")}, "no Flax classes, or no layers of its kind"
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ torch = pytest.importorskip("torch")
 from flax_switch.convert import tokenizer  # noqa: E402 - after the skips
 from flax_switch.data.vocabulary import Vocabulary  # noqa: E402
 from flax_switch.pretrained import load_pretrained, save_pretrained  # noqa: E402
+from tests.convert import nllb, oracle  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not transformers.__version__.startswith("4."), reason="is for transformers 4.57")
 
@@ -46,6 +47,22 @@ def test_what_we_save_it_loads_with_the_same_logits(tmp_path):
     save_pretrained(tmp_path / "ours", ours.config, ours.params, format="huggingface")
     again = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "ours").eval()
     np.testing.assert_array_equal(logits(again), logits(t5()))
+
+
+@pytest.mark.parametrize("seed", range(len(nllb.DRAWS)))
+def test_its_nllb_moe_whose_experts_are_right_says_what_ours_does(seed, tmp_path):
+    theirs = nllb.model_of(seed)
+    ours = load_pretrained(oracle.save(theirs, tmp_path))
+    batch = nllb.batch_of(theirs.config, seed)
+    with torch.no_grad():
+        expected = theirs(**batch.torch())
+    output, real = ours(**batch.numpy()), batch.decoder_attention_mask == 1
+    wanted = expected.logits.numpy()
+    np.testing.assert_allclose(np.asarray(output.logits)[real], wanted[real], atol=2e-4 * float(np.abs(wanted).max()))
+    for beams in (1, 3):
+        controls = dict(max_new_tokens=7, min_new_tokens=5, num_beams=beams, do_sample=False, forced_bos_token_id=9)
+        said = theirs.generate(**batch.torch("input_ids", "attention_mask"), **controls).numpy()
+        np.testing.assert_array_equal(ours.generate(batch.input_ids, batch.attention_mask, **controls).sequences, said)
 
 
 PLAIN = ("", "Some words are long.", "  two  spaces ", "ñandú 北京 37", "Unknown ☃ sign")

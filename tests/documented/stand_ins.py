@@ -126,6 +126,31 @@ def huggingface(sparse: bool) -> Callable[[Path], None]:
     return write
 
 
+def nllb(path: Path) -> None:
+    """A small NLLB-MoE with a tokenizer of three languages."""
+    import jax
+    import tokenizers
+
+    import flax_switch as fs
+    from flax_switch.data.foreign_vocabulary import ForeignVocabulary
+
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    tokenizer.decoder = tokenizers.decoders.Metaspace()
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=PIECES, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(sentences(100), trainer)
+    tokenizer.add_special_tokens(["eng_Latn", "fra_Latn", "zho_Hans"])
+    values = dict(
+        model_type="nllb-moe", vocab_size=VOCAB_SIZE, d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, num_experts=4, encoder_sparse_step=2,
+        decoder_sparse_step=2,
+    )  # fmt: skip
+    config = fs.SwitchConfig.from_huggingface(values)
+    vocabulary = ForeignVocabulary(tokenizer.to_str().encode())
+    fs.save_pretrained(path, config, fs.init_params(config, jax.random.key(0)), vocabulary, format="huggingface")
+
+
 FILES: dict[str, Callable[[Path], None]] = {
     "c4": c4,
     "spiece.model": sentencepiece_model,
@@ -141,6 +166,7 @@ FILES: dict[str, Callable[[Path], None]] = {
     "data/debian": debian,
     "google/switch-base-8": huggingface(sparse=True),
     "google-t5/t5-base": huggingface(sparse=False),
+    "nllb": nllb,
 }
 
 

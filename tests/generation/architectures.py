@@ -21,17 +21,21 @@ GATED = ("gelu_new", "linear")
 AXES = {
     "choices": [dict(num_selected_experts=2), dict(), dict(num_selected_experts=3, normalize_router_weights=True)],
     "activations": [dict(mlp_activations=GATED), dict(), dict(mlp_activations=("silu", "tanh")), dict(mlp_activations=("gelu",))],
-    "extra MLP": [dict(extra_mlp=True), dict()],
+    "extra MLP": [dict(extra_mlp=True), dict(), dict(use_bias=True)],
     "shared expert": [dict(shared_expert=True), dict()],
-    "experts": [dict(expert_d_ff=24), dict(), dict(num_experts=13)],
+    "experts": [dict(expert_d_ff=24), dict(), dict(num_experts=13), dict(expert_masking_rate=0.3)],
     "router": [dict(router_bias=True), dict(), dict(cast_router_probs=True), dict(router_dtype="bfloat16")],
     "biases": [
         dict(relative_attention_per_layer=True), dict(), dict(relative_attention_num_buckets=4, relative_attention_max_distance=5),
+        dict(positions="sinusoidal", scale_attention_logits=True),
     ],
     "who chooses": [
         dict(), dict(router_type="experts_choose"), dict(batch_prioritized_routing=True), dict(router_type="hash", hash_seed=3),
     ],
-    "head": [dict(tie_word_embeddings=False), dict(), dict(tie_word_embeddings=False, separate_embeddings=True)],
+    "head": [
+        dict(tie_word_embeddings=False), dict(), dict(tie_word_embeddings=False, separate_embeddings=True),
+        dict(embedding_scale="inputs"),
+    ],
     "layers": [
         dict(scan_layers=True, num_decoder_layers=4, decoder_sparse_layers=(1, 3)),
         dict(),
@@ -42,7 +46,7 @@ AXES = {
     ],
     "sizes": [dict(num_heads=3, d_kv=6), dict(), dict(d_model=20, d_ff=12, vocab_size=80)],
     "dtype": [dict(), dict(dtype="bfloat16"), dict(expert_dtype="bfloat16"), dict(param_dtype="bfloat16")],
-    "norms": [dict(zero_padding_activations=False), dict(), dict(layer_norm_epsilon=0.05)],
+    "norms": [dict(zero_padding_activations=False), dict(), dict(layer_norm_epsilon=0.05), dict(norm="layer")],
     "special tokens": [dict(pad_token_id=3, eos_token_id=5, decoder_start_token_id=7, extra_eos_token_ids=(6,)), dict()],
     "groups": [
         dict(routing_group="tokens", group_size=8, padding_semantics="scatter", ignore_padding_tokens=True),
@@ -59,7 +63,8 @@ AXES = {
 TRAINING_ONLY = dict(
     capacity_factor=0.5, router_jitter_noise=0.1, expert_parallel_buffer_factor=1.0, load_balancing_loss_coef=0.5,
     router_z_loss_coef=0.5, router_loss_reduction="huggingface", z_loss_coef=0.5, label_smoothing=0.1,
-    loss_normalizer="total_target_tokens", dropout_rate=0.5, expert_dropout_rate=0.4, init_scale=3.0, remat_policy="full",
+    loss_normalizer="total_target_tokens", dropout_rate=0.5, expert_dropout_rate=0.4, attention_dropout_rate=0.3,
+    activation_dropout_rate=0.2, init_scale=3.0, remat_policy="full",
     router_init_std=0.3,
     copying_heads=1,
 )  # fmt: skip

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import sys
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -73,6 +74,8 @@ def test_pieces_are_the_text_and_come_with_each_token(bytes_model):
 
 class Replacing:
     """Bytes as text, with the sign of SentencePiece for those of a character that lacks some."""
+
+    languages: ClassVar = {}
 
     def decode(self, ids, skip_special_tokens=False):
         return bytes(token - 3 for token in ids).decode(errors="replace")

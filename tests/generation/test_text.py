@@ -1,6 +1,7 @@
 """Lines in: text or JSON, with what is wrong told by number; and the buckets they are padded to."""
 
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ def test_buckets_are_powers_of_two_up_to_the_longest():
 
 
 def test_lines_that_cannot_be_used_are_results_in_their_place():
-    vocabulary = SimpleNamespace(encode=lambda text: [5] * len(text))
+    vocabulary = SimpleNamespace(encode_source=lambda text: [5] * len(text))
     pretrained = SimpleNamespace(vocabulary=vocabulary, config=BASE.replace(vocab_size=4))
     results = generate_lines(pretrained, read_lines(["abc", "x" * 9, "{"]), max_source_length=8)
     assert [result["line"] for result in results] == [1, 2, 3]
@@ -47,8 +48,12 @@ def test_a_checkpoint_without_vocabulary_is_refused():
 class Letters:
     """A vocabulary of letters, from id 10 on."""
 
+    languages: ClassVar = {}
+
     def encode(self, text):
         return [10 + ord(letter) - ord("a") for letter in text]
+
+    encode_source = encode
 
     def decode(self, ids, skip_special_tokens):
         return "".join(chr(int(i) - 10 + ord("a")) for i in ids)

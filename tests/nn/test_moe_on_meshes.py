@@ -22,7 +22,10 @@ MASK = jnp.arange(16)[None] < jnp.arange(1, 17)[:, None]
 
 
 def variables_of(module):
-    return nn.unbox(module.init(jax.random.key(0), X[:1], padding_mask=None, token_ids=IDS[:1], deterministic=True))
+    """Fresh variables, biases drawn like kernels."""
+    drawn = nn.unbox(module.init(jax.random.key(0), X[:1], padding_mask=None, token_ids=IDS[:1], deterministic=True))
+    of_bias = lambda path, x: jax.random.normal(jax.random.key(x.size), x.shape) if "bias" in jax.tree_util.keystr(path) else x  # noqa: E731
+    return jax.tree_util.tree_map_with_path(of_bias, drawn)
 
 
 def values_and_gradients(module, variables, mesh):
@@ -51,8 +54,11 @@ def values_and_gradients(module, variables, mesh):
         dict(capacity_mode="dropless", num_selected_experts=2, expert_parallel_buffer_factor=2.0, shared_expert=True,
              mlp_activations=("gelu_new", "linear"), ignore_padding_tokens=True),
         dict(router_type="hash", capacity_factor=0.75),
+        dict(capacity_mode="dropless", num_selected_experts=2, use_bias=True, normalize_router_weights=True,
+             expert_parallel_buffer_factor=4.0),
+        pytest.param(dict(capacity_factor=0.75, use_bias=True, moe_executor="gather"), marks=pytest.mark.slow),
     ],
-    ids=["capacity", "tokens", "dropless", "hash"],
+    ids=["capacity", "tokens", "dropless", "hash", "biases", "biases in buffers"],
 )  # fmt: skip
 def test_on_a_mesh_the_layer_does_what_it_does_on_one_device(settings):
     module = SparseMLP(MODEL.replace(**settings))

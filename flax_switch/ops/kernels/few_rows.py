@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from flax_switch.config import one_of
-from flax_switch.config.weights import SCALE
+from flax_switch.config.weights import BIAS, SCALE
 from flax_switch.ops.kernels.on_disk import OnDisk, first_on_disk
 from flax_switch.ops.kernels.quantized import Kernel, multiply, with_scale
 
@@ -37,7 +37,7 @@ def unstacked_experts(params: Mapping[str, Any], sparse_layers: Sequence[int], n
     def split(layer: Mapping[str, Any]) -> tuple[Kernels, ...] | OnDisk:
         if (found := first_on_disk(layer["mlp"]["expert"])) is not None:
             return found
-        stacked = {name: jax.tree.map(np.asarray, as_kernel(leaf)) for name, leaf in layer["mlp"]["expert"].items()}
+        stacked = jax.tree.map(np.asarray, as_kernels(layer["mlp"]["expert"]))
         alone = lambda e: jax.tree.map(lambda kernel: jax.device_put(kernel[e], may_alias=True), stacked)  # noqa: E731
         return tuple(alone(e) for e in range(num_experts))
 
@@ -48,6 +48,12 @@ def unstacked_experts(params: Mapping[str, Any], sparse_layers: Sequence[int], n
 def as_kernel(params: Mapping[str, Any]) -> Kernel:
     """Returns the kernel among a layer's parameters, with its scales if it is quantised."""
     return with_scale(params["kernel"], params.get(f"kernel{SCALE}"))
+
+
+def as_kernels(params: Mapping[str, Mapping[str, Any]]) -> dict[str, Kernel]:
+    """Returns the kernels among the parameters of an MLP, or of experts, with their biases as kernels of one row."""
+    biases = {f"{name}{BIAS}": leaf["bias"][..., None, :] for name, leaf in params.items() if "bias" in leaf}
+    return {**{name: as_kernel(leaf) for name, leaf in params.items()}, **biases}
 
 
 def _on_one_cpu(params: Mapping[str, Any]) -> bool:

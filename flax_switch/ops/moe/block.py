@@ -23,7 +23,7 @@ from flax_switch.ops.moe.executors import ExpertFunction, SortedExperts, execute
 from flax_switch.ops.moe.expert_parallel import exchange_buffers, execute_dropless, fits_mesh, over_mesh, own_groups, pmap_peers
 from flax_switch.ops.moe.groups import Grouping, make_grouping
 from flax_switch.ops.moe.hashing import hash_logits
-from flax_switch.ops.moe.routing import Routed, RouterOutput, RoutingPlan, report, route, router_logits
+from flax_switch.ops.moe.routing import Routed, RouterOutput, RoutingPlan, masked, report, route, router_logits
 from flax_switch.parallel.placement import ONE_DEVICE, LaidOutByCompiler, OnMesh, Placement, UnderPmap
 
 
@@ -127,6 +127,12 @@ def route_and_execute(
     )
     names = () if isinstance(params.expert, OnDisk) else params.expert
     tokens, experts = tokens.astype(expert_dtype(config)), expert_function(config, dropout_rng, names)
+    plan = masked(
+        plan,
+        config.expert_masking_rate,
+        None if jitter_rng is None else jax.random.fold_in(jitter_rng, 1),
+        deterministic=deterministic,
+    )
     if peers is None or isinstance(params.expert, OnDisk):
         run = functools.partial(execute, plan, kernels=params.expert, experts=experts, unstacked=params.unstacked)
         y = run_chosen(executor, lambda name: functools.partial(run, executor=name), tokens)
@@ -134,7 +140,7 @@ def route_and_execute(
         run, factor = grouped_experts(experts, params.expert, SORTED[executor.elsewhere]), config.expert_parallel_buffer_factor
         y, plan = execute_dropless(plan, tokens, run, peers, buffer_factor=factor)
         overflowed = (routed.plan.kept & ~plan.kept).sum((1, 2)).astype(jnp.float32)
-        routed = dataclasses.replace(routed, plan=plan, overflowed=overflowed)
+        routed = dataclasses.replace(routed, plan=dataclasses.replace(routed.plan, kept=plan.kept), overflowed=overflowed)
     else:  # whatever has a capacity travels in buffers
         run = exchange_buffers(buffered_experts(experts, params.expert), peers)
         y = execute_buffers(plan, tokens, run, executor=of_buffers(executor))

@@ -25,7 +25,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from flax_switch.config import check
-from flax_switch.config.weights import stored
+from flax_switch.config.weights import BIAS, stored
 from flax_switch.ops.kernels.adapted import Adapted
 from flax_switch.ops.kernels.exchange import Peers, locate, send_rows, starts
 from flax_switch.ops.kernels.quantized import Kernel, Quantized
@@ -40,6 +40,8 @@ log = logging.getLogger(__name__)
 
 # Names of the activations that came from other devices.
 EXCHANGED = ("tokens_at_their_experts", "outputs_at_their_tokens")
+
+_LAST_BIAS = f"wo{BIAS}"
 
 _STRADDLE = (
     "a batch of %d x %d in routing groups of %d tokens, cut into %d parts, would cut through groups. Make the tokens of a part a "
@@ -164,6 +166,9 @@ def over_mesh(
 
     def on_device(params, x, mask, token_ids, jitter_rng, dropout_rng):
         rank = lax.axis_index(BATCH_AXES)
+        if sliced and _LAST_BIAS in params.expert:  # what the slices of an expert add up to has it once
+            once = jnp.where(lax.axis_index("model") == 0, params.expert[_LAST_BIAS], 0)
+            params = dataclasses.replace(params, expert={**params.expert, _LAST_BIAS: once})
         fold = lambda rng, index: None if rng is None else jax.random.fold_in(rng, index)  # noqa: E731
         jitter_rng, dropout_rng = fold(jitter_rng, rank), fold(fold(dropout_rng, rank), lax.axis_index("model"))
         y, routed = body(params, x, mask, token_ids, jitter_rng, dropout_rng, grouping=own, peers=peers)
@@ -190,7 +195,8 @@ def over_mesh(
 
 def _kernel_specs(name: str, kernel: Kernel, mesh: AnyMesh) -> Any:
     """Returns how each array of the experts' kernels of a name is cut."""
-    axes = ("expert", "mlp", "embed") if name == "wo" else ("expert", "embed", "mlp")
+    inputs, outputs = ("mlp", "embed") if name.startswith("wo") else ("embed", "mlp")
+    axes = ("expert", None if name.endswith(BIAS) else inputs, outputs)
     if isinstance(kernel, Adapted):
         expert, inputs, outputs = axes
         parts = ((kernel.a, (expert, inputs, None)), (kernel.b, (expert, None, outputs)), (kernel.gain, (expert, None, outputs)))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from flax_switch.ops.kernels.few_rows import MLP, Kernels, SortedChoices, alone, as_kernel
+from flax_switch.ops.kernels.few_rows import MLP, Kernels, SortedChoices, alone, as_kernels
 from flax_switch.ops.kernels.grouped_blocks import row_blocks, zeros
 from flax_switch.ops.kernels.on_disk import OnDisk, fetch_arrays
 from flax_switch.ops.kernels.quantized import multiply
@@ -22,7 +22,7 @@ def fetch(experts: OnDisk, expert: Int[Array, ""], rows: Int[Array, " E"]) -> Ke
     for name, array in fetch_arrays(experts, expert, rows).items():
         kernel, _, part = name.partition("/")
         kernels.setdefault(kernel, {})[part] = array
-    return {name: as_kernel(parts) for name, parts in kernels.items()}
+    return as_kernels(kernels)
 
 
 def _each_hit(

@@ -6,6 +6,7 @@ are computed here as well, because they judge the decision and not its execution
 Sources: Switch Transformers (2101.03961), ST-MoE (2202.08906), V-MoE (2106.05974), Expert Choice (2202.09368).
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import flax.struct
@@ -16,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from flax_switch.config import SwitchConfig, check
 from flax_switch.ops import Size
+from flax_switch.ops.dropout import keep_mask
 from flax_switch.ops.kernels.narrow import Narrow
 from flax_switch.ops.moe.groups import Grouping
 
@@ -287,6 +289,19 @@ def route(
     if routed is not None:
         chose = jnp.where(routed[..., None], chose, 0.0)
     return Routed(plan, logits, probs, chose, counted, real)
+
+
+def masked(plan: RoutingPlan, rate: float, rng: PRNGKeyArray | None, *, deterministic: bool) -> RoutingPlan:
+    """Returns a plan in which choices count nothing at a rate; in evaluation, where none is left out, all count 1 - rate.
+
+    Expert output masking (2207.04672, section 6.2), unlike dropout unscaled in training.
+    """
+    if rate == 0.0:
+        return plan
+    if deterministic:
+        return dataclasses.replace(plan, weight=plan.weight * (1.0 - rate))
+    assert rng is not None
+    return dataclasses.replace(plan, weight=jnp.where(keep_mask(rng, rate, plan.weight.shape), plan.weight, 0.0))
 
 
 def _cast(probs: Float[Array, "G S E"], config: SwitchConfig, dtype: DTypeLike) -> Float[Array, "G S E"]:

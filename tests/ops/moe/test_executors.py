@@ -31,6 +31,7 @@ CASES = {  # config, (batch, length), what the router's kernel is multiplied by
         (3, 5),
         1.0,
     ),
+    "biases, some dropped": (CONFIG.replace(use_bias=True, num_selected_experts=2), (2, 8), 1.0),
     "a single token": (CONFIG.replace(capacity_mode="dropless", normalize_router_weights=True, **TOP2), (1, 1), 1.0),
 }
 
@@ -41,6 +42,8 @@ def inputs(config, shape, sharpness, dtype):
     E = config.num_experts
     names = ("wi_0", "wi_1") if config.is_gated else ("wi",)
     expert = {**{name: draw(E, D, F) for name in names}, "wo": draw(E, F, D)}
+    if config.use_bias:
+        expert |= {f"{name}_bias": draw(E, 1, D if name == "wo" else F) for name in (*names, "wo")}
     router = draw(D, E).astype(jnp.float32)
     bias = jnp.zeros(E).at[E // 2].set(100.0) if sharpness is None else None
     router = router if config.learned_router else None

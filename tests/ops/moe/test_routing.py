@@ -276,3 +276,14 @@ def test_the_routers_gradient_reaches_only_the_chosen_probability_through_the_we
     probs = probabilities(np.random.default_rng(4), 1, 5, 3)
     gradient = jax.grad(lambda p: tokens_choose(p, num_selected=1, capacity=None).weight.sum())(probs)
     np.testing.assert_array_equal(gradient, jax.nn.one_hot(probs.argmax(-1), 3))
+
+
+def test_masking_leaves_choices_out_unscaled_in_training_and_counts_on_it_in_evaluation():
+    probs = jax.nn.softmax(jnp.asarray(np.random.default_rng(0).normal(size=(8, 64, 4)), jnp.float32), axis=-1)
+    plan = tokens_choose(probs, num_selected=2, capacity=None, normalize=True)
+    trained = routing.masked(plan, 0.2, jax.random.key(0), deterministic=False).weight
+    left_out = np.asarray(trained == 0.0)
+    assert 0.16 < left_out.mean() < 0.24 and not (left_out[..., 0] == left_out[..., 1]).all()
+    np.testing.assert_array_equal(np.asarray(trained)[~left_out], np.asarray(plan.weight)[~left_out])
+    np.testing.assert_allclose(routing.masked(plan, 0.2, None, deterministic=True).weight, 0.8 * plan.weight, rtol=1e-6)
+    assert routing.masked(plan, 0.0, None, deterministic=False) is plan

@@ -5,6 +5,7 @@ Command:   flax-switch finetune --config configs/finetune_embeddings.py --init g
            Records have question and context: a question is to find its own context. The decoder is left out.
 Hardware:  an accelerator of 80 GB. A batch is not cut into pieces, as its rows are each other's negatives; with less memory lower
            data.batch_size.
+           No dropout: all tokens of a text share a mask, as in T5X, so that their mean loses it whole (docs/embeddings.md).
 Expect:    recall_at_1, _5 and _10: how often the right context is among the nearest of all contexts of the validation examples.
 """
 
@@ -15,7 +16,7 @@ from flax_switch.config.recipes import to_config_dict
 def get_config():
     return to_config_dict(
         FinetuneRecipe(
-            model=dict(head="embedding", contrastive_temperature=0.05, dropout_rate=0.1, expert_dropout_rate=0.4),
+            model=dict(head="embedding", contrastive_temperature=0.05, dropout_rate=0.0, expert_dropout_rate=0.4),
             data=FinetuneDataConfig(
                 name="embeddings",
                 inputs="question",

@@ -173,7 +173,8 @@ def _strange_tokens(tokenizer: Mapping[str, Any]) -> list[str]:
 
 
 def _vocab(tokenizer: Mapping[str, Any]) -> Any:
-    return field(tokenizer, "model", dict, "tokenizer.json", {}).get("vocab") or ()
+    vocab = field(tokenizer, "model", dict, "tokenizer.json", {}).get("vocab")
+    return vocab if isinstance(vocab, (dict, list)) else ()
 
 
 def is_unigram(tokenizer: Mapping[str, Any]) -> bool:

@@ -1,7 +1,5 @@
 """A model with fewer experts, kept or merged by how text used them, or with more; and what it cost on text that decided nothing."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import itertools

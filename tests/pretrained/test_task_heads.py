@@ -21,7 +21,11 @@ from flax_switch.pretrained.tasks import span
 from flax_switch.workflows.push import make_repository
 
 TEXTS = ["the cat sat on the mat.", "a dog, a cat", "mat"]
-LABELS = {"classification": ("bad", "good"), "token_classification": ("O", "B-X", "I-X")}
+LABELS = {
+    "classification": ("bad", "good"),
+    "multi_label_classification": ("bad", "good"),
+    "token_classification": ("O", "B-X", "I-X"),
+}
 TASKS = [head for head in HEADS if head != "language_model"]
 
 
@@ -70,7 +74,7 @@ def test_every_parameter_of_a_head_has_axes_and_a_quantised_model_keeps_it(plain
     small = flatten(fs.quantize(ours, "int8").params)
     kept = [path for path in small if not path.startswith(("encoder/", "decoder/", "token_embedder/"))]
     assert all(np.array_equal(small[path], flatten(ours.params)[path]) for path in kept)
-    assert len(kept) == {"classification": 4, "regression": 4, "embedding": 0}.get(head, 2)
+    assert len(kept) == {"classification": 4, "multi_label_classification": 4, "regression": 4, "embedding": 0}.get(head, 2)
 
 
 def test_classes_and_numbers_of_texts_are_those_of_a_call_whatever_the_batch(plain, vocabulary):

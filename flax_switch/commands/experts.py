@@ -70,6 +70,6 @@ def make_fewer(args: argparse.Namespace, merge: bool) -> int:
     print(
         f"{doing} left {args.num_experts} experts a layer of {args.source} in {made.path}.\n"
         f"Cross-entropy on held-out text: {made.before:.4f} nats a token before, {made.after:.4f} after "
-        f"({made.after - made.before:+.4f}). A short fine-tuning with --init {made.path} wins back some of it."
+        f"({made.after - made.before:+.4f}). Fine-tune it with --init {made.path}."
     )
     return 0

@@ -161,21 +161,19 @@ def read_task(
     return training, validation
 
 
+_LISTED = {"token_classification": tagged_example, "multi_label_classification": labelled_example}  # targets are lists
+
+
 def _read(
     task: TaskConfig, source: str | tuple[str, ...], split: str, setting: str, skip_empty: bool, model: SwitchConfig | None
 ) -> list[Example]:
     model = model if model is not None and has_labels(model) else None
     examples = []
     for record, where in task_records(source, task, split, setting):
-        if model is not None and model.head == "token_classification":
-            tagged = tagged_example(record, task, model, where, _value)
-            check(tagged is not None or skip_empty, f"{where}: the inputs are empty; mend the file, or set data.skip_empty=true.")
-            examples += [] if tagged is None else [tagged]
-            continue
-        if model is not None and model.head == "multi_label_classification":
-            labelled = labelled_example(record, task, model, where, _value)
-            check(labelled is not None or skip_empty, f"{where}: the inputs are empty; mend the file, or set data.skip_empty=true.")
-            examples += [] if labelled is None else [labelled]
+        if model is not None and model.head in _LISTED:
+            listed = _LISTED[model.head](record, task, model, where, _value)
+            check(listed is not None or skip_empty, f"{where}: the inputs are empty; mend the file, or set data.skip_empty=true.")
+            examples += [] if listed is None else [listed]
             continue
         (inputs,), references = (
             _texts(record, task.inputs, task, where, "inputs"),

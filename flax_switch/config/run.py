@@ -175,7 +175,8 @@ class MeshConfig(_Section):
     data: Annotated[int, Range(least=1, also=(-1,))] = -1
     expert: Annotated[int, Range(least=1, also=(-1,))] = 1
     model: Annotated[int, Range(least=1, also=(-1,))] = 1
-    fsdp: bool = False  # parameters and optimiser state also sharded over data
+    # parameters and optimiser state in parts on all devices of the batch, gathered a layer at a time; experts' over data
+    fsdp: bool = False
     mode: str = "jit"  # or "pmap": the same train step under jax.pmap, for data and expert parallelism
 
     def __post_init__(self) -> None:

@@ -17,6 +17,7 @@ from flax_switch.nn.moe import SparseMLP
 from flax_switch.nn.outputs import LayerOutput
 from flax_switch.ops.moe.expert_parallel import EXCHANGED
 from flax_switch.ops.moe.routing import RouterOutput
+from flax_switch.parallel.gathering import keep_all_but_gathered
 from flax_switch.parallel.placement import ONE_DEVICE, Placement
 
 
@@ -182,15 +183,20 @@ class ScanBlock(nn.Module):
         return x, tuple(outputs)
 
 
-def remat(module: type[nn.Module], policy: str) -> type[nn.Module]:
+def remat(module: type[nn.Module], policy: str, *, in_parts: bool = False) -> type[nn.Module]:
     """Returns `module` with its activations recomputed in the backward pass, as the remat policy says.
 
-    What experts on other devices sent is always kept: recomputing it would send it again.
+    What experts on other devices sent is always kept: recomputing it would send it again. Where parameters lie in parts, what was
+    gathered of them never is: it would be all layers' at once.
     """
-    if policy == "none":
+    if policy == "none" and not in_parts:
         return module
     policies = jax.checkpoint_policies
     saved = policies.save_only_these_names(*EXCHANGED)
-    if policy == "minimal":
+    if policy == "none":
+        saved = keep_all_but_gathered
+    elif policy == "minimal":
         saved = policies.save_from_both_policies(policies.checkpoint_dots_with_no_batch_dims, saved)
-    return nn.remat(module, policy=saved, prevent_cse=False, static_argnums=(3,) if module is ScanBlock else ())
+    # In a loop nothing can be taken from the forward pass; elsewhere XLA would, and keep what is to be computed again.
+    scanned = module is ScanBlock
+    return nn.remat(module, policy=saved, prevent_cse=not scanned, static_argnums=(3,) if scanned else ())

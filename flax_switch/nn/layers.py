@@ -21,6 +21,7 @@ from flax_switch.ops.ids import check_ids
 from flax_switch.ops.kernels.narrow import Narrow
 from flax_switch.ops.kernels.projection import project, project_transposed
 from flax_switch.ops.kernels.quantized import Kernel, with_scale
+from flax_switch.parallel.gathering import InParts
 
 Initializer = Callable[..., Any]
 Fan = Literal["fan_in", "fan_avg"]
@@ -45,12 +46,16 @@ def scaled_init(
 
 
 def kernel_of(
-    module: nn.Module, init: Initializer, shape: Sequence[int], axes: Sequence[str], dtype: Any, weights: str
+    module: nn.Module, init: Initializer, shape: Sequence[int], axes: Sequence[str], dtype: Any, weights: str, used_as: Any = None
 ) -> Kernel | Narrow:
-    """Declares a module's parameter "kernel" with its logical axes and returns it; a quantised one has its scales beside it."""
+    """Declares a module's parameter "kernel" with its logical axes and returns it; a quantised one has its scales beside it.
+
+    used_as: the dtype in which one that lies in parts is gathered; by default its own.
+    """
 
     def declare(name: str, init: Initializer, shape: Sequence[int], axes: Sequence[str | None], dtype: Any) -> Any:
-        return module.param(name, nn.with_logical_partitioning(init, tuple(axes)), tuple(shape), jnp.dtype(dtype))
+        found = module.param(name, nn.with_logical_partitioning(init, tuple(axes)), tuple(shape), jnp.dtype(dtype), unbox=False)
+        return found.whole(used_as) if used_as and isinstance(found, InParts) else nn.unbox(found)
 
     if weights == "float":
         return declare("kernel", init, shape, axes, dtype)
@@ -73,7 +78,7 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B F"]:
         shape = (x.shape[-1], self.features)
-        kernel = kernel_of(self, self.kernel_init, shape, self.axes, self.param_dtype, self.weights)
+        kernel = kernel_of(self, self.kernel_init, shape, self.axes, self.param_dtype, self.weights, self.dtype)
         y = project(x.astype(self.dtype), kernel.astype(self.dtype))
         if not self.bias:
             return y

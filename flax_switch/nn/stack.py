@@ -24,6 +24,7 @@ class Stack(nn.Module):
 
     config: SwitchConfig
     stack: StackConfig
+    in_parts: bool = False  # whether parameters are (`Placement.in_parts`)
 
     def setup(self) -> None:
         config, stack = self.config, self.stack
@@ -34,7 +35,7 @@ class Stack(nn.Module):
         form = FusedLayer if config.layer_form == "fused" else Layer
         if config.scan_layers:
             block = nn.scan(
-                remat(ScanBlock, config.remat_policy),
+                remat(ScanBlock, config.remat_policy, in_parts=self.in_parts),
                 variable_axes={"params": SCAN_AXIS},
                 split_rngs={"params": True, "dropout": True, "jitter": True},
                 in_axes=(nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType] - flax takes a tuple, one for each argument
@@ -43,7 +44,7 @@ class Stack(nn.Module):
             )
             setattr(self, stack.name, block(config, stack, form))
         else:
-            layer = remat(form, config.remat_policy)
+            layer = remat(form, config.remat_policy, in_parts=self.in_parts)
             self.layers = [layer(config, stack, sparse=i in stack.sparse_layers) for i in range(stack.num_layers)]
         norm = norm_of(config)
         setattr(self, f"{stack.name}_norm", norm)

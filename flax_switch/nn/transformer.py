@@ -51,7 +51,7 @@ class SwitchEncoder(nn.Module):
         )
         if not self.config.decoder_only:
             self.token_embedder = Embedding(self.config)
-            self.encoder = Stack(self.config, self.config.encoder)
+            self.encoder = Stack(self.config, self.config.encoder, self.devices.in_parts)
 
     @nn.nowrap
     def init(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -184,7 +184,7 @@ class SwitchTransformer(SwitchEncoder):
 
     def setup(self) -> None:
         super().setup()
-        self.decoder = Decoder(self.config, self.config.decoder)
+        self.decoder = Decoder(self.config, self.config.decoder, self.devices.in_parts)
 
     def decode(
         self,

@@ -20,7 +20,7 @@ from flax_switch.config import MeshConfig, check
 MESH_AXES = ("data", "expert", "model")
 AnyMesh = Mesh | AbstractMesh  # the planner has shapes and shardings without devices
 
-# Logical axis -> mesh axis, None for replicated. With fsdp, "embed" of parameters goes over "data" too.
+# Logical axis -> mesh axis, None for replicated. With fsdp, parameters' "embed" goes over the batch's axes, too, or over "data".
 BATCH_AXES = ("expert", "data")
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": BATCH_AXES,
@@ -78,7 +78,10 @@ def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: AnyMe
     """
     entries: list[str | tuple[str, ...] | None] = []
     for name, size in zip(axes, shape, strict=True):
-        rule = "data" if fsdp and name == "embed" and "data" not in entries else RULES[name] if name else None
+        rule = RULES[name] if name else None
+        if fsdp and name == "embed" and not {"data", BATCH_AXES} & set(entries):
+            everywhere = "expert" not in axes and size % (mesh.shape["expert"] * mesh.shape["data"]) == 0
+            rule = BATCH_AXES if everywhere and mesh.shape["expert"] > 1 else "data"
         ways = math.prod(mesh.shape[a] for a in ((rule,) if isinstance(rule, str) else rule or ()))
         check(
             name != "expert" or size % ways == 0,

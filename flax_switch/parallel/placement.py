@@ -21,6 +21,11 @@ class Placement:
         """How many programs share a step."""
         return 1
 
+    @property
+    def in_parts(self) -> bool:
+        """Whether parameters lie in parts, each to be gathered where it is used (`parallel.gathering`)."""
+        return False
+
     def sum(self, x: Any) -> Any:
         """Adds up a tree over all devices."""
         return x
@@ -60,6 +65,12 @@ class OnMesh(Placement):
     """One program over a mesh of several devices with our axes; sparse layers send tokens to the devices of their experts."""
 
     mesh: AnyMesh
+    fsdp: bool = False
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether the run has `mesh.fsdp`."""
+        return self.fsdp
 
     def keep_batch_split(self, x: jax.Array) -> jax.Array:
         """Constrains activations [B, ...] to be split as the batch is, where the mesh divides their rows.
@@ -122,6 +133,6 @@ class UnderPmap(Placement):
 ONE_DEVICE = Placement()
 
 
-def placed_on(mesh: AnyMesh) -> Placement:
+def placed_on(mesh: AnyMesh, *, fsdp: bool = False) -> Placement:
     """Returns the placement of a program that jit compiles for a mesh."""
-    return OnMesh(mesh) if mesh.size > 1 else ONE_DEVICE
+    return OnMesh(mesh, fsdp) if mesh.size > 1 else ONE_DEVICE

@@ -7,12 +7,13 @@ from typing import Any
 
 import jax
 
-from flax_switch.config import ExperimentConfig, MeshConfig, SwitchConfig, check, one_of
+from flax_switch.config import ExperimentConfig, MeshConfig, check, one_of
 from flax_switch.config.flops import train_flops
 from flax_switch.ops.moe.groups import Grouping, make_grouping
 from flax_switch.ops.moe.routing import expert_capacity
 from flax_switch.parallel.mesh import MESH_AXES, create_mesh, mesh_shape
 from flax_switch.plan.advice import advise
+from flax_switch.plan.bounds import exchange_bound, parameter_bound
 from flax_switch.plan.memory import Memory, abstract_mesh, batch_structs, train_memory
 from flax_switch.plan.program import EFFORTS, Program, compile_decode, compile_train, compiler_effort
 from flax_switch.plan.topology import CannotCompile, Topology, compile_devices, parse_topology
@@ -32,6 +33,7 @@ class Plan:
     tokens: int  # of a batch, sources and targets
     model_flops: float  # of a train step, over all devices, by the config alone
     exchange_bound: float  # bytes that a device must send for the experts in a train step
+    parameter_bound: float  # and for parameters that lie in parts, and gradients
     slots_per_token: dict[str, float]  # of each sparse stack: the capacity factor after rounding
     train: Program | None
     decode: Program | None
@@ -111,6 +113,7 @@ def plan(
         tokens=config.data.batch_size * (config.data.inputs_length + config.data.targets_length),
         model_flops=train_flops(config.model, config.data.batch_size, config.data.inputs_length, config.data.targets_length),
         exchange_bound=exchange_bound(config, shape, slots),
+        parameter_bound=parameter_bound(run),
         slots_per_token=slots,
         train=train,
         decode=generation,
@@ -163,35 +166,9 @@ def straddling_groups(config: ExperimentConfig, mesh: tuple[int, int, int]) -> l
     ]
 
 
-def _sent(model: SwitchConfig) -> list[int]:
-    """Returns how many numbers of a token go to an expert and come back from it, in a sparse layer."""
-    D, heads = model.d_model, model.num_heads * model.d_kv
-    if model.layer_form != "fused":
-        return [D, D]
-    to_and_from = {
-        "q_wi": D + heads + len(model.mlp_activations) * model.d_ff, "kv": D + 2 * model.d_kv, "o_wo": heads + model.d_ff + D,
-    }  # fmt: skip
-    return [to_and_from[name] for name in model.fused_sparse]
-
-
 def _groupings(config: ExperimentConfig) -> dict[str, Grouping]:
     """Returns the routing groups of one micro-batch, by sparse stack."""
     rows, lengths = config.data.batch_size // config.train.microbatches, config.data.stack_lengths(config.model)
     return {
         stack.name: make_grouping(config.model, rows, lengths[stack.name]) for stack in config.model.stacks if stack.sparse_layers
     }
-
-
-def exchange_bound(config: ExperimentConfig, mesh: tuple[int, int, int], slots: dict[str, float]) -> float:
-    """Returns bytes that each device sends, at the least, to bring tokens to their experts and back in a train step.
-
-    2 (forward and backward) x layers x slots per token x tokens of a device x (D there + D back) x bytes x (1 - 1 / EP).
-    """
-    data, expert, _ = mesh
-    model = config.model
-    width = jax.numpy.dtype(model.expert_dtype or model.dtype).itemsize
-    total, lengths = 0.0, config.data.stack_lengths(model)
-    for stack in model.stacks:
-        tokens = config.data.batch_size * lengths[stack.name] / (data * expert)
-        total += 2 * stack.num_sparse * slots.get(stack.name, 0.0) * tokens * sum(_sent(model)) * width
-    return total * (1 - 1 / expert)

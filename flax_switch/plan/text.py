@@ -99,15 +99,24 @@ def _traffic_lines(plan: Plan, program: Program) -> list[str]:
         )
     if not program.traffic:
         lines.append("      none")
-    if program is plan.train and plan.exchange_bound:
-        parts = [t.wire_bytes for t in program.traffic if t.kind in ("all-to-all", "ragged-all-to-all")]
+    if program is plan.train:
+        lines += [f"      {line}" for line in _bound_lines(plan, program)]
+    return lines
+
+
+def _bound_lines(plan: Plan, program: Program) -> list[str]:
+    """Returns what must be sent beside what is: for the experts by all-to-alls, for parameters by all others."""
+    lines, exchanges = [], ("all-to-all", "ragged-all-to-all")
+    for what, bound, senders, by in (
+        ("the experts' exchange needs", plan.exchange_bound, True, "all-to-alls send"),
+        ("gathering parameters and adding up gradients need", plan.parameter_bound, False, "the other kinds send"),
+    ):
+        parts = [t.wire_bytes for t in program.traffic if (t.kind in exchanges) == senders]
         sent = [part for part in parts if part is not None]
-        known = (
-            f"{sum(sent) / 1e9:.4f} GB ({sum(sent) / plan.exchange_bound:.3f} of it)"
-            if len(sent) == len(parts)
-            else "an unknown amount"
-        )
-        lines.append(f"      the experts' exchange needs at least {plan.exchange_bound / 1e9:.4f} GB; all-to-alls send {known}")
+        if bound:
+            share = f"{sum(sent) / 1e9:.4f} GB ({sum(sent) / bound:.3f} of it)"
+            known = share if len(sent) == len(parts) else "an unknown amount"
+            lines.append(f"{what} at least {bound / 1e9:.4f} GB; {by} {known}")
     return lines
 
 

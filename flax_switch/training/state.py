@@ -19,6 +19,7 @@ from flax_switch.nn.heads import build_model
 from flax_switch.nn.init import abstract_params, init_params, logical_axes
 from flax_switch.nn.transformer import SwitchEncoder
 from flax_switch.ops.kernels.on_disk import check_in_memory
+from flax_switch.parallel.gathering import boxed
 from flax_switch.parallel.mesh import AnyMesh, tree_shardings
 from flax_switch.parallel.placement import placed_on
 from flax_switch.training.freezing import trainable_part
@@ -67,6 +68,12 @@ class Run:
         adapter, base = adapter_of(self.config), {name: leaf for name, leaf in params.items() if name != ADAPTER}
         return adapted(base, params[ADAPTER], adapter.scale(), dropout=adapter.dropout, rng=rng)
 
+    def for_model(self, params: Any, rng: jax.Array | None = None) -> Any:
+        """Returns parameters `in_use` as a step's program hands them to the model: those that lie in parts know it."""
+        if not self.config.mesh.fsdp or ADAPTER in params:
+            return self.in_use(params, rng)
+        return boxed(params, state_shardings(self).params)
+
 
 def adapter_of(config: ExperimentConfig | FinetuneConfig) -> AdapterConfig:
     """Returns the settings of a run's adapter; one of rank 0 is none."""
@@ -75,7 +82,7 @@ def adapter_of(config: ExperimentConfig | FinetuneConfig) -> AdapterConfig:
 
 def build_run(config: ExperimentConfig | FinetuneConfig, mesh: AnyMesh) -> Run:
     """Returns model, optimiser and the abstract state with its shardings, without allocating an array."""
-    model = build_model(config.model, devices=placed_on(mesh))
+    model = build_model(config.model, devices=placed_on(mesh, fsdp=config.mesh.fsdp))
     axes = logical_axes(model)
     if adapter_of(config).rank:
         parts = adapter_parts(model, adapter_of(config))

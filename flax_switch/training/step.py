@@ -87,7 +87,7 @@ def loss_and_grads(run: Run, params: Any, batch: Batch, rng: jax.Array, loss_of:
     trained = trainable_part(params, run.config.optimizer.trainable)
 
     def loss_fn(trained, piece, rng):
-        output = forward(run.model, run.in_use(merged(params, trained), rng), piece, rng)
+        output = forward(run.model, run.for_model(merged(params, trained), rng), piece, rng)
         loss = loss_of(output, piece, divisor * (1 / pieces))
         return loss.loss, (loss, router_metrics(output))
 
@@ -162,7 +162,7 @@ def eval_step(run: Run, params: Any, batch: Batch) -> dict[str, Any]:
     `batch["text_mask"]` marks the targets that are text, neither sentinel nor EOS.
     With the head of a task its loss and how many labels it is of, and the head's `logits`.
     """
-    output = forward(run.model, run.in_use(params), batch, None)
+    output = forward(run.model, run.for_model(params), batch, None)
     labels = batch["labels"]
     if run.config.model.head != LANGUAGE_MODEL:
         loss = task_loss(output, labels, run.config.model.replace(loss_normalizer="real_target_tokens"))

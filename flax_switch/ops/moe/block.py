@@ -75,7 +75,7 @@ def moe_block(
         grouping = own_groups(grouping, devices.size)
         y, routed = body(*arrays, grouping=grouping, peers=pmap_peers(devices))
     elif isinstance(devices, OnMesh) and fits_mesh(grouping, devices.mesh):
-        y, routed = over_mesh(body, arrays, devices.mesh, grouping, dtype=expert_dtype(config))
+        y, routed = over_mesh(body, arrays, devices, grouping, dtype=expert_dtype(config))
     else:
         y, routed = body(*arrays, grouping=grouping, split=isinstance(devices, LaidOutByCompiler))
     if params.shared_expert is not None:

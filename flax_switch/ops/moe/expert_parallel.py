@@ -33,8 +33,9 @@ from flax_switch.ops.moe.executors import ExpertFunction, SortedExperts, execute
 from flax_switch.ops.moe.groups import Grouping
 from flax_switch.ops.moe.routing import RoutingPlan
 from flax_switch.ops.moe.rows import take_rows
+from flax_switch.parallel.gathering import gathered
 from flax_switch.parallel.mesh import BATCH_AXES, AnyMesh, partition_spec
-from flax_switch.parallel.placement import UnderPmap
+from flax_switch.parallel.placement import OnMesh, UnderPmap
 
 log = logging.getLogger(__name__)
 
@@ -143,7 +144,7 @@ def _warn(message: str) -> None:
 
 
 def over_mesh(
-    body: Callable[..., tuple[Array, Any]], arrays: tuple, mesh: AnyMesh, grouping: Grouping, *, dtype: DTypeLike
+    body: Callable[..., tuple[Array, Any]], arrays: tuple, devices: OnMesh, grouping: Grouping, *, dtype: DTypeLike
 ) -> tuple[Array, Any]:
     """Runs `ops.moe.block.route_and_execute` on every device of a mesh.
 
@@ -152,14 +153,14 @@ def over_mesh(
     from one mesh to another. Devices along 'model' hold slices of each expert and the same tokens; their outputs, combined, are
     added up at the end: that moves the fewest bytes, a token's D once however many slots it takes.
     """
-    params, *others = arrays
-    # Cast before they are handed over: what fsdp gathers, and what gradients add up over data, is in the experts' dtype.
+    (params, *others), mesh = arrays, devices.mesh
+    # Cast before they are handed over: what fsdp gathers inside, and what gradients add up over data, is in the experts' dtype.
     params = dataclasses.replace(params, expert={name: kernel.astype(dtype) for name, kernel in params.expert.items()})
-    kernels = {name: _kernel_specs(name, kernel, mesh) for name, kernel in params.expert.items()}
+    kernels = {name: _kernel_specs(name, kernel, devices) for name, kernel in params.expert.items()}
     sliced = "wo" in kernels and "model" in jax.tree.leaves(kernels["wo"])[0]
     # int4 may have too few groups of inputs to be cut; then nothing of an expert is, nor of one that only projects
     if not sliced:
-        kernels = jax.tree.map(lambda spec: PartitionSpec(*spec[:1]), kernels)
+        kernels = jax.tree.map(lambda spec: PartitionSpec(*(axis if axis != "model" else None for axis in spec)), kernels)
     batch, whole = PartitionSpec(BATCH_AXES), PartitionSpec()
     peers = Peers("expert", mesh.shape["expert"])
     own = grouping.part(math.prod(mesh.shape[a] for a in BATCH_AXES))
@@ -169,6 +170,7 @@ def over_mesh(
         if sliced and _LAST_BIAS in params.expert:  # what the slices of an expert add up to has it once
             once = jnp.where(lax.axis_index("model") == 0, params.expert[_LAST_BIAS], 0)
             params = dataclasses.replace(params, expert={**params.expert, _LAST_BIAS: once})
+        params = dataclasses.replace(params, expert=jax.tree.map(gathered, params.expert, kernels))
         fold = lambda rng, index: None if rng is None else jax.random.fold_in(rng, index)  # noqa: E731
         jitter_rng, dropout_rng = fold(jitter_rng, rank), fold(fold(dropout_rng, rank), lax.axis_index("model"))
         y, routed = body(params, x, mask, token_ids, jitter_rng, dropout_rng, grouping=own, peers=peers)
@@ -193,17 +195,19 @@ def over_mesh(
     return lax.reduce_sum(y, (0,)), routed  # jnp.sum would send bfloat16 as float32
 
 
-def _kernel_specs(name: str, kernel: Kernel, mesh: AnyMesh) -> Any:
+def _kernel_specs(name: str, kernel: Kernel, devices: OnMesh) -> Any:
     """Returns how each array of the experts' kernels of a name is cut."""
+    mesh, fsdp = devices.mesh, devices.fsdp
     inputs, outputs = ("mlp", "embed") if name.startswith("wo") else ("embed", "mlp")
     axes = ("expert", None if name.endswith(BIAS) else inputs, outputs)
     if isinstance(kernel, Adapted):
         expert, inputs, outputs = axes
         parts = ((kernel.a, (expert, inputs, None)), (kernel.b, (expert, None, outputs)), (kernel.gain, (expert, None, outputs)))
         specs = [partition_spec(axes, part.shape, mesh) for part, axes in parts if part is not None]
-        return jax.tree.unflatten(jax.tree.structure(kernel), [*jax.tree.leaves(_kernel_specs(name, kernel.base, mesh)), *specs])
+        base = _kernel_specs(name, kernel.base, dataclasses.replace(devices, fsdp=False))
+        return jax.tree.unflatten(jax.tree.structure(kernel), [*jax.tree.leaves(base), *specs])
     held = stored(kernel.shape, kernel.weights, axes).axes if isinstance(kernel, Quantized) else axes
-    return jax.tree.map(lambda array: partition_spec(held, array.shape, mesh), kernel)
+    return jax.tree.map(lambda array: partition_spec(held, array.shape, mesh, fsdp=fsdp), kernel)
 
 
 def own_groups(grouping: Grouping, ways: int) -> Grouping:

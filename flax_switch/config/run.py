@@ -177,6 +177,9 @@ class MeshConfig(_Section):
     model: Annotated[int, Range(least=1, also=(-1,))] = 1
     # parameters and optimiser state in parts on all devices of the batch, gathered a layer at a time; experts' over data
     fsdp: bool = False
+    # of data and of expert, over how many slices they go that a data centre's network joins, as outermost parts of these axes
+    dcn_data: Count = 1
+    dcn_expert: Count = 1
     mode: str = "jit"  # or "pmap": the same train step under jax.pmap, for data and expert parallelism
 
     def __post_init__(self) -> None:
@@ -193,6 +196,12 @@ class MeshConfig(_Section):
             f"mesh axes must be positive, at most one of them -1; they are data={self.data}, expert={self.expert}, "
             f"model={self.model}.",
         )
+        for name in ("data", "expert"):
+            size, slices = getattr(self, name), getattr(self, f"dcn_{name}")
+            check(
+                size == -1 or size % slices == 0,
+                f"mesh.{name} counts the devices of all slices, so mesh.dcn_{name} must divide it; they are {size} and {slices}.",
+            )
 
 
 TRACKERS = ("jsonl", "tensorboard", "wandb")

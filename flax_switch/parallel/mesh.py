@@ -58,16 +58,47 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
         f"Set one axis to -1 to take what is left.",
     )
     data, expert, model = sizes
+    check(
+        data % config.dcn_data == 0,
+        f"mesh.dcn_data ({config.dcn_data}) must divide mesh.data, which is {data} on {num_devices} devices.",
+    )
+    check(
+        expert % config.dcn_expert == 0,
+        f"mesh.dcn_expert ({config.dcn_expert}) must divide mesh.expert, which is {expert} on {num_devices} devices.",
+    )
     return data, expert, model
 
 
 def create_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Returns a mesh over all devices (or those given), laid out for the interconnect."""
     devices = jax.devices() if devices is None else list(devices)
-    shape = mesh_shape(config, len(devices))
-    array = mesh_utils.create_device_mesh(shape, devices=devices, allow_split_physical_axes=True)
+    shape, slices = mesh_shape(config, len(devices)), (config.dcn_data, config.dcn_expert, 1)
+    inside = [size // ways for size, ways in zip(shape, slices, strict=True)]
+    grids = np.empty(slices, object)
+    for place, members in zip(np.ndindex(slices), slices_of(devices, math.prod(slices)), strict=True):
+        grids[place] = mesh_utils.create_device_mesh(inside, devices=members, allow_split_physical_axes=True)
+    array = np.block(grids.tolist())
     # Auto axes: GSPMD propagates the shardings; make_mesh's default of explicit axes would put them into the types.
     return Mesh(array, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def slices_of(devices: Sequence[Any], count: int) -> list[list[Any]]:
+    """Returns the devices of each of `count` slices: of those the devices say they are in, of processes, or equal shares in order.
+
+    Raises `ConfigError` where the devices lie in another number of slices.
+    """
+    if count == 1:
+        return [list(devices)]
+    for attribute in ("slice_index", "process_index"):
+        found = sorted({getattr(device, attribute, 0) for device in devices})
+        if len(found) == count:
+            return [[d for d in devices if getattr(d, attribute, 0) == index] for index in found]
+        check(
+            attribute != "slice_index" or len(found) == 1,
+            f"mesh.dcn_data x mesh.dcn_expert must be the number of slices, {len(found)} here; it is {count}.",
+        )
+    size = len(devices) // count
+    return [list(devices[i * size : (i + 1) * size]) for i in range(count)]
 
 
 def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: AnyMesh, *, fsdp: bool = False) -> PartitionSpec:

@@ -64,11 +64,17 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A number of chips of one kind, for TPUs in a grid."""
+    """A number of chips of one kind, for TPUs in one or more slices, each a grid."""
 
     name: str
     chip: Chip
     num_devices: int
+    slices: int = 1
+
+    @property
+    def of_a_slice(self) -> str:
+        """The name of one slice."""
+        return self.name.rpartition("*")[2]
 
 
 class CannotCompile(Exception):
@@ -78,9 +84,12 @@ class CannotCompile(Exception):
 def parse_topology(name: str) -> Topology:
     """Returns the topology called `name`: a chip, a colon, and a grid (v5e and v6e 4x4, v5p 4x4x8) or a number of devices.
 
-    Raises `ConfigError` that names the chips known and the form expected.
+    `2*v5e:4x4` is two such slices, joined by the data centre's network. Raises `ConfigError` that names the chips known and the
+    form expected.
     """
-    chip_name, colon, shape = name.partition(":")
+    many, _, of_a_slice = name.rpartition("*")
+    check(not many or (many.isdecimal() and 1 < int(many) <= 10_000), f"Slices are counted as in 2*v5e:4x4; this is {name!r}.")
+    chip_name, colon, shape = of_a_slice.partition(":")
     chip = CHIPS.get(chip_name.lower())
     known = ", ".join(_example(c) for c in CHIPS.values())
     if chip is None:
@@ -93,11 +102,13 @@ def parse_topology(name: str) -> Topology:
         f"{form}, with {chip.dimensions} size(s) of at least 1; {name!r} has {len(sizes)}.",
     )
     count = math.prod(sizes)
+    check(not many or chip.platform == "tpu", f"Only TPUs come in slices; write the number of all devices for {name!r}.")
     check(
         chip.platform != "gpu" or count <= GPUS_OF_A_HOST or count % GPUS_OF_A_HOST == 0,
         f"Hosts have {GPUS_OF_A_HOST} GPUs: {name!r} must have up to {GPUS_OF_A_HOST} of them or a multiple of that.",
     )
-    return Topology(f"{chip.name}:{shape}", chip, count)
+    slices = int(many or 1)
+    return Topology(f"{f'{slices}*' if many else ''}{chip.name}:{shape}", chip, count * slices, slices)
 
 
 def _example(chip: Chip) -> str:
@@ -127,7 +138,8 @@ def _described_tpus(topology: Topology) -> list[Any]:
     from jax.experimental import topologies
 
     try:
-        description = topologies.get_topology_desc(platform="tpu", topology_name=topology.name)
+        options = {"num_slices": topology.slices} if topology.slices > 1 else {}
+        description = topologies.get_topology_desc(platform="tpu", topology_name=topology.of_a_slice, **options)
     except Exception as error:  # JaxRuntimeError or NotImplementedError, by version
         raise ConfigError(
             f"libtpu knows no slice {topology.name!r}; sizes are powers of two or multiples of four. "

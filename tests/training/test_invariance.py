@@ -88,11 +88,14 @@ MESHES = [
     MeshConfig(data=2, expert=4, mode="pmap"),
     MeshConfig(data=1, expert=8, mode="pmap"),
     MeshConfig(data=8, mode="pmap"),
+    MeshConfig(data=4, expert=2, dcn_data=2, fsdp=True),
+    MeshConfig(data=2, expert=4, dcn_expert=2),
 ]
 
 
 def name(mesh):
-    return f"{mesh.data}x{mesh.expert}x{mesh.model}" + mesh.fsdp * "-fsdp" + (mesh.mode == "pmap") * "-pmap"
+    slices = f"-slices-{mesh.dcn_data}x{mesh.dcn_expert}" * (mesh.dcn_data * mesh.dcn_expert > 1)
+    return f"{mesh.data}x{mesh.expert}x{mesh.model}" + mesh.fsdp * "-fsdp" + (mesh.mode == "pmap") * "-pmap" + slices
 
 
 @pytest.mark.slow

@@ -191,7 +191,7 @@ def test_a_workdir_of_another_run_is_refused_naming_the_fields(tmp_path):
 
 
 MAY_CHANGE = {
-    "mesh": {"data", "expert", "model", "fsdp", "mode"},
+    "mesh": {"data", "expert", "model", "fsdp", "mode", "dcn_data", "dcn_expert"},
     "train": {
         "steps", "log_every", "eval_every", "eval_batches", "checkpoint_every", "keep_last", "keep_every", "sample_spans", "log_to",
         "max_nonfinite_steps",

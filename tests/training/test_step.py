@@ -121,7 +121,7 @@ def test_parameters_and_statistics_are_split_by_the_rules():
     row = state.opt_state.row["encoder"]["layers_0"]["mlp"]["expert"]["wi"]["kernel"]
     assert row.addressable_shards[0].data.shape == (2, 8)
     router = state.params["encoder"]["layers_0"]["mlp"]["router"]["router_weights"]["w"]["kernel"]
-    assert router.sharding.spec == P("data")
+    assert router.sharding.spec == P(("expert", "data"))
 
 
 def test_meshes_that_do_not_fit_are_refused():

@@ -158,6 +158,8 @@ class OptimizerConfig(_Section):
     eps: Epsilon = 1e-8
     weight_decay: NotNegative = 0.0
     clip_global_norm: Annotated[float, Range(above=0, off="None clips no gradient.")] | None = None
+    # of parameters in bfloat16: the optimiser works in float32, and a sum is rounded up or down by chance, on average to itself
+    stochastic_rounding: bool = False
     trainable: str = ".*"  # a regular expression over parameter paths, or a name in training/freezing; all others are frozen
 
     def __post_init__(self) -> None:

@@ -24,6 +24,7 @@ from flax_switch.parallel.mesh import AnyMesh, tree_shardings
 from flax_switch.parallel.placement import placed_on
 from flax_switch.training.freezing import trainable_part
 from flax_switch.training.optimizer import build_optimizer, optimizer_state_axes
+from flax_switch.training.rounding import check_rounding, in_float32
 
 
 @flax.struct.dataclass
@@ -82,6 +83,7 @@ def adapter_of(config: ExperimentConfig | FinetuneConfig) -> AdapterConfig:
 
 def build_run(config: ExperimentConfig | FinetuneConfig, mesh: AnyMesh) -> Run:
     """Returns model, optimiser and the abstract state with its shardings, without allocating an array."""
+    check_rounding(config)
     model = build_model(config.model, devices=placed_on(mesh, fsdp=config.mesh.fsdp))
     axes = logical_axes(model)
     if adapter_of(config).rank:
@@ -89,6 +91,7 @@ def build_run(config: ExperimentConfig | FinetuneConfig, mesh: AnyMesh) -> Run:
         axes = {**axes, ADAPTER: unflatten_dict({path: part.axes for path, part in parts.items()}, sep="/")}
     trained_axes = trainable_part(axes, config.optimizer.trainable)
     optimizer = build_optimizer(config.optimizer, trained_axes, config.train.steps)
+    optimizer = in_float32(optimizer) if config.optimizer.stochastic_rounding else optimizer
     abstract = jax.eval_shape(lambda params: _fresh(config, model, optimizer, params), abstract_params(model))
     trained = trainable_part(abstract.params, config.optimizer.trainable)
     state_axes = dataclasses.replace(

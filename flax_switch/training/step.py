@@ -20,6 +20,7 @@ from flax_switch.ops.task_losses import task_loss
 from flax_switch.parallel.mesh import batch_sharding, replicated
 from flax_switch.training.freezing import merged, trainable_part
 from flax_switch.training.optimizer import global_norm, learning_rate_schedule
+from flax_switch.training.rounding import apply_rounded
 from flax_switch.training.state import Run, TrainState, is_split, state_shardings
 
 Batch = dict[str, jax.Array]
@@ -136,7 +137,8 @@ def train_step(run: Run, state: TrainState, batch: Batch, loss_of: Loss | None =
     included, stay as they are, and "skipped" is 1 in the metrics.
     """
     devices = run.model.devices
-    rng = devices.own_key(jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step))
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+    rng = devices.own_key(key)
     grads, metrics = loss_and_grads(run, state.params, batch, rng, loss_of)
     trained = trainable_part(state.params, run.config.optimizer.trainable)
     norm = global_norm(grads, jax.tree.map(is_split, trained_leaves(run)), devices)
@@ -145,6 +147,8 @@ def train_step(run: Run, state: TrainState, batch: Batch, loss_of: Loss | None =
     def update(old, grads, norm):
         trained, opt_state = old
         updates, opt_state = run.optimizer.update(grads, opt_state, trained, norm=norm)
+        if run.config.optimizer.stochastic_rounding:
+            return apply_rounded(trained, updates, key), opt_state  # the same on devices that hold the same
         return optax.apply_updates(trained, updates), opt_state
 
     trained, opt_state = update_if(finite, update, (trained, state.opt_state), grads, norm)

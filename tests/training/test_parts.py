@@ -54,7 +54,7 @@ def test_a_step_gathers_each_layers_parameters_twice_and_hands_gradients_back_in
         of_kernel = [c for c in gathers if kernel in c.op_name]
         assert sum(c.count for c in of_kernel) == 2 * 2 and {c.bytes for c in of_kernel} == {dense}
     scattered = [c for c in found if c.kind == "reduce-scatter"]
-    assert sum(c.count for c in scattered) == 2 * 2 and {c.group_size for c in scattered} == {2}  # wi and wo of both layers' experts
+    assert sum(c.count for c in scattered) == 2 * 2 and {c.group_size for c in scattered} == {2}  # wi, wo of two layers
     bound = parameter_bound(run)
     assert sum(c.wire_bytes * c.count for c in gathers) <= 1.1 * bound
 

@@ -257,6 +257,17 @@ def first_process_first(work: Callable[[], T]) -> T:
     return work()
 
 
+def from_first(value: T) -> T:
+    """Returns process 0's value, JSON-able, in every process: what all must decide alike is decided there."""
+    if _runtime.global_state.client is None:
+        return value
+    name = f"flax_switch/from_first/{next(_calls)}"
+    if _process() == 0:
+        _client().key_value_set(name, json.dumps({"value": value}))
+        return value
+    return json_object(_client().blocking_key_value_get(name, _LONG), "a value of process 0")["value"]
+
+
 def gather_at_first(name: str, text: str) -> list[str]:
     """Returns in process 0 every process's text, in order, elsewhere nothing. All give the same name, in any thread."""
     if _runtime.global_state.client is None:

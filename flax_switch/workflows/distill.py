@@ -22,11 +22,13 @@ from flax_switch.convert.tensors import LazyTensor
 from flax_switch.data import Vocabulary
 from flax_switch.nn.outputs import ModelOutput
 from flax_switch.ops.losses import IGNORED_LABEL, LossOutput, loss_weights
+from flax_switch.parallel import processes
 from flax_switch.parallel.mesh import batch_sharding, check_batch_size, create_mesh, replicated, shard_batch
 from flax_switch.pretrained import Pretrained, from_checkpoint
-from flax_switch.training.checkpoint import claim_workdir
+from flax_switch.training.checkpoint import claim_workdir, flat_fields
 from flax_switch.training.evaluate import Evaluator
 from flax_switch.training.loop import check_vocabulary, given_back_if_refused, train
+from flax_switch.training.progress import console
 from flax_switch.training.state import Run, TrainState, build_run, init_state, state_shardings
 from flax_switch.training.step import Batch, Loss, compile_eval_step, forward, train_step, true_loss
 from flax_switch.training.stepper import Stepper
@@ -42,24 +44,26 @@ def distill(
     The teacher is any checkpoint `load_pretrained` opens. Its parameters are laid out over the run's mesh, are never updated, and
     are not part of the run's checkpoints. Raises `ConfigError` for settings, data or a teacher that cannot be used, before anything
     is compiled. `verify`: compare checkpoints, the teacher's too, with their checksums before they are used. `profile` and `log`
-    are as for `pretrain`.
+    are as for `pretrain`, and so are several processes: every one of them makes this call.
     """
+    console.quiet = jax.process_index() != 0
+    processes.require_same({"workdir": str(workdir), "jax": jax.__version__, **flat_fields(config)})
     check(bool(config.teacher), "Distillation needs a teacher: a checkpoint that load_pretrained opens.")
     require_trackers(config.train.log_to)
-    checkpoint = open_checkpoint(config.teacher, verify=verify)
+    checkpoint = processes.first_process_first(lambda: open_checkpoint(config.teacher, verify=verify))
     check_teacher(config, checkpoint.config, checkpoint.architecture)
     copied = copied_weights(checkpoint, config.model) if config.distillation.copy_weights else {}
-    check(
-        config.mesh.mode == "jit" and jax.process_count() == 1,
-        "Distillation runs under jit in one process, on any number of its devices; set mesh.mode='jit' and start one process.",
-    )
+    check(config.mesh.mode == "jit", "Distillation runs under jit, on any number of devices; set mesh.mode='jit'.")
     mesh = create_mesh(config.mesh)
     check_batch_size(config.data.batch_size, mesh)
     run = build_run(config, mesh)
     teacher = from_checkpoint(checkpoint, mesh=mesh)
     with given_back_if_refused(workdir):
-        workdir = claim_workdir(workdir, config)
-        prepared = data.prepare(config.data, workdir=workdir, vocabulary=shared_vocabulary(config, teacher.vocabulary))
+        workdir = processes.first_process_first(lambda: claim_workdir(workdir, config))
+        vocabulary = shared_vocabulary(config, teacher.vocabulary)
+        prepare = lambda: data.prepare(config.data, workdir=workdir, vocabulary=vocabulary, quiet=console.quiet)  # noqa: E731
+        prepared = processes.first_process_first(prepare)
+        processes.require_same({"corpus and vocabulary (by hash)": prepared.fingerprint})
         check_vocabulary(config, prepared.vocabulary)
 
     def first_state(run: Run) -> TrainState:

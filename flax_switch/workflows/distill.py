@@ -19,6 +19,7 @@ from flax_switch.config.distillation import DistillConfig
 from flax_switch.convert.canonical import canonical_shapes, is_expert, is_router
 from flax_switch.convert.checkpoint import Checkpoint, as_floats, open_checkpoint
 from flax_switch.convert.tensors import LazyTensor
+from flax_switch.convert.tokenizer import load_vocabulary
 from flax_switch.data import Vocabulary
 from flax_switch.nn.outputs import ModelOutput
 from flax_switch.ops.losses import IGNORED_LABEL, LossOutput, loss_weights
@@ -33,6 +34,7 @@ from flax_switch.training.state import Run, TrainState, build_run, init_state, s
 from flax_switch.training.step import Batch, Loss, compile_eval_step, forward, train_step, true_loss
 from flax_switch.training.stepper import Stepper
 from flax_switch.training.trackers import Tracker, require_trackers
+from flax_switch.workflows.cached_teacher import cached_stepper, cached_teacher
 from flax_switch.workflows.result import Result
 
 
@@ -57,14 +59,16 @@ def distill(
     mesh = create_mesh(config.mesh)
     check_batch_size(config.data.batch_size, mesh)
     run = build_run(config, mesh)
-    teacher = from_checkpoint(checkpoint, mesh=mesh)
+    load, cached = lambda: from_checkpoint(checkpoint, mesh=mesh), config.distillation.cached_teacher is not None  # noqa: E731
+    teacher = None if cached else load()
     with given_back_if_refused(workdir):
         workdir = processes.first_process_first(lambda: claim_workdir(workdir, config))
-        vocabulary = shared_vocabulary(config, teacher.vocabulary)
+        vocabulary = shared_vocabulary(config, load_vocabulary(checkpoint.path))
         prepare = lambda: data.prepare(config.data, workdir=workdir, vocabulary=vocabulary, quiet=console.quiet)  # noqa: E731
         prepared = processes.first_process_first(prepare)
         processes.require_same({"corpus and vocabulary (by hash)": prepared.fingerprint})
         check_vocabulary(config, prepared.vocabulary)
+        prepared = cached_teacher(run, prepared, checkpoint, load) if cached else prepared
 
     def first_state(run: Run) -> TrainState:
         if not copied:
@@ -79,7 +83,7 @@ def distill(
         workdir,
         lambda: Evaluator.of(run, prepared, compile_eval_step(run)),
         first_state,
-        lambda run: distillation_stepper(run, teacher),
+        cached_stepper if teacher is None else lambda run: distillation_stepper(run, teacher),
         profile=profile,
         log=log,
         verify=verify,

@@ -100,6 +100,7 @@ def commands(made, out):
     model, tuned, texts = str(made / "model"), str(out / "tuned"), ["--input", str(made / "texts.txt"), "--batch-size=4"]
     finetune = ["finetune", "--config", str(made / "finetune.py"), "--init", model, "--workdir"]
     generate = ["generate", "--checkpoint", tuned, *texts, "--max-new-tokens=6", "--output"]
+    distill = ["distill", "--config", str(made / "distill.py"), "--teacher", model, "--workdir"]
     classes = ["model.head=classification", "model.labels=('late','early')", "data.labels=('late','early')", "data.targets=label"]
     return [
         [*finetune, tuned],
@@ -108,7 +109,8 @@ def commands(made, out):
         [*generate, str(out / "draws.jsonl"), "--mesh=data=-1", "--do-sample"],
         [*finetune, str(out / "adapter"), "--config.adapter.rank=2"],
         [*finetune, str(out / "classes"), *(f"--config.{setting}" for setting in classes)],
-        ["distill", "--config", str(made / "distill.py"), "--teacher", model, "--workdir", str(out / "student")],
+        [*distill, str(out / "student")],
+        [*distill, str(out / "taught"), f"--config.distillation.cached_teacher={out / 'kept'}", "--config.distillation.top_k=8"],
     ]
 
 
@@ -135,7 +137,7 @@ def texts_left(out):
 
 def numbers_left(out):
     """Metrics by command, the scores, and parameters by folder."""
-    values = {name: metrics(out / name) for name in ("tuned", "adapter", "classes", "student")}
+    values = {name: metrics(out / name) for name in ("tuned", "adapter", "classes", "student", "taught")}
     scores = {"step": 0, "kind": "eval", **json.loads((out / "scores" / "metrics.json").read_text())}
     scores["beams"] = [json.loads(line)["scores"] for line in (out / "beams.jsonl").read_text().splitlines()]
     params = {name: load_pretrained(out / name).params for name in ("tuned", "classes/best", "student")}

@@ -6,7 +6,15 @@ import argparse
 
 from flax_switch.commands.checkpoints import FORMATS, add_verify_argument, explain_missing_extras
 from flax_switch.commands.look import add_look_arguments, check_look, dry_run, print_config
-from flax_switch.commands.options import add_compile_cache_argument, add_recipe_arguments, load_config, start_jax, take_overrides
+from flax_switch.commands.options import (
+    add_compile_cache_argument,
+    add_distributed_arguments,
+    add_recipe_arguments,
+    connection,
+    load_config,
+    start_jax,
+    take_overrides,
+)
 
 __all__ = ["add_arguments", "run", "take_overrides"]
 
@@ -14,6 +22,7 @@ __all__ = ["add_arguments", "run", "take_overrides"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds recipe, overrides, what to start from, and workdir."""
     add_recipe_arguments(parser, "finetuning")
+    add_distributed_arguments(parser)
     add_compile_cache_argument(parser)
     add_look_arguments(parser)
     parser.add_argument(
@@ -29,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 @explain_missing_extras
 def run(args: argparse.Namespace) -> int:
     """Fine-tunes, then shows predictions and writes the report; exit status 1 where a signal stopped the run before its end."""
-    recipe = load_config(args)
+    recipe, others = load_config(args), connection(args)
     check_look(args)
     if args.print_config:
         return print_config(recipe)
@@ -41,12 +50,13 @@ def run(args: argparse.Namespace) -> int:
         start = open_start(args.init, recipe.model, args.vocabulary)
         config = recipe.resolve(start.config, args.init)
         return dry_run(config, prepare_tasks(config.data, start.vocabulary, say=print, model=config.model))
+    from flax_switch.parallel import processes
     from flax_switch.workflows.finetune import finetune
     from flax_switch.workflows.finish import finish_finetuning
 
     options = dict(init=args.init, vocabulary=args.vocabulary, profile=args.profile, verify=not args.no_verify)
-    result = finetune(recipe, args.workdir, **options)
-    if not result.finished:
-        return 1
-    finish_finetuning(result, args.workdir)
-    return 0
+    with processes.session(others):
+        result = finetune(recipe, args.workdir, **options)
+        if result.finished:
+            finish_finetuning(result, args.workdir)
+    return 0 if result.finished else 1

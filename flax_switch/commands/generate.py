@@ -16,11 +16,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flax_switch.commands.checkpoints import add_loading_arguments, add_verify_argument, loading_changes, loading_options
-from flax_switch.commands.options import add_compile_cache_argument, hyphened, refuse, start_jax, tell
-from flax_switch.config import ConfigError, check, one_of
+from flax_switch.commands.options import (
+    add_compile_cache_argument,
+    add_distributed_arguments,
+    add_mesh_argument,
+    connection,
+    hyphened,
+    read_mesh,
+    refuse,
+    start_jax,
+    tell,
+)
+from flax_switch.commands.partial import Partial, digest_of
+from flax_switch.config import ConfigError, MeshConfig, check, one_of
 from flax_switch.config.ranges import shown
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from flax_switch.config.generation import GenerationConfig
     from flax_switch.generation.text import Line
 
 
@@ -48,6 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", help="of the parameters, for instance bfloat16; default: the checkpoint's")
     add_loading_arguments(parser)
     add_verify_argument(parser)
+    add_mesh_argument(parser, "lay the model out over devices; default: one device, of several processes data over all they have")
+    add_distributed_arguments(parser)
     add_compile_cache_argument(parser)
     parser.set_defaults(listing=_listing)
     parser.epilog = (
@@ -99,7 +115,6 @@ def run(args: argparse.Namespace) -> int:
     from flax_switch.generation.defaults import read_defaults, read_prefixes, with_defaults
     from flax_switch.generation.generate import check_seeds
     from flax_switch.generation.stream import check_streamed
-    from flax_switch.pretrained import from_checkpoint
     from flax_switch.pretrained.adapter import adapter_of
 
     for name in ("batch_size", "max_source_length"):
@@ -108,7 +123,9 @@ def run(args: argparse.Namespace) -> int:
     check_seeds(args.seed, 1)
     one_of("--format", args.format or "json", ("plain", "json"))
     check(args.format is None or args.output is None, "--format is of standard output; an --output is JSON lines.")
-    loading = {"dtype": args.dtype, **loading_options(args)}
+    loading, others = {"dtype": args.dtype, **loading_options(args)}, connection(args)
+    check(others is None or args.input != "-", "Standard input is one process's: name a file that all can read with --input.")
+    check(others is None or not args.stream, "--stream writes what one process generates; leave it out, or --distributed.")
     opened = open_checkpoint(args.checkpoint, changes=loading_changes(args), verify=not args.no_verify)
     prefix, args.controls = _languages(args, opened)
     controls = GenerationConfig(**with_defaults(read_defaults(opened.path), args.controls)).for_model(opened.config)
@@ -123,10 +140,42 @@ def run(args: argparse.Namespace) -> int:
         prefixes = adapter.prefixes or prefixes
     options["prefix"] = _prefix(args, prefixes) if prefix is None else prefix
     start_jax(args)
+    from flax_switch.parallel import processes
+
+    with processes.session(others):
+        loading |= {} if others is None and args.mesh is None else {"mesh": _mesh(args)}
+        return _generate(args, controls, opened, loading, options)
+
+
+def _mesh(args: argparse.Namespace) -> Mesh:
+    """Returns the mesh to lay the model out over; raises for a batch that it does not divide."""
+    from flax_switch.parallel.mesh import batch_ways, create_mesh
+
+    mesh = create_mesh(MeshConfig() if args.mesh is None else read_mesh(args.mesh, MeshConfig()))
+    ways = batch_ways(mesh)
+    check(
+        args.batch_size % ways == 0,
+        f"--batch-size ({args.batch_size}) must be a multiple of the {ways} devices that a batch is split over.",
+    )
+    return mesh
+
+
+def _generate(
+    args: argparse.Namespace, controls: GenerationConfig, opened: Any, loading: dict[str, Any], options: dict[str, Any]
+) -> int:
+    """Returns the exit status, when all lines are generated from; in several processes each has their results."""
+    import jax
+
+    from flax_switch.parallel import processes
+    from flax_switch.pretrained import from_checkpoint
+
     if args.input == "-" and sys.stdin.isatty():
         streamed = controls.num_beams == controls.num_return_sequences == 1 and not controls.output_scores
         return _converse(from_checkpoint(opened, **loading), options, streamed)
-    lines = _lines(args)
+    lines, first = _lines(args), jax.process_index() == 0
+    run = _run(args, opened, lines, options)
+    same = {name: getattr(args, name) for name in ("checkpoint", "output", "batch_size", "mesh", "format", "resume")}
+    processes.require_same({**same, **options, "lines": len(lines), "lines and checkpoint (by hash)": digest_of(run)})
     if args.stream:
         results = _streamed(from_checkpoint(opened, **loading), lines, options)
     elif args.output is None:
@@ -134,13 +183,13 @@ def run(args: argparse.Namespace) -> int:
         results = _results(from_checkpoint(opened, **loading), lines, options)
         plain = args.format == "plain" or (args.format is None and sys.stdout.isatty())
         escaped = not (sys.stdout.encoding or "").lower().startswith("utf")
-        for result in results:
+        for result in results if first else ():
             lines = result.get("outputs", ()) if plain else [json.dumps(result, ensure_ascii=escaped)]
             sys.stdout.writelines(f"{line}\n" for line in lines)
     else:
-        results = _to_file(args, opened, loading, lines, options)
+        results = _to_file(args, opened, loading, lines, options, run)
     bad = [result for result in results if "error" in result]
-    for result in bad:
+    for result in bad if first else ():
         print(f"{args.input}, line {result['line']}: {result['error']}.", file=sys.stderr)
     return 1 if bad else 0
 
@@ -187,26 +236,43 @@ def _lines(args: argparse.Namespace) -> list[Line]:
         raise ConfigError(f"Cannot read {args.input}: {error}.") from error
 
 
-def _to_file(
-    args: argparse.Namespace, opened: Any, loading: dict[str, Any], lines: list[Line], options: dict[str, Any]
-) -> list[dict[str, Any]]:
-    """Returns the results of all lines, those of an earlier run included; they are in the output file then."""
-    from flax_switch.commands.partial import Partial
-    from flax_switch.host.files import absolute, check_writable
-    from flax_switch.pretrained import from_checkpoint
+def _run(args: argparse.Namespace, opened: Any, lines: list[Line], options: dict[str, Any]) -> dict[str, Any]:
+    """Returns all that results depend on."""
+    from flax_switch.host.files import absolute
 
-    output = Path(args.output)
-    check_writable(output, reads=["/dev/stdin" if args.input == "-" else args.input])
     run = {**options, "batch_size": None, "checkpoint": str(absolute(opened.path)), "dtype": args.dtype}
     if args.adapter is not None:
         run["adapter"] = str(absolute(args.adapter))
     if args.weights is not None:
         run["weights"] = args.weights
-    run["lines"] = [dataclasses.astuple(line) for line in lines]
+    return {**run, "lines": [dataclasses.astuple(line) for line in lines]}
+
+
+def _to_file(
+    args: argparse.Namespace, opened: Any, loading: dict[str, Any], lines: list[Line], options: dict[str, Any], run: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Returns the results of all lines, those of an earlier run included; they are in the output file then.
+
+    Of several processes the first alone reads and writes that file, and what it had from an earlier run stays with it.
+    """
+    import jax
+
+    from flax_switch.host.files import check_writable
+    from flax_switch.parallel import processes
+    from flax_switch.pretrained import from_checkpoint
+
+    def made(done: dict[int, dict[str, Any]], keep: Callable[[list[dict[str, Any]]], None]) -> list[dict[str, Any]]:
+        known = dict(processes.from_first([[number, "error" in result] for number, result in done.items()]))
+        missing = [line for line in lines if line.number not in known]
+        results = _results(from_checkpoint(opened, **loading), missing, options, keep) if missing else []
+        return results + [{"line": number, "error": ""} for number, bad in known.items() if bad]
+
+    if jax.process_index() > 0:
+        return made({}, lambda results: None)
+    output = Path(args.output)
+    check_writable(output, reads=["/dev/stdin" if args.input == "-" else args.input])
     with Partial(output, run, resume=args.resume) as partial:
-        missing = [line for line in lines if line.number not in partial.done]
-        if missing:
-            _results(from_checkpoint(opened, **loading), missing, options, partial.add)
+        made(dict(partial.done), partial.add)
         partial.finish()
     return [partial.done[line.number] for line in lines]
 

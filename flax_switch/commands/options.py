@@ -11,7 +11,7 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from flax_switch.config import ConfigError, SwitchConfig, check, one_of, shipped
+from flax_switch.config import ConfigError, MeshConfig, SwitchConfig, check, one_of, shipped
 from flax_switch.config.kinds import RECIPES, Recipe
 
 if TYPE_CHECKING:
@@ -169,6 +169,20 @@ def add_distributed_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--process-id", type=int, metavar="I", help="0 to N-1; or JAX_PROCESS_ID")
     group.add_argument("--heartbeat-timeout", type=int, metavar="S", help="seconds after which a silent process is dead (60)")
     group.add_argument("--connect-timeout", type=int, metavar="S", help="seconds in which all processes must have started (300)")
+
+
+def add_mesh_argument(parser: argparse.ArgumentParser, instead: str) -> None:
+    """Adds --mesh. instead: what is taken where it is not given."""
+    parser.add_argument("--mesh", metavar="AXES", help=f"{instead}: data=2,expert=4,model=2; data takes what is left")
+
+
+def read_mesh(text: str, base: MeshConfig) -> MeshConfig:
+    """Returns the mesh of text like 'expert=16,model=1'; axes not named are 1, but data takes what is left."""
+    from flax_switch.config.values import parse_assignment
+
+    form = "--mesh is written like data=2,expert=4,model=2, or expert=8"
+    sizes = dict(parse_assignment(part, form) for part in text.split(","))
+    return base.replace(**{"data": -1, "expert": 1, "model": 1, **sizes})
 
 
 def connection(args: argparse.Namespace) -> Connection | None:

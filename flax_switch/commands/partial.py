@@ -13,6 +13,11 @@ from flax_switch.host.files import check_writable, read_bytes, write_text
 from flax_switch.host.json_text import field, json_object
 
 
+def digest_of(run: dict[str, Any]) -> str:
+    """Returns a hash of the settings that results depend on."""
+    return hashlib.blake2b(json.dumps(run, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
+
+
 class Partial:
     """Holds the results of an output file's lines while they are made. Use it as a context.
 
@@ -24,7 +29,7 @@ class Partial:
     def __init__(self, output: Path, run: dict[str, Any], *, resume: bool) -> None:
         """Reads what is done. run: the settings that results depend on."""
         self._output, self._path = output, output.with_name(f"{output.name}.partial")
-        self._run = hashlib.blake2b(json.dumps(run, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
+        self._run = digest_of(run)
         self.done: dict[int, dict[str, Any]] = {}
         check_writable(output)
         check_writable(self._path)

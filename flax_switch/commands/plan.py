@@ -6,9 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from flax_switch.commands.options import add_recipe_arguments, load_config, take_overrides
-from flax_switch.config import MeshConfig
-from flax_switch.config.values import parse_assignment
+from flax_switch.commands.options import add_mesh_argument, add_recipe_arguments, load_config, read_mesh, take_overrides
 from flax_switch.host.files import check_writable, write_text
 
 __all__ = ["add_arguments", "run", "take_overrides"]
@@ -18,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds recipe, overrides, machine and mesh."""
     add_recipe_arguments(parser, "pretraining")
     parser.add_argument("--topology", required=True, metavar="NAME", help="v5e:4x4, v6e:16x16, v5p:8x8x8, h100:8, cpu:8, ...")
-    parser.add_argument("--mesh", metavar="AXES", help="in place of the recipe's: data=2,expert=4,model=2; data takes what is left")
+    add_mesh_argument(parser, "in place of the recipe's")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the plan as JSON, too")
     parser.add_argument("--decode", action=argparse.BooleanOptionalAction, default=True, help="compile a step of generation, too")
     parser.add_argument("--effort", default="quick", help="of the compiler: quick (the default), or full, as in training")
@@ -43,10 +41,3 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         write_text(args.json, json.dumps(found.to_dict(), indent=1) + "\n")
     return 1 if found.fits is False else 0
-
-
-def read_mesh(text: str, base: MeshConfig) -> MeshConfig:
-    """Returns the mesh of text like 'expert=16,model=1'; axes not named are 1, but data takes what is left."""
-    form = "--mesh is written like data=2,expert=4,model=2, or expert=8"
-    sizes = dict(parse_assignment(part, form) for part in text.split(","))
-    return base.replace(**{"data": -1, "expert": 1, "model": 1, **sizes})

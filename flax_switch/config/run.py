@@ -226,6 +226,8 @@ class TrainConfig(_Section):
     # keep checkpoints whose step is a multiple of it for good
     keep_every: Annotated[int, Range(least=1, off="None keeps none for good.")] | None = may_change(None)
     max_nonfinite_steps: Count = may_change(10)  # so many updates in a row that are not finite, and so are skipped, end the run
+    # seconds that a step of several processes may take, the wait for others included; then all end, naming those that are missing
+    step_timeout: Annotated[float, Range(above=0, off="None waits for ever.")] | None = may_change(None)
     sample_spans: Natural = may_change(4)  # held-out examples shown at the end: with masked spans filled in, or beside predictions
     log_to: tuple[str, ...] | None = may_change(None)  # of TRACKERS, or "module:function"; None: tensorboard where it is installed
 

@@ -8,6 +8,7 @@ prepared.tasks[0].validation                      # texts with their references,
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -86,6 +87,15 @@ class PreparedTasks:
     def num_validation(self) -> int:
         """Validation examples of all tasks."""
         return sum(len(task.validation) for task in self.tasks)
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with any token of the examples, and with their texts and references."""
+        digest = hashlib.blake2b(digest_size=10)
+        for task in self.tasks:
+            pairs = "" if task.train is None else task.train.fingerprint
+            digest.update(f"{task.config.name} {pairs} {task.validation_pairs.fingerprint} {task.validation!r}".encode())
+        return digest.hexdigest()
 
     def describe(self) -> list[dict[str, Any]]:
         """Returns `PreparedTask.describe` of every task, with its rate."""

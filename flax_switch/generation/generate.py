@@ -22,6 +22,7 @@ from flax_switch.nn.inputs import TokenIds, as_ids, as_mask, check_alive
 from flax_switch.nn.transformer import SwitchEncoder, SwitchTransformer
 from flax_switch.ops.kernels.few_rows import unstacked_experts
 from flax_switch.ops.kernels.on_disk import run_reading
+from flax_switch.parallel.arrays import on_host
 from flax_switch.parallel.mesh import batch_sharding, batch_ways, replicated
 from flax_switch.parallel.placement import ONE_DEVICE, LaidOutByCompiler, Placement
 
@@ -65,7 +66,8 @@ def generate(
     typical_p, the penalties and min_new_tokens do not matter to it, nor does which function constrains it.
 
     Args:
-      params: may lie on a mesh; then rows are split over its data and expert axes and the parameters stay where they are.
+      params: may lie on a mesh; then rows are split over its data and expert axes and the parameters stay where they are. Where
+        the mesh is of several processes all make the same call, and each has all that is found.
       input_ids: the sources' ids [B, S], or one source's [S]: lists, or an array of any library. A decoder-only model continues
         them; its start token is put before a row unless the row begins with it.
       attention_mask: 1 at tokens, 0 at padding, on any side; None: 0 where there is the pad token.
@@ -80,7 +82,7 @@ def generate(
         prefix_allowed_tokens_fn allows no token, or what is none. What it raises itself is raised.
     """
     call = prepared(model, params, input_ids, attention_mask, decoder_input_ids, prefix_allowed_tokens_fn, seed, controls)
-    output, reads = run_reading(params, lambda: jax.device_get(run_program(*call.arguments, devices=call.devices)))
+    output, reads = run_reading(params, lambda: on_host(run_program(*call.arguments, devices=call.devices)))
     if call.constraint is not None:
         call.constraint.check_met()
     return GenerationOutput(
@@ -133,6 +135,10 @@ def prepared(
             settings.search != "t5x",
             "prefix_allowed_tokens_fn is none of T5X's beam search; leave it out, or set search='huggingface'.",
         )
+        check(
+            jax.process_count() == 1,
+            f"prefix_allowed_tokens_fn is asked in one process, and there are {jax.process_count()}. Generate with it in one.",
+        )
         padding = (~mask).sum(axis=1) if config.decoder_only else np.zeros(B, np.int64)
         # Where too few can go on, beams that have ended stay among the running ones, and transformers asks for them.
         ends: Any = settings.eos_token_id if settings.num_beams > 1 else ()
@@ -145,7 +151,7 @@ def prepared(
     devices = ONE_DEVICE if mesh is None else LaidOutByCompiler()
     if mesh is not None:
         sharding = batch_sharding(mesh) if B % batch_ways(mesh) == 0 else replicated(mesh)
-        inputs = tuple(jax.device_put(x, sharding) for x in inputs)
+        inputs = tuple(jax.make_array_from_callback(x.shape, sharding, x.__getitem__) for x in inputs)
     variables = {"params": params}
     if config.layer_form != "fused":
         unstacked = unstacked_experts(params, config.decoder.sparse_layers, config.num_experts)

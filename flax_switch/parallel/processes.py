@@ -257,6 +257,17 @@ def first_process_first(work: Callable[[], T]) -> T:
     return work()
 
 
+def from_first(value: T) -> T:
+    """Returns process 0's value, JSON-able, in every process: what all must decide alike is decided there."""
+    if _runtime.global_state.client is None:
+        return value
+    name = f"flax_switch/from_first/{next(_calls)}"
+    if _process() == 0:
+        _client().key_value_set(name, json.dumps({"value": value}))
+        return value
+    return json_object(_client().blocking_key_value_get(name, _LONG), "a value of process 0")["value"]
+
+
 def gather_at_first(name: str, text: str) -> list[str]:
     """Returns in process 0 every process's text, in order, elsewhere nothing. All give the same name, in any thread."""
     if _runtime.global_state.client is None:
@@ -270,6 +281,16 @@ def gather_at_first(name: str, text: str) -> list[str]:
     for key in keys:
         client.key_value_delete(key)
     return texts
+
+
+def note(key: str, text: str) -> None:
+    """Puts a text where all processes can read it, in place of what is there."""
+    _client().key_value_set(key, text, allow_overwrite=True)
+
+
+def noted(beginning: str) -> dict[str, str]:
+    """Returns the texts of all keys that begin so, by what follows."""
+    return {key.removeprefix(beginning): text for key, text in _client().key_value_dir_get(beginning)}
 
 
 def wait_for_all() -> None:
@@ -301,11 +322,20 @@ def _end_with_the_others(leaving: threading.Event) -> None:
         _exit(LOST_ANOTHER)
 
 
+def end_as_lost(reason: str) -> NoReturn:
+    """Ends the process, from any thread, as one that lost another, and tells the others why."""
+    _last_word.acquire()
+    _print_error(f"{reason} {_RESUME}")
+    with contextlib.suppress(Exception):
+        _client().key_value_set(_NOTE, reason)
+    _exit(LOST_ANOTHER)
+
+
 def _fail(error: BaseException) -> NoReturn:
     """Says what went wrong, tells the other processes, and exits at once: a process that waits at its end makes the others hang."""
     _last_word.acquire()
     me = _process()
-    _exit_within(_PATIENCE, LOST_ANOTHER)
+    exit_within(_PATIENCE, LOST_ANOTHER)
     if isinstance(error, ConfigError):
         status, reason = 2, str(error)
         _print_error(reason)
@@ -330,11 +360,12 @@ def _fail(error: BaseException) -> NoReturn:
     _exit(status)
 
 
-def _exit_within(seconds: float, status: int) -> None:
+def exit_within(seconds: float, status: int) -> threading.Timer:
     """Has the process end after some seconds, whatever it then waits for: a coordination service that is gone need not say so."""
     timer = threading.Timer(seconds, os._exit, (status,))
     timer.daemon = True
     timer.start()
+    return timer
 
 
 def _exit(status: int) -> NoReturn:

@@ -18,6 +18,7 @@ from flax_switch.host.files import in_store
 from flax_switch.host.locks import locked
 from flax_switch.host.peaks import peak_flops
 from flax_switch.parallel.mesh import batch_rows
+from flax_switch.parallel.watchdog import Watchdog
 from flax_switch.training.checkpoint import CHECKPOINTS, CONFIG_FILE, Checkpoints, explain_full_disk
 from flax_switch.training.metrics import MetricsWriter, plain
 from flax_switch.training.profile import Profile
@@ -165,14 +166,16 @@ def _train(
     state = stepper.hold(state)
     progress, watch, skipped = _progress(run.config, start), Stopwatch(), Skipped(config.max_nonfinite_steps)
     evaluation = None
-    with StopSignals() as signals:
+    with StopSignals() as signals, Watchdog(config.step_timeout, start) as watchdog:
         step, enough = start, evaluator.conclude(start, None, None)
         while step < config.steps and not signals.stopped and not enough:
             profile.before(step)
             before = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - before
-            state, metrics = stepper.step(state, batch)
+            with watchdog.step(step + 1) as over:
+                state, metrics = stepper.step(state, batch)
+                over(metrics)
             step += 1
             profile.after(step, metrics)
             signals.check(step)

@@ -19,18 +19,22 @@ from flax_switch.config.distillation import DistillConfig
 from flax_switch.convert.canonical import canonical_shapes, is_expert, is_router
 from flax_switch.convert.checkpoint import Checkpoint, as_floats, open_checkpoint
 from flax_switch.convert.tensors import LazyTensor
+from flax_switch.convert.tokenizer import load_vocabulary
 from flax_switch.data import Vocabulary
 from flax_switch.nn.outputs import ModelOutput
 from flax_switch.ops.losses import IGNORED_LABEL, LossOutput, loss_weights
+from flax_switch.parallel import processes
 from flax_switch.parallel.mesh import batch_sharding, check_batch_size, create_mesh, replicated, shard_batch
 from flax_switch.pretrained import Pretrained, from_checkpoint
-from flax_switch.training.checkpoint import claim_workdir
+from flax_switch.training.checkpoint import claim_workdir, flat_fields
 from flax_switch.training.evaluate import Evaluator
 from flax_switch.training.loop import check_vocabulary, given_back_if_refused, train
+from flax_switch.training.progress import console
 from flax_switch.training.state import Run, TrainState, build_run, init_state, state_shardings
 from flax_switch.training.step import Batch, Loss, compile_eval_step, forward, train_step, true_loss
 from flax_switch.training.stepper import Stepper
 from flax_switch.training.trackers import Tracker, require_trackers
+from flax_switch.workflows.cached_teacher import cached_stepper, cached_teacher
 from flax_switch.workflows.result import Result
 
 
@@ -42,25 +46,29 @@ def distill(
     The teacher is any checkpoint `load_pretrained` opens. Its parameters are laid out over the run's mesh, are never updated, and
     are not part of the run's checkpoints. Raises `ConfigError` for settings, data or a teacher that cannot be used, before anything
     is compiled. `verify`: compare checkpoints, the teacher's too, with their checksums before they are used. `profile` and `log`
-    are as for `pretrain`.
+    are as for `pretrain`, and so are several processes: every one of them makes this call.
     """
+    console.quiet = jax.process_index() != 0
+    processes.require_same({"workdir": str(workdir), "jax": jax.__version__, **flat_fields(config)})
     check(bool(config.teacher), "Distillation needs a teacher: a checkpoint that load_pretrained opens.")
     require_trackers(config.train.log_to)
-    checkpoint = open_checkpoint(config.teacher, verify=verify)
+    checkpoint = processes.first_process_first(lambda: open_checkpoint(config.teacher, verify=verify))
     check_teacher(config, checkpoint.config, checkpoint.architecture)
     copied = copied_weights(checkpoint, config.model) if config.distillation.copy_weights else {}
-    check(
-        config.mesh.mode == "jit" and jax.process_count() == 1,
-        "Distillation runs under jit in one process, on any number of its devices; set mesh.mode='jit' and start one process.",
-    )
+    check(config.mesh.mode == "jit", "Distillation runs under jit, on any number of devices; set mesh.mode='jit'.")
     mesh = create_mesh(config.mesh)
     check_batch_size(config.data.batch_size, mesh)
     run = build_run(config, mesh)
-    teacher = from_checkpoint(checkpoint, mesh=mesh)
+    load, cached = lambda: from_checkpoint(checkpoint, mesh=mesh), config.distillation.cached_teacher is not None  # noqa: E731
+    teacher = None if cached else load()
     with given_back_if_refused(workdir):
-        workdir = claim_workdir(workdir, config)
-        prepared = data.prepare(config.data, workdir=workdir, vocabulary=shared_vocabulary(config, teacher.vocabulary))
+        workdir = processes.first_process_first(lambda: claim_workdir(workdir, config))
+        vocabulary = shared_vocabulary(config, load_vocabulary(checkpoint.path))
+        prepare = lambda: data.prepare(config.data, workdir=workdir, vocabulary=vocabulary, quiet=console.quiet)  # noqa: E731
+        prepared = processes.first_process_first(prepare)
+        processes.require_same({"corpus and vocabulary (by hash)": prepared.fingerprint})
         check_vocabulary(config, prepared.vocabulary)
+        prepared = cached_teacher(run, prepared, checkpoint, load) if cached else prepared
 
     def first_state(run: Run) -> TrainState:
         if not copied:
@@ -75,7 +83,7 @@ def distill(
         workdir,
         lambda: Evaluator.of(run, prepared, compile_eval_step(run)),
         first_state,
-        lambda run: distillation_stepper(run, teacher),
+        cached_stepper if teacher is None else lambda run: distillation_stepper(run, teacher),
         profile=profile,
         log=log,
         verify=verify,

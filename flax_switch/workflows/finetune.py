@@ -18,14 +18,16 @@ from flax_switch.convert.adapter import fingerprint, same_model
 from flax_switch.convert.adapter_folder import read_fingerprint
 from flax_switch.convert.canonical import flatten
 from flax_switch.convert.training_run import BASE_FILE
-from flax_switch.data.tasks import prepare_tasks
+from flax_switch.data.tasks import PreparedTasks, prepare_tasks
 from flax_switch.data.vocabulary import SETTINGS_FILE
 from flax_switch.generation.defaults import write_prefixes
 from flax_switch.host.files import write_text
 from flax_switch.nn.adapter import has_adapter
 from flax_switch.ops.kernels.on_disk import run_reading
+from flax_switch.parallel import processes
+from flax_switch.parallel.arrays import let_first_read
 from flax_switch.parallel.mesh import check_batch_size, create_mesh
-from flax_switch.training.checkpoint import claim_workdir
+from flax_switch.training.checkpoint import claim_workdir, flat_fields
 from flax_switch.training.freezing import trainable_part
 from flax_switch.training.loop import check_vocabulary, train
 from flax_switch.training.progress import console
@@ -46,6 +48,8 @@ def finetune(
 ) -> Result:  # fmt: skip
     """Fine-tunes the checkpoint `init` as the recipe says, in `workdir`; the same call continues a run that was stopped or killed.
 
+    With several processes (`flax_switch.parallel.processes`) every one of them makes this call.
+
     Args:
       init: anything `load_pretrained` opens, or "random:" before it (or before a preset's name) for random parameters.
       vocabulary: a SentencePiece model or a folder with a vocabulary, in place of the checkpoint's.
@@ -64,22 +68,20 @@ def finetune(
         (str, os.PathLike),
         "Give what load_pretrained opens; model.save_pretrained(FOLDER) makes a folder.",
     )
+    console.quiet = jax.process_index() != 0
     require_trackers(recipe.train.log_to)
-    start = open_start(init, recipe.model, vocabulary, verify)
+    start = processes.first_process_first(lambda: open_start(init, recipe.model, vocabulary, verify))
     if recipe.adapter.rank:
         check(start.source is not None, f"--init {init} draws a model that no file holds; an adapter is nothing without its model.")
     else:
         start.config.check_trainable()
     config = recipe.resolve(start.config, init)
+    _require_same(config, start, workdir=str(workdir))
     mesh = _checked(config, mesh)
     check_vocabulary(config, start.vocabulary)
-    prepared = prepare_tasks(config.data, start.vocabulary, say=console.print, model=config.model)
+    prepared = _prepared(config, start)
     run = build_run(config, mesh)
-    workdir = claim_workdir(workdir, config)
-    if not (workdir / "vocabulary" / SETTINGS_FILE).exists():
-        start.vocabulary.save(workdir / "vocabulary")
-    write_prefixes(workdir, config.prefixes, config.model)
-    write_text(workdir / TASKS_FILE, json.dumps(prepared.describe(), indent=2) + "\n")
+    workdir = processes.first_process_first(lambda: _claimed(workdir, config, start, prepared))
     if config.optimizer.trainable != ".*":
         trained = trainable_part(run.abstract_state.params, config.optimizer.trainable)
         console.print(f"Training {_count(trained):,} of {_count(run.abstract_state.params):,} parameters.")
@@ -89,17 +91,32 @@ def finetune(
     return Result.of(train(run, prepared, workdir, evaluator, first_state, **options), workdir)
 
 
+def _claimed(workdir: epath.PathLike, config: FinetuneConfig, start: Start, prepared: PreparedTasks) -> epath.Path:
+    """Returns the workdir, which is this run's, with what is known of it before the first step; process 0 writes that."""
+    workdir = claim_workdir(workdir, config)
+    if jax.process_index() == 0:
+        if not (workdir / "vocabulary" / SETTINGS_FILE).exists():
+            start.vocabulary.save(workdir / "vocabulary")
+        write_prefixes(workdir, config.prefixes, config.model)
+        write_text(workdir / TASKS_FILE, json.dumps(prepared.describe(), indent=2) + "\n")
+    return workdir
+
+
 def _first_state(start: Start, run: Run, workdir: epath.Path, _: Run) -> TrainState:
     """Returns the state of step 0; of an adapter's run that resumes raises `ConfigError` where its model is another by now."""
     state = start.state(run)
-    if ADAPTER in state.params:
-        known, found = read_fingerprint(workdir), fingerprint(flatten(state.params), run.config.model.embedding_path)
+
+    def check_base(params: Any) -> None:
+        known, found = read_fingerprint(workdir), fingerprint(flatten(params), run.config.model.embedding_path)
         check(
             not known or same_model(known, found),
             f"--init {start.source} is another model than the one that this run's adapter is trained on. Give that one, or name "
             "a new --workdir.",
         )
         write_text(workdir / BASE_FILE, json.dumps({"fingerprint": found}) + "\n")
+
+    if ADAPTER in state.params:
+        let_first_read(state.params, check_base)
     return state
 
 
@@ -110,13 +127,17 @@ def evaluate_checkpoint(
     """Returns (the run, metrics by name, predictions) of a checkpoint on the validation examples of the recipe's tasks.
 
     changes: of the checkpoint's config, beside the recipe's. loading: `experts`, `expert_memory`, `adapter` of `load_pretrained`.
+    With several processes every one of them makes this call, and has the same metrics and predictions.
     """
+    console.quiet = jax.process_index() != 0
     recipe = recipe.replace(adapter=AdapterConfig(), optimizer=FinetuneOptimizerConfig())  # nothing is trained
-    start = open_start(checkpoint, {**recipe.model, **(changes or {})}, vocabulary, verify, loading)
+    changed = {**recipe.model, **(changes or {})}
+    start = processes.first_process_first(lambda: open_start(checkpoint, changed, vocabulary, verify, loading))
     config = recipe.resolve(start.config, checkpoint)
+    _require_same(config, start, loading=str(loading))
     mesh = _checked(config, mesh)
     check_vocabulary(config, start.vocabulary)
-    prepared = prepare_tasks(config.data, start.vocabulary, train=False, say=console.print, model=config.model)
+    prepared = _prepared(config, start, train=False)
     check(prepared.num_validation > 0, "There is nothing to evaluate on; name a validation or test file with data.validation=FILE.")
     run = build_run(config, mesh)
     params = start.params(run)
@@ -127,12 +148,22 @@ def evaluate_checkpoint(
     return run, *found
 
 
+def _require_same(config: FinetuneConfig, start: Start, **values: Any) -> None:
+    """Raises `ConfigError` where processes were started with other settings, checkpoints or vocabularies."""
+    values |= {"jax": jax.__version__, "vocabulary (by hash)": start.vocabulary.fingerprint}
+    processes.require_same({**values, **flat_fields(config)})
+
+
+def _prepared(config: FinetuneConfig, start: Start, train: bool = True) -> PreparedTasks:
+    """Reads the tasks' examples in each process; raises `ConfigError` where they differ."""
+    read = lambda: prepare_tasks(config.data, start.vocabulary, train=train, say=console.print, model=config.model)  # noqa: E731
+    prepared = processes.first_process_first(read)
+    processes.require_same({"the tasks' examples (by hash)": prepared.fingerprint})
+    return prepared
+
+
 def _checked(config: FinetuneConfig, mesh: Mesh | None) -> Mesh:
     """Returns the mesh; raises for metrics that are not installed and a batch that the mesh cannot split."""
-    check(
-        jax.process_count() == 1,
-        f"Fine-tuning and evaluation run in one process, on all its devices; there are {jax.process_count()} processes.",
-    )
     scores.require(dict.fromkeys(m for task in config.data.mixture for m in config.metrics_of(task)))
     mesh = create_mesh(config.mesh) if mesh is None else mesh
     check_batch_size(config.data.batch_size, mesh)

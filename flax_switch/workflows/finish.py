@@ -32,13 +32,12 @@ LONGEST = 300  # characters of a sample's text that are shown
 
 def finish(result: RunResult, workdir: epath.PathLike) -> None:
     """Fills masked spans of held-out text, writes the report, and tells the person what there is and what to try next."""
-    if jax.process_index() != 0:
-        return  # one process writes
     workdir = epath.Path(workdir)
-    # Generating is a program of all processes where the parameters are spread over them; here is only one.
     alone = result.run.config.model.decoder_only
     show = continue_text if alone else fill_spans
-    samples = show(result, result.run.config.train.sample_spans) if jax.process_count() == 1 else []
+    samples = show(result, result.run.config.train.sample_spans)  # a program of all processes
+    if jax.process_index() != 0:
+        return  # one process writes
     write_text(workdir / SAMPLES_FILE, json.dumps(samples, indent=2) + "\n")
     if samples:
         done = "continued" if alone else "with its gaps filled in"

@@ -21,6 +21,8 @@ from flax_switch.data.tasks import PreparedTask, PreparedTasks, spread
 from flax_switch.generation.defaults import write_prefixes
 from flax_switch.generation.text import generate_batches
 from flax_switch.host.files import write_text
+from flax_switch.parallel import processes
+from flax_switch.parallel.arrays import let_first_read
 from flax_switch.parallel.mesh import batch_rows
 from flax_switch.pretrained import save_pretrained
 from flax_switch.training.evaluate import mean_metrics
@@ -59,7 +61,7 @@ class TaskEvaluator:
         if not self.prepared.num_validation:
             return {}
         evaluation, self.predictions = evaluate(self.run, self.prepared, self.eval_step, params)
-        return evaluation
+        return processes.from_first(evaluation)  # no host's arithmetic may have one process stop and another go on
 
     def describe(self, evaluation: dict[str, Any]) -> str:
         """Returns the scores as a line."""
@@ -75,7 +77,9 @@ class TaskEvaluator:
         config = finetuning_config(self.run)
         name, patience = config.best, config.evaluation.patience
         if evaluation is None:
-            self.history = [(line["step"], line[name]) for line in read_metrics(self.workdir) if line["kind"] == "eval"]
+            lines = read_metrics(self.workdir) if jax.process_index() == 0 else ()
+            found = [(line["step"], line[name]) for line in lines if line["kind"] == "eval"]
+            self.history = [(at, value) for at, value in processes.from_first(found)]
         else:
             self.history.append((step, evaluation[name]))
             self._keep(step, params)
@@ -91,12 +95,16 @@ class TaskEvaluator:
         if jax.process_index() == 0:
             write_predictions(self.workdir / PREDICTIONS / f"step_{step}.jsonl", self.predictions)
         if best_of(self.history, finetuning_config(self.run).best)[0] == step:
-            path, model = str(self.workdir / BEST), self.run.config.model
-            if ADAPTER in params:
-                write_adapter(path, trained_adapter(self.run, params), model, format="flax_switch")
-            else:
-                save_pretrained(path, model, params, self.prepared.vocabulary, format="flax_switch")
-            write_prefixes(self.workdir / BEST, finetuning_config(self.run).prefixes, self.run.config.model)
+            let_first_read(params, self._save)
+
+    def _save(self, params: Any) -> None:
+        """Writes the best model, or the adapter that was trained for it."""
+        path, model = str(self.workdir / BEST), self.run.config.model
+        if ADAPTER in params:
+            write_adapter(path, trained_adapter(self.run, params), model, format="flax_switch")
+        else:
+            save_pretrained(path, model, params, self.prepared.vocabulary, format="flax_switch")
+        write_prefixes(self.workdir / BEST, finetuning_config(self.run).prefixes, model)
 
 
 def trained_adapter(run: Run, params: Any) -> Adapter:

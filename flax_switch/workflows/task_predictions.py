@@ -12,7 +12,7 @@ from flax_switch.data.batches import pad_batch, pad_rows
 from flax_switch.data.examples import Example
 from flax_switch.data.tasks import PreparedTask, PreparedTasks, spread
 from flax_switch.data.words import encode_context, encode_words
-from flax_switch.parallel.mesh import shard_batch
+from flax_switch.parallel.mesh import batch_rows, shard_batch
 from flax_switch.pretrained.tasks import span
 from flax_switch.training.metrics import plain
 from flax_switch.training.state import Run
@@ -29,15 +29,15 @@ def examined(
     data = run.config.data
     chosen = spread(task.validation, count)
     outputs: list[np.ndarray] = []
-    totals, routers = {"cross_entropy": 0.0, "tokens": 0.0}, []
+    totals, routers, rows = {"cross_entropy": 0.0, "tokens": 0.0}, [], batch_rows(run.mesh, data.batch_size)
     for start in range(0, len(chosen), data.batch_size):
         ids = np.array(chosen[start : start + data.batch_size])
         examples = task.validation_pairs.examples(ids, np.zeros_like(ids))
         batch = pad_rows(pad_batch(examples, data.inputs_length, data.targets_length), data.batch_size)
-        found = eval_step(params, shard_batch(batch, run.mesh))
+        found = eval_step(params, shard_batch({name: array[rows] for name, array in batch.items()}, run.mesh))
         logits = np.asarray(found.pop("logits"))
-        rows = logits.reshape(data.batch_size, 2, -1) if run.config.model.head == "embedding" else logits
-        outputs += list(rows[: len(ids)])
+        each = logits.reshape(data.batch_size, 2, -1) if run.config.model.head == "embedding" else logits
+        outputs += list(each[: len(ids)])
         sums = plain(found)
         routers.append({name: np.asarray(value) for name, value in sums.items() if name.startswith("routers/")})
         totals = {name: total + sums[name] for name, total in totals.items()}

@@ -194,21 +194,22 @@ MAY_CHANGE = {
     "mesh": {"data", "expert", "model", "fsdp", "mode", "dcn_data", "dcn_expert"},
     "train": {
         "steps", "log_every", "eval_every", "eval_batches", "checkpoint_every", "keep_last", "keep_every", "sample_spans", "log_to",
-        "max_nonfinite_steps",
+        "max_nonfinite_steps", "step_timeout",
     },
     "optimizer": {"learning_rate"},
     "data": {"num_workers", "prefetch", "cache_dir"},
     "model": {"remat_policy", "moe_executor", "expert_parallel_buffer_factor"},
     "evaluation": {"patience", "batch_size"},
+    "distillation": {"cached_teacher"},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("config", "lacks"),
     [
-        (ExperimentConfig(), {"evaluation.patience", "evaluation.batch_size"}),
+        (ExperimentConfig(), {"evaluation.patience", "evaluation.batch_size", "distillation.cached_teacher"}),
         (DistillConfig(), {"evaluation.patience", "evaluation.batch_size"}),
-        (FinetuneConfig(), {"data.cache_dir"}),
+        (FinetuneConfig(), {"data.cache_dir", "distillation.cached_teacher"}),
     ],
     ids=lambda value: getattr(value, "kind", ""),
 )

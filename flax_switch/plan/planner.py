@@ -76,6 +76,8 @@ def plan(
     one_of("effort", effort, EFFORTS)
     machine = parse_topology(topology)
     config = config if mesh is None else config.replace(mesh=mesh)
+    if machine.chip.platform != "cpu" and config.model.attention_implementation == "auto":  # which goes by where it is traced
+        config = config.replace(model=config.model.replace(attention_implementation="fused"))
     check(config.mesh.mode == "jit", "The planner compiles the step that runs under jit; plan with --config.mesh.mode=jit.")
     shape = mesh_shape(config.mesh, machine.num_devices)
     run = build_run(config, abstract_mesh(shape))

@@ -4,7 +4,7 @@
     python benchmarks/attention.py --write                       # one attention of base size, forward and backward, on this CPU
 
 A step's lengths equal no other of its sizes, so that the program's text tells whether an array has the axes of queries and keys
-together. Times are medians of interleaved runs.
+together. Times are the processor's, which other work on the machine does not stretch, and medians of interleaved runs.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ import run_record
 
 from flax_switch.config import DataConfig, ExperimentConfig, MeshConfig, OptimizerConfig, SwitchConfig
 from flax_switch.ops.attention import dot_product_attention
-from flax_switch.ops.masks import Visible
-from flax_switch.ops.relative import RelativeBias
+from flax_switch.ops.kernels.relative import RelativeBias
+from flax_switch.ops.kernels.visible import Visible
 from flax_switch.parallel.mesh import create_mesh
 from flax_switch.plan.memory import batch_structs
 from flax_switch.plan.topology import compile_devices, parse_topology
@@ -32,9 +32,8 @@ from flax_switch.training.state import build_run
 from flax_switch.training.step import compile_train_step
 
 T5_LARGE = SwitchConfig(
-    d_model=1024, num_heads=16, d_kv=64, d_ff=2816, num_encoder_layers=24, num_decoder_layers=24, num_sparse_encoder_layers=0,
-    num_sparse_decoder_layers=0, mlp_activations=("gelu_new", "linear"), tie_word_embeddings=False, dtype="bfloat16",
-    scan_layers=True,
+    d_model=1024, num_heads=16, d_kv=64, d_ff=4096, num_encoder_layers=24, num_decoder_layers=24, num_sparse_encoder_layers=0,
+    num_sparse_decoder_layers=0, dtype="bfloat16", scan_layers=True,
 )  # fmt: skip
 TARGETS = 510
 CASES = (  # form, length of the inputs, remat policy
@@ -108,13 +107,13 @@ def attention_seconds(lengths: list[int], repeats: int, dtype: str) -> list[dict
         times: dict[str, list[float]] = {form: [] for form in steps}
         for _ in range(repeats + 1):
             for form, step in steps.items():
-                start = time.perf_counter()
+                start = time.process_time()
                 jax.block_until_ready(step(query, key, value, table))
-                times[form].append(time.perf_counter() - start)
+                times[form].append(time.process_time() - start)
         medians = {form: statistics.median(each[1:]) for form, each in times.items()}
         ratio = statistics.median(b / a for a, b in zip(times["plain"][1:], times["fused"][1:], strict=True))
         temporary = {form: step.memory_analysis().temp_size_in_bytes for form, step in steps.items()}
-        rows.append({"length": length, "dtype": dtype, "seconds": medians, "fused_over_plain": ratio, "temporary_bytes": temporary})
+        rows.append({"length": length, "dtype": dtype, "cpu_seconds": medians, "fused_over_plain": ratio, "temporary_bytes": temporary})
         print(f"{length:6} {dtype}: plain {medians['plain']:.3f} s, fused {medians['fused']:.3f} s, ratio {ratio:.2f}", flush=True)
     return rows
 

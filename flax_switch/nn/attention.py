@@ -12,8 +12,8 @@ from flax_switch.nn.layers import Initializer, Linear, scaled_init
 from flax_switch.ops import Size
 from flax_switch.ops.attention import dot_product_attention, rotate
 from flax_switch.ops.kernels.attention import cached_attention
-from flax_switch.ops.masks import Visible
-from flax_switch.ops.relative import RelativeBias
+from flax_switch.ops.kernels.relative import RelativeBias
+from flax_switch.ops.kernels.visible import Visible
 from flax_switch.parallel.placement import ONE_DEVICE, Placement
 
 Mask = Visible | Bool[Array, "#G 1 #queries T"] | None  # which keys queries see; `Visible` asks for the fused form of attention

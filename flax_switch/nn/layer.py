@@ -10,14 +10,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from flax_switch.config import StackConfig, SwitchConfig
-from flax_switch.nn.attention import Attention, Mask, RelativePositionBias
+from flax_switch.nn.attention import Attention, RelativePositionBias
 from flax_switch.nn.cache import KeyValue, LayerCache
 from flax_switch.nn.layers import MLP, Dropout, norm_of
 from flax_switch.nn.moe import SparseMLP
 from flax_switch.nn.outputs import LayerOutput
+from flax_switch.ops.kernels.relative import RelativeBias
+from flax_switch.ops.kernels.visible import Visible
 from flax_switch.ops.moe.expert_parallel import EXCHANGED
 from flax_switch.ops.moe.routing import RouterOutput
-from flax_switch.ops.relative import RelativeBias
 from flax_switch.parallel.placement import ONE_DEVICE, Placement
 
 
@@ -26,11 +27,11 @@ class LayerInputs:
     """What every layer of a stack is given alike. Masks are True where there is something."""
 
     bias: RelativeBias | Float[Array, "1 H Q T"] | None  # relative position bias, where it is not of the layer's own table
-    mask: Mask  # of self-attention
+    mask: Visible | Bool[Array, "#G 1 #queries T"] | None  # of self-attention; `Visible` asks for the fused form
     padding_mask: Bool[Array, "B Q"] | None  # which positions hold tokens
     token_ids: Int[Array, "B Q"] | None = None  # where routing goes by them
     encoded: Float[Array, "B S D"] | None = None
-    cross_mask: Mask = None
+    cross_mask: Visible | Bool[Array, "#sources 1 #Q S"] | None = None
     cache_index: Int[Array, ""] | int = 0  # the first token's place in the cache
     deterministic: bool = flax.struct.field(pytree_node=False, default=True)
     output_router_logits: bool = flax.struct.field(pytree_node=False, default=False)

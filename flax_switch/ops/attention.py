@@ -8,26 +8,61 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from flax_switch.config import SwitchConfig
-from flax_switch.ops import Size
 from flax_switch.ops.dropout import keep_mask
 from flax_switch.ops.kernels.attention import attend
 from flax_switch.ops.kernels.fused_attention import fused_attention, fuses
-from flax_switch.ops.masks import Visible
-from flax_switch.ops.relative import RelativeBias
+from flax_switch.ops.kernels.relative import RelativeBias
+from flax_switch.ops.kernels.visible import Visible
 from flax_switch.parallel.mesh import partition_spec
 from flax_switch.parallel.placement import ONE_DEVICE, LaidOutByCompiler, OnMesh, Placement
 
 
+def self_attention_mask(
+    config: SwitchConfig,
+    mask: Bool[Array, "B L"] | None,
+    segment_ids: Int[Array, "B L"] | None,
+    *,
+    causal: bool = False,
+    prefix_mask: Bool[Array, "B L"] | None = None,
+) -> Visible:
+    """Returns who attends to whom in teacher-forced self-attention.
+
+    Where the config zeroes padding, padded queries attend to nothing (flaxformer); else they attend like others (Hugging Face).
+    """
+    query_mask = mask if config.zero_padding_activations else None
+    return Visible(query_mask, mask, prefix_mask if causal else None, segment_ids, segment_ids, causal=causal)
+
+
+def cross_attention_mask(
+    config: SwitchConfig,
+    target_mask: Bool[Array, "B L"] | None,
+    source_mask: Bool[Array, "sources S"] | None,
+    target_segments: Int[Array, "B L"] | None,
+    source_segments: Int[Array, "sources S"] | None,
+    cached: bool,
+) -> Visible:
+    """Returns which source positions a target position may attend to."""
+    query_mask = target_mask if config.zero_padding_activations and not cached else None
+    return Visible(query_mask, source_mask, None, target_segments, source_segments)
+
+
 def mask_for(
-    config: SwitchConfig, visible: Visible, query_length: Size, key_length: Size, *, with_probs: bool
+    config: SwitchConfig,
+    visible: Visible,
+    queries: Float[Array, "B Q D"],
+    keys: Float[Array, "sources T D"] | None,
+    *,
+    with_probs: bool,
 ) -> Visible | Bool[Array, "#B 1 #Q T"] | None:
     """Returns a mask for the form of attention that the config asks for: as it is for the fused one, else as an array.
 
-    with_probs: whether probabilities are wanted, or keys are laid out for few queries: then it is the plain form.
+    queries, keys: what they are projected from; None, or fewer rows than there are of queries, are keys laid out for few queries,
+      and like probabilities that are wanted they call for the plain form.
     """
-    if not with_probs and fuses(config.attention_implementation, query_length, key_length):
+    (rows, length), (sources, key_length) = queries.shape[:2], (0, 0) if keys is None else keys.shape[:2]
+    if not with_probs and rows == sources and fuses(config.attention_implementation, length, key_length):
         return visible
-    return visible.array(query_length, key_length)
+    return visible.array(length, key_length)
 
 
 def rotate(x: Float[Array, "B L H K"], first: Int[Array, ""] | int) -> Float[Array, "B L H K"]:

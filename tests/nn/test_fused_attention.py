@@ -16,6 +16,7 @@ from flax_switch.ops.kernels.fused_attention_blocks import Tiles
 from flax_switch.parallel.mesh import create_mesh
 from flax_switch.parallel.placement import placed_on
 from flax_switch.plan.memory import batch_structs
+from flax_switch.plan.topology import compile_devices, parse_topology
 from flax_switch.training.state import build_run
 from flax_switch.training.step import compile_train_step
 
@@ -67,7 +68,7 @@ def loss_and_gradients(config, mesh=None):
 
     def loss(params):
         output = model.apply({"params": params}, **batch(config), deterministic=False, rngs={"dropout": jax.random.key(2)})
-        return (jax.nn.log_softmax(output.logits) * jnp.cos(jnp.arange(50.0))).mean()
+        return (jax.nn.log_softmax(output.logits) * jnp.cos(jnp.arange(50.0))[None, None]).mean()
 
     return jax.jit(jax.value_and_grad(loss))(params)
 
@@ -102,12 +103,8 @@ def step_text(form):
         data=DataConfig(batch_size=3, inputs_length=76, targets_length=58),
         optimizer=OptimizerConfig(),
     )
-    mesh = create_mesh(MeshConfig(), jax.devices()[:1])
-    return (
-        compile_train_step(build_run(config, mesh))
-        .lower(build_run(config, mesh).abstract_state, batch_structs(config, mesh))
-        .as_text()
-    )
+    run = build_run(config, create_mesh(config.mesh, jax.devices()[:1]))
+    return compile_train_step(run).lower(run.abstract_state, batch_structs(config, run.mesh)).as_text()
 
 
 def pairs(text):
@@ -125,3 +122,22 @@ def filled(length):
 def test_no_array_of_a_train_step_has_the_axes_of_queries_and_keys():
     assert {(3, 2, 76, 76), (3, 2, 58, 58), (3, 2, 58, 76), (1, 2, 76, 76), (3, 1, 58, 58)} <= pairs(step_text("plain"))
     assert pairs(step_text("fused")) == set()
+
+
+@pytest.mark.hardware("tpu")
+def test_on_a_tpu_topology_each_chip_runs_the_kernels_on_its_rows_and_heads():
+    config = ExperimentConfig(
+        model=MODEL.replace(
+            attention_implementation="fused", d_model=128, d_kv=64, d_ff=256, num_sparse_encoder_layers=1, dtype="bfloat16"
+        ),
+        data=DataConfig(batch_size=16, inputs_length=1100, targets_length=700),
+        optimizer=OptimizerConfig(),
+        mesh=MeshConfig(data=2, expert=4, model=2),
+    )
+    run = build_run(config, create_mesh(config.mesh, compile_devices(parse_topology("v5e:4x4"))))
+    text = compile_train_step(run).lower(run.abstract_state, batch_structs(config, run.mesh)).compile().as_text()
+    kernels = [line for line in text.splitlines() if "tpu_custom_call" in line and "fused_attention" in line]
+    assert len(kernels) == 2 * 3  # of the encoder, of the decoder and between them, forward and backward
+    assert "bf16[2,1,64,1152]" in text  # features before positions, filled up to whole blocks, of two rows and one head
+    shapes = {tuple(map(int, shape.split(","))) for shape in re.findall(r"\[(\d[\d,]*)\]", text)}
+    assert not [shape for shape in shapes if sum(size in (1100, 1152, 700, 768) for size in shape) > 1]

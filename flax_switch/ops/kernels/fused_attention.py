@@ -1,6 +1,6 @@
 """Fused attention: no array has query and key axes together, forward or backward, in either the logits, the bias or the mask.
 
-The bias comes as its table, masks as what they are made of (`ops/masks.Visible`). Logits are computed block by block, and again in
+The bias comes as its table, masks as what they are made of (`visible.Visible`). Logits are computed block by block, and again in
 the backward pass; what is kept in between is the output and two numbers a row. In float32 that is the plain form
 (`ops/kernels/attention`) up to the order of sums: masks are added, so rows with nothing to attend to keep the mean of all keys.
 """
@@ -16,14 +16,13 @@ from jaxtyping import Array, Float
 
 from flax_switch.config import one_of
 from flax_switch.host.compilers import can_compile_for
-from flax_switch.ops import Size
-from flax_switch.ops.kernels import attention, fused_attention_cudnn, platforms
+from flax_switch.ops.kernels import Size, attention, fused_attention_cudnn, platforms
 from flax_switch.ops.kernels import fused_attention_blocks as blocks
 from flax_switch.ops.kernels.fused_attention_blocks import Operands
-from flax_switch.ops.masks import Visible
-from flax_switch.ops.relative import RelativeBias
+from flax_switch.ops.kernels.relative import RelativeBias
+from flax_switch.ops.kernels.visible import Visible
 
-CPU_PAIRS = 1024 * 1024  # of a query and a key; see docs/performance.md
+CPU_PAIRS = 2048 * 2048  # of a query and a key; see benchmarks/results/attention_cpu.json
 
 
 def fused_attention(

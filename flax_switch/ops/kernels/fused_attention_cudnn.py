@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from flax_switch.ops.kernels.attention import MASKED
-from flax_switch.ops.masks import Visible
-from flax_switch.ops.relative import RelativeBias
+from flax_switch.ops.kernels.relative import RelativeBias
+from flax_switch.ops.kernels.visible import Visible
 
 log = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ import pytest
 
 from flax_switch.ops.kernels import fused_attention
 from flax_switch.ops.kernels import fused_attention_cudnn as cudnn
-from flax_switch.ops.masks import Visible
-from flax_switch.ops.relative import RelativeBias
+from flax_switch.ops.kernels.relative import RelativeBias
+from flax_switch.ops.kernels.visible import Visible
 
 BLOCK = 16
 B, H, K = 2, 2, 8

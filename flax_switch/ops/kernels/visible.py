@@ -4,8 +4,7 @@ import flax.struct
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from flax_switch.config import SwitchConfig
-from flax_switch.ops import Size
+from flax_switch.ops.kernels import Size
 
 
 @flax.struct.dataclass
@@ -54,32 +53,3 @@ class Visible:
 
         # Odd numbers are no segment's, and of the two none is the other's.
         return coded(self.query_mask, self.query_segments, 1), coded(self.key_mask, self.key_segments, 3)
-
-
-def self_attention_mask(
-    config: SwitchConfig,
-    mask: Bool[Array, "B L"] | None,
-    segment_ids: Int[Array, "B L"] | None,
-    *,
-    causal: bool = False,
-    prefix_mask: Bool[Array, "B L"] | None = None,
-) -> Visible:
-    """Returns who attends to whom in teacher-forced self-attention.
-
-    Where the config zeroes padding, padded queries attend to nothing (flaxformer); else they attend like others (Hugging Face).
-    """
-    query_mask = mask if config.zero_padding_activations else None
-    return Visible(query_mask, mask, prefix_mask if causal else None, segment_ids, segment_ids, causal=causal)
-
-
-def cross_attention_mask(
-    config: SwitchConfig,
-    target_mask: Bool[Array, "B L"] | None,
-    source_mask: Bool[Array, "sources S"] | None,
-    target_segments: Int[Array, "B L"] | None,
-    source_segments: Int[Array, "sources S"] | None,
-    cached: bool,
-) -> Visible:
-    """Returns which source positions a target position may attend to."""
-    query_mask = target_mask if config.zero_padding_activations and not cached else None
-    return Visible(query_mask, source_mask, None, target_segments, source_segments)

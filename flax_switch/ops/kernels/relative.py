@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from flax_switch.ops import Size
+from flax_switch.ops.kernels import Size
 
 
 @flax.struct.dataclass

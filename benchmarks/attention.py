@@ -45,14 +45,11 @@ CASES = (  # form, length of the inputs, remat policy
 )
 
 
-def paired(text: str, lengths: tuple[int, int]) -> dict[str, int]:
-    """Returns the shapes in a program's text that have two axes of these lengths, and how often they appear."""
-    found: dict[str, int] = {}
-    for shape in re.findall(r"\b\w+\[[\d,]+\]", text):
-        sizes = [int(size) for size in re.findall(r"\d+", shape.partition("[")[2])]
-        if sum(size in lengths for size in sizes) >= 2:
-            found[shape] = found.get(shape, 0) + 1
-    return found
+def paired(text: str, lengths: tuple[int, int]) -> set[str]:
+    """Returns the shapes in a program's text that have two axes of these lengths, filled up to lanes or not."""
+    axes = {size for length in lengths for size in (length, -(-length // 128) * 128)}
+    shapes = set(re.findall(r"\b\w+\[[\d,]+\]", text))
+    return {shape for shape in shapes if sum(int(size) in axes for size in re.findall(r"\d+", shape.partition("[")[2])) >= 2}
 
 
 def step_memory(form: str, length: int, remat: str, topology: str, rows: int) -> dict[str, Any]:
@@ -79,7 +76,7 @@ def step_memory(form: str, length: int, remat: str, topology: str, rows: int) ->
         "temporary_bytes": memory.temp_size_in_bytes,
         "argument_bytes": memory.argument_size_in_bytes,
         "peak_bytes": memory.peak_memory_in_bytes,
-        "arrays_with_query_and_key_axes": paired(compiled.as_text(), (length, TARGETS)),
+        "shapes_with_query_and_key_axes": sorted(paired(compiled.as_text(), (length, TARGETS))),
         "compile_seconds": round(time.perf_counter() - start, 1),
     }
 
@@ -113,7 +110,9 @@ def attention_seconds(lengths: list[int], repeats: int, dtype: str) -> list[dict
         medians = {form: statistics.median(each[1:]) for form, each in times.items()}
         ratio = statistics.median(b / a for a, b in zip(times["plain"][1:], times["fused"][1:], strict=True))
         temporary = {form: step.memory_analysis().temp_size_in_bytes for form, step in steps.items()}
-        rows.append({"length": length, "dtype": dtype, "cpu_seconds": medians, "fused_over_plain": ratio, "temporary_bytes": temporary})
+        rows.append(
+            {"length": length, "dtype": dtype, "cpu_seconds": medians, "fused_over_plain": ratio, "temporary_bytes": temporary}
+        )
         print(f"{length:6} {dtype}: plain {medians['plain']:.3f} s, fused {medians['fused']:.3f} s, ratio {ratio:.2f}", flush=True)
     return rows
 
@@ -129,17 +128,21 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--write", action="store_true", help="a file under benchmarks/results")
     args = parser.parse_args()
-    if args.topology:
-        count = parse_topology(args.topology).num_devices
-        results = []
-        for case in args.cases:
-            results.append(step_memory(*CASES[case], args.topology, args.rows or count))
-            print(results[-1], flush=True)
-        name = "attention_" + args.topology.replace(":", "_")
-    else:
-        results, name = attention_seconds(args.lengths, args.repeats, args.dtype), "attention_cpu"
-    if args.write:
-        run_record.write(run_record.RESULTS / f"{name}.json", {"results": results}, device=args.topology)
+    name = "attention_" + (args.topology or "cpu").replace(":", "_")
+
+    def keep(results: list[dict[str, Any]]) -> None:
+        if args.write:
+            run_record.write(run_record.RESULTS / f"{name}.json", {"results": results}, device=args.topology)
+
+    if not args.topology:
+        keep(attention_seconds(args.lengths, args.repeats, args.dtype))
+        return
+    results = []
+    for case in args.cases:  # a program takes minutes to compile, so that what is known is written after each
+        form, length, remat = CASES[case]
+        results.append(step_memory(form, length, remat, args.topology, args.rows or parse_topology(args.topology).num_devices))
+        print(results[-1], flush=True)
+        keep(results)
 
 
 if __name__ == "__main__":

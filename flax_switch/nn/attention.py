@@ -120,9 +120,11 @@ def attend(
     if isinstance(keys_values, KeyValueCache):
         if make_rng is not None:
             raise ValueError("Decoding with a cache has no dropout; call it with deterministic=True.")
+        assert not isinstance(mask, Visible) and not isinstance(bias, RelativeBias)  # nothing is fused with a cache
         return cached_attention(query, keys_values.key, keys_values.value, bias=bias, mask=mask)
     rate = config.attention_dropout
     rng = None if make_rng is None or rate == 0.0 else make_rng()
     key, value = keys_values.key, keys_values.value
-    options = dict(dropout_rate=rate, dropout_rng=rng)
-    return dot_product_attention(query, key, value, bias=bias, mask=mask, devices=devices, **options)
+    return dot_product_attention(
+        query, key, value, bias=bias, mask=mask, dropout_rate=rate, dropout_rng=rng, devices=devices
+    )  # fmt: skip

@@ -125,8 +125,10 @@ class Layer(nn.Module):
         bias = inputs.bias
         if cache is None and self.config.has_bias_tables and self.config.relative_attention_per_layer:
             bias = self.relpos_bias(y.shape[1], inputs.mask)
-        options = dict(deterministic=inputs.deterministic, first=inputs.cache_index, devices=inputs.devices)
-        y, probs = attention(y, keys_values, bias=bias, mask=inputs.mask, **options)
+        y, probs = attention(
+            y, keys_values, bias=bias, mask=inputs.mask, deterministic=inputs.deterministic, first=inputs.cache_index,
+            devices=inputs.devices,
+        )  # fmt: skip
         return y, probs, cache
 
     def _attend_to_source(
@@ -140,8 +142,9 @@ class Layer(nn.Module):
             source = self.cross_keys_values(inputs.encoded)
         if source is None:
             raise ValueError("A decoder needs the encoder's output, or a cache that holds what is needed of it.")
-        options = dict(deterministic=inputs.deterministic, devices=inputs.devices)
-        return self.encoder_decoder_attention(y, source, bias=None, mask=inputs.cross_mask, **options)
+        return self.encoder_decoder_attention(
+            y, source, bias=None, mask=inputs.cross_mask, deterministic=inputs.deterministic, devices=inputs.devices
+        )  # fmt: skip
 
     def _compute(self, y: Float[Array, "B Q D"], inputs: LayerInputs) -> tuple[Float[Array, "B Q D"], tuple[RouterOutput, ...]]:
         """Runs the MLP, dense or sparse."""

@@ -93,10 +93,13 @@ def _backward(causal: bool, implementation: str | None, residuals: tuple[Any, ..
     operands, output, peak, total = residuals
     delta = (output.astype(jnp.float32) * d_output.astype(jnp.float32)).sum(-1)
     passes = {name: functools.partial(each, "backward", causal=causal) for name, each in PASSES.items()}
-    gradients = platforms.run(passes, DEFAULT, implementation, operands, peak, total, delta, d_output)
-    *others, d_diagonals = gradients
-    typed = (x.astype(like.dtype) for x, like in zip(others, operands, strict=False))
-    return (Operands(*typed, d_diagonals, None, None, None),)
+    d_query, d_key, d_value, d_diagonals = platforms.run(
+        passes, DEFAULT, implementation, operands, peak, total, delta, d_output
+    )  # fmt: skip
+    (query, key, value, *_), none = operands, (None, None, None)
+    return (
+        Operands(d_query.astype(query.dtype), d_key.astype(key.dtype), d_value.astype(value.dtype), d_diagonals, *none),
+    )  # fmt: skip
 
 
 _recomputed.defvjp(_forward, _backward)

@@ -6,6 +6,7 @@ those of queries and keys whose product is 0 where both are real, and otherwise 
 
 import functools
 import logging
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +61,7 @@ def attend(
     bias: RelativeBias | None,
     visible: Visible,
     *,
-    implementation: str = "cudnn",
+    implementation: Literal["xla", "cudnn"] = "cudnn",
 ) -> Float[Array, "B H Q K"]:
     """Returns attention's output for what `takes` says yes to. implementation: "xla" computes the same anywhere, plainly."""
     (_, H, Q, K), T = query.shape, key.shape[2]

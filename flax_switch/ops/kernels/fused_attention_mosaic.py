@@ -72,7 +72,7 @@ class _Cut:
         """Returns what every kernel reads, by name: the array, a block's shape, and a function from b, h, i, j to its place."""
         given, queries, keys = self.operands, self.queries, self.keys
         K = given.query.shape[3]
-        found = {
+        found: dict[str, tuple[Array, tuple[int | None, ...], Any]] = {
             "query": (self.turned(given.query, queries), (None, None, K, queries.size), lambda b, h, i, j: (b, h, 0, i)),
             "key": (self.turned(given.key, keys), (None, None, K, keys.size), lambda b, h, i, j: (b, h, 0, j)),
             "value": (self.turned(given.value, keys), (None, None, K, keys.size), lambda b, h, i, j: (b, h, 0, j)),

@@ -20,8 +20,9 @@ class RelativeBias:
 
     def array(self, query_length: Size, key_length: Size) -> Float[Array, "1 H Q T"]:
         """Returns the biases of all pairs."""
-        options = dict(bidirectional=self.bidirectional, max_distance=self.max_distance)
-        return relative_position_bias(self.table, query_length, key_length, **options)
+        return relative_position_bias(
+            self.table, query_length, key_length, bidirectional=self.bidirectional, max_distance=self.max_distance
+        )  # fmt: skip
 
     def diagonals(self, query_length: int, key_length: int) -> Float[Array, "H distances"]:
         """Returns in float32 the bias by distance, key minus query, from 1 - Q to T - 1."""

@@ -127,7 +127,7 @@ class SwitchConfig(_Section):
     scan_layers: bool = False  # one compiled block repeated, where the layout repeats
     remat_policy: str = may_change("none")  # "none", "minimal" (save matrix products) or "full"
     # "plain": probabilities [B, H, Q, T] are kept for the backward pass. "fused": nothing has both axes, and logits are computed
-    # again. "auto": plain on CPUs while lengths are short. Cached decoding, and attention weights that are asked for, are plain
+    # again. "auto": fused where lengths are long, by platform. Cached decoding, and attention weights that are asked for, are plain
     attention_implementation: str = may_change("auto")
 
     # --- special tokens

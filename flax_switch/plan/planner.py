@@ -9,6 +9,7 @@ import jax
 
 from flax_switch.config import ExperimentConfig, MeshConfig, SwitchConfig, check, one_of
 from flax_switch.config.flops import train_flops
+from flax_switch.ops.kernels.platforms import compiled_for
 from flax_switch.ops.moe.groups import Grouping, make_grouping
 from flax_switch.ops.moe.routing import expert_capacity
 from flax_switch.parallel.mesh import MESH_AXES, create_mesh, mesh_shape
@@ -76,18 +77,17 @@ def plan(
     one_of("effort", effort, EFFORTS)
     machine = parse_topology(topology)
     config = config if mesh is None else config.replace(mesh=mesh)
-    if machine.chip.platform != "cpu" and config.model.attention_implementation == "auto":  # which goes by where it is traced
-        config = config.replace(model=config.model.replace(attention_implementation="fused"))
     check(config.mesh.mode == "jit", "The planner compiles the step that runs under jit; plan with --config.mesh.mode=jit.")
     shape = mesh_shape(config.mesh, machine.num_devices)
     run = build_run(config, abstract_mesh(shape))
     batch = batch_structs(config, run.mesh)
-    memory = train_memory(run, batch)
+    with compiled_for(machine.chip.platform):
+        memory = train_memory(run, batch)
     train = generation = why = None
     if compile:
         try:
             devices = create_mesh(config.mesh, compile_devices(machine))
-            with compiler_effort(effort):
+            with compiler_effort(effort), compiled_for(machine.chip.platform):
                 train = compile_train(config, devices)
                 generation = compile_decode(config, devices) if decode else None
         except CannotCompile as reason:

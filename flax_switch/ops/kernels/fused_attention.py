@@ -22,7 +22,9 @@ from flax_switch.ops.kernels.fused_attention_blocks import Operands
 from flax_switch.ops.kernels.relative import RelativeBias
 from flax_switch.ops.kernels.visible import Visible
 
-CPU_PAIRS = 2048 * 2048  # of a query and a key; see benchmarks/results/attention_cpu.json
+# From how many pairs of a query and a key on "auto" fuses: on a CPU where it costs no time (benchmarks/results/attention_cpu.json),
+# elsewhere where they fill a TPU's smallest block.
+PAIRS = {"cpu": 1024 * 1024, "other": 128 * 128}
 
 
 def fused_attention(
@@ -57,12 +59,11 @@ def fused_attention(
 def fuses(asked: str, query_length: Size, key_length: Size) -> bool:
     """Returns whether attention of these lengths is fused, by what a config asks for: one of its ATTENTION_IMPLEMENTATIONS.
 
-    "auto" fuses on accelerators, and on CPUs where logits are so many that their memory matters more than the time to compute
-    them twice. Lengths that are symbols, of exported programs, are never fused.
+    "auto" goes by the number of logits and the platform. Lengths that are symbols, of exported programs, are never fused.
     """
     if asked == "plain" or not (isinstance(query_length, int) and isinstance(key_length, int)):
         return False
-    return asked == "fused" or jax.default_backend() != "cpu" or query_length * key_length >= CPU_PAIRS
+    return asked == "fused" or query_length * key_length >= PAIRS.get(platforms.target(), PAIRS["other"])
 
 
 def _reference(query, key, value, bias, visible, keep):

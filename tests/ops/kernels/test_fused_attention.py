@@ -1,11 +1,13 @@
 """Fused attention's precision in bfloat16, head by head, and where "auto" takes it. The rest is in test_implementations."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from fused_cases import fused
 
-from flax_switch.ops.kernels.fused_attention import CPU_PAIRS, fuses
+from flax_switch.ops.kernels.fused_attention import fuses
+from flax_switch.ops.kernels.platforms import compiled_for
 
 
 def by_head(x):
@@ -23,7 +25,9 @@ def test_in_bfloat16_every_head_is_near_float32(implementation):
         assert (np.linalg.norm(a - b, axis=1) < 0.02 * np.linalg.norm(b, axis=1)).all()
 
 
-def test_on_a_cpu_only_long_inputs_are_fused():
-    side = int(CPU_PAIRS**0.5)
-    assert not fuses("auto", side, side - 1) and fuses("auto", side, side)
-    assert fuses("fused", 1, 1) and not fuses("plain", 10**5, 10**5)
+@pytest.mark.parametrize(("platform", "side"), [("cpu", 1024), ("tpu", 128), ("gpu", 128)])
+def test_by_platform_and_lengths_auto_fuses_what_is_long(platform, side):
+    with compiled_for(platform):
+        assert not fuses("auto", side, side - 1) and fuses("auto", side, side)
+        assert fuses("fused", 1, 1) and not fuses("plain", 10**5, 10**5)
+    assert fuses("auto", 512, 512) == (jax.default_backend() != "cpu")

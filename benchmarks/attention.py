@@ -4,7 +4,7 @@
     python benchmarks/attention.py --write                       # one attention of base size, forward and backward, on this CPU
 
 A step's lengths equal no other of its sizes, so that the program's text tells whether an array has the axes of queries and keys
-together. Times are the processor's, which other work on the machine does not stretch, and medians of interleaved runs.
+together. Times are CPU time, which other work on the machine does not stretch, and medians of interleaved runs.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import numpy as np
 
 from flax_switch.plan.hlo import Instruction, UnknownText, executions, read_computations, shape_of
 
-# Our Pallas kernels: grouped products, whose first operand is of index arrays, and attention, of queries and keys before others.
+# Our Pallas kernels: the grouped GEMM, whose first operand is of index arrays, and attention, of queries and keys before others.
 _GROUPED = re.compile(r'op_name="[^"]*/grouped_(?:rows|gradients)/pallas_call"')
 _ATTENTION = re.compile(r'op_name="[^"]*\bfused_attention(_gradient)?\)*/pallas_call"')
 

@@ -12,6 +12,7 @@ from flax_switch.config.ranges import Count, Epsilon, Layers, Natural, NotNegati
 from flax_switch.config.stacks import LAYOUTS, StackConfig, sparse_layers
 from flax_switch.config.weights import FINE, GROUP, WEIGHTS
 
+ATTENTION_IMPLEMENTATIONS = ("auto", "plain", "fused")  # see `ops.kernels.fused_attention.fuses`
 ACTIVATIONS = ("relu", "gelu", "gelu_new", "silu", "swish", "linear", "tanh")
 LOSS_NORMALIZERS = ("real_target_tokens", "total_target_tokens", "average_per_sequence")
 ROUTERS = ("tokens_choose", "experts_choose", "hash")  # see `ops.moe.block.ROUTERS`
@@ -125,6 +126,9 @@ class SwitchConfig(_Section):
     expert_dtype: str | None = None  # of activations inside the experts; None: dtype
     scan_layers: bool = False  # one compiled block repeated, where the layout repeats
     remat_policy: str = may_change("none")  # "none", "minimal" (save matrix products) or "full"
+    # "plain": probabilities [B, H, Q, T] are kept for the backward pass. "fused": nothing has both axes, and logits are computed
+    # again. "auto": fused where lengths are long, by platform. Cached decoding, and attention weights that are asked for, are plain
+    attention_implementation: str = may_change("auto")
 
     # --- special tokens
     pad_token_id: Natural = 0
@@ -150,6 +154,7 @@ class SwitchConfig(_Section):
         if isinstance(self.loss_normalizer, str):
             one_of("loss_normalizer", self.loss_normalizer, LOSS_NORMALIZERS)
         one_of("remat_policy", self.remat_policy, ("none", "minimal", "full"))
+        one_of("attention_implementation", self.attention_implementation, ATTENTION_IMPLEMENTATIONS)
         one_of("weights", self.weights, WEIGHTS)
         for name in ("dtype", "param_dtype", "router_dtype", "expert_dtype"):
             if getattr(self, name) is not None:

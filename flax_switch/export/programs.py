@@ -107,7 +107,9 @@ def programs(config: SwitchConfig, params: Shapes, *, architecture: str = "full"
     check_translates(config)
     check_exportable(config)
     check(architecture != "headless", "This checkpoint has no head, so that it has no tokens to say. Export the whole model.")
-    model = _Model(config.replace(scan_layers=False, moe_executor="blocks"), _greedy(config, controls))
+    model = _Model(
+        config.replace(scan_layers=False, moe_executor="blocks", attention_implementation="plain"), _greedy(config, controls)
+    )
     b, s = export.symbolic_shape("b, s")
     found = {"encoder": Program(model.encoder, (_ints(b, s), _mask(b, s)))}
     if architecture == "encoder":

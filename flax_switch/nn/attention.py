@@ -10,8 +10,13 @@ from flax_switch.config import SwitchConfig
 from flax_switch.nn.cache import KeyValue, KeyValueCache, bias_table
 from flax_switch.nn.layers import Initializer, Linear, scaled_init
 from flax_switch.ops import Size
-from flax_switch.ops.attention import dot_product_attention, relative_position_bias, rotate
+from flax_switch.ops.attention import dot_product_attention, rotate
 from flax_switch.ops.kernels.attention import cached_attention
+from flax_switch.ops.kernels.relative import RelativeBias
+from flax_switch.ops.kernels.visible import Visible
+from flax_switch.parallel.placement import ONE_DEVICE, Placement
+
+Mask = Visible | Bool[Array, "#G 1 #queries T"] | None  # which keys queries see; `Visible` asks for the fused form of attention
 
 
 class RelativePositionBias(nn.Module):
@@ -26,14 +31,10 @@ class RelativePositionBias(nn.Module):
         shape = (config.num_heads, config.relative_attention_num_buckets)
         self.rel_embedding = self.param("rel_embedding", init, shape, jnp.dtype(config.param_dtype))
 
-    def __call__(self, query_length: Size, key_length: Size) -> Float[Array, "1 H Q T"]:
-        return relative_position_bias(
-            self.rel_embedding,
-            query_length,
-            key_length,
-            bidirectional=self.bidirectional,
-            max_distance=self.config.relative_attention_max_distance,
-        )
+    def __call__(self, length: Size, mask: Mask) -> RelativeBias | Float[Array, "1 H L L"]:
+        """Returns the biases of a sequence for attention with `mask`: where that is not laid out, the table."""
+        bias = RelativeBias(self.rel_embedding, self.bidirectional, self.config.relative_attention_max_distance)
+        return bias if isinstance(mask, Visible) else bias.array(length, length)
 
     def for_cache(self, max_length: Size) -> Float[Array, "H relative"]:
         """Returns the table that a cache of `max_length` places reads its biases from."""
@@ -72,15 +73,16 @@ class Attention(nn.Module):
         x: Float[Array, "B Q D"],
         keys_values: KeyValue | KeyValueCache,
         *,
-        bias: Float[Array, "1 H Q T"] | None,
-        mask: Bool[Array, "#G 1 #queries T"] | None,
+        bias: RelativeBias | Float[Array, "1 H Q T"] | None,
+        mask: Mask,
         deterministic: bool,
         first: Int[Array, ""] | int = 0,
-    ) -> tuple[Float[Array, "B Q D"], Float[Array, "B H Q T"]]:
+        devices: Placement = ONE_DEVICE,
+    ) -> tuple[Float[Array, "B Q D"], Float[Array, "B H Q T"] | None]:
         """Attends from `x` to given keys and values; returns outputs and attention probabilities. See `attend`."""
         query = placed(self._split(self.query(x)), first, self.config)
         rng = (lambda: self.make_rng("dropout")) if not deterministic else None
-        output, probs = attend(query, keys_values, self.config, bias=bias, mask=mask, make_rng=rng)
+        output, probs = attend(query, keys_values, self.config, bias=bias, mask=mask, make_rng=rng, devices=devices)
         return self.out(output.reshape(*output.shape[:2], -1)), probs
 
 
@@ -99,11 +101,14 @@ def attend(
     keys_values: KeyValue | KeyValueCache,
     config: SwitchConfig,
     *,
-    bias: Float[Array, "1 H Q T"] | None,
-    mask: Bool[Array, "#G 1 #queries T"] | None,
+    bias: RelativeBias | Float[Array, "1 H Q T"] | None,
+    mask: Mask,
     make_rng: Callable[[], Array] | None,
-) -> tuple[Float[Array, "B Q H K"], Float[Array, "B H Q T"]]:
+    devices: Placement = ONE_DEVICE,
+) -> tuple[Float[Array, "B Q H K"], Float[Array, "B H Q T"] | None]:
     """Returns outputs and probabilities of attention; `make_rng` gives the generator of dropout, and is None in evaluation.
+
+    The fused form has no probabilities.
 
     Where queries have a multiple n of the keys' batch (beams of one source), the n rows are more queries of that source, whose keys
     are not copied.
@@ -115,8 +120,11 @@ def attend(
     if isinstance(keys_values, KeyValueCache):
         if make_rng is not None:
             raise ValueError("Decoding with a cache has no dropout; call it with deterministic=True.")
+        assert not isinstance(mask, Visible) and not isinstance(bias, RelativeBias)  # nothing is fused with a cache
         return cached_attention(query, keys_values.key, keys_values.value, bias=bias, mask=mask)
     rate = config.attention_dropout
     rng = None if make_rng is None or rate == 0.0 else make_rng()
     key, value = keys_values.key, keys_values.value
-    return dot_product_attention(query, key, value, bias=bias, mask=mask, dropout_rate=rate, dropout_rng=rng)
+    return dot_product_attention(
+        query, key, value, bias=bias, mask=mask, dropout_rate=rate, dropout_rng=rng, devices=devices
+    )  # fmt: skip

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from flax_switch.ops import Size
-from flax_switch.ops.attention import relative_position_bias
+from flax_switch.ops.kernels.relative import relative_position_bias
 
 
 @flax.struct.dataclass

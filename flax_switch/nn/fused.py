@@ -95,9 +95,9 @@ class FusedLayer(nn.Module):
             cache = dataclasses.replace(cache, past=keys_values)
         bias = inputs.bias
         if cache is None and config.has_bias_tables and config.relative_attention_per_layer:
-            bias = self.relpos_bias(x.shape[1], x.shape[1])
+            bias = self.relpos_bias(x.shape[1], inputs.mask)
         rng = (lambda: self.make_rng("dropout")) if not deterministic else None
-        attended, probs = attend(query, keys_values, config, bias=bias, mask=inputs.mask, make_rng=rng)
+        attended, probs = attend(query, keys_values, config, bias=bias, mask=inputs.mask, make_rng=rng, devices=inputs.devices)
         activated = (activation(name)(branch) for name, branch in zip(config.mlp_activations, branches, strict=True))
         hidden = self.mlp_dropout(functools.reduce(operator.mul, activated), deterministic=deterministic)
         y = self._run(self.o_wo_fused, jnp.concatenate([attended, hidden], axis=-1), inputs, routers)

@@ -15,6 +15,8 @@ from flax_switch.nn.cache import KeyValue, LayerCache
 from flax_switch.nn.layers import MLP, Dropout, norm_of
 from flax_switch.nn.moe import SparseMLP
 from flax_switch.nn.outputs import LayerOutput
+from flax_switch.ops.kernels.relative import RelativeBias
+from flax_switch.ops.kernels.visible import Visible
 from flax_switch.ops.moe.expert_parallel import EXCHANGED
 from flax_switch.ops.moe.routing import RouterOutput
 from flax_switch.parallel.gathering import keep_all_but_gathered
@@ -25,12 +27,12 @@ from flax_switch.parallel.placement import ONE_DEVICE, Placement
 class LayerInputs:
     """What every layer of a stack is given alike. Masks are True where there is something."""
 
-    bias: Float[Array, "1 H Q T"] | None  # relative position bias, where it is not of the layer's own table
-    mask: Bool[Array, "#G 1 #queries T"] | None  # of self-attention
+    bias: RelativeBias | Float[Array, "1 H Q T"] | None  # relative position bias, where it is not of the layer's own table
+    mask: Visible | Bool[Array, "#G 1 #queries T"] | None  # of self-attention; `Visible` asks for the fused form
     padding_mask: Bool[Array, "B Q"] | None  # which positions hold tokens
     token_ids: Int[Array, "B Q"] | None = None  # where routing goes by them
     encoded: Float[Array, "B S D"] | None = None
-    cross_mask: Bool[Array, "#sources 1 #Q S"] | None = None
+    cross_mask: Visible | Bool[Array, "#sources 1 #Q S"] | None = None
     cache_index: Int[Array, ""] | int = 0  # the first token's place in the cache
     deterministic: bool = flax.struct.field(pytree_node=False, default=True)
     output_router_logits: bool = flax.struct.field(pytree_node=False, default=False)
@@ -115,7 +117,7 @@ class Layer(nn.Module):
 
     def _attend_to_itself(
         self, y: Float[Array, "B Q D"], inputs: LayerInputs, cache: LayerCache | None
-    ) -> tuple[Float[Array, "B Q D"], Float[Array, "B H Q T"], LayerCache | None]:
+    ) -> tuple[Float[Array, "B Q D"], Float[Array, "B H Q T"] | None, LayerCache | None]:
         attention = self.self_attention if self.stack.causal else self.attention
         keys_values = attention.keys_values(y, inputs.cache_index)
         if cache is not None:
@@ -123,15 +125,16 @@ class Layer(nn.Module):
             cache = dataclasses.replace(cache, past=keys_values)
         bias = inputs.bias
         if cache is None and self.config.has_bias_tables and self.config.relative_attention_per_layer:
-            bias = self.relpos_bias(y.shape[1], y.shape[1])
+            bias = self.relpos_bias(y.shape[1], inputs.mask)
         y, probs = attention(
-            y, keys_values, bias=bias, mask=inputs.mask, deterministic=inputs.deterministic, first=inputs.cache_index
+            y, keys_values, bias=bias, mask=inputs.mask, deterministic=inputs.deterministic, first=inputs.cache_index,
+            devices=inputs.devices,
         )  # fmt: skip
         return y, probs, cache
 
     def _attend_to_source(
         self, x: Float[Array, "B Q D"], inputs: LayerInputs, cache: LayerCache | None
-    ) -> tuple[Float[Array, "B Q D"], Float[Array, "B H Q S"]]:
+    ) -> tuple[Float[Array, "B Q D"], Float[Array, "B H Q S"] | None]:
         y = self._normed(self.pre_cross_attention_layer_norm, x, inputs)
         source = None
         if cache is not None:
@@ -141,7 +144,7 @@ class Layer(nn.Module):
         if source is None:
             raise ValueError("A decoder needs the encoder's output, or a cache that holds what is needed of it.")
         return self.encoder_decoder_attention(
-            y, source, bias=None, mask=inputs.cross_mask, deterministic=inputs.deterministic
+            y, source, bias=None, mask=inputs.cross_mask, deterministic=inputs.deterministic, devices=inputs.devices
         )  # fmt: skip
 
     def _compute(self, y: Float[Array, "B Q D"], inputs: LayerInputs) -> tuple[Float[Array, "B Q D"], tuple[RouterOutput, ...]]:

@@ -61,7 +61,7 @@ class Stack(nn.Module):
         """Runs all layers; returns the normalised output, the layers' outputs and, if asked for, their hidden states."""
         config = self.config
         if cache is None and config.has_bias_tables and not config.relative_attention_per_layer:
-            inputs = dataclasses.replace(inputs, bias=self.relpos_bias(x.shape[1], x.shape[1]))
+            inputs = dataclasses.replace(inputs, bias=self.relpos_bias(x.shape[1], inputs.mask))
         x = self.dropout(x, deterministic=inputs.deterministic)
         hidden_states: list[Array | None] = [x]
         if config.scan_layers:

@@ -16,7 +16,7 @@ from flax_switch.nn.layers import Embedding, Linear, scaled_init
 from flax_switch.nn.outputs import DecoderOutput, EncoderOutput, ModelOutput
 from flax_switch.nn.stack import Stack
 from flax_switch.ops import AnyArray, Size
-from flax_switch.ops.attention import cross_attention_mask, self_attention_mask
+from flax_switch.ops.attention import cross_attention_mask, mask_for, self_attention_mask
 from flax_switch.ops.positions import numbered, sinusoids
 from flax_switch.parallel.placement import ONE_DEVICE, Placement
 
@@ -89,7 +89,7 @@ class SwitchEncoder(nn.Module):
         _check_mask("attention_mask", mask, x)
         inputs = LayerInputs(
             bias=None,
-            mask=self_attention_mask(self.config, mask, segments),
+            mask=mask_for(self.config, self_attention_mask(self.config, mask, segments), x, x, with_probs=output_attentions),
             padding_mask=mask,
             token_ids=self._token_ids(self.config.encoder, input_ids),
             deterministic=deterministic,
@@ -219,27 +219,27 @@ class SwitchTransformer(SwitchEncoder):
             decoder_attention_mask says without a cache, and all of them with one.
         """
         config = self.config
-        source_segments, target_segments = _as_array(segment_ids), _as_array(decoder_segment_ids)
+        source_segments, target_segments, encoded = map(_as_array, (segment_ids, decoder_segment_ids, encoded))
         first = 0 if cache is None else cache.tokens
         x = self._embed(self.decoder, decoder_input_ids, decoder_inputs_embeds, target_segments, first)
-        mask, source_mask = _as_mask(decoder_attention_mask), _as_mask(attention_mask)
-        padding_mask = _as_mask(decoder_padding_mask)
+        mask, source_mask, padding_mask = map(_as_mask, (decoder_attention_mask, attention_mask, decoder_padding_mask))
         if cache is None:
             _check_mask("decoder_attention_mask", mask, x)
-            if padding_mask is None:
-                padding_mask = mask
+            padding_mask = mask if padding_mask is None else padding_mask
             prefix = _as_mask(prefix_mask)
             _check_mask("prefix_mask", prefix, x)
-            self_mask = self_attention_mask(config, mask, target_segments, causal=True, length=x.shape[1], prefix_mask=prefix)
+            seen = self_attention_mask(config, mask, target_segments, causal=True, prefix_mask=prefix)
+            self_mask = mask_for(config, seen, x, x, with_probs=output_attentions)
         else:
             self_mask = cache.visible(mask, x.shape[1], causal=causal)
+        seen = cross_attention_mask(config, mask, source_mask, target_segments, source_segments, cache is not None)
         inputs = LayerInputs(
             bias=None,
             mask=self_mask,
             padding_mask=padding_mask,
             token_ids=self._token_ids(self.config.decoder, decoder_input_ids),
-            encoded=_as_array(encoded),
-            cross_mask=cross_attention_mask(config, mask, source_mask, target_segments, source_segments, cache is not None),
+            encoded=encoded,
+            cross_mask=mask_for(config, seen, x, encoded, with_probs=output_attentions or cache is not None),
             cache_index=0 if cache is None else cache.index,
             deterministic=deterministic,
             output_router_logits=output_router_logits,

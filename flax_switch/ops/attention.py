@@ -1,100 +1,20 @@
 """T5's attention: no scaling of logits, additive relative position biases, softmax in float32."""
 
-import functools
+from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from flax_switch.config import SwitchConfig
-from flax_switch.ops import Size
 from flax_switch.ops.dropout import keep_mask
 from flax_switch.ops.kernels.attention import attend
-
-
-def relative_position_bucket(
-    relative_position: Int[Array, "*shape"], *, bidirectional: bool, num_buckets: int, max_distance: int
-) -> Int[Array, "*shape"]:
-    """Returns the bucket of each relative position (key minus query): exact up close, logarithmic further out (T5, section 2.1).
-
-    Bidirectional stacks spend half the buckets on keys to the right; causal ones put everything to the right in bucket 0.
-    """
-    offset = 0
-    distance = -relative_position
-    if bidirectional:
-        num_buckets //= 2
-        offset = jnp.where(distance < 0, num_buckets, 0)
-        distance = jnp.abs(distance)
-    else:
-        distance = jnp.maximum(distance, 0)
-    # A table made by numpy: XLA's logarithm differs in the last bit, which moves ties at the buckets' borders.
-    n = np.arange(max_distance + 1)
-    exact = num_buckets // 2
-    log_ratio = np.log(np.maximum(n, 1).astype(np.float32) / exact + np.finfo(np.float32).eps) / np.log(max_distance / exact)
-    far = np.minimum(exact + (log_ratio * (num_buckets - exact)).astype(np.int32), num_buckets - 1)
-    table = jnp.asarray(np.where(n < exact, n, far).astype(np.int32))
-    return offset + table[jnp.minimum(distance, max_distance)]
-
-
-def relative_position_bias(
-    table: Float[Array, "H buckets"],
-    query_length: Size,
-    key_length: Size,
-    *,
-    bidirectional: bool,
-    max_distance: int,
-    query_offset: Int[Array, ""] | Size = 0,
-) -> Float[Array, "1 H Q T"]:
-    """Returns the additive bias for queries at query_offset + 0..Q-1 and keys at 0..T-1, in float32.
-
-    Biases depend on key minus query alone, so Q+T-1 values are looked up and laid out along the diagonals; the gradient is
-    then a sum along diagonals instead of Q*T scattered additions.
-    """
-    Q, T, W = query_length, key_length, query_length + key_length
-    buckets_of = functools.partial(
-        relative_position_bucket, bidirectional=bidirectional, num_buckets=table.shape[1], max_distance=max_distance
-    )  # fmt: skip
-    if not isinstance(W, int):  # a symbol's diagonals are not known; such programs are exported, and have no gradient
-        return table.astype(jnp.float32)[:, buckets_of(jnp.arange(T)[None] - jnp.arange(Q)[:, None] - query_offset)][None]
-    # values[d mod W] is the bias at relative position d, for d = -Q .. T-1
-    distance = jnp.arange(W)
-    distance = jnp.where(distance >= T, distance - W, distance) - query_offset
-    values = table.astype(jnp.float32)[:, buckets_of(distance)]
-    # Rows of length W, read again with length W-1: each row starts one further to the left.
-    rows = jnp.broadcast_to(values[:, None, :], (table.shape[0], Q, W)).reshape(table.shape[0], Q * W)
-    return rows[:, : Q * (W - 1)].reshape(1, table.shape[0], Q, W - 1)[..., :T]
-
-
-def attention_mask(
-    query_mask: Bool[Array, "B Q"] | None,
-    key_mask: Bool[Array, "B T"] | None,
-    *,
-    causal_shape: tuple[Size, Size] | None = None,
-    prefix_mask: Bool[Array, "B T"] | None = None,
-    query_segments: Int[Array, "B Q"] | None = None,
-    key_segments: Int[Array, "B T"] | None = None,
-) -> Bool[Array, "#B 1 #Q T"] | None:
-    """Returns which keys a query may attend to: real ones, of its own segment and, with `causal_shape` (Q, T), not to its right.
-
-    prefix_mask: of causal attention, positions that see each other nevertheless.
-    """
-    mask = None
-
-    def both(extra):
-        return extra if mask is None else mask & extra
-
-    if causal_shape is not None:
-        causal = jnp.tril(jnp.ones(causal_shape, bool))[None, None]
-        if prefix_mask is not None:
-            causal = causal | (prefix_mask[:, None, :, None] & prefix_mask[:, None, None, :])
-        mask = both(causal)
-    if key_mask is not None:
-        mask = both(key_mask[:, None, None, :])
-    if query_mask is not None:
-        mask = both(query_mask[:, None, :, None])
-    if query_segments is not None and key_segments is not None:
-        mask = both((query_segments[:, :, None] == key_segments[:, None, :])[:, None])
-    return mask
+from flax_switch.ops.kernels.fused_attention import fused_attention, fuses
+from flax_switch.ops.kernels.relative import RelativeBias
+from flax_switch.ops.kernels.visible import Visible
+from flax_switch.parallel.mesh import partition_spec
+from flax_switch.parallel.placement import ONE_DEVICE, LaidOutByCompiler, OnMesh, Placement
 
 
 def self_attention_mask(
@@ -103,21 +23,14 @@ def self_attention_mask(
     segment_ids: Int[Array, "B L"] | None,
     *,
     causal: bool = False,
-    length: Size = 0,
     prefix_mask: Bool[Array, "B L"] | None = None,
-) -> Bool[Array, "#B 1 #L L"] | None:
+) -> Visible:
     """Returns who attends to whom in teacher-forced self-attention.
 
     Where the config zeroes padding, padded queries attend to nothing (flaxformer); else they attend like others (Hugging Face).
     """
-    return attention_mask(
-        mask if config.zero_padding_activations else None,
-        mask,
-        causal_shape=(length, length) if causal else None,
-        prefix_mask=prefix_mask,
-        query_segments=segment_ids,
-        key_segments=segment_ids,
-    )
+    query_mask = mask if config.zero_padding_activations else None
+    return Visible(query_mask, mask, prefix_mask if causal else None, segment_ids, segment_ids, causal=causal)
 
 
 def cross_attention_mask(
@@ -127,10 +40,29 @@ def cross_attention_mask(
     target_segments: Int[Array, "B L"] | None,
     source_segments: Int[Array, "sources S"] | None,
     cached: bool,
-) -> Bool[Array, "_ 1 #L S"] | None:
+) -> Visible:
     """Returns which source positions a target position may attend to."""
     query_mask = target_mask if config.zero_padding_activations and not cached else None
-    return attention_mask(query_mask, source_mask, query_segments=target_segments, key_segments=source_segments)
+    return Visible(query_mask, source_mask, None, target_segments, source_segments)
+
+
+def mask_for(
+    config: SwitchConfig,
+    visible: Visible,
+    queries: Float[Array, "B Q D"],
+    keys: Float[Array, "sources T D"] | None,
+    *,
+    with_probs: bool,
+) -> Visible | Bool[Array, "#B 1 #Q T"] | None:
+    """Returns a mask for the form of attention that the config asks for: as it is for the fused one, else as an array.
+
+    queries, keys: what they are projected from; None, or fewer rows than there are of queries, are keys laid out for few queries,
+      and like probabilities that are wanted they call for the plain form.
+    """
+    (rows, length), (sources, key_length) = queries.shape[:2], (0, 0) if keys is None else keys.shape[:2]
+    if not with_probs and rows == sources and fuses(config.attention_implementation, length, key_length):
+        return visible
+    return visible.array(length, key_length)
 
 
 def rotate(x: Float[Array, "B L H K"], first: Int[Array, ""] | int) -> Float[Array, "B L H K"]:
@@ -152,12 +84,15 @@ def dot_product_attention(
     key: Float[Array, "B T #H K"],
     value: Float[Array, "B T #H K"],
     *,
-    bias: Float[Array, "#B #H Q T"] | None = None,
-    mask: Bool[Array, "#B 1 #Q T"] | None = None,
+    bias: RelativeBias | Float[Array, "#B #H Q T"] | None = None,
+    mask: Visible | Bool[Array, "#B 1 #Q T"] | None = None,
     dropout_rate: float = 0.0,
     dropout_rng: Array | None = None,
-) -> tuple[Float[Array, "B Q H K"], Float[Array, "B H Q T"]]:
+    devices: Placement = ONE_DEVICE,
+) -> tuple[Float[Array, "B Q H K"], Float[Array, "B H Q T"] | None]:
     """Returns attention outputs, and the probabilities before dropout (float32). Keys and values of one head are all heads'.
+
+    With a mask that is not laid out it is the fused form that runs, with a bias that is not either, and without probabilities.
 
     Logits are not divided by sqrt(K): T5 folds that into the initialisation of the queries. Dropout, when `dropout_rng` is
     given, drops a key for all queries of a head at once (broadcast over Q, as flaxformer's).
@@ -170,5 +105,36 @@ def dot_product_attention(
         B, H, T, _ = key.shape
         kept = keep_mask(dropout_rng, dropout_rate, (B, H, 1, T))
         keep = kept.astype(value.dtype) / (1.0 - dropout_rate)
-    output, probs = attend(query, key, value, bias, mask, keep)
+    if isinstance(mask, Visible):
+        assert bias is None or isinstance(bias, RelativeBias)
+        output, probs = _fused(devices, query, key, value, bias, mask, keep), None
+    else:
+        assert not isinstance(bias, RelativeBias)
+        output, probs = attend(query, key, value, bias, mask, keep)
     return output.transpose(0, 2, 1, 3), probs
+
+
+def _fused(
+    devices: Placement,
+    query: Float[Array, "B H Q K"],
+    key: Float[Array, "B H T K"],
+    value: Float[Array, "B H T K"],
+    bias: RelativeBias | None,
+    visible: Visible,
+    keep: Float[Array, "B H 1 T"] | None,
+) -> Float[Array, "B H Q K"]:
+    """Runs the fused form; over a mesh each device has its rows and heads, as XLA cannot split kernels that it did not make."""
+    arrays = (query, key, value, bias, visible, keep)
+    if isinstance(devices, LaidOutByCompiler):
+        return fused_attention(*arrays, implementation="blocks")
+    if not isinstance(devices, OnMesh):
+        return fused_attention(*arrays)
+
+    def split(*axes: str | None) -> Callable[[Array], PartitionSpec]:
+        return lambda x: partition_spec(axes[: x.ndim], x.shape, devices.mesh)
+
+    rows = split("batch", "heads", None, None)
+    rules = (rows, rows, rows, split("heads", None), split("batch", None), rows)
+    specs = tuple(jax.tree.map(rule, x) for rule, x in zip(rules, arrays, strict=True))
+    # As for experts (`ops/moe/expert_parallel`), check_vma would ask loops and custom gradients over which axes they vary.
+    return jax.shard_map(fused_attention, mesh=devices.mesh, in_specs=specs, out_specs=rows(query), check_vma=False)(*arrays)

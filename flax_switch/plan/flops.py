@@ -10,15 +10,17 @@ import numpy as np
 
 from flax_switch.plan.hlo import Instruction, UnknownText, executions, read_computations, shape_of
 
+# Our Pallas kernels: the grouped GEMM, whose first operand is of index arrays, and attention, of queries and keys before others.
 _GROUPED = re.compile(r'op_name="[^"]*/grouped_(?:rows|gradients)/pallas_call"')
+_ATTENTION = re.compile(r'op_name="[^"]*\bfused_attention(_gradient)?\)*/pallas_call"')
 
 
 def program_flops(hlo_text: str) -> tuple[float, bool]:
     """Returns FLOPs of a compiled program's matrix products on each device, loops multiplied by their trip counts.
 
     Returns the count and whether it is complete: a loop whose length is not known counts once. XLA's own analysis counts every
-    loop's body once, and elementwise operations beside the products. Products inside custom calls (Pallas kernels, libraries)
-    are invisible here as there. Raises `UnknownText` for a product in a form that is not known here.
+    loop's body once, and elementwise operations beside the products. Products inside custom calls that are not our kernels
+    (libraries) are invisible here as there. Raises `UnknownText` for a product in a form that is not known here.
     """
     computations, entry = read_computations(hlo_text)
     runs = executions(computations, entry)
@@ -35,16 +37,18 @@ def program_flops(hlo_text: str) -> tuple[float, bool]:
 
 
 def _is_product(instruction: Instruction) -> bool:
-    grouped = instruction.opcode == "custom-call" and _GROUPED.search(instruction.attributes)
-    return bool(grouped) or instruction.opcode == "convolution" or instruction.opcode.rpartition("-")[2] == "dot"
+    kernel = instruction.opcode == "custom-call" and any(p.search(instruction.attributes) for p in (_GROUPED, _ATTENTION))
+    return kernel or instruction.opcode == "convolution" or instruction.opcode.rpartition("-")[2] == "dot"
 
 
 def _product_flops(product: Instruction, shapes: dict[str, tuple[int, ...]]) -> float:
     left, right = ([shapes.get(name) for name in product.operand_names] + [None, None])[:2]
-    out = shape_of(product.type)
     if left is None or right is None:
         raise UnknownText("the factors of a product", f"{product.opcode}({product.operands})")
-    if product.opcode == "custom-call":  # its first operand is of index arrays
+    if attention := _ATTENTION.search(product.attributes):  # logits and output, or logits again and four gradients
+        return 2.0 * (5 if attention.group(1) else 2) * math.prod(left) * right[-1]
+    out = shape_of(product.type)
+    if product.opcode == "custom-call":
         rows, contracted = right
         return 2.0 * rows * contracted * out[-1]
     if product.opcode == "dot":

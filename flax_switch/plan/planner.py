@@ -9,6 +9,7 @@ import jax
 
 from flax_switch.config import ExperimentConfig, MeshConfig, check, one_of
 from flax_switch.config.flops import train_flops
+from flax_switch.ops.kernels.platforms import compiled_for
 from flax_switch.ops.moe.groups import Grouping, make_grouping
 from flax_switch.ops.moe.routing import expert_capacity
 from flax_switch.parallel.mesh import MESH_AXES, create_mesh, mesh_shape
@@ -82,12 +83,13 @@ def plan(
     shape = mesh_shape(config.mesh, machine.num_devices)
     run = build_run(config, abstract_mesh(shape))
     batch = batch_structs(config, run.mesh)
-    memory = train_memory(run, batch)
+    with compiled_for(machine.chip.platform):
+        memory = train_memory(run, batch)
     train = generation = why = None
     if compile:
         try:
             devices = create_mesh(config.mesh, compile_devices(machine))
-            with compiler_effort(effort):
+            with compiler_effort(effort), compiled_for(machine.chip.platform):
                 train = compile_train(config, devices)
                 generation = compile_decode(config, devices) if decode else None
         except CannotCompile as reason:

@@ -103,6 +103,21 @@ def test_products_that_a_tpu_program_writes_as_convolutions_count_the_same():
     assert program_flops(TPU_LOOP) == (6 * 2 * 4 * 12 * 512 * 512 * 64, True)
 
 
+ATTENTION = """HloModule jit_step, is_scheduled=true
+
+ENTRY %main (q: bf16[2,4,64,384], k: bf16[2,4,64,768]) -> f32[2,4,64,384] {
+  %q = bf16[2,4,64,384]{3,2,1,0:T(8,128)(2,1)} parameter(0)
+  %k = bf16[2,4,64,768]{3,2,1,0:T(8,128)(2,1)} parameter(1)
+  %o = (bf16[2,4,64,384]{3,2,1,0:T(8,128)(2,1)}, f32[2,4,1,384]{3,2,1,0}) custom-call(%q, %k, %k), custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/jvp(fused_attention)/pallas_call"}
+  ROOT %d = (f32[2,4,64,384]{3,2,1,0:T(8,128)}, f32[2,4,64,768]{3,2,1,0}) custom-call(%q, %k, %k), custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/transpose(jvp(fused_attention_gradient))/pallas_call"}
+}
+"""  # noqa: E501 - the lines are as long as XLA prints them
+
+
+def test_products_inside_kernels_of_attention_count_two_forward_and_five_backward():
+    assert program_flops(ATTENTION) == ((2 + 5) * 2 * 2 * 4 * 64 * 384 * 768, True)
+
+
 def test_state_and_batch_are_the_arguments_of_the_compiled_step(compiled):
     memory = compiled.memory
     assert memory.parameters + memory.optimizer + memory.batch == compiled.train.arguments

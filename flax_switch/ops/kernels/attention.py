@@ -102,8 +102,13 @@ SUMS_OVER_QUERIES = {
 def _sum_to(x: Float[Array, "B H Q T"], shape: tuple[int, ...]) -> Float[Array, "#B #H Q T"]:
     """Sums `x` over the axes that have size 1 in `shape`."""
     if shape[0] == 1 < x.shape[0]:
-        x = platforms.run(SUMS_OVER_BATCH, {"cpu": "product", "other": "reference"}, None, x)[None]
+        x = sum_over_batch(x)[None]
     return x.sum(1, keepdims=True) if shape[1] == 1 < x.shape[1] else x
+
+
+def sum_over_batch(x: Float[Array, "B H Q T"]) -> Float[Array, "H Q T"]:
+    """Sums over the first axis."""
+    return platforms.run(SUMS_OVER_BATCH, {"cpu": "product", "other": "reference"}, None, x)
 
 
 SUMS_OVER_BATCH = {

@@ -1,8 +1,11 @@
 """How an operation picks one of its implementations: the one asked for, or the one for the platform a program is compiled for."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from typing import TypeVar
 
+import jax
 from jax import lax
 
 from flax_switch.config import one_of
@@ -12,6 +15,23 @@ T = TypeVar("T")
 
 # Other accelerators' branches need not be traced.
 POSSIBLE = ("cpu", *(platform for platform in ("tpu", "cuda") if can_compile_for(platform)))
+
+_TARGET: ContextVar[str | None] = ContextVar("target", default=None)
+
+
+@contextlib.contextmanager
+def compiled_for(platform: str) -> Iterator[None]:
+    """Has what is traced meanwhile be for a platform ("cpu", "gpu" or "tpu") that need not be here, as a plan's programs are."""
+    token = _TARGET.set(platform)
+    try:
+        yield
+    finally:
+        _TARGET.reset(token)
+
+
+def target() -> str:
+    """Returns the platform that a program being traced is most likely for, where shapes are chosen by it."""
+    return _TARGET.get() or jax.default_backend()
 
 
 def run(implementations: Mapping[str, Callable[..., T]], default: Mapping[str, str], implementation: str | None, *args) -> T:

@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fused_cases import CASES, fused
 from grouped_oracle import GROUPS, operands
 from jax.sharding import PartitionSpec as P
 from quantized_kernels import draw_int4, draw_int8, whole_rows
 
 from flax_switch.config import ConfigError, MeshConfig
 from flax_switch.host.expert_cache import ExpertCache
-from flax_switch.ops.kernels import attention, exchange, few_rows, grouped, on_disk, projection, quantized, updates
+from flax_switch.ops.kernels import attention, exchange, few_rows, fused_attention, grouped, on_disk, projection, quantized, updates
 from flax_switch.ops.mlp import mlp
 from flax_switch.parallel.mesh import create_mesh
 
@@ -165,6 +166,7 @@ OPERATIONS = {  # its implementations, how to run one on a case, its cases
     "fetch_arrays": (on_disk.IMPLEMENTATIONS, fetched, {"floats": np.float32, "integers": np.int8}),
     "kernel_gradient": (projection.KERNEL_GRADIENTS, gradient_of_kernel, {"wide": (4, 9), "narrow": (9, 4)}),
     "attend": (attention.IMPLEMENTATIONS, attended, ATTENTION),
+    "fused_attention": (fused_attention.IMPLEMENTATIONS, fused, {case: case for case in CASES}),
     "sum over queries": (attention.SUMS_OVER_QUERIES, summed(attention.SUMS_OVER_QUERIES), {"4 rows": (2, 3, 5)}),
     "sum over the batch": (attention.SUMS_OVER_BATCH, summed(attention.SUMS_OVER_BATCH), {"4 rows": (2, 3, 5)}),
     "update_if": (updates.IMPLEMENTATIONS, updated, {"made": True, "left out": False}),

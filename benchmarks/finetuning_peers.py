@@ -61,11 +61,10 @@ class Way(NamedTuple):
     model: str = "dense"  # or "random" weights of its shapes
     adapter: AdapterConfig = AdapterConfig()
     rate_of: str = ""  # the way whose learning rate it takes; "": it picks from RATES
-    dropout: float | None = None  # None: the task's
+    dropout: float = 0.0  # here all tokens of a text share a mask, as in T5X; there each has its own
 
 
 RATES = {"classification": (5e-4, 1e-3), "embedding": (3e-4, 1e-3), "rewriting": (1e-3, 3e-3)}
-DROPOUT = {"classification": 0.1, "embedding": 0.0, "rewriting": 0.1}
 STEPS = {"classification": 500, "embedding": 200, "rewriting": 300}
 WAYS = {
     "here": Way("here"),
@@ -77,15 +76,10 @@ WAYS = {
     "there, LoRA": Way("there", adapter=LORA, rate_of="here, LoRA"),
 }
 OF_TASK = {
-    "classification": ("here", "there", "here, random weights"),
+    "classification": ("here", "there", "here, random weights", "here, dropout", "there, dropout"),
     "embedding": ("here", "there", "here, dropout", "there, dropout"),
-    "rewriting": ("here", "there", "here, LoRA", "there, LoRA"),
+    "rewriting": ("here", "there", "here, LoRA", "there, LoRA", "here, dropout", "there, dropout"),
 }
-
-
-def dropout_of(task: str, way: Way) -> float:
-    """Returns the rate of a run. Here all tokens of a text share a mask, as in T5X; there each has its own."""
-    return DROPOUT[task] if way.dropout is None else way.dropout
 
 
 # --- tasks
@@ -142,7 +136,7 @@ def run_here(task: str, way: Way, rate: float, seed: int, args: argparse.Namespa
     if task == "classification":
         head["labels"] = labels_of(data)
     recipe = FinetuneRecipe(
-        model=dict(dropout_rate=dropout_of(task, way), **head),
+        model=dict(dropout_rate=way.dropout, **head),
         data=FinetuneDataConfig(
             train=str(data / "train.jsonl"), validation=str(data / "validation.jsonl"), inputs="text",
             targets={"classification": "label", "embedding": "next", "rewriting": "short"}[task],
@@ -180,7 +174,7 @@ class There:
         kind, options = kinds[task]
         self.labels = labels_of(data) if task == "classification" else ()
         options |= dict(num_labels=len(self.labels)) if self.labels else {}
-        self.model = kind.from_pretrained(folder, dropout_rate=dropout_of(task, way), **options)
+        self.model = kind.from_pretrained(folder, dropout_rate=way.dropout, **options)
         if way.adapter.rank:
             import peft
 

@@ -43,9 +43,9 @@ def _sent(model: SwitchConfig) -> list[int]:
 def parameter_bound(run: Run) -> float:
     """Returns bytes that each device sends, at the least, for parameters that lie in parts and for gradients in a train step.
 
-    All in the activations' dtype. Of a parameter in p parts on n devices of the batch: its bytes gathered once forward and once
-    backward, once more where activations are recomputed, and its gradient reduce-scattered, each times (1 - 1/p); what is left of
-    the gradient, or the whole of one that is not in parts, all-reduced over the n/p devices that hold the same.
+    All in the activations' dtype. A parameter in p parts on n devices of the batch is gathered once forward and once backward, once
+    more where activations are recomputed, and its gradient reduce-scattered, each times (1 - 1/p); what is left of the gradient, or
+    the whole of one that is not in parts, is all-reduced over the n/p devices that hold the same.
     """
     model, mesh = run.config.model, run.mesh
     width = jax.numpy.dtype(model.dtype).itemsize

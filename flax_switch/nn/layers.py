@@ -19,7 +19,7 @@ from flax_switch.config.weights import SCALE, stored
 from flax_switch.ops.dropout import dropout
 from flax_switch.ops.ids import check_ids
 from flax_switch.ops.kernels.narrow import Narrow
-from flax_switch.ops.kernels.projection import project, project_transposed
+from flax_switch.ops.kernels.projection import project
 from flax_switch.ops.kernels.quantized import Kernel, with_scale
 from flax_switch.parallel.gathering import InParts
 
@@ -129,7 +129,7 @@ def norm_of(config: SwitchConfig) -> nn.Module:
 
 
 class Embedding(nn.Module):
-    """Token embeddings, and their transpose as the tied output head."""
+    """Token embeddings, which may be the output head's kernel, too."""
 
     config: SwitchConfig
 
@@ -143,10 +143,22 @@ class Embedding(nn.Module):
         check_ids("The token ids", ids, self.config.vocab_size)
         return (self.embedding[ids] * self.config.input_scale).astype(self.config.dtype)
 
-    def attend(self, x: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
-        """Returns logits in float32: h * D**-0.5 @ E^T (see `embedding_scale`). bfloat16 logits make training unstable."""
-        x = x.astype(jnp.float32) * self.config.head_scale
-        return project_transposed(x, self.embedding.astype(jnp.float32))
+    def table(self) -> Float[Array, "V D"]:
+        """Returns all embeddings, of which a tied head makes logits: h * D**-0.5 @ E^T (see `embedding_scale`)."""
+        return self.embedding
+
+
+class HeadKernel(nn.Module):
+    """The kernel [D, V] of an output head that is not the embeddings themselves."""
+
+    config: SwitchConfig
+
+    @nn.compact
+    def __call__(self) -> Kernel | Narrow:
+        """Returns it."""
+        config, init = self.config, scaled_init(self.config, distribution="truncated_normal")
+        shape = (config.d_model, config.vocab_size)
+        return kernel_of(self, init, shape, ("embed", "vocab"), config.param_dtype, config.head_weights)
 
 
 class Dropout(nn.Module):

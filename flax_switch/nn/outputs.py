@@ -5,6 +5,7 @@ from jaxtyping import Array, Float
 
 from flax_switch.nn.cache import DecoderCache, LayerCache
 from flax_switch.nn.fields import Fields
+from flax_switch.ops.kernels.head_loss import Head
 from flax_switch.ops.moe.routing import RouterOutput
 
 
@@ -34,7 +35,7 @@ class EncoderOutput(Fields):
 
 @flax.struct.dataclass
 class DecoderOutput(Fields):
-    """The decoder's output; `logits` are float32. `cache` is the updated cache where one was given."""
+    """The decoder's output; `logits` are float32, or None where `head` is there. `cache` is the updated one, if one was given."""
 
     logits: Float[Array, "B L V"] | None
     last_hidden_state: Float[Array, "B L D"]
@@ -43,6 +44,7 @@ class DecoderOutput(Fields):
     attentions: tuple[Array, ...] | None = None
     cross_attentions: tuple[Array, ...] | None = None
     cache: DecoderCache | None = None
+    head: Head | None = None
 
 
 @flax.struct.dataclass
@@ -50,7 +52,7 @@ class ModelOutput(Fields):
     """Output of a model; what is an encoder's is None, or empty, where there is none.
 
     Axes: B batch, L target length (S source length), D model, V vocabulary. With the head of a task (`nn/heads`) `logits` are its
-    outputs: [B, V] or [B, S, V] for V labels.
+    outputs: [B, V] or [B, S, V] for V labels. With `output_logits=False` they are None, and `head` is what makes them.
 
     `encoder_router` and `decoder_router` hold a `RouterOutput` per sparse layer, in order; their `logits` are there with
     `output_router_logits=True`. Hidden states and attentions of every layer are None unless asked for.
@@ -66,3 +68,4 @@ class ModelOutput(Fields):
     encoder_attentions: tuple[Array, ...] | None = None
     decoder_attentions: tuple[Array, ...] | None = None
     cross_attentions: tuple[Array, ...] | None = None
+    head: Head | None = None

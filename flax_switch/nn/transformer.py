@@ -12,11 +12,12 @@ from jaxtyping import Array, Bool, Float, Int
 from flax_switch.config import StackConfig, SwitchConfig, check, expect
 from flax_switch.nn.cache import DecoderCache, KeyValueCache, LayerCache
 from flax_switch.nn.layer import LayerInputs
-from flax_switch.nn.layers import Embedding, Linear, scaled_init
+from flax_switch.nn.layers import Embedding, HeadKernel
 from flax_switch.nn.outputs import DecoderOutput, EncoderOutput, ModelOutput
 from flax_switch.nn.stack import Stack
 from flax_switch.ops import AnyArray, Size
 from flax_switch.ops.attention import cross_attention_mask, mask_for, self_attention_mask
+from flax_switch.ops.kernels.head_loss import Head
 from flax_switch.ops.positions import numbered, sinusoids
 from flax_switch.parallel.placement import ONE_DEVICE, Placement
 
@@ -201,6 +202,7 @@ class SwitchTransformer(SwitchEncoder):
         decoder_segment_ids: Int[AnyArray, "B L"] | None = None,
         causal: bool = True,
         deterministic: bool = True,
+        output_logits: bool = True,
         output_router_logits: bool = False,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
@@ -215,6 +217,7 @@ class SwitchTransformer(SwitchEncoder):
           decoder_attention_mask: which target positions may be attended to; with a cache, over all its positions [B, T], and
             None means those filled so far.
           cache: from `init_cache`; the tokens continue at its index, and the output carries the updated cache.
+          output_logits: False returns, in their place, `head`, of which a loss makes them a chunk at a time.
           decoder_padding_mask: which of these positions hold tokens, for routing and zeroing; by default what
             decoder_attention_mask says without a cache, and all of them with one.
         """
@@ -250,8 +253,10 @@ class SwitchTransformer(SwitchEncoder):
         if cache is not None:
             cache = cache.advanced(tuple(o.cache for o in outputs if o.cache is not None), x.shape[1])
         cross_attentions = tuple(o.cross_attention for o in outputs if o.cross_attention is not None)
+        head = self._head(x) if self.head else None
         return DecoderOutput(
-            logits=self._logits(x) if self.head else None,
+            logits=head.logits() if head is not None and output_logits else None,
+            head=None if output_logits else head,
             last_hidden_state=x,
             router=tuple(router for o in outputs for router in o.routers),
             hidden_states=hidden_states,
@@ -260,10 +265,14 @@ class SwitchTransformer(SwitchEncoder):
             cache=cache,
         )
 
-    def _logits(self, x: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
-        if not self.config.tie_word_embeddings or self.config.copied_head:
-            return self.decoder.logits(x)
-        return (self.decoder.token_embedder if self.config.decoder_only else self.token_embedder).attend(x)
+    def _head(self, x: Float[Array, "B L D"]) -> Head:
+        """Returns the head over some states: a kernel of its own or the embeddings, scaled if it is tied."""
+        config = self.config
+        tied = config.tie_word_embeddings and not config.copied_head
+        scale = config.head_scale if config.tie_word_embeddings else 1.0
+        owner = self.decoder if config.decoder_only else self
+        kernel = owner.token_embedder.table() if tied else self.decoder.logits_dense()
+        return Head(x, kernel, config.vocab_size, scale, tied, self.devices)
 
     def init_cache(
         self, encoded: Float[Array, "B S D"] | Size, max_length: Size, rows_per_source: int = 1, *, beams: int = 1
@@ -302,6 +311,7 @@ class SwitchTransformer(SwitchEncoder):
         segment_ids: Int[AnyArray, "B S"] | None = None,
         decoder_segment_ids: Int[AnyArray, "B L"] | None = None,
         deterministic: bool = True,
+        output_logits: bool = True,
         output_router_logits: bool = False,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
@@ -335,6 +345,7 @@ class SwitchTransformer(SwitchEncoder):
             prefix_mask=prefix_mask,
             segment_ids=segment_ids,
             decoder_segment_ids=decoder_segment_ids,
+            output_logits=output_logits,
             **options,
         )
         return model_output(encoder_output, decoded)
@@ -344,6 +355,7 @@ def model_output(encoded: EncoderOutput | None, decoded: DecoderOutput) -> Model
     """Returns the output of a model whose encoder (None: it has none) and decoder returned these."""
     output = ModelOutput(
         logits=decoded.logits,
+        head=decoded.head,
         decoder_last_hidden_state=decoded.last_hidden_state,
         decoder_router=decoded.router,
         decoder_hidden_states=decoded.hidden_states,
@@ -368,15 +380,7 @@ class Decoder(Stack):
         super().setup()
         config = self.config
         if not config.tie_word_embeddings or config.copied_head:
-            init = scaled_init(config, distribution="truncated_normal")
-            # float32 throughout, as the tied head: bfloat16 logits make training unstable.
-            self.logits_dense = Linear(
-                config.vocab_size, ("embed", "vocab"), init, "float32", config.param_dtype, config.head_weights
-            )
-
-    def logits(self, x: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
-        """Returns logits of the head in float32: without scaling if it is its own, else as `Embedding.attend` does."""
-        return self.logits_dense(x.astype(jnp.float32) * self.config.head_scale if self.config.copied_head else x)
+            self.logits_dense = HeadKernel(config)
 
 
 def _one_sequence(source: tuple[Any, ...], target: tuple[Any, ...], encoder_output: EncoderOutput | None) -> tuple[Any, ...]:

@@ -3,13 +3,13 @@
 from typing import Any
 
 import flax.struct
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from flax_switch.config import SwitchConfig, check
 from flax_switch.ops import AnyArray
 from flax_switch.ops.ids import check_ids
+from flax_switch.ops.kernels.head_loss import Head, HeadLosses, Terms, head_loss, token_cross_entropy
 from flax_switch.ops.moe.routing import RouterOutput
 
 IGNORED_LABEL = -100  # labels that do not count, as in Hugging Face
@@ -30,25 +30,6 @@ class LossOutput:
     load_balancing_loss: Float[Array, ""]
     router_z_loss: Float[Array, ""]
     weight_sum: Float[Array, ""]
-
-
-def token_cross_entropy(
-    logits: Float[Array, "B L V"], targets: Int[Array, "B L"], *, z_loss: float = 0.0, label_smoothing: float = 0.0
-) -> tuple[Float[Array, "B L"], Float[Array, "B L"]]:
-    """Returns cross-entropy of each token, and its z-loss (z_loss * logsumexp(logits)**2); both in float32.
-
-    With label smoothing the entropy of the smoothed target is subtracted, so that a perfect prediction costs 0. Source: T5X.
-    """
-    logits = logits.astype(jnp.float32)  # sums over V lose too much in bfloat16
-    log_z = jax.nn.logsumexp(logits, axis=-1)
-    target_logit = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    cross_entropy = log_z - target_logit
-    if label_smoothing:
-        V = logits.shape[-1]
-        on, off = 1.0 - label_smoothing, label_smoothing / (V - 1)
-        cross_entropy = log_z - (on - off) * target_logit - off * logits.sum(-1)
-        cross_entropy += on * jnp.log(on) + (V - 1) * off * jnp.log(off + 1e-20)
-    return cross_entropy, z_loss * jnp.square(log_z)
 
 
 def loss_weights(
@@ -107,36 +88,49 @@ def seq2seq_loss(
     *,
     segment_ids: Int[AnyArray, "B L"] | None = None,
     divisor: Float[Array, ""] | None = None,
+    teacher: Head | None = None,
+    teacher_weight: float = 0.0,
 ) -> LossOutput:
     """Returns the loss of a `ModelOutput`: cross-entropy + z-loss + coefficients times the routers' losses.
 
     Args:
-      output: what `SwitchTransformer` returned.
+      output: what `SwitchTransformer` returned; without logits (`output_logits=False`) they are made here, where they are many in
+        chunks, and of the result `loss` alone has gradients.
       labels: target ids; -100 marks positions that do not count. Others outside the vocabulary raise, where they have values.
       config: gives z_loss_coef, label_smoothing, loss_normalizer and the routers' coefficients.
       segment_ids: of packed targets; only loss_normalizer="average_per_sequence" needs them.
       divisor: what the weighted sum is divided by, where this is a part of a larger batch; by default this batch's own.
+      teacher: for an output without logits, what a teacher's are made of: a share of `teacher_weight` of the cross-entropy is taken
+        against its probabilities. z-loss and the routers' losses stay, and so does `cross_entropy`: what is reported is the true
+        tokens'. No gradient reaches it.
     """
     check(
         hasattr(output, "encoder_router") and hasattr(output, "logits"),
         f"output must be what SwitchTransformer's apply returns; this is a {type(output).__name__}. A loaded model that is called "
         "with labels has its loss already: .loss.",
     )
-    check_ids("labels", labels, output.logits.shape[-1], besides=IGNORED_LABEL)
+    check_ids("labels", labels, config.vocab_size if output.logits is None else output.logits.shape[-1], besides=IGNORED_LABEL)
     labels = jnp.asarray(labels)
     segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
     weights = (labels != IGNORED_LABEL).astype(jnp.float32)
-    cross_entropy, z_loss = token_cross_entropy(
-        output.logits,
-        jnp.where(labels == IGNORED_LABEL, 0, labels),
-        z_loss=config.z_loss_coef,
-        label_smoothing=config.label_smoothing,
-    )
     weight_sum = weights.sum()
     weights, own_divisor = loss_weights(weights, config.loss_normalizer, segment_ids)
     divisor = jnp.maximum(own_divisor if divisor is None else divisor, 1e-9)  # a batch without a single target costs 0
-    cross_entropy = (cross_entropy * weights).sum() / divisor
-    z_loss = (z_loss * weights).sum() / divisor
+    weights /= divisor
+    terms = Terms(config.z_loss_coef, config.label_smoothing, teacher_weight)
+    losses = _target_losses(output, jnp.where(labels == IGNORED_LABEL, 0, labels), weights, terms, teacher)
+    cross_entropy, z_loss = (losses.cross_entropy * weights).sum(), (losses.z_loss * weights).sum()
     balance, router_z = router_losses(output.encoder_router, output.decoder_router, config)
-    loss = cross_entropy + z_loss + config.load_balancing_loss_coef * balance + config.router_z_loss_coef * router_z
+    loss = losses.loss + config.load_balancing_loss_coef * balance + config.router_z_loss_coef * router_z
     return LossOutput(loss, cross_entropy, z_loss, balance, router_z, weight_sum)
+
+
+def _target_losses(
+    output: Any, targets: Int[Array, "B L"], weights: Float[Array, "B L"], terms: Terms, teacher: Head | None
+) -> HeadLosses:
+    """Returns the losses of targets, of logits or of the head that makes them."""
+    if output.logits is None:
+        return head_loss(output.head, targets, weights, terms, teacher=teacher)
+    options = {"z_loss": terms.z_loss, "label_smoothing": terms.label_smoothing}
+    cross_entropy, z_loss = token_cross_entropy(output.logits, targets, **options)
+    return HeadLosses((cross_entropy * weights).sum() + (z_loss * weights).sum(), cross_entropy, z_loss, None)

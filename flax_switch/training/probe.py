@@ -16,7 +16,7 @@ import numpy as np
 from flax_switch.data import Prepared, text_token_mask
 from flax_switch.data.objectives import OBJECTIVES
 from flax_switch.data.statistics import most_frequent_share, unigram_entropy
-from flax_switch.ops.losses import token_cross_entropy
+from flax_switch.ops.kernels.head_loss import Terms, head_loss
 from flax_switch.parallel.mesh import batch_rows, batch_sharding, replicated, shard_batch
 from flax_switch.training.metrics import plain
 from flax_switch.training.state import Run, state_shardings
@@ -31,9 +31,10 @@ def probe_step(run: Run, params: Any, batch: Batch) -> dict[str, jax.Array]:
     """
     output = forward(run.model, params, batch, None)
     targets = jnp.maximum(batch["labels"], 0)
-    assert output.logits is not None  # a model that is trained has its head
-    cross_entropy, _ = token_cross_entropy(output.logits, targets)
-    hits = (output.logits.argmax(-1) == targets).astype(jnp.float32)
+    assert output.head is not None  # a model that is trained has its head
+    losses = head_loss(output.head, targets, jnp.ones(targets.shape), Terms(with_hits=True))
+    cross_entropy, hits = losses.cross_entropy, losses.hits
+    assert hits is not None  # asked for
     classes, span = batch["classes"], batch["span"]
     most = span.shape[1] // 2 + 1  # spans in a row: each but the last needs a place after it
     of_span = jax.nn.one_hot(span, most + 1)[:, :, 1:]  # [B, T, spans]

@@ -13,8 +13,9 @@ from flax_switch.config import SwitchConfig
 from flax_switch.config.heads import LANGUAGE_MODEL
 from flax_switch.nn.outputs import ModelOutput
 from flax_switch.nn.transformer import SwitchEncoder
+from flax_switch.ops.kernels.head_loss import Terms, head_loss
 from flax_switch.ops.kernels.updates import update_if
-from flax_switch.ops.losses import IGNORED_LABEL, LossOutput, loss_weights, seq2seq_loss, token_cross_entropy
+from flax_switch.ops.losses import IGNORED_LABEL, LossOutput, loss_weights, seq2seq_loss
 from flax_switch.ops.moe.groups import rows_of_whole_groups
 from flax_switch.ops.task_losses import task_loss
 from flax_switch.parallel.mesh import batch_sharding, replicated
@@ -28,7 +29,10 @@ Loss = Callable[[ModelOutput, Batch, jax.Array], LossOutput]  # of the model's o
 
 
 def forward(model: SwitchEncoder, params: Any, batch: Batch, rng: jax.Array | None) -> ModelOutput:
-    """Runs the model on a batch; with `rng` in training mode (dropout, jitter, training capacity), without in evaluation mode."""
+    """Runs the model on a batch; with `rng` in training mode (dropout, jitter, training capacity), without in evaluation mode.
+
+    A language model's output has no logits, but the `head` that makes them.
+    """
     rngs: dict[str, Any] = {} if rng is None else dict(zip(("dropout", "jitter"), jax.random.split(rng), strict=True))
     if model.config.head != LANGUAGE_MODEL:
         ids, mask = two_texts(batch) if model.config.head == "embedding" else (batch["input_ids"], batch["attention_mask"])
@@ -44,6 +48,7 @@ def forward(model: SwitchEncoder, params: Any, batch: Batch, rng: jax.Array | No
         segment_ids=batch.get("input_segment_ids"),
         decoder_segment_ids=batch.get("decoder_segment_ids"),
         deterministic=rng is None,
+        output_logits=False,
         rngs=rngs,
     )
     return output
@@ -174,15 +179,15 @@ def eval_step(run: Run, params: Any, batch: Batch) -> dict[str, Any]:
         return {**sums, "logits": output.logits, "routers": router_metrics(output)}
     counted = (labels != IGNORED_LABEL).astype(jnp.float32)
     targets = jnp.maximum(labels, 0)
-    assert output.logits is not None  # a model that is trained has its head
-    cross_entropy, _ = token_cross_entropy(output.logits, targets)
-    hits = (output.logits.argmax(-1) == targets).astype(jnp.float32)
+    assert output.head is not None  # a model that is trained has its head
+    losses = head_loss(output.head, targets, counted, Terms(with_hits=True))
+    assert losses.hits is not None  # asked for
     text = counted * batch["text_mask"]
     return {
-        "cross_entropy": (cross_entropy * counted).sum(),
-        "hits": (hits * counted).sum(),
+        "cross_entropy": (losses.cross_entropy * counted).sum(),
+        "hits": (losses.hits * counted).sum(),
         "tokens": counted.sum(),
-        "text_cross_entropy": (cross_entropy * text).sum(),
+        "text_cross_entropy": (losses.cross_entropy * text).sum(),
         "text_tokens": text.sum(),
         "routers": router_metrics(output),
     }

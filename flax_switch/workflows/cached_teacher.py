@@ -106,9 +106,9 @@ def most_probable(
     run: Run, teacher: Pretrained, params: Any, batch: Batch, k: int
 ) -> tuple[Int[Array, "B T k"], Float[Array, "B T k"]]:
     """Returns the teacher's k most probable ids at each target, in evaluation mode, and their probabilities."""
-    logits = forward(teacher.model.clone(devices=run.model.devices), params, batch, None).logits
-    assert logits is not None  # `check_teacher` has refused models without a head
-    probs, ids = jax.lax.top_k(jax.nn.softmax(logits.astype(jnp.float32)), k)
+    head = forward(teacher.model.clone(devices=run.model.devices), params, batch, None).head
+    assert head is not None  # `check_teacher` has refused models without one
+    probs, ids = jax.lax.top_k(jax.nn.softmax(head.logits()), k)
     return ids, probs
 
 
@@ -132,11 +132,12 @@ def loss_beside_cache(config: DistillConfig) -> Loss:
     """Makes the loss of a student's output on a batch that has its teacher's probabilities."""
 
     def loss_of(output: ModelOutput, batch: Batch, divisor: Array) -> LossOutput:
-        loss = true_loss(config.model)(output, batch, divisor)
+        assert output.head is not None
+        logits = output.head.logits()  # whole: which of them the teacher's are differs from token to token
+        loss = true_loss(config.model)(dataclasses.replace(output, logits=logits), batch, divisor)
         counted = (batch["labels"] != IGNORED_LABEL).astype(jnp.float32)
         weights, _ = loss_weights(counted, config.model.loss_normalizer, batch.get("decoder_segment_ids"))
-        assert output.logits is not None
-        soft = (soft_cross_entropy(output.logits, batch[IDS], batch[PROBS]) * weights).sum() / jnp.maximum(divisor, 1e-9)
+        soft = (soft_cross_entropy(logits, batch[IDS], batch[PROBS]) * weights).sum() / jnp.maximum(divisor, 1e-9)
         return dataclasses.replace(loss, loss=loss.loss + config.distillation.teacher_weight * (soft - loss.cross_entropy))
 
     return loss_of

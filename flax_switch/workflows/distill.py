@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from etils import epath
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from flax_switch import data
 from flax_switch.config import SwitchConfig, check
@@ -22,7 +21,7 @@ from flax_switch.convert.tensors import LazyTensor
 from flax_switch.convert.tokenizer import load_vocabulary
 from flax_switch.data import Vocabulary
 from flax_switch.nn.outputs import ModelOutput
-from flax_switch.ops.losses import IGNORED_LABEL, LossOutput, loss_weights
+from flax_switch.ops.losses import LossOutput, seq2seq_loss
 from flax_switch.parallel import processes
 from flax_switch.parallel.mesh import batch_sharding, check_batch_size, create_mesh, replicated, shard_batch
 from flax_switch.pretrained import Pretrained, from_checkpoint
@@ -31,7 +30,7 @@ from flax_switch.training.evaluate import Evaluator
 from flax_switch.training.loop import check_vocabulary, given_back_if_refused, train
 from flax_switch.training.progress import console
 from flax_switch.training.state import Run, TrainState, build_run, init_state, state_shardings
-from flax_switch.training.step import Batch, Loss, compile_eval_step, forward, train_step, true_loss
+from flax_switch.training.step import Batch, Loss, compile_eval_step, forward, train_step
 from flax_switch.training.stepper import Stepper
 from flax_switch.training.trackers import Tracker, require_trackers
 from flax_switch.workflows.cached_teacher import cached_stepper, cached_teacher
@@ -160,37 +159,26 @@ def _is_sparse_mlp(path: str, teacher: SwitchConfig) -> bool:
 
 
 # --- loss and step
-def distillation_loss(
-    loss: LossOutput,
-    logits: Float[Array, "B L V"],
-    teacher_logits: Float[Array, "B L V"],
-    weights: Float[Array, "B L"],
-    divisor: Float[Array, ""],
-    teacher_weight: float,
-) -> LossOutput:
-    """Returns `loss` with a share of `teacher_weight` of its cross-entropy taken against the teacher's probabilities.
-
-    Cross-entropy is linear in the targets, so this is the cross-entropy against the mixture of both. z-loss and the routers' losses
-    stay, and so does `cross_entropy`: what is reported is the true tokens'. No gradient reaches the teacher.
-    """
-    teacher_probs = jax.nn.softmax(jax.lax.stop_gradient(teacher_logits).astype(jnp.float32))
-    log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
-    soft = -((teacher_probs * log_probs).sum(-1) * weights).sum() / jnp.maximum(divisor, 1e-9)
-    return dataclasses.replace(loss, loss=loss.loss + teacher_weight * (soft - loss.cross_entropy))
-
-
 def loss_beside_teacher(run: Run, teacher: Pretrained, params: Any) -> Loss:
-    """Makes the loss of a student's output on a batch, whose targets the teacher gives in evaluation mode."""
+    """Makes the loss of a student's output on a batch, whose targets the teacher gives in evaluation mode.
+
+    Cross-entropy is linear in the targets, so a share of it against each of the two is that against their mixture.
+    """
     config = run.config
     assert isinstance(config, DistillConfig)
 
     def loss_of(output: ModelOutput, batch: Batch, divisor: Array) -> LossOutput:
-        loss = true_loss(config.model)(output, batch, divisor)
-        teacher_output = forward(teacher.model.clone(devices=run.model.devices), params, batch, None)
-        counted = (batch["labels"] != IGNORED_LABEL).astype(jnp.float32)
-        weights, _ = loss_weights(counted, config.model.loss_normalizer, batch.get("decoder_segment_ids"))
-        assert output.logits is not None and teacher_output.logits is not None  # `check_teacher` has refused models without a head
-        return distillation_loss(loss, output.logits, teacher_output.logits, weights, divisor, config.distillation.teacher_weight)
+        taught = forward(teacher.model.clone(devices=run.model.devices), params, batch, None)
+        assert taught.head is not None  # `check_teacher` has refused models without a head
+        return seq2seq_loss(
+            output,
+            batch["labels"],
+            config.model,
+            segment_ids=batch.get("decoder_segment_ids"),
+            divisor=divisor,
+            teacher=taught.head,
+            teacher_weight=config.distillation.teacher_weight,
+        )
 
     return loss_of
 

@@ -21,7 +21,8 @@ from flax_switch.convert.regroup import KEPT_BY, Groups, expert_layers, grouped,
 from flax_switch.data.batches import Batch
 from flax_switch.data.pipeline import prepare
 from flax_switch.data.tasks import prepare_tasks
-from flax_switch.ops.losses import IGNORED_LABEL, token_cross_entropy
+from flax_switch.ops.kernels.head_loss import Terms, head_loss
+from flax_switch.ops.losses import IGNORED_LABEL
 from flax_switch.pretrained import Pretrained
 from flax_switch.pretrained.loading import from_checkpoint
 from flax_switch.training.checkpoint import CONFIG_FILE, read_config
@@ -196,5 +197,5 @@ def _logits(model, params, fed):
 @functools.partial(jax.jit, static_argnums=0)
 def _cross_entropy(model, params, fed, labels):
     real = labels != IGNORED_LABEL
-    losses, _ = token_cross_entropy(model.apply({"params": params}, **fed).logits, jnp.where(real, labels, 0))
-    return jnp.where(real, losses, 0.0).sum(), real.sum()
+    head = model.apply({"params": params}, **fed, output_logits=False).head
+    return head_loss(head, jnp.where(real, labels, 0), real.astype(jnp.float32), Terms()).loss, real.sum()

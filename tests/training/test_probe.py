@@ -11,7 +11,9 @@ from flax_switch.data.batches import IGNORED
 from flax_switch.data.objectives import OBJECTIVES
 from flax_switch.nn.outputs import ModelOutput
 from flax_switch.nn.transformer import SwitchTransformer
+from flax_switch.ops.kernels.head_loss import Head
 from flax_switch.parallel.mesh import create_mesh
+from flax_switch.parallel.placement import ONE_DEVICE
 from flax_switch.training.findings import findings
 from flax_switch.training.probe import Probe, describe
 from flax_switch.training.state import build_run, init_state
@@ -50,9 +52,8 @@ class Copier(SwitchTransformer):
         knows = sum(jnp.indices(decoder_input_ids.shape)) % 8 > 0
         known = jax.nn.one_hot(jnp.roll(decoder_input_ids, -1, axis=1), 128) * knows[:, :, None]
         nothing = jnp.zeros((*decoder_input_ids.shape, 1))
-        return ModelOutput(
-            decoder_last_hidden_state=nothing, encoder_last_hidden_state=nothing, logits=4.0 * counts[:, None] + 40.0 * known
-        )
+        head = Head(4.0 * counts[:, None] + 40.0 * known, jnp.eye(128), 128, 1.0, True, ONE_DEVICE)
+        return ModelOutput(logits=None, decoder_last_hidden_state=nothing, encoder_last_hidden_state=nothing, head=head)
 
 
 def by_hand(prepared, batches):

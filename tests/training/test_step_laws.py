@@ -46,7 +46,7 @@ def logits_by_piece(config, batch):
     run, seen = run_on(config), []
 
     def loss_of(output, piece, divisor):
-        jax.debug.callback(lambda x: seen.append(np.asarray(x)), output.logits)
+        jax.debug.callback(lambda x: seen.append(np.asarray(x)), output.head.logits())
         return seq2seq_loss(output, piece["labels"], config.model, divisor=divisor)
 
     step = functools.partial(loss_and_grads, run, loss_of=loss_of)

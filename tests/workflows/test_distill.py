@@ -14,11 +14,14 @@ from flax_switch.config.distillation import DistillationConfig, DistillConfig
 from flax_switch.convert.canonical import canonical_shapes
 from flax_switch.convert.checkpoint import open_checkpoint
 from flax_switch.data import Vocabulary
-from flax_switch.ops.losses import LossOutput
+from flax_switch.nn.outputs import ModelOutput
+from flax_switch.ops.kernels.head_loss import Head
+from flax_switch.ops.losses import seq2seq_loss
+from flax_switch.parallel.placement import ONE_DEVICE
 from flax_switch.pretrained import load_pretrained, save_pretrained
 from flax_switch.training.checkpoint import read_config
 from flax_switch.training.metrics import read_metrics
-from flax_switch.workflows.distill import check_teacher, copied_weights, distill, distillation_loss
+from flax_switch.workflows.distill import check_teacher, copied_weights, distill
 
 STUDENT = SwitchConfig(
     vocab_size=128, d_model=16, num_heads=2, d_kv=8, d_ff=16, num_encoder_layers=2, num_decoder_layers=2,
@@ -33,12 +36,10 @@ WEIGHTS = (LABELS >= 0).astype(np.float32)
 
 def losses(logits, teacher_logits, weight):
     """The mixed loss of arrays, without z-loss and routers."""
-    log_probs = jax.nn.log_softmax(logits)
-    true = -(jnp.take_along_axis(log_probs, np.maximum(LABELS, 0)[..., None], -1)[..., 0] * WEIGHTS).sum() / WEIGHTS.sum()
-    zero = jnp.float32(0)
-    loss = LossOutput(true + 0.5, true, zero, zero, zero, jnp.float32(WEIGHTS.sum()))  # 0.5 stands for the other losses
-    logits, teacher_logits, weights = map(jnp.asarray, (logits, teacher_logits, WEIGHTS))
-    return distillation_loss(loss, logits, teacher_logits, weights, weights.sum(), weight)
+    head, teacher = (Head(jnp.asarray(x), jnp.eye(11), 11, 1.0, True, ONE_DEVICE) for x in (logits, teacher_logits))
+    output = ModelOutput(logits=None, decoder_last_hidden_state=None, head=head)
+    config = STUDENT.replace(vocab_size=11, z_loss_coef=0.0)
+    return seq2seq_loss(output, LABELS, config, teacher=teacher, teacher_weight=weight)
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.25, 1.0])
@@ -50,7 +51,7 @@ def test_the_loss_is_the_cross_entropy_against_the_mixture_of_the_truth_and_the_
         target[LABELS[b, position]] += 1 - weight
         total += -(target * (student - np.log(np.exp(student).sum()))).sum()
     loss = losses(LOGITS, TEACHERS, weight)
-    assert float(loss.loss) == pytest.approx(total / 3 + 0.5, rel=1e-5)
+    assert float(loss.loss) == pytest.approx(total / 3, rel=1e-5)
     assert float(loss.cross_entropy) == pytest.approx(float(losses(LOGITS, TEACHERS, 0.0).cross_entropy))
 
 

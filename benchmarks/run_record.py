@@ -61,10 +61,11 @@ def versions() -> dict[str, str]:
     return found
 
 
-def write(path: str | Path, results: dict[str, Any], *, device: str | None = None) -> None:
+def write(path: str | Path, results: dict[str, Any], *, device: str | None = None, quiet: bool = False) -> None:
     """Writes `results` and what is known about this run as JSON to `path`, in place of what was there.
 
-    device: what the programs ran on or were compiled for, where that is not this machine's CPU alone.
+    device: what the programs ran on or were compiled for, where that is not this machine's CPU alone. quiet: say nothing, as of a
+    run that goes on.
     """
     path = Path(path)
     command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
@@ -80,4 +81,5 @@ def write(path: str | Path, results: dict[str, Any], *, device: str | None = Non
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"about": about, **results}, indent=1) + "\n", encoding="utf-8")
-    print(f"Wrote {path}.")
+    if not quiet:
+        print(f"Wrote {path}.")

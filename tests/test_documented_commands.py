@@ -195,6 +195,7 @@ CHEAP = {
     "benchmarks/moe_layer.py": "--experts 2 --tokens 64 --sizes 16x32 --repeats 1",
     "benchmarks/grouped_products.py": "--experts 2 --tokens 64 --sizes 16x32 --repeats 1",
     "benchmarks/compile_time.py": "--depths 1 --repeats 1",
+    "benchmarks/accelerator.py": "--toy --minutes 4 --output accelerator.json",
 }
 
 

@@ -364,7 +364,7 @@ def test_completion_knows_commands_options_fields_and_recipes(capsys):
             return set(subprocess.run(["bash", "-c", run], capture_output=True, text=True, check=True).stdout.split())
 
         assert complete("flax-switch", "pre") == {"predict", "pretrain", "presets"}
-        assert complete("flax-switch", "pretrain", "--config.train.st") == {"--config.train.steps"}
+        assert complete("flax-switch", "pretrain", "--config.train.ste") == {"--config.train.steps", "--config.train.step_timeout"}
         assert complete("flax-switch", "generate", "--num-b") == {"--num-beams", "--num-beam-groups"}
         assert complete("flax-switch", "pretrain", "--config", "descr") >= {"descriptions_small"}
     assert cli.main(["completion", "fish"]) == 0

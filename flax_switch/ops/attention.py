@@ -53,7 +53,7 @@ def mask_for(
     keys: Float[Array, "sources T D"] | None,
     *,
     with_probs: bool,
-) -> Visible | Bool[Array, "#B 1 #Q T"] | None:
+) -> Visible | Bool[Array, "#G 1 #queries T"] | None:
     """Returns a mask for the form of attention that the config asks for: as it is for the fused one, else as an array.
 
     queries, keys: what they are projected from; None, or fewer rows than there are of queries, are keys laid out for few queries,

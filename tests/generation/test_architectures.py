@@ -63,6 +63,7 @@ def test_every_field_of_a_config_is_varied_or_known_to_change_nothing():
         if value != getattr(BASE, name)
     }
     changed |= {"architecture"}  # with which the tests of decoders alone vary the others
+    changed |= {"attention_implementation"}  # of whole sequences, as tests/nn/test_fused_attention.py has them; a cache has its own
     changed |= {"weights"}  # integers are not drawn: tests/pretrained/test_weights.py decodes with them
     changed |= {"head", "labels", "classifier_dropout", "contrastive_temperature"}  # models with a head write nothing
     assert changed == {field.name for field in dataclasses.fields(SwitchConfig)}, "a field needs an alternative in AXES"

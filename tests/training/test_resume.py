@@ -198,7 +198,7 @@ MAY_CHANGE = {
     },
     "optimizer": {"learning_rate"},
     "data": {"num_workers", "prefetch", "cache_dir"},
-    "model": {"remat_policy", "moe_executor", "expert_parallel_buffer_factor"},
+    "model": {"remat_policy", "moe_executor", "expert_parallel_buffer_factor", "attention_implementation"},
     "evaluation": {"patience", "batch_size"},
     "distillation": {"cached_teacher"},
 }  # fmt: skip

@@ -13,7 +13,7 @@ from flax_switch.config import StackConfig, SwitchConfig, check, expect
 from flax_switch.nn.cache import DecoderCache, KeyValueCache, LayerCache
 from flax_switch.nn.layer import LayerInputs
 from flax_switch.nn.layers import Embedding, HeadKernel
-from flax_switch.nn.outputs import DecoderOutput, EncoderOutput, ModelOutput
+from flax_switch.nn.outputs import DecoderOutput, EncoderOutput, LayerOutput, ModelOutput
 from flax_switch.nn.stack import Stack
 from flax_switch.ops import AnyArray, Size
 from flax_switch.ops.attention import cross_attention_mask, mask_for, self_attention_mask
@@ -103,7 +103,7 @@ class SwitchEncoder(nn.Module):
             last_hidden_state=x,
             router=tuple(router for o in outputs for router in o.routers),
             hidden_states=hidden_states,
-            attentions=tuple(o.self_attention for o in outputs if o.self_attention is not None) if output_attentions else None,
+            attentions=_weights(outputs, "self_attention") if output_attentions else None,
         )
 
     def _embed(
@@ -223,14 +223,13 @@ class SwitchTransformer(SwitchEncoder):
         """
         config = self.config
         source_segments, target_segments, encoded = map(_as_array, (segment_ids, decoder_segment_ids, encoded))
-        first = 0 if cache is None else cache.tokens
-        x = self._embed(self.decoder, decoder_input_ids, decoder_inputs_embeds, target_segments, first)
+        past = 0 if cache is None else cache.tokens
+        x = self._embed(self.decoder, decoder_input_ids, decoder_inputs_embeds, target_segments, past)
         mask, source_mask, padding_mask = map(_as_mask, (decoder_attention_mask, attention_mask, decoder_padding_mask))
         if cache is None:
             _check_mask("decoder_attention_mask", mask, x)
             padding_mask = mask if padding_mask is None else padding_mask
-            prefix = _as_mask(prefix_mask)
-            _check_mask("prefix_mask", prefix, x)
+            _check_mask("prefix_mask", prefix := _as_mask(prefix_mask), x)
             seen = self_attention_mask(config, mask, target_segments, causal=True, prefix_mask=prefix)
             self_mask = mask_for(config, seen, x, x, with_probs=output_attentions)
         else:
@@ -250,9 +249,7 @@ class SwitchTransformer(SwitchEncoder):
             devices=self.devices,
         )
         x, outputs, hidden_states = self.decoder(x, inputs, cache=cache, output_hidden_states=output_hidden_states)
-        if cache is not None:
-            cache = cache.advanced(tuple(o.cache for o in outputs if o.cache is not None), x.shape[1])
-        cross_attentions = tuple(o.cross_attention for o in outputs if o.cross_attention is not None)
+        cache = None if cache is None else cache.advanced(tuple(o.cache for o in outputs if o.cache is not None), x.shape[1])
         head = self._head(x) if self.head else None
         return DecoderOutput(
             logits=head.logits() if head is not None and output_logits else None,
@@ -260,8 +257,8 @@ class SwitchTransformer(SwitchEncoder):
             last_hidden_state=x,
             router=tuple(router for o in outputs for router in o.routers),
             hidden_states=hidden_states,
-            attentions=tuple(o.self_attention for o in outputs if o.self_attention is not None) if output_attentions else None,
-            cross_attentions=cross_attentions if output_attentions else None,
+            attentions=_weights(outputs, "self_attention") if output_attentions else None,
+            cross_attentions=_weights(outputs, "cross_attention") if output_attentions else None,
             cache=cache,
         )
 
@@ -391,6 +388,12 @@ def _one_sequence(source: tuple[Any, ...], target: tuple[Any, ...], encoder_outp
         "A decoder-only model reads one sequence: give input_ids alone, which begin with what the rest continues.",
     )
     return tuple(b if a is None else a for a, b in zip(source, target, strict=True))
+
+
+def _weights(outputs: list[LayerOutput], name: str) -> tuple[Array, ...]:
+    """Returns every layer's attention probabilities of one kind, where it has them."""
+    found = (getattr(output, name) for output in outputs)
+    return tuple(probs for probs in found if probs is not None)
 
 
 def _check_rows(encoded: EncoderOutput, fed: Any) -> None:

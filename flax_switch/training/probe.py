@@ -29,7 +29,7 @@ def probe_step(run: Run, params: Any, batch: Batch) -> dict[str, jax.Array]:
     batch["classes"]: [B, T, C], 1 where a target is of a class; batch["span"]: [B, T], the number of the masked span that a
     target is in, from 1, or 0.
     """
-    output = forward(run.model, params, batch, None)
+    output = forward(run.model, run.for_model(params), batch, None)
     targets = jnp.maximum(batch["labels"], 0)
     assert output.head is not None  # a model that is trained has its head
     losses = head_loss(output.head, targets, jnp.ones(targets.shape), Terms(with_hits=True))

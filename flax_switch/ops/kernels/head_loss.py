@@ -145,12 +145,23 @@ def _whole(terms: Terms, head: Head, teacher: Head | None, targets: Array, weigh
     return HeadLosses((wanted * weights).sum() + (z_loss * weights).sum(), cross_entropy, z_loss, hits)
 
 
+class _Found(NamedTuple):
+    """What going through tokens finds: of each its losses, and of their weighted sum the gradients, where these are asked for."""
+
+    loss: Array
+    cross_entropy: Array
+    z_loss: Array
+    hits: Array | None
+    states: Array | None
+    kernel: list[Array]
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _chunks(terms: Terms, head: Head, teacher: Head | None, targets: Array, weights: Array) -> HeadLosses:
     return _of(_on_devices(terms, head, teacher, targets, weights, gradients=False), weights)
 
 
-def _of(found: "_Found", weights: Array) -> HeadLosses:
+def _of(found: _Found, weights: Array) -> HeadLosses:
     return HeadLosses((found.loss * weights).sum(), found.cross_entropy, found.z_loss, found.hits)
 
 
@@ -173,17 +184,6 @@ def _chunks_backward(terms, residuals, cotangent):
 _chunks.defvjp(_chunks_forward, _chunks_backward)
 
 IMPLEMENTATIONS = {"whole": _whole, "chunks": _chunks}
-
-
-class _Found(NamedTuple):
-    """What going through tokens finds: of each its losses, and of their weighted sum the gradients, where these are asked for."""
-
-    loss: Array
-    cross_entropy: Array
-    z_loss: Array
-    hits: Array | None
-    states: Array | None
-    kernel: list[Array]
 
 
 class _Axes(NamedTuple):

@@ -10,6 +10,8 @@ import dataclasses
 import math
 import re
 
+from flax_switch.ops.moe.expert_parallel import FURTHER_ROUNDS
+
 _BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128, "token": 0, "opaque": 0}
 _SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\]")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.*)$")
@@ -149,8 +151,10 @@ def executions(computations: Computations, entry: str) -> dict[str, int | None]:
 def _trip_count(loop: Instruction, computations: Computations) -> int | None:
     """Returns what the loop's annotation says or, as TPU programs have none, the bound in its condition `counter < constant`.
 
-    JAX's scans count from 0 by 1, so the bound is the number of trips.
+    JAX's scans count from 0 by 1, so the bound is the number of trips. Rounds that most steps do not need count 0.
     """
+    if re.search(rf'op_name="[^"]*/{FURTHER_ROUNDS}/', loop.attributes):
+        return 0
     if known := _TRIP_COUNT.search(loop.attributes):
         return int(known.group(1))
     condition = re.search(r"condition=%?([\w.-]+)", loop.attributes)

@@ -137,14 +137,23 @@ def route_and_execute(
         run = functools.partial(execute, plan, kernels=params.expert, experts=experts, unstacked=params.unstacked)
         y = run_chosen(executor, lambda name: functools.partial(run, executor=name), tokens)
     elif plan.capacity is None and executor.elsewhere in SORTED:
-        run, factor = grouped_experts(experts, params.expert, SORTED[executor.elsewhere]), config.expert_parallel_buffer_factor
-        y, plan = execute_dropless(plan, tokens, run, peers, buffer_factor=factor)
-        overflowed = (routed.plan.kept & ~plan.kept).sum((1, 2)).astype(jnp.float32)
-        routed = dataclasses.replace(routed, plan=dataclasses.replace(routed.plan, kept=plan.kept), overflowed=overflowed)
+        run = functools.partial(_in_a_round, config, SORTED[executor.elsewhere])
+        arrays, factor = (params.expert, dropout_rng), config.expert_parallel_buffer_factor
+        y, waited = execute_dropless(plan, tokens, run, arrays, peers, buffer_factor=factor)
+        routed = dataclasses.replace(
+            routed, overflowed=jnp.where(jnp.arange(plan.expert.shape[0]) == 0, waited, 0).astype(jnp.float32)
+        )
     else:  # whatever has a capacity travels in buffers
         run = exchange_buffers(buffered_experts(experts, params.expert), peers)
         y = execute_buffers(plan, tokens, run, executor=of_buffers(executor))
     return grouping.ungroup(y).astype(x.dtype), routed
+
+
+def _in_a_round(config: SwitchConfig, implementation: str | None, number, rows, sizes, arrays) -> Float[Array, "R D_out"]:
+    """Runs the experts of a device on the rows of a round, with dropout of the round's own."""
+    kernels, rng = arrays
+    rng = None if rng is None else jax.random.fold_in(rng, number)
+    return grouped_experts(expert_function(config, rng, kernels), kernels, implementation)(rows, sizes)
 
 
 def _learned(

@@ -95,8 +95,29 @@ def execute_buffers(
 SortedExperts = Callable[[Float[Array, "R D"], Int[Array, " E"]], Float[Array, "R D_out"]]  # rows and group sizes to outputs
 
 
-def execute_ragged(plan: RoutingPlan, x: Float[Array, "G S D"], experts: SortedExperts) -> Float[Array, "G S D_out"]:
-    """Sorts the kept choices of all groups by expert, runs `experts` on the sorted rows, and adds up their outputs."""
+@flax.struct.dataclass
+class SortedView:
+    """The plan seen from its kept choices, sorted by expert, all groups together: R rows, the last of which may be empty."""
+
+    token: Int[Array, "1 R"]  # the token of a row; behind the last as many as there are tokens, or more
+    row_of_token: Int[Array, "1 T N"] | None  # the inverse of `token`, R where dropped; None where experts choose
+    choice: Int[Array, "1 R"]  # which of all choices
+    row_of_choice: Int[Array, "1 TN 1"]
+    group_sizes: Int[Array, " E"]
+
+    def rows(self, x: Float[Array, "G S D"]) -> Float[Array, "R D"]:
+        """Returns the tokens of the rows."""
+        return take_rows(x.reshape(1, -1, x.shape[-1]), self.token, self.row_of_token)[0]
+
+    def combined(self, plan: RoutingPlan, outputs: Float[Array, "R D"]) -> Float[Array, "G S D"]:
+        """Adds up the weighted outputs of each token's rows, in float32."""
+        G, S, _ = plan.expert.shape
+        weight = take_rows(plan.weight.reshape(1, -1, 1), self.choice, self.row_of_choice)
+        return sum_rows(outputs[None] * weight, self.token, self.row_of_token, G * S).reshape(G, S, outputs.shape[-1])
+
+
+def sorted_view(plan: RoutingPlan) -> SortedView:
+    """Sorts the kept choices of all groups by expert."""
     G, S, N = plan.expert.shape
     num_choices = G * S * N
     num_rows = num_choices if plan.tokens_choose else G * plan.num_experts * plan.buffer_size
@@ -107,14 +128,14 @@ def execute_ragged(plan: RoutingPlan, x: Float[Array, "G S D"], experts: SortedE
     used = rows < group_sizes.sum()
     choice = jnp.where(used, choice, num_choices)
     row_of_choice = jnp.full(num_choices, num_rows, jnp.int32).at[choice].set(rows, mode="drop")
-    token, row_of_token = choice[None] // N, None
-    if plan.tokens_choose:
-        row_of_token = row_of_choice.reshape(1, G * S, N)
+    row_of_token = row_of_choice.reshape(1, G * S, N) if plan.tokens_choose else None
+    return SortedView(choice[None] // N, row_of_token, choice[None], row_of_choice.reshape(1, -1, 1), group_sizes)
 
-    sorted_rows = take_rows(x.reshape(1, G * S, -1), token, row_of_token)[0]
-    outputs = experts(sorted_rows, group_sizes)
-    weight = take_rows(plan.weight.reshape(1, -1, 1), choice[None], row_of_choice.reshape(1, -1, 1))
-    return sum_rows(outputs[None] * weight, token, row_of_token, G * S).reshape(G, S, outputs.shape[-1]).astype(x.dtype)
+
+def execute_ragged(plan: RoutingPlan, x: Float[Array, "G S D"], experts: SortedExperts) -> Float[Array, "G S D_out"]:
+    """Sorts the kept choices of all groups by expert, runs `experts` on the sorted rows, and adds up their outputs."""
+    view = sorted_view(plan)
+    return view.combined(plan, experts(view.rows(x), view.group_sizes)).astype(x.dtype)
 
 
 HitExperts = Callable[[Float[Array, "R D"], Int[Array, "R N"]], Float[Array, "R N D_out"]]  # rows and their experts to outputs

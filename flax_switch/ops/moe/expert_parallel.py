@@ -3,7 +3,8 @@
 One SPMD body, the same under `jax.shard_map` and `jax.pmap`. A device routes its own groups and talks to its peers only here:
 
     capacity    buffers [G, E, C, D] go out by one all-to-all, and the expert outputs come back by another
-    dropless    rows sorted by expert go out and come back by ragged all-to-alls, after each device has told how many it has
+    dropless    rows sorted by expert go out and come back by ragged all-to-alls, after each device has told how many it has; in
+                further rounds of the same where a device is sent more than it has room for
 
 Gradients take the same ways backwards. What was received is named, so that remat policies keep it and nothing is sent again.
 `over_mesh` and `pmap_peers` lay the body over a mesh or a pmap: which part of what each device sees.
@@ -27,9 +28,10 @@ from jaxtyping import Array, Float, Int
 from flax_switch.config import check
 from flax_switch.config.weights import BIAS, stored
 from flax_switch.ops.kernels.adapted import Adapted
-from flax_switch.ops.kernels.exchange import Peers, locate, send_rows, starts
+from flax_switch.ops.kernels.exchange import Peers, Shipment, locate, send_rows, starts
+from flax_switch.ops.kernels.floats import floats_of
 from flax_switch.ops.kernels.quantized import Kernel, Quantized
-from flax_switch.ops.moe.executors import ExpertFunction, SortedExperts, execute_ragged
+from flax_switch.ops.moe.executors import ExpertFunction, SortedView, sorted_view
 from flax_switch.ops.moe.groups import Grouping
 from flax_switch.ops.moe.routing import RoutingPlan
 from flax_switch.ops.moe.rows import take_rows
@@ -41,6 +43,12 @@ log = logging.getLogger(__name__)
 
 # Names of the activations that came from other devices.
 EXCHANGED = ("tokens_at_their_experts", "outputs_at_their_tokens")
+
+# What rounds beyond the first are called in a program's text: loops that most steps do not enter.
+FURTHER_ROUNDS = "further_rounds"
+
+# A round, sorted rows, their group sizes, and the arrays that are needed, to outputs.
+PeersExperts = Callable[[Any, Float[Array, "R D"], Int[Array, " E"], Any], Float[Array, "R D_out"]]
 
 _LAST_BIAS = f"wo{BIAS}"
 
@@ -61,53 +69,104 @@ def exchange_buffers(experts: ExpertFunction, peers: Peers) -> ExpertFunction:
     return run
 
 
+def room_of(num_choices: int, ways: int, buffer_factor: float) -> int:
+    """Returns how many rows a device serves at a time: `buffer_factor` times its even share, and never more than there can be."""
+    return min(ways * num_choices, 8 * math.ceil(buffer_factor * num_choices / 8))
+
+
 def execute_dropless(
-    plan: RoutingPlan, x: Float[Array, "G S D"], experts: SortedExperts, peers: Peers, *, buffer_factor: float
-) -> tuple[Float[Array, "G S D_out"], RoutingPlan]:
-    """Executes a dropless plan of tokens that choose; `experts` is for this device's share of them.
+    plan: RoutingPlan, x: Float[Array, "G S D"], experts: PeersExperts, arrays: Any, peers: Peers, *, buffer_factor: float
+) -> tuple[Float[Array, "G S D_out"], Int[Array, ""]]:
+    """Executes a dropless plan of tokens that choose; `experts` is for this device's share of them, and `arrays` what it needs.
 
-    A device holds room for `buffer_factor` times its even share of rows. Choices beyond it are dropped, the last sender's first:
-    they are not kept in the plan that is returned.
+    A device has room for `buffer_factor` times its even share of rows. Where one is sent more, all devices go further rounds, each
+    of as many rows, until every row is served. Returns the outputs, and how many of this device's choices waited for such a round.
     """
-    num_choices = math.prod(plan.expert.shape)
-    room = min(peers.ways * num_choices, 8 * math.ceil(buffer_factor * num_choices / 8))
-    plan, counts = admit(plan, peers, room)
-    local = lax.dynamic_index_in_dim(counts.reshape(peers.ways, peers.ways, -1), peers.index(), 1, keepdims=False)
-    between = counts.reshape(peers.ways, peers.ways, -1).sum(-1)  # [sender, receiver]
-
-    def run(rows: Float[Array, "R D"], _: Int[Array, " E"]) -> Float[Array, "R D_out"]:
-        received = checkpoint_name(send_rows(rows, between, room, peers), EXCHANGED[0])
-        order, inverse = by_expert(local, room)
-        sorted_rows = take_rows(received[None], order[None], inverse[None, :, None])[0]
-        outputs = experts(sorted_rows, local.sum(0, dtype=jnp.int32))
-        outputs = take_rows(outputs[None], inverse[None], order[None, :, None])[0]
-        return checkpoint_name(send_rows(outputs, between.T, rows.shape[0], peers), EXCHANGED[1])
-
-    return execute_ragged(plan, x, run), plan
+    view = sorted_view(plan)
+    room = room_of(math.prod(plan.expert.shape), peers.ways, buffer_factor)
+    wanted = peers.all_gather(view.group_sizes)  # [P, E]
+    outputs = checkpoint_name(_served(experts, room, peers, x, arrays, view, wanted), EXCHANGED[1])
+    sent = lax.dynamic_index_in_dim(_in_round(0, wanted, room)[1], peers.index(), 0, keepdims=False)
+    return view.combined(plan, outputs).astype(x.dtype), view.group_sizes.sum() - sent.sum(dtype=jnp.int32)
 
 
-def admit(plan: RoutingPlan, peers: Peers, room: int) -> tuple[RoutingPlan, Int[Array, "P E"]]:
-    """Drops choices for which their expert's device has no room; returns the plan, and the rows each peer sends each expert."""
-    G, _, N = plan.expert.shape
-    chosen = jax.nn.one_hot(jnp.where(plan.kept, plan.expert, plan.num_experts).reshape(G, -1), plan.num_experts, dtype=bool)
-    by_group = chosen.sum(1, dtype=jnp.int32)  # [G, E]
-    wanted = peers.all_gather(by_group.sum(0, dtype=jnp.int32))  # [P, E]
-    # A receiver takes senders in order, and of each its experts in order, until it is full.
-    by_receiver = wanted.reshape(peers.ways, peers.ways, -1).swapaxes(0, 1)  # [receiver, sender, experts of the receiver]
-    flat = by_receiver.reshape(peers.ways, -1)
-    admitted = jnp.clip(room - starts(flat), 0, flat).reshape(by_receiver.shape).swapaxes(0, 1).reshape(wanted.shape)
-    # A choice's place among all that this device sends its expert: its slot counts those of its own group only.
-    earlier_groups = starts(by_group, axis=0)
-    place = plan.slot + _at_expert(earlier_groups, plan)
-    limit = lax.dynamic_index_in_dim(admitted, peers.index(), 0, keepdims=True)
-    kept = plan.kept & (place < _at_expert(jnp.broadcast_to(limit, by_group.shape), plan))
-    return dataclasses.replace(plan, kept=kept), admitted
+def _in_round(number: Int[Array, ""] | int, wanted: Int[Array, "P E"], room: int) -> tuple[Shipment, Int[Array, "P P E_own"]]:
+    """Returns what is sent in a round, and how many rows [sender, receiver, experts of the receiver] that is.
+
+    A receiver takes senders in order, and of each its experts in order: in round i the rows from i * room on.
+    """
+    ways = wanted.shape[0]
+    rows = wanted.reshape(ways, ways, -1)
+    begin = starts(rows.swapaxes(0, 1).reshape(ways, -1)).reshape(ways, ways, -1).swapaxes(0, 1)
+    before = jnp.clip(number * room - begin, 0, rows)  # served in earlier rounds
+    counts = jnp.clip((number + 1) * room - begin, 0, rows) - before
+    between = counts.sum(-1, dtype=jnp.int32)
+    taken = starts(rows.sum(-1, dtype=jnp.int32)) + before.sum(-1, dtype=jnp.int32)
+    return Shipment(between, taken, starts(between, axis=0)), counts
 
 
-def _at_expert(values: Int[Array, "G E"], plan: RoutingPlan) -> Int[Array, "G S N"]:
-    """Returns `values[g, expert[g, s, n]]`."""
-    G, S, N = plan.expert.shape
-    return jnp.take_along_axis(values, plan.expert.reshape(G, S * N), axis=1).reshape(G, S, N)
+def _num_rounds(wanted: Int[Array, "P E"], room: int, peers: Peers) -> Int[Array, ""]:
+    """Returns how many rounds serve all rows, the same on all devices: in each they talk to one another."""
+    sent = wanted.reshape(peers.ways, peers.ways, -1).sum((0, 2), dtype=jnp.int32)
+    return peers.largest((sent.max() + room - 1) // room)
+
+
+def _serve(
+    number: Any, experts: PeersExperts, room: int, peers: Peers, x: Array, arrays: Any, view: SortedView, wanted: Array
+) -> Array:
+    """Returns the outputs of a device's rows that are served in a round, and zeros for the others."""
+    shipment, counts = _in_round(number, wanted, room)
+    local = lax.dynamic_index_in_dim(counts, peers.index(), 1, keepdims=False)
+    rows = view.rows(x)
+    received = checkpoint_name(send_rows(rows, shipment, room, peers), EXCHANGED[0])
+    order, inverse = by_expert(local, room)
+    sorted_rows = take_rows(received[None], order[None], inverse[None, :, None])[0]
+    outputs = experts(number, sorted_rows, local.sum(0, dtype=jnp.int32), arrays)
+    outputs = take_rows(outputs[None], inverse[None], order[None, :, None])[0]
+    return send_rows(outputs, shipment.back(), rows.shape[0], peers)
+
+
+def _further_rounds(first: Any, one: Callable[[Any], Any], room: int, peers: Peers, wanted: Array, num_rows: int) -> Any:
+    """Returns what the first round gave, with what `one` gives for each further round added; in most steps there is none."""
+    if room >= peers.ways * num_rows:
+        return first
+    with jax.named_scope(FURTHER_ROUNDS):
+        add = lambda number, total: jax.tree.map(jnp.add, total, one(number))  # noqa: E731
+        return lax.fori_loop(1, _num_rounds(wanted, room, peers), add, first)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _served(experts: PeersExperts, room: int, peers: Peers, x: Array, arrays: Any, view: SortedView, wanted: Array) -> Array:
+    """Returns the outputs of a device's rows, in as many rounds as it takes.
+
+    Its gradient is written out, as the number of rounds is not known when it is traced: a further round keeps nothing, and is gone
+    through again.
+    """
+    one = lambda number: _serve(number, experts, room, peers, x, arrays, view, wanted)  # noqa: E731
+    return _further_rounds(one(0), one, room, peers, wanted, view.choice.shape[1])
+
+
+def _served_forward(experts, room, peers, x, arrays, view, wanted):
+    floats, with_floats, _ = floats_of(arrays)
+    serve = lambda number, x, floats: _serve(number, experts, room, peers, x, with_floats(floats), view, wanted)  # noqa: E731
+    first, pull = jax.vjp(functools.partial(serve, 0), x, floats)
+    outputs = _further_rounds(first, lambda number: serve(number, x, floats), room, peers, wanted, view.choice.shape[1])
+    return outputs, (pull, x, arrays, view, wanted)
+
+
+def _served_backward(experts, room, peers, residuals, gradient):
+    pull, x, arrays, view, wanted = residuals
+    floats, with_floats, gradient_of = floats_of(arrays)
+
+    def one(number):
+        serve = lambda x, floats: _serve(number, experts, room, peers, x, with_floats(floats), view, wanted)  # noqa: E731
+        return jax.vjp(serve, x, floats)[1](gradient)
+
+    of_x, of_floats = _further_rounds(pull(gradient), one, room, peers, wanted, view.choice.shape[1])
+    return of_x, gradient_of(of_floats), None, None
+
+
+_served.defvjp(_served_forward, _served_backward)
 
 
 def by_expert(counts: Int[Array, "P E"], num_rows: int) -> tuple[Int[Array, " R"], Int[Array, " R"]]:
@@ -162,7 +221,7 @@ def over_mesh(
     if not sliced:
         kernels = jax.tree.map(lambda spec: PartitionSpec(*(axis if axis != "model" else None for axis in spec)), kernels)
     batch, whole = PartitionSpec(BATCH_AXES), PartitionSpec()
-    peers = Peers("expert", mesh.shape["expert"])
+    peers = Peers("expert", mesh.shape["expert"], others="data" if mesh.shape["data"] > 1 else None)
     own = grouping.part(math.prod(mesh.shape[a] for a in BATCH_AXES))
 
     def on_device(params, x, mask, token_ids, jitter_rng, dropout_rng):
@@ -221,4 +280,4 @@ def own_groups(grouping: Grouping, ways: int) -> Grouping:
 
 def pmap_peers(devices: UnderPmap) -> Peers:
     """Returns the devices of a pmap among which experts are split."""
-    return Peers(devices.axis, devices.expert, devices.expert_groups)
+    return Peers(devices.axis, devices.expert, devices.expert_groups, devices.axis if devices.data > 1 else None)

@@ -93,7 +93,7 @@ def dry_run(config: RunConfig, prepared: Any) -> int:
         print(f"  {name:24} {list(struct.shape)}")
     memory = train_memory(run, batch)
     print("\nMemory that a step needs on each device, estimated from shapes (activations: at most):")
-    for name in ("parameters", "optimizer", "gradients", "activations", "batch", "total"):
+    for name in ("parameters", "optimizer", "gradients", "activations", *(("rounds",) if memory.rounds else ()), "batch", "total"):
         print(f"  {name:14} {getattr(memory, name) / 2**20:12,.1f} MiB")
     data = config.data
     flops = train_flops(config.model, data.batch_size, data.inputs_length, data.targets_length)

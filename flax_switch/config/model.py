@@ -92,8 +92,8 @@ class SwitchConfig(_Section):
     router_dtype: str = "float32"
     cast_router_probs: bool = False  # Hugging Face: probabilities in the activations' dtype before argmax
     moe_executor: str = may_change("auto")  # "auto" or one of EXECUTORS
-    # Dropless with experts on several devices: rows a device can receive, relative to its even share of them. What does not fit
-    # is dropped and counted (the metric choices_overflowed).
+    # Dropless with experts on several devices: rows a device can receive at a time, relative to its even share of them. What does
+    # not fit waits for a further round and is counted (the metric choices_overflowed).
     expert_parallel_buffer_factor: Positive = may_change(2.0)
 
     # --- losses

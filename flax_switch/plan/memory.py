@@ -13,8 +13,10 @@ from jax.sharding import AbstractMesh, AxisType
 
 from flax_switch.config import ExperimentConfig, check
 from flax_switch.ops.losses import seq2seq_loss
+from flax_switch.ops.mlp import expert_dtype
+from flax_switch.ops.moe.expert_parallel import room_of
 from flax_switch.parallel.mesh import MESH_AXES, AnyMesh, batch_sharding, batch_ways
-from flax_switch.training.state import Run
+from flax_switch.training.state import Run, is_split
 from flax_switch.training.step import forward
 
 
@@ -27,6 +29,7 @@ class Memory:
     batch: int
     gradients: int
     activations: int  # kept by the forward pass for the backward pass; an estimate that knows nothing of XLA's fusions
+    rounds: int = 0  # see `further_rounds`
 
     @property
     def total(self) -> int:
@@ -70,8 +73,31 @@ def train_memory(run: Run, batch: dict[str, jax.ShapeDtypeStruct]) -> Memory:
     gradients = parameters * (2 if run.config.train.microbatches > 1 else 1)
     return Memory(
         parameters, device_bytes((state.opt_state, state.step, state.rng)), device_bytes(batch), gradients,
-        saved_activations(run, batch),
+        saved_activations(run, batch), further_rounds(run),
     )  # fmt: skip
+
+
+def further_rounds(run: Run) -> int:
+    """Returns bytes that a dropless layer needs, taken or not, for the rounds in which more rows are served than there is room for.
+
+    They are those of the backward pass of one layer: the gradients of a device's experts, added up over rounds, once more, and
+    the rows of a round with what the experts make of them, values and gradients. An estimate, as activations are.
+    """
+    config, mesh = run.config.model, run.mesh
+    ways, width = mesh.shape["expert"], jnp.dtype(expert_dtype(config)).itemsize
+    sparse = [stack for stack in config.stacks if stack.num_sparse]
+    if config.capacity_mode != "dropless" or ways == 1 or not sparse or not isinstance(run.config, ExperimentConfig):
+        return 0
+    data = run.config.data
+    tokens = max(data.stack_lengths(config)[stack.name] for stack in sparse) * data.batch_size
+    choices = tokens * config.num_selected_experts // (batch_ways(mesh) * run.config.train.microbatches)
+    room = room_of(choices, ways, config.expert_parallel_buffer_factor)
+    if room == ways * choices:
+        return 0
+    experts = [leaf for leaf in jax.tree.leaves(run.abstract_state.params) if is_split(leaf)]
+    of_layer = sum(leaf.size for leaf in experts) / (ways * mesh.shape["model"] * sum(stack.num_sparse for stack in sparse))
+    hidden = (len(config.mlp_activations) + 1) * config.expert_width / mesh.shape["model"]
+    return round(width * (of_layer + 2 * room * (4 * config.d_model + hidden)))
 
 
 def saved_activations(run: Run, batch: dict[str, jax.ShapeDtypeStruct]) -> int:

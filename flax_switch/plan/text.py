@@ -37,9 +37,16 @@ def _memory_lines(plan: Plan) -> list[str]:
         "batch": memory.batch,
         "gradients": memory.gradients,
         "activations": memory.activations,
+        "further rounds": memory.rounds,
         "total": memory.total,
     }
-    notes = {"gradients": "all held at once", "activations": "kept for the backward pass; an estimate before XLA's fusions"}
+    if not memory.rounds:
+        del rows["further rounds"]
+    notes = {
+        "gradients": "all held at once",
+        "activations": "kept for the backward pass; an estimate before XLA's fusions",
+        "further rounds": "of dropless layers, where a device has no room for its rows; an estimate",
+    }
     lines = ["  memory of a device, from shapes and shardings"]
     for name, size in rows.items():
         share = f"{size / limit:7.1%}" if limit else ""

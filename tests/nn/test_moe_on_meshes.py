@@ -8,8 +8,12 @@ import pytest
 
 from flax_switch.config import MeshConfig, SwitchConfig
 from flax_switch.nn.moe import SparseMLP
+from flax_switch.ops.kernels import platforms
+from flax_switch.ops.moe import expert_parallel
+from flax_switch.ops.moe.expert_parallel import FURTHER_ROUNDS
 from flax_switch.parallel.mesh import batch_sharding, create_mesh
 from flax_switch.parallel.placement import ONE_DEVICE, placed_on
+from flax_switch.plan.program import read_program
 
 MODEL = SwitchConfig(
     d_model=16, num_heads=2, d_kv=8, d_ff=16, num_encoder_layers=1, num_decoder_layers=1, num_sparse_encoder_layers=1,
@@ -31,7 +35,7 @@ def variables_of(module):
 def values_and_gradients(module, variables, mesh):
     """Everything the layer tells of a batch, and its gradients, on a mesh or on one device."""
 
-    mesh = mesh and create_mesh(mesh)
+    mesh = mesh and create_mesh(mesh, jax.devices()[: mesh.data * mesh.expert * mesh.model])
 
     def loss(variables, x):
         y, router = module.apply(
@@ -69,39 +73,94 @@ def test_on_a_mesh_the_layer_does_what_it_does_on_one_device(settings):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5, err_msg=jax.tree_util.keystr(path))
 
 
-def test_a_full_buffer_drops_choices_and_counts_them_exactly():
-    config = MODEL.replace(capacity_mode="dropless", num_selected_experts=2, expert_parallel_buffer_factor=0.5)
-    module = SparseMLP(config)
-    mesh = create_mesh(MeshConfig(data=2, expert=4))
-    run = jax.jit(lambda variables, x: module.apply(variables, x, padding_mask=None, deterministic=False, devices=placed_on(mesh)))
-    y, router = jax.device_get(run(variables_of(module), jax.device_put(X, batch_sharding(mesh))))
-    choices = 16 * 16 * 2
-    room = choices // 8 // 2  # half a device's even share
-    assert router.metrics["choices_overflowed"] == (~router.kept).sum() >= choices / 2
-    assert router.metrics["tokens_per_expert"].sum() == router.kept.sum()
-    by_device = np.asarray(router.metrics["tokens_per_expert"]).reshape(4, 2).sum(-1)  # both replicas together
-    assert (by_device <= 2 * room).all() and (by_device == 2 * room).any()
-    nothing = ~router.kept.any(-1)
-    assert nothing.any() and (y[nothing] == 0).all() and (np.abs(y[~nothing]).sum(-1) > 0).all()
+def all_alike(variables):
+    """The same with a router that scores all experts alike, so that every token chooses the first ones."""
+    zeroed = lambda path, x: x * 0 if "router" in jax.tree_util.keystr(path) else x  # noqa: E731
+    return jax.tree_util.tree_map_with_path(zeroed, variables)
 
 
-def test_choices_that_overflow_are_counted_without_ignored_padding():
-    """All tokens choose expert 0 of 4; its device has room for as many rows as an even share is."""
-    config = MODEL.replace(capacity_mode="dropless", num_experts=4, expert_parallel_buffer_factor=1.0)
-    x, overflowed = jnp.ones(SHAPE), {}
-    mesh = create_mesh(MeshConfig(data=1, expert=4), jax.devices()[:4])
-    for ignoring in (False, True):
-        module = SparseMLP(config.replace(ignore_padding_tokens=ignoring))
-        variables = jax.tree.map(jnp.zeros_like, variables_of(module))
-        options = dict(padding_mask=jnp.asarray(MASK), deterministic=False, devices=placed_on(mesh))
-        run = jax.jit(lambda v, x, module=module, options=options: module.apply(v, x, **options)[1])
-        router = jax.device_get(run(variables, jax.device_put(x, batch_sharding(mesh))))
-        wanted, room = int(MASK.sum()) if ignoring else MASK.size, MASK.size // 4
-        assert router.metrics["choices_overflowed"] == wanted - room
-        assert router.metrics["tokens_per_expert"].tolist() == [room, 0, 0, 0]
-        assert router.metrics["fraction_tokens_left_behind"] == pytest.approx((wanted - room) / wanted)
-        overflowed[ignoring] = wanted - room
-    assert 0 < overflowed[True] < overflowed[False]
+def beyond_the_room(router, factor, data, ways):
+    """How many choices their experts' device has no room for at first, by a loop over devices and their rows of the batch."""
+    expert = np.where(router.kept, router.expert_index, -1)
+    per_device = expert.reshape(ways, data, -1)  # the batch is cut over ("expert", "data")
+    room = 8 * int(np.ceil(factor * per_device.shape[-1] / 8))
+    held = MODEL.num_experts // ways
+    sent = [[(per_device[:, d] // held == receiver).sum() for receiver in range(ways)] for d in range(data)]
+    return np.maximum(np.asarray(sent) - room, 0).sum()
+
+
+@pytest.mark.parametrize(
+    ("top", "factor", "data", "ways", "model", "adversarial"),
+    [
+        (2, 0.5, 2, 2, 1, True),
+        pytest.param(2, 0.5, 2, 2, 2, True, marks=pytest.mark.slow),
+        pytest.param(2, 0.5, 2, 2, 2, False, marks=pytest.mark.slow),
+        pytest.param(1, 0.25, 1, 8, 1, False, marks=pytest.mark.slow),
+        pytest.param(1, 0.25, 1, 8, 1, True, marks=pytest.mark.slow),
+        pytest.param(2, 2.0, 1, 8, 1, True, marks=pytest.mark.slow),
+        pytest.param(2, 1.0, 4, 2, 1, True, marks=pytest.mark.slow),
+    ],
+)
+def test_where_a_device_has_no_room_further_rounds_serve_every_choice(top, factor, data, ways, model, adversarial):
+    """Values, metrics and gradients are those of one device, though most choices had to wait; and these are counted."""
+    module = SparseMLP(
+        MODEL.replace(
+            capacity_mode="dropless", num_selected_experts=top, ignore_padding_tokens=True, use_bias=True,
+            expert_parallel_buffer_factor=factor,
+        )
+    )  # fmt: skip
+    variables = all_alike(variables_of(module)) if adversarial else variables_of(module)
+    want = values_and_gradients(module, variables, None)
+    got = values_and_gradients(module, variables, MeshConfig(data=data, expert=ways, model=model))
+    (_, (_, alone)), (_, (_, router)) = want[0], got[0]
+    assert alone.metrics.pop("choices_overflowed") == 0
+    assert router.metrics.pop("choices_overflowed") == beyond_the_room(alone, factor, data, ways) > 0
+    for (path, a), (_, b) in zip(*(jax.tree_util.tree_leaves_with_path(t) for t in (got, want)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5, err_msg=jax.tree_util.keystr(path))
+
+
+def gradient_program(config, mesh, platform=None):
+    """The layer's values and gradients, lowered for a batch that lies on a mesh."""
+    module, mesh = SparseMLP(config), create_mesh(mesh, jax.devices()[: mesh.data * mesh.expert])
+    x = jax.ShapeDtypeStruct((*SHAPE[:2], config.d_model), jnp.float32, sharding=batch_sharding(mesh))
+    init = lambda key: nn.unbox(module.init(key, jnp.zeros(x.shape), padding_mask=None, deterministic=True))  # noqa: E731
+    variables = jax.eval_shape(init, jax.random.key(0))
+
+    def loss(variables, x):
+        y, router = module.apply(variables, x, padding_mask=None, deterministic=False, devices=placed_on(mesh))
+        return (y**2).sum() + router.load_balancing_loss
+
+    traced = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(variables, x)
+    return traced.lower(lowering_platforms=None if platform is None else (platform,))
+
+
+@pytest.mark.slow
+def test_a_step_in_which_all_have_room_computes_and_sends_nothing_for_further_rounds(monkeypatch):
+    """Counted beside a program without them: all that they add is a number that says how many there are."""
+    config = MODEL.replace(capacity_mode="dropless", expert_parallel_buffer_factor=1.5)
+
+    def counted():
+        text = gradient_program(config, MeshConfig(data=2, expert=2)).compile().as_text()
+        found = read_program(text, 4)
+        return found["flops"], {t.kind: t.wire_bytes for t in found["traffic"]}, f"/{FURTHER_ROUNDS}/" in text
+
+    flops, sent, has_rounds = counted()
+    monkeypatch.setattr(expert_parallel, "_further_rounds", lambda first, *_: first)
+    flops_without, sent_without, has_them_still = counted()
+    assert has_rounds and not has_them_still
+    assert flops == flops_without and flops > 0
+    assert 0 <= sent.pop("all-reduce") - sent_without.pop("all-reduce") <= 2 * 2 * 4  # one int32 forward, one backward
+    assert sent == sent_without and sent["all-to-all"] > 0
+
+
+def test_a_program_that_the_compiler_parts_has_no_kernels_in_it(monkeypatch):
+    """XLA cannot cut a kernel for several devices; groups that straddle two of them are such a program's."""
+    monkeypatch.setattr(platforms, "POSSIBLE", ("cpu", "tpu"))
+    config = MODEL.replace(capacity_mode="dropless", routing_group="tokens", group_size=MASK.size, d_model=128, d_ff=128)
+    text = gradient_program(config, MeshConfig(data=2, expert=2), "tpu").as_text()
+    assert "tpu_custom_call" not in text and "ragged_dot" not in text
+    whole = gradient_program(config.replace(group_size=16), MeshConfig(data=2, expert=2), "tpu").as_text()
+    assert "tpu_custom_call" in whole or "ragged_dot" in whole
 
 
 def test_every_device_draws_its_own_dropout_and_jitter():

@@ -8,6 +8,7 @@ import pytest
 
 from flax_switch.config import ConfigError, DataConfig, ExperimentConfig, MeshConfig, OptimizerConfig, SwitchConfig, TrainConfig
 from flax_switch.config.recipes import load_recipe
+from flax_switch.ops.kernels import fused_attention
 from flax_switch.parallel.mesh import create_mesh, shard_batch
 from flax_switch.training.metrics import read_metrics
 from flax_switch.training.state import build_run, init_state
@@ -24,8 +25,11 @@ OPTIMIZER = OptimizerConfig(schedule="constant", learning_rate=0.02, warmup_step
 MODELS = {
     "capacity": MODEL,
     "tokens": MODEL.replace(routing_group="tokens", group_size=16, num_selected_experts=2, ignore_padding_tokens=True),
-    "dropless": MODEL.replace(capacity_mode="dropless", num_selected_experts=2, expert_parallel_buffer_factor=8.0),
-    "hash": MODEL.replace(router_type="hash", capacity_mode="dropless", expert_parallel_buffer_factor=8.0),
+    # at first every token chooses the same two experts, for which their device has room in many further rounds
+    "dropless": MODEL.replace(
+        capacity_mode="dropless", num_selected_experts=2, router_init_std=0.0, expert_parallel_buffer_factor=0.25
+    ),
+    "hash": MODEL.replace(router_type="hash", capacity_mode="dropless"),
 }
 STEPS = 5
 
@@ -103,6 +107,16 @@ def name(mesh):
 @pytest.mark.parametrize("model", MODELS)
 def test_every_mesh_trains_alike(model, mesh):
     compare(train(build(model, mesh)), on_one_device(model))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [MESHES[4], *MESHES[8:]], ids=name)
+@pytest.mark.parametrize("model", ["capacity", "dropless"])
+def test_every_mesh_trains_alike_with_the_kernels_of_tpus(model, mesh, monkeypatch):
+    """With fused attention, interpreted, and without."""
+    monkeypatch.setattr(fused_attention, "DEFAULT", {"other": "mosaic"})
+    monkeypatch.setitem(fused_attention.PASSES, "mosaic", functools.partial(fused_attention.PASSES["mosaic"], interpret=True))
+    compare(train(build(model, mesh, attention_implementation="fused")), on_one_device(model))
 
 
 @pytest.mark.slow
@@ -190,8 +204,7 @@ def test_a_run_begun_under_jit_continues_under_pmap_and_the_other_way(tmp_path):
         "model.num_heads=2", "model.d_kv=8", "model.num_encoder_layers=1", "model.num_decoder_layers=1", "model.dropout_rate=0.0",
         "model.num_sparse_encoder_layers=1", "model.num_sparse_decoder_layers=1", "train.log_every=1", "train.eval_every=4",
         "train.eval_batches=1", "train.checkpoint_every=4", "train.sample_spans=0", "mesh.data=2", "mesh.expert=4",
-        # Groups of the whole batch, as the recipe has them, lie on no one device; and no token may be left out for want of room.
-        "model.routing_group=sequence", "model.expert_parallel_buffer_factor=8.0",
+        "model.routing_group=sequence",  # groups of the whole batch, as the recipe has them, lie on no one device
     ]  # fmt: skip
     losses = {}
     for modes in (("jit", "jit"), ("jit", "pmap"), ("pmap", "jit")):

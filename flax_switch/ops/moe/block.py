@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from flax_switch.config import SwitchConfig
-from flax_switch.ops.kernels.choice import choose, of_buffers, run_chosen
+from flax_switch.ops.kernels.choice import Choice, choose, of_buffers, run_chosen
 from flax_switch.ops.kernels.exchange import Peers
 from flax_switch.ops.kernels.few_rows import few_rows
 from flax_switch.ops.kernels.grouped import batched_matmul, grouped_matmul
@@ -77,7 +77,8 @@ def moe_block(
     elif isinstance(devices, OnMesh) and fits_mesh(grouping, devices.mesh):
         y, routed = over_mesh(body, arrays, devices, grouping, dtype=expert_dtype(config))
     else:
-        y, routed = body(*arrays, grouping=grouping, split=isinstance(devices, LaidOutByCompiler))
+        split, parted = isinstance(devices, LaidOutByCompiler), type(devices) is not Placement
+        y, routed = body(*arrays, grouping=grouping, split=split, parted=parted)
     if params.shared_expert is not None:
         experts = expert_function(config, None if dropout_rng is None else jax.random.fold_in(dropout_rng, 1))
         y = y + experts(x.astype(expert_dtype(config)), params.shared_expert, matmul=multiply).astype(x.dtype)
@@ -98,10 +99,12 @@ def route_and_execute(
     grouping: Grouping,
     peers: Peers | None = None,
     split: bool = False,
+    parted: bool = False,
 ) -> tuple[Float[Array, "B L D_out"], Routed]:
     """Runs the SPMD body: what one device does with its tokens, alone or with the `peers` among which experts are split.
 
-    split: that they are split although there are no peers to talk to.
+    split: that they are split although there are no peers to talk to. parted: that the compiler parts the program for several
+    devices. It cannot part kernels.
     """
     tokens = grouping.group(x)
     ids = None if token_ids is None else grouping.group(token_ids)
@@ -125,6 +128,8 @@ def route_and_execute(
         unstacked=params.unstacked is not None,
         split=split or peers is not None,
     )
+    if parted:
+        executor = Choice(*("blocks" if name == "ragged" else name for name in executor))
     names = () if isinstance(params.expert, OnDisk) else params.expert
     tokens, experts = tokens.astype(expert_dtype(config)), expert_function(config, dropout_rng, names)
     plan = masked(
@@ -137,12 +142,10 @@ def route_and_execute(
         run = functools.partial(execute, plan, kernels=params.expert, experts=experts, unstacked=params.unstacked)
         y = run_chosen(executor, lambda name: functools.partial(run, executor=name), tokens)
     elif plan.capacity is None and executor.elsewhere in SORTED:
-        run = functools.partial(_in_a_round, config, SORTED[executor.elsewhere])
-        arrays, factor = (params.expert, dropout_rng), config.expert_parallel_buffer_factor
-        y, waited = execute_dropless(plan, tokens, run, arrays, peers, buffer_factor=factor)
-        routed = dataclasses.replace(
-            routed, overflowed=jnp.where(jnp.arange(plan.expert.shape[0]) == 0, waited, 0).astype(jnp.float32)
-        )
+        run, factor = functools.partial(_in_a_round, config, SORTED[executor.elsewhere]), config.expert_parallel_buffer_factor
+        y, waited = execute_dropless(plan, tokens, run, (params.expert, dropout_rng), peers, buffer_factor=factor)
+        first = jnp.arange(plan.expert.shape[0]) == 0
+        routed = dataclasses.replace(routed, overflowed=jnp.where(first, waited, 0).astype(jnp.float32))
     else:  # whatever has a capacity travels in buffers
         run = exchange_buffers(buffered_experts(experts, params.expert), peers)
         y = execute_buffers(plan, tokens, run, executor=of_buffers(executor))

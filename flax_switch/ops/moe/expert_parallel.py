@@ -86,11 +86,11 @@ def execute_dropless(
     room = room_of(math.prod(plan.expert.shape), peers.ways, buffer_factor)
     wanted = peers.all_gather(view.group_sizes)  # [P, E]
     outputs = checkpoint_name(_served(experts, room, peers, x, arrays, view, wanted), EXCHANGED[1])
-    sent = lax.dynamic_index_in_dim(_in_round(0, wanted, room)[1], peers.index(), 0, keepdims=False)
+    sent = lax.dynamic_index_in_dim(in_round(0, wanted, room)[1], peers.index(), 0, keepdims=False)
     return view.combined(plan, outputs).astype(x.dtype), view.group_sizes.sum() - sent.sum(dtype=jnp.int32)
 
 
-def _in_round(number: Int[Array, ""] | int, wanted: Int[Array, "P E"], room: int) -> tuple[Shipment, Int[Array, "P P E_own"]]:
+def in_round(number: Int[Array, ""] | int, wanted: Int[Array, "P E"], room: int) -> tuple[Shipment, Int[Array, "P P E_own"]]:
     """Returns what is sent in a round, and how many rows [sender, receiver, experts of the receiver] that is.
 
     A receiver takes senders in order, and of each its experts in order: in round i the rows from i * room on.
@@ -115,7 +115,7 @@ def _serve(
     number: Any, experts: PeersExperts, room: int, peers: Peers, x: Array, arrays: Any, view: SortedView, wanted: Array
 ) -> Array:
     """Returns the outputs of a device's rows that are served in a round, and zeros for the others."""
-    shipment, counts = _in_round(number, wanted, room)
+    shipment, counts = in_round(number, wanted, room)
     local = lax.dynamic_index_in_dim(counts, peers.index(), 1, keepdims=False)
     rows = view.rows(x)
     received = checkpoint_name(send_rows(rows, shipment, room, peers), EXCHANGED[0])

@@ -54,7 +54,7 @@ class Routed:
     chose: Float[Array, "G S E"]  # 1 where a token chose the expert, before capacity
     counted: Bool[Array, "G S"] | None  # False at places that only pad the last group; None: all True
     real: Bool[Array, "G S"] | None  # also False at ignored padding; None: all True
-    overflowed: Float[Array, " G"] | None = None  # choices of a dropless plan that did not fit their experts' device; None: 0
+    overflowed: Float[Array, " G"] | None = None  # choices of a dropless plan that waited for their experts' device; None: 0
 
 
 @flax.struct.dataclass

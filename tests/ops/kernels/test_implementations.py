@@ -40,8 +40,8 @@ def with_gradients(function, *args):
 
 def exchanged(implementation, counts):
     mesh = create_mesh(MeshConfig(data=1, expert=4), jax.devices()[:4])
-    peers, counts = exchange.Peers("expert", 4), jnp.asarray(counts, jnp.int32)
-    send = lambda x: exchange.send_rows(x[0], counts, 20, peers, implementation)[None]  # noqa: E731
+    peers, shipment = exchange.Peers("expert", 4), exchange.Shipment.of_all(jnp.asarray(counts, jnp.int32))
+    send = lambda x: exchange.send_rows(x[0], shipment, 20, peers, implementation)[None]  # noqa: E731
     x = jnp.arange(4 * 9 * 3, dtype=jnp.float32).reshape(4, 9, 3)
     return with_gradients(jax.shard_map(send, mesh=mesh, in_specs=P("expert"), out_specs=P("expert"), check_vma=False), x)
 

@@ -1,4 +1,4 @@
-"""Rows between devices: what arrives where, what comes back, what overflows; each beside a loop in numpy."""
+"""Rows between devices: what arrives where, what comes back, which round serves a row; each beside a loop in numpy."""
 
 import functools
 
@@ -9,9 +9,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from flax_switch.config import MeshConfig
-from flax_switch.ops.kernels.exchange import Peers, locate, send_rows
-from flax_switch.ops.moe.expert_parallel import admit, by_expert
-from flax_switch.ops.moe.routing import RoutingPlan
+from flax_switch.ops.kernels.exchange import Peers, Shipment, locate, send_rows
+from flax_switch.ops.moe.expert_parallel import by_expert, in_round
 from flax_switch.parallel.mesh import create_mesh
 
 WAYS, ROWS, ROOM, D = 4, 9, 20, 3
@@ -40,8 +39,9 @@ def test_rows_arrive_by_sender_and_come_back_to_their_places():
     x = np.random.default_rng(0).normal(size=(WAYS, ROWS, D)).astype(np.float32)
 
     def there_and_back(x, counts):
-        received = send_rows(x, counts, ROOM, PEERS)
-        return jnp.concatenate([received, send_rows(received, counts.T, ROWS, PEERS)])
+        shipment = Shipment.of_all(counts)
+        received = send_rows(x, shipment, ROOM, PEERS)
+        return jnp.concatenate([received, send_rows(received, shipment.back(), ROWS, PEERS)])
 
     result = np.asarray(on_devices(there_and_back)(x, COUNTS))
     np.testing.assert_array_equal(result[:, :ROOM], moved(x))
@@ -52,7 +52,7 @@ def test_rows_arrive_by_sender_and_come_back_to_their_places():
 def test_gradients_travel_back_the_way_the_rows_came():
     x = np.random.default_rng(1).normal(size=(WAYS, ROWS, D)).astype(np.float32)
     weight = np.random.default_rng(2).normal(size=(WAYS, ROOM, D)).astype(np.float32)
-    send = on_devices(lambda x, counts: send_rows(x, counts, ROOM, PEERS))
+    send = on_devices(lambda x, counts: send_rows(x, Shipment.of_all(counts), ROOM, PEERS))
     gradient = jax.jit(jax.grad(lambda x: (send(x, COUNTS) * weight).sum()))(x)
     wanted = np.zeros_like(x)
     for index in np.ndindex(WAYS, ROWS, D):  # moving is linear: the gradient is what each row's unit finds in the weights
@@ -74,37 +74,23 @@ def test_rows_by_sender_are_put_in_the_order_of_experts_and_back():
     np.testing.assert_array_equal(place[:3], [0, 1, 0])
 
 
-@pytest.mark.parametrize("room", [8, 24])
-def test_experts_take_choices_until_their_device_is_full(room):
-    G, S, N, E = 2, 3, 2, 8  # on each of four devices
-    random = np.random.default_rng(4)
-    expert = np.stack([random.permutation(E)[:N] for _ in range(WAYS * G * S)]).reshape(WAYS, G, S, N).astype(np.int32)
-    expert[..., 0] = np.minimum(expert[..., 0], 1)  # the first device's experts are in demand
-    expert[..., 1] = np.maximum(expert[..., 1], 2)
-    slot = np.zeros_like(expert)
-    for w, g in np.ndindex(WAYS, G):
-        queue = [0] * E
-        for n, s in np.ndindex(N, S):
-            slot[w, g, s, n] = queue[expert[w, g, s, n]]
-            queue[expert[w, g, s, n]] += 1
-
-    def run(choices, _):
-        kept = jnp.ones((G, S, N), bool)
-        plan, sent = admit(RoutingPlan(choices[0], choices[1], kept * 1.0, kept, E, None, True), PEERS, room)
-        return jnp.concatenate([plan.kept.reshape(-1).astype(jnp.int32), sent.reshape(-1)])
-
-    result = np.asarray(on_devices(run)(np.stack([expert, slot], 1), COUNTS))
-    kept, sent = result[:, : G * S * N].reshape(WAYS, G, S, N), result[0, G * S * N :].reshape(WAYS, E)
-    wanted, free = np.zeros((WAYS, E), int), [room] * WAYS
-    for w in range(WAYS):
-        for e in range(E):
-            wanted[w, e] = min((expert[w] == e).sum(), free[e // 2])
-            free[e // 2] -= wanted[w, e]
-    np.testing.assert_array_equal(sent, wanted)
-    for w, e in np.ndindex(WAYS, E):  # as many are kept as are sent, and those that came first in each group's queue
-        mine = expert[w] == e
-        assert kept[w][mine].sum() == wanted[w, e]
-        for g in range(G):
-            chosen = expert[w, g] == e
-            assert (np.diff(kept[w, g][chosen][np.argsort(slot[w, g][chosen])]) <= 0).all()
-    assert (kept.sum() == kept.size) == (room == 24)
+@pytest.mark.parametrize("room", [1, 8, 24])
+def test_a_device_is_sent_its_rows_in_rounds_of_as_many_as_it_has_room_for(room):
+    """Each row once, in the order of senders, and of a sender in that of experts."""
+    E = 8
+    wanted = np.random.default_rng(4).integers(0, 6, (WAYS, E)).astype(np.int32)
+    wanted[:, :2] += 5  # the first device's experts are in demand
+    places = np.concatenate([np.zeros((WAYS, 1), int), wanted.cumsum(1)], 1)  # where an expert's rows begin at their sender
+    rows_of = lambda s, e: [(s, e, places[s, e] + i) for i in range(wanted[s, e])]  # noqa: E731
+    queues = [sum((rows_of(s, e) for s in range(WAYS) for e in (2 * r, 2 * r + 1)), []) for r in range(WAYS)]
+    rounds = -(-max(map(len, queues)) // room)
+    for number in range(rounds + 1):  # and one in which there is nothing left
+        shipment, counts = jax.jit(in_round, static_argnums=2)(number, wanted, room)
+        for r in range(WAYS):
+            served = queues[r][number * room : (number + 1) * room]
+            counted, taken, put = (np.asarray(field)[:, r] for field in shipment)
+            sent = [(s, taken[s] + i, put[s] + i) for s in range(WAYS) for i in range(counted[s])]
+            assert sent == [(s, row, place) for place, (s, _, row) in enumerate(served)]
+            of_experts = [[sum(1 for s, e, _ in served if (s, e) == (w, 2 * r + i)) for i in (0, 1)] for w in range(WAYS)]
+            np.testing.assert_array_equal(counts[:, r], of_experts)
+    assert rounds > 1

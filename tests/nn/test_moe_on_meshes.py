@@ -153,7 +153,7 @@ def test_a_step_in_which_all_have_room_computes_and_sends_nothing_for_further_ro
     assert sent == sent_without and sent["all-to-all"] > 0
 
 
-def test_a_program_that_the_compiler_parts_has_no_kernels_in_it(monkeypatch):
+def test_a_step_that_the_compiler_parts_has_no_kernels_in_it(monkeypatch):
     """XLA cannot cut a kernel for several devices; groups that straddle two of them are such a program's."""
     monkeypatch.setattr(platforms, "POSSIBLE", ("cpu", "tpu"))
     config = MODEL.replace(capacity_mode="dropless", routing_group="tokens", group_size=MASK.size, d_model=128, d_ff=128)

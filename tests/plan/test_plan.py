@@ -127,6 +127,20 @@ def test_state_and_batch_are_the_arguments_of_the_compiled_step(compiled):
     assert split.activations < memory.activations
 
 
+def test_further_rounds_need_a_layers_gradients_and_the_rows_that_there_is_room_for():
+    def rounds(**changes):
+        dropless = CONFIG.replace(model=MODEL.replace(capacity_mode="dropless", **changes))
+        found = plan(dropless, "cpu:8", compile=False)
+        assert ("further rounds" in render(found)) == (found.memory.rounds > 0)
+        return found.memory.rounds
+
+    expert, row = 2 * 16 * 32, 4 * 16 + 2 * 32  # numbers of an expert, of which a device has one, and of a row on its way
+    room = 2 * 16 * 16 // 8  # twice a device's share of the encoder's tokens
+    assert rounds() == 4 * (expert + 2 * room * row)
+    assert rounds(expert_parallel_buffer_factor=4.0) == 0  # room for all
+    assert plan(CONFIG, "cpu:8", compile=False).memory.rounds == 0
+
+
 def test_recomputation_keeps_fewer_activations(compiled):
     full = plan(CONFIG.replace(model=MODEL.replace(remat_policy="full")), "cpu:8", compile=False)
     assert 0 < full.memory.activations < 0.5 * compiled.memory.activations

@@ -64,12 +64,15 @@ ONE = MeshConfig(data=1)
 
 
 def train(run, state=None, steps=STEPS):
-    """The state after some steps in its global form, and the metrics of each."""
+    """The state after some steps in its global form, and the metrics of each but of choices that waited, which depend on the mesh."""
     stepper, batch, history = build_stepper(run), make_batch(), []
     state = stepper.hold(init_state(run) if state is None else state)
     for _ in range(steps):
         state, metrics = stepper.step(state, batch)
         history.append(jax.device_get(metrics))
+    waited = sum(metrics["routers"].pop("choices_overflowed").sum() for metrics in history)
+    if run.config.model.expert_parallel_buffer_factor < 1:
+        assert (waited > 0) == (run.mesh.shape["expert"] > 1)
     return jax.device_get(stepper.release(state)), history
 
 

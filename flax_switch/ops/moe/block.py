@@ -77,7 +77,7 @@ def moe_block(
     elif isinstance(devices, OnMesh) and fits_mesh(grouping, devices.mesh):
         y, routed = over_mesh(body, arrays, devices, grouping, dtype=expert_dtype(config))
     else:
-        split, parted = isinstance(devices, LaidOutByCompiler), type(devices) is not Placement
+        split, parted = isinstance(devices, LaidOutByCompiler), isinstance(devices, OnMesh)
         y, routed = body(*arrays, grouping=grouping, split=split, parted=parted)
     if params.shared_expert is not None:
         experts = expert_function(config, None if dropout_rng is None else jax.random.fold_in(dropout_rng, 1))
@@ -103,8 +103,8 @@ def route_and_execute(
 ) -> tuple[Float[Array, "B L D_out"], Routed]:
     """Runs the SPMD body: what one device does with its tokens, alone or with the `peers` among which experts are split.
 
-    split: that they are split although there are no peers to talk to. parted: that the compiler parts the program for several
-    devices. It cannot part kernels.
+    split: that they are split although there are no peers to talk to. parted: that the compiler parts the program and its gradients
+    for several devices. It cannot part those of the kernels for TPUs.
     """
     tokens = grouping.group(x)
     ids = None if token_ids is None else grouping.group(token_ids)

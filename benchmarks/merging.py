@@ -3,8 +3,8 @@
     flax-switch pretrain --config tiny --config.model.num_experts=32 --workdir runs/tiny_32
     python benchmarks/merging.py --sparse runs/tiny_32 --workdir runs/merging    # run it again to go on where it was stopped
 
-The model is fine-tuned to write sentences again without their articles (the task of finetuning_peers.py); a score is the per cent of
-1,000 held-out sentences that come out right to the letter. Then
+The model is fine-tuned to write sentences again without their articles (the task of finetuning_peers.py); a score is the per cent
+of 1,000 held-out sentences that come out right to the letter. Then
 
     shuffled    every layer's experts change places, the router stays: does it matter which expert a token goes to?
     merged      `flax-switch merge` to 8 experts, by how the training sentences use them

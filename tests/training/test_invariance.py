@@ -64,7 +64,7 @@ ONE = MeshConfig(data=1)
 
 
 def train(run, state=None, steps=STEPS):
-    """The state after some steps in its global form, and the metrics of each but of choices that waited: they depend on the mesh."""
+    """The state after some steps in its global form, and the metrics of each but of choices that waited, which the mesh decides."""
     stepper, batch, history = build_stepper(run), make_batch(), []
     state = stepper.hold(init_state(run) if state is None else state)
     for _ in range(steps):

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 from flax_switch.config import SwitchConfig, check
 from flax_switch.ops import AnyArray
 from flax_switch.ops.ids import check_ids
-from flax_switch.ops.kernels.head_loss import Head, HeadLosses, Terms, head_loss, token_cross_entropy
+from flax_switch.ops.kernels.head_loss import Head, HeadLosses, Known, Terms, head_loss, token_cross_entropy
 from flax_switch.ops.moe.routing import RouterOutput
 
 IGNORED_LABEL = -100  # labels that do not count, as in Hugging Face
@@ -88,7 +88,7 @@ def seq2seq_loss(
     *,
     segment_ids: Int[AnyArray, "B L"] | None = None,
     divisor: Float[Array, ""] | None = None,
-    teacher: Head | None = None,
+    teacher: Head | Known | None = None,
     teacher_weight: float = 0.0,
 ) -> LossOutput:
     """Returns the loss of a `ModelOutput`: cross-entropy + z-loss + coefficients times the routers' losses.
@@ -100,9 +100,9 @@ def seq2seq_loss(
       config: gives z_loss_coef, label_smoothing, loss_normalizer and the routers' coefficients.
       segment_ids: of packed targets; only loss_normalizer="average_per_sequence" needs them.
       divisor: what the weighted sum is divided by, where this is a part of a larger batch; by default this batch's own.
-      teacher: for an output without logits, what a teacher's are made of: a share of `teacher_weight` of the cross-entropy is taken
-        against its probabilities. z-loss and the routers' losses stay, and so does `cross_entropy`: what is reported is the true
-        tokens'. No gradient reaches it.
+      teacher: for an output without logits, what a teacher's are made of, or what is known of its probabilities: a share of
+        `teacher_weight` of the cross-entropy is taken against these. z-loss and the routers' losses stay, and so does
+        `cross_entropy`: what is reported is the true tokens'. No gradient reaches it.
     """
     check(
         hasattr(output, "encoder_router") and hasattr(output, "logits"),
@@ -126,7 +126,7 @@ def seq2seq_loss(
 
 
 def _target_losses(
-    output: Any, targets: Int[Array, "B L"], weights: Float[Array, "B L"], terms: Terms, teacher: Head | None
+    output: Any, targets: Int[Array, "B L"], weights: Float[Array, "B L"], terms: Terms, teacher: Head | Known | None
 ) -> HeadLosses:
     """Returns the losses of targets, of logits or of the head that makes them."""
     if output.logits is None:

@@ -1,6 +1,5 @@
 """Distillation without its teacher in memory: its probabilities are computed once, kept, and read by any number of runs."""
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Callable
@@ -8,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
@@ -19,13 +17,14 @@ from flax_switch.data import Prepared
 from flax_switch.data.cached_teacher import BYTES_AT_ONCE, IDS, PROBS, CachedTeacher, Taught
 from flax_switch.host.locks import locked
 from flax_switch.nn.outputs import ModelOutput
-from flax_switch.ops.losses import IGNORED_LABEL, LossOutput, loss_weights
+from flax_switch.ops.kernels.head_loss import Known
+from flax_switch.ops.losses import LossOutput, seq2seq_loss
 from flax_switch.parallel import processes
 from flax_switch.parallel.mesh import batch_rows, batch_sharding, replicated, shard_batch
 from flax_switch.pretrained import Pretrained
 from flax_switch.training.progress import console
 from flax_switch.training.state import Run, state_shardings
-from flax_switch.training.step import Batch, Loss, forward, train_step, true_loss
+from flax_switch.training.step import Batch, Loss, forward, train_step
 from flax_switch.training.stepper import Stepper
 
 
@@ -112,33 +111,14 @@ def most_probable(
     return ids, probs
 
 
-def soft_cross_entropy(
-    logits: Float[Array, "B T V"], ids: Int[Array, "B T k"], probs: Float[Array, "B T k"]
-) -> Float[Array, "B T"]:
-    """Returns the cross-entropy against probabilities of some ids and, as one more class, of all the others together.
-
-    With every id it is that against the whole distribution. With fewer the student learns how much the others have together, and
-    not which of them has how much.
-    """
-    log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
-    total = -(probs * jnp.take_along_axis(log_probs, ids, -1)).sum(-1)
-    if ids.shape[-1] == logits.shape[-1]:
-        return total
-    others = jnp.put_along_axis(log_probs, ids, -jnp.inf, axis=-1, inplace=False)
-    return total - jnp.maximum(1 - probs.sum(-1), 0) * jax.nn.logsumexp(others, axis=-1)
-
-
 def loss_beside_cache(config: DistillConfig) -> Loss:
     """Makes the loss of a student's output on a batch that has its teacher's probabilities."""
 
     def loss_of(output: ModelOutput, batch: Batch, divisor: Array) -> LossOutput:
-        assert output.head is not None
-        logits = output.head.logits()  # whole: which of them the teacher's are differs from token to token
-        loss = true_loss(config.model)(dataclasses.replace(output, logits=logits), batch, divisor)
-        counted = (batch["labels"] != IGNORED_LABEL).astype(jnp.float32)
-        weights, _ = loss_weights(counted, config.model.loss_normalizer, batch.get("decoder_segment_ids"))
-        soft = (soft_cross_entropy(logits, batch[IDS], batch[PROBS]) * weights).sum() / jnp.maximum(divisor, 1e-9)
-        return dataclasses.replace(loss, loss=loss.loss + config.distillation.teacher_weight * (soft - loss.cross_entropy))
+        return seq2seq_loss(
+            output, batch["labels"], config.model, segment_ids=batch.get("decoder_segment_ids"), divisor=divisor,
+            teacher=Known(batch[IDS], batch[PROBS]), teacher_weight=config.distillation.teacher_weight,
+        )  # fmt: skip
 
     return loss_of
 

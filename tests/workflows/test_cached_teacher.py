@@ -13,9 +13,9 @@ from flax_switch import cli
 from flax_switch.config import ConfigError
 from flax_switch.config.distillation import DistillationConfig
 from flax_switch.data.cached_teacher import IDS, LISTED, PROBS, CachedTeacher
+from flax_switch.ops.kernels.head_loss import soft_cross_entropy
 from flax_switch.pretrained import load_pretrained
 from flax_switch.workflows import cached_teacher
-from flax_switch.workflows.cached_teacher import soft_cross_entropy
 
 random = np.random.default_rng(0)
 LOGITS, TEACHERS = random.normal(0, 2, (2, 2, 3, 11)).astype(np.float32)

@@ -62,6 +62,14 @@ class Head:
         return partition_spec(axes, self.kernel.shape, self.devices.mesh)
 
 
+@flax.struct.dataclass
+class Known:
+    """What is kept of a teacher: the probabilities of some ids of each token. What the others have, they have together."""
+
+    ids: Int[Array, "B L k"]  # of a token no two alike
+    probs: Float[Array, "B L k"]
+
+
 class HeadLosses(NamedTuple):
     """What a head's predictions cost; of "chunks" `loss` alone has gradients."""
 
@@ -86,13 +94,13 @@ def head_loss(
     weights: Float[Array, "B L"],
     terms: Terms,
     *,
-    teacher: Head | None = None,
+    teacher: Head | Known | None = None,
     implementation: str | None = None,
 ) -> HeadLosses:
     """Returns the weighted sum of tokens' losses, and the losses themselves; all in float32.
 
-    teacher: of the same vocabulary, with a share of `terms.teacher_weight`; no gradient reaches it. implementation: one of
-    IMPLEMENTATIONS; by default "chunks" where a device's logits are more than WHOLE.
+    teacher: of the same vocabulary, or what is known of one, with a share of `terms.teacher_weight`; no gradient reaches it.
+    implementation: one of IMPLEMENTATIONS; by default "chunks" where a device's logits are more than WHOLE.
     """
     tokens, vocabulary = _local_sizes(head, targets.shape)
     default = "whole" if tokens * vocabulary <= WHOLE else "chunks"
@@ -127,19 +135,38 @@ def token_cross_entropy(
     return cross_entropy, z_loss * jnp.square(log_z)
 
 
+def soft_cross_entropy(
+    logits: Float[Array, "B T V"], ids: Int[Array, "B T k"], probs: Float[Array, "B T k"]
+) -> Float[Array, "B T"]:
+    """Returns the cross-entropy against probabilities of some ids and, as one more class, of all the others together.
+
+    With every id it is that against the whole distribution. With fewer the student learns how much the others have together, and
+    not which of them has how much.
+    """
+    log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
+    total = -(probs * jnp.take_along_axis(log_probs, ids, -1)).sum(-1)
+    if ids.shape[-1] == logits.shape[-1]:
+        return total
+    others = jnp.put_along_axis(log_probs, ids, -jnp.inf, axis=-1, inplace=False)
+    return total - jnp.maximum(1 - probs.sum(-1), 0) * jax.nn.logsumexp(others, axis=-1)
+
+
 def _smoothed(label_smoothing: float, vocabulary: int) -> tuple[float, float, float]:
     """Returns the probabilities of a smoothed target and of each other token, and the distribution's entropy."""
     on, off = 1.0 - label_smoothing, label_smoothing / (vocabulary - 1)
     return on, off, -(on * math.log(on) + (vocabulary - 1) * off * math.log(off + 1e-20))
 
 
-def _whole(terms: Terms, head: Head, teacher: Head | None, targets: Array, weights: Array) -> HeadLosses:
+def _whole(terms: Terms, head: Head, teacher: Head | Known | None, targets: Array, weights: Array) -> HeadLosses:
     logits = head.logits()
     cross_entropy, z_loss = token_cross_entropy(logits, targets, z_loss=terms.z_loss, label_smoothing=terms.label_smoothing)
     wanted = cross_entropy
     if teacher is not None:
-        probs = jax.nn.softmax(lax.stop_gradient(teacher.logits()))
-        soft = -(probs * jax.nn.log_softmax(logits)).sum(-1)
+        if isinstance(teacher, Known):
+            soft = soft_cross_entropy(logits, teacher.ids, teacher.probs)
+        else:
+            probs = jax.nn.softmax(lax.stop_gradient(teacher.logits()))
+            soft = -(probs * jax.nn.log_softmax(logits)).sum(-1)
         wanted = cross_entropy + terms.teacher_weight * (soft - cross_entropy)
     hits = (logits.argmax(-1) == targets).astype(jnp.float32) if terms.with_hits else None
     return HeadLosses((wanted * weights).sum() + (z_loss * weights).sum(), cross_entropy, z_loss, hits)
@@ -157,7 +184,7 @@ class _Found(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunks(terms: Terms, head: Head, teacher: Head | None, targets: Array, weights: Array) -> HeadLosses:
+def _chunks(terms: Terms, head: Head, teacher: Head | Known | None, targets: Array, weights: Array) -> HeadLosses:
     return _of(_on_devices(terms, head, teacher, targets, weights, gradients=False), weights)
 
 
@@ -201,17 +228,19 @@ class _Axes(NamedTuple):
         return x if self.vocabulary is None else lax.pmax(x, self.vocabulary)
 
 
-def _on_devices(terms: Terms, head: Head, teacher: Head | None, targets: Array, weights: Array, *, gradients: bool) -> _Found:
+def _on_devices(
+    terms: Terms, head: Head, teacher: Head | Known | None, targets: Array, weights: Array, *, gradients: bool
+) -> _Found:
     """Goes through the tokens where they lie: over a mesh each device through its own."""
     if not isinstance(head.devices, OnMesh):
         return _in_turn(terms, _Axes(), gradients, head, teacher, targets, weights)
     mesh = head.devices.mesh
     axes = BATCH_AXES if targets.shape[0] % batch_ways(mesh) == 0 else ()
     batch, kernel = PartitionSpec(axes or None), head.split()
-    if teacher is not None and ("model" in kernel) != ("model" in teacher.split()):
+    if isinstance(teacher, Head) and ("model" in kernel) != ("model" in teacher.split()):
         kernel = PartitionSpec()
-    of_teacher = None
-    if teacher is not None:
+    of_teacher: Any = None if teacher is None else batch
+    if isinstance(teacher, Head):
         of_teacher = dataclasses.replace(teacher, states=batch, kernel=teacher.split() if "model" in kernel else PartitionSpec())
     body = functools.partial(_in_turn, terms, _Axes(axes, "model" if "model" in kernel else None), gradients)
     # check_vma would ask the scan to state over which axes its carry varies; nothing here is differentiated.
@@ -233,17 +262,18 @@ def _in_turn(terms: Terms, axes: _Axes, gradients: bool, *arrays: Any) -> _Found
 
 
 def _scan(
-    terms: Terms, axes: _Axes, gradients: bool, rows: int, head: Head, teacher: Head | None, targets: Array, weights: Array
+    terms: Terms, axes: _Axes, gradients: bool, rows: int, head: Head, teacher: Head | Known | None, targets: Array, weights: Array
 ) -> _Found:
     """Goes through tokens, some rows at a time, and sums the kernel's gradient in float32."""
     floats, with_floats, _ = floats_of(head.kernel.astype(jnp.float32))
-    of_teacher = None if teacher is None else teacher.kernel.astype(jnp.float32)
+    of_teacher = teacher.kernel.astype(jnp.float32) if isinstance(teacher, Head) else None
 
-    def chunk(total: list[Array], piece: tuple[Array, Array | None, Array, Array]):
-        states, teacher_states, targets, weights = piece
+    def chunk(total: list[Array], piece: tuple[Array, Any, Array, Array]):
+        states, said, targets, weights = piece
         multiply = lambda states, floats: head.multiplied(states, with_floats(floats))  # noqa: E731
         logits, pull = jax.vjp(multiply, states.astype(jnp.float32), floats)
-        said = None if teacher is None or teacher_states is None else teacher.multiplied(teacher_states, of_teacher)
+        if isinstance(teacher, Head):
+            said = teacher.multiplied(said, of_teacher)
         losses, slope = _chunk_losses(terms, axes, head.vocab_size, logits, said, targets, weights)
         if not gradients:
             return total, _Found(*losses, None, [])
@@ -252,7 +282,7 @@ def _scan(
             of_states = of_states.astype(states.dtype)
         return jax.tree.map(jnp.add, total, of_floats), _Found(*losses, of_states, [])
 
-    pieces, join = _cut(rows, (head.states, None if teacher is None else teacher.states, targets, weights))
+    pieces, join = _cut(rows, (head.states, teacher.states if isinstance(teacher, Head) else teacher, targets, weights))
     total, found = lax.scan(chunk, [jnp.zeros_like(x) for x in floats] if gradients else [], pieces)
     found = jax.tree.map(join, found)
     if not gradients:
@@ -280,16 +310,22 @@ def _cut(rows: int, arrays: Any) -> tuple[Any, Any]:
 
 
 def _chunk_losses(
-    terms: Terms, axes: _Axes, vocab_size: int, logits: Array, teacher: Array | None, targets: Array, weights: Array
+    terms: Terms, axes: _Axes, vocab_size: int, logits: Array, teacher: Array | Known | None, targets: Array, weights: Array
 ) -> tuple[tuple[Array, Array, Array, Array | None], Array]:
-    """Returns losses of tokens from their logits, by a part of the vocabulary, and the logits' gradient of their weighted sum."""
+    """Returns losses of tokens from their logits, by a part of the vocabulary, and the logits' gradient of their weighted sum.
+
+    teacher: its logits, by the same part, or what is known of it.
+    """
     first = 0 if axes.vocabulary is None else lax.axis_index(axes.vocabulary) * logits.shape[1]
     is_target = targets[:, None] == first + jnp.arange(logits.shape[1], dtype=targets.dtype)[None]
     largest = axes.max(logits.max(-1))
     odds = jnp.exp(logits - largest[:, None])
     sums = [odds.sum(-1), jnp.where(is_target, logits, 0).sum(-1), logits.sum(-1)]
-    taught = None
-    if teacher is not None:
+    taught = left = None  # what the teacher gives each id, and the odds of those of which it is not known
+    if isinstance(teacher, Known):
+        taught, left = _known(teacher, odds, first)
+        sums += [taught.sum(-1), (taught * logits).sum(-1), left.sum(-1)]
+    elif teacher is not None:
         taught = jnp.exp(teacher - axes.max(teacher.max(-1))[:, None])
         sums += [taught.sum(-1), (taught * logits).sum(-1)]
     odds_sum, target_logit, logit_sum, *others = axes.sum(jnp.stack(sums))
@@ -297,15 +333,31 @@ def _chunk_losses(
     on, off, entropy = _smoothed(terms.label_smoothing, vocab_size) if terms.label_smoothing else (1.0, 0.0, 0.0)
     cross_entropy = log_z - (on - off) * target_logit - off * logit_sum - entropy
     z_loss = terms.z_loss * jnp.square(log_z)
-    own, wanted, target = 1.0, cross_entropy, jnp.where(is_target, on, off)
+    own, total, wanted, target = 1.0 - terms.teacher_weight, 1.0, cross_entropy, jnp.where(is_target, on, off)
     if taught is not None:
-        own = 1.0 - terms.teacher_weight
-        wanted = own * cross_entropy + terms.teacher_weight * (log_z - others[1] / others[0])
-        target = own * target + terms.teacher_weight * taught / others[0][:, None]
-    pull = (1.0 + 2.0 * terms.z_loss * log_z) / odds_sum
+        if left is None:
+            mass, soft, taught = 1.0, log_z - others[1] / others[0], taught / others[0][:, None]
+        else:
+            rest = jnp.maximum(1 - others[0], 0) if teacher.ids.shape[-1] < vocab_size else jnp.zeros_like(others[0])
+            left_sum = jnp.where(rest > 0, jnp.maximum(others[2], jnp.finfo(jnp.float32).tiny), 1.0)
+            mass, taught = others[0] + rest, taught + left * (rest / left_sum)[:, None]
+            soft = mass * log_z - others[1] - rest * (largest + jnp.log(left_sum))
+        total = own + terms.teacher_weight * mass
+        wanted = own * cross_entropy + terms.teacher_weight * soft
+        target = own * target + terms.teacher_weight * taught
+    pull = (total + 2.0 * terms.z_loss * log_z) / odds_sum
     slope = (odds * pull[:, None] - target) * weights[:, None]
     hits = _hits(axes, first, largest, logits, targets) if terms.with_hits else None
     return (wanted + z_loss, cross_entropy, z_loss, hits), slope
+
+
+def _known(teacher: Known, odds: Array, first: Any) -> tuple[Array, Array]:
+    """Returns the known probabilities [tokens, V], and the odds of the other ids; V: a part of the vocabulary, from `first` on."""
+    tokens, vocabulary = odds.shape
+    place = teacher.ids - first
+    place = jnp.where((place >= 0) & (place < vocabulary), place, vocabulary)
+    put = (jnp.arange(tokens)[:, None], place)
+    return jnp.zeros_like(odds).at[put].set(teacher.probs, mode="drop"), odds.at[put].set(0, mode="drop")
 
 
 def _hits(axes: _Axes, first: Any, largest: Array, logits: Array, targets: Array) -> Array:

@@ -9,7 +9,7 @@ import pytest
 
 from flax_switch.config import DataConfig, ExperimentConfig, MeshConfig, OptimizerConfig, SwitchConfig, TrainConfig
 from flax_switch.ops.kernels import head_loss
-from flax_switch.ops.kernels.head_loss import Head, Terms
+from flax_switch.ops.kernels.head_loss import Head, Known, Terms, soft_cross_entropy
 from flax_switch.ops.losses import seq2seq_loss
 from flax_switch.parallel.mesh import create_mesh
 from flax_switch.parallel.placement import ONE_DEVICE, OnMesh
@@ -98,6 +98,28 @@ def assert_same(found, wanted, rtol=1e-5):
 def test_losses_hits_and_gradients_are_those_of_a_retelling(eights, implementation, tied, mesh, case):
     devices = ONE_DEVICE if mesh is None else OnMesh(create_mesh(mesh, jax.devices()[:8]))
     assert_same(computed(implementation, TERMS[case], tied=tied, devices=devices), retold(TERMS[case]))
+
+
+@pytest.mark.parametrize("mesh", [None, MESH])
+@pytest.mark.parametrize("k", [1, 5, V])
+def test_what_is_known_of_a_teacher_teaches_in_chunks_what_it_teaches_whole_logits(eights, k, mesh):
+    """By the cross-entropy that is held to a loop over ids in tests/workflows/test_cached_teacher.py."""
+    devices = ONE_DEVICE if mesh is None else OnMesh(create_mesh(mesh, jax.devices()[:8]))
+    probs = jax.nn.softmax(head_of(OTHERS, OTHER_TABLE).logits())
+    teacher, terms = Known(*reversed(jax.lax.top_k(probs, k))), Terms(z_loss=0.1, label_smoothing=0.1, teacher_weight=0.25)
+
+    def in_chunks(states, table):
+        head = head_of(states, table, devices=devices)
+        return head_loss.head_loss(head, *LABELS, terms, teacher=teacher, implementation="chunks").loss
+
+    def of_logits(states, table):
+        head = head_of(states, table)
+        alone = head_loss.head_loss(head, *LABELS, terms, implementation="whole")
+        soft = soft_cross_entropy(head.logits(), teacher.ids, teacher.probs)
+        return alone.loss + 0.25 * ((soft - alone.cross_entropy) * WEIGHTS).sum()
+
+    found, wanted = (jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(STATES, TABLE) for f in (in_chunks, of_logits))
+    assert_same(found, wanted)
 
 
 @pytest.mark.parametrize("size", [1, 46 * 16, 46 * 24, 46 * 64])

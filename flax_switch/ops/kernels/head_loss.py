@@ -333,19 +333,19 @@ def _chunk_losses(
     on, off, entropy = _smoothed(terms.label_smoothing, vocab_size) if terms.label_smoothing else (1.0, 0.0, 0.0)
     cross_entropy = log_z - (on - off) * target_logit - off * logit_sum - entropy
     z_loss = terms.z_loss * jnp.square(log_z)
-    own, total, wanted, target = 1.0 - terms.teacher_weight, 1.0, cross_entropy, jnp.where(is_target, on, off)
+    own, wanted, target = 1.0, cross_entropy, jnp.where(is_target, on, off)
     if taught is not None:
-        if left is None:
-            mass, soft, taught = 1.0, log_z - others[1] / others[0], taught / others[0][:, None]
-        else:
+        if isinstance(teacher, Known) and left is not None:  # what is known and the rest sum to 1
             rest = jnp.maximum(1 - others[0], 0) if teacher.ids.shape[-1] < vocab_size else jnp.zeros_like(others[0])
             left_sum = jnp.where(rest > 0, jnp.maximum(others[2], jnp.finfo(jnp.float32).tiny), 1.0)
-            mass, taught = others[0] + rest, taught + left * (rest / left_sum)[:, None]
-            soft = mass * log_z - others[1] - rest * (largest + jnp.log(left_sum))
-        total = own + terms.teacher_weight * mass
+            soft = log_z - others[1] - rest * (largest + jnp.log(left_sum))
+            taught += left * (rest / left_sum)[:, None]
+        else:
+            soft, taught = log_z - others[1] / others[0], taught / others[0][:, None]
+        own = 1.0 - terms.teacher_weight
         wanted = own * cross_entropy + terms.teacher_weight * soft
         target = own * target + terms.teacher_weight * taught
-    pull = (total + 2.0 * terms.z_loss * log_z) / odds_sum
+    pull = (1.0 + 2.0 * terms.z_loss * log_z) / odds_sum
     slope = (odds * pull[:, None] - target) * weights[:, None]
     hits = _hits(axes, first, largest, logits, targets) if terms.with_hits else None
     return (wanted + z_loss, cross_entropy, z_loss, hits), slope

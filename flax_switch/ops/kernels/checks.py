@@ -11,21 +11,24 @@ _WIDTHS, _EXPERTS, _ROWS = (768, 3072), 8, 4096  # of switch-base-8: the shapes 
 
 
 def check_grouped() -> list[KernelCheck]:
-    """Runs every implementation that this platform has, in float32 and bfloat16, and on a GPU tokamax, too, where it is installed."""
-    names = ["blocks", *({"tpu": ["ragged_dot"], "gpu": _of_gpu()}.get(jax.default_backend(), []))]
+    """Runs every implementation that this platform has, JAX's kernels for GPUs in 16 bits, the others in float32 and bfloat16."""
     return [
         check
-        for name in names
+        for name in implementations_here()
         for dtype in (("bfloat16", "float16") if name in grouped_choice.MOSAIC else ("float32", "bfloat16"))
         for check in check_products(name, grouped.IMPLEMENTATIONS[name], dtype)
     ]
 
 
-def _of_gpu() -> list[str]:
+def implementations_here() -> list[str]:
+    """Returns the names of those that are for this process's platform; on a GPU tokamax is one, where it is installed."""
+    backend = jax.default_backend()
+    if backend != "gpu":
+        return ["blocks", "ragged_dot"] if backend == "tpu" else ["blocks"]
     gpu = platforms.gpu()
-    mosaic = [] if gpu is None else [name for name in (grouped_choice.kernel_for(gpu),) if name]
-    others = [name for name, here in (("triton", grouped_choice.WITH_TRITON), ("tokamax", _installed("tokamax"))) if here]
-    return [*mosaic, *others]
+    mosaic = None if gpu is None else grouped_choice.kernel_for(gpu)
+    here = {"triton": grouped_choice.WITH_TRITON, "tokamax": _installed("tokamax")}
+    return ["blocks", *([mosaic] if mosaic else []), *(name for name, there in here.items() if there)]
 
 
 def _installed(package: str) -> bool:
@@ -38,6 +41,8 @@ def chosen() -> dict[str, grouped_choice.Pick]:
     if backend == "gpu" and "cuda" in platforms.POSSIBLE:
         gpu = platforms.gpu()
         return {d: grouped_choice.pick(gpu, _ROWS, _EXPERTS, _WIDTHS, (d, d)) for d in ("bfloat16", "float32")}
-    why = {"tpu": "XLA compiles it to a grouped GEMM there, and megablox adds up kernels' gradients"}.get(backend, "plain loops")
+    why = {"tpu": "XLA compiles it to a grouped GEMM there, and megablox adds up kernels' gradients"}.get(
+        backend, "loops over blocks of rows, in plain XLA"
+    )
     name = {"tpu": "ragged_dot"}.get(backend, "blocks")
     return {dtype: grouped_choice.Pick(name, why) for dtype in ("bfloat16", "float32")}

@@ -65,7 +65,7 @@ def check_products(implementation: str, pair: Pair, dtype: str) -> list[KernelCh
             with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
                 compiled = jax.jit(function).lower(*(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in args)).compile()
             found = np.asarray(compiled(*args)).astype(np.float64)
-        except Exception as error:  # whatever a compiler says, it is the answer
+        except Exception as error:  # whatever a compiler says, it belongs in the report
             problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             checks.append(KernelCheck(implementation, dtype, product, float("inf"), NOBODY, problem))
             continue

@@ -3,9 +3,9 @@
 Equal buffers are one batched product. Sorted rows have implementations for each platform; among those for NVIDIA GPUs
 `grouped_choice` picks.
 
-    ragged_dot         TPU: `lax.ragged_dot`, which XLA compiles to a grouped GEMM there; for the kernels' gradients, where it does not,
-                       the Pallas kernel that comes with JAX (megablox). XLA's `lax.ragged_dot` computes every expert for every row on
-                       CPU and GPUs
+    ragged_dot         TPU: `lax.ragged_dot`, which XLA compiles to a grouped GEMM there; for the kernels' gradients, where it does
+                       not, the Pallas kernel that comes with JAX (megablox). XLA's `lax.ragged_dot` computes every expert for every
+                       row on CPU and GPUs
     mosaic_hopper      NVIDIA Hopper: Pallas kernels that come with JAX, in `grouped_mosaic`
     mosaic_blackwell   NVIDIA Blackwell: the same, for products of rows
     triton             NVIDIA GPU: our Pallas kernels, in `grouped_triton`; on a JAX whose Triton back end is not deprecated
@@ -28,7 +28,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from flax_switch.config import ConfigError
-from flax_switch.ops.kernels import grouped_choice, platforms
+from flax_switch.ops.kernels import Size, grouped_choice, platforms
 from flax_switch.ops.kernels.adapted import Adapted
 from flax_switch.ops.kernels.grouped_blocks import block_gradients, block_rows
 from flax_switch.ops.kernels.grouped_mosaic import within_groups
@@ -101,20 +101,27 @@ def grouped_matmul(
     return _grouped_matmul(x, kernel, group_sizes, implementation)
 
 
-def defaults(x: Float[Array, "R D"], kernel: Float[Array, "E D F"] | Quantized) -> dict[str, str]:
-    """Returns which implementation runs on which platform, for these factors: the same for the product and its gradients."""
+def defaults(num_rows: Size, dtype: jnp.dtype, kernel: Float[Array, "E D F"] | Quantized) -> dict[str, str]:
+    """Returns which implementation runs on which platform, for rows of a dtype and kernels: the same for all three products."""
     named = {"tpu": "ragged_dot", "other": "blocks"}
     if "cuda" in platforms.POSSIBLE:
-        dtypes = (x.dtype, x.dtype if isinstance(kernel, Quantized) else kernel.dtype)
-        picked = grouped_choice.pick(platforms.gpu(), x.shape[0], kernel.shape[0], (x.shape[1], kernel.shape[2]), dtypes)
+        E, D, F = kernel.shape
+        dtypes = (dtype, dtype if isinstance(kernel, Quantized) else kernel.dtype)
+        picked = grouped_choice.pick(platforms.gpu(), num_rows, E, (D, F), dtypes)
         if picked.implementation != named["other"]:
             named["cuda"] = picked.implementation
     return named
 
 
+def chosen(x: Float[Array, "R D"], kernel: Float[Array, "E D F"] | Quantized) -> str:
+    """Returns which implementation runs on this process's platform, for these factors."""
+    named, backend = defaults(x.shape[0], x.dtype, kernel), jax.default_backend()
+    return named.get("cuda" if backend == "gpu" else backend, named["other"])
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _grouped_matmul(x: Array, kernel: Array, group_sizes: Array, implementation: str | None) -> Array:
-    return _grouped_rows(x, kernel, group_sizes, implementation, defaults(x, kernel), transpose=False)
+    return _grouped_rows(x, kernel, group_sizes, implementation, defaults(x.shape[0], x.dtype, kernel), transpose=False)
 
 
 def _grouped_forward(x, kernel, group_sizes, implementation):
@@ -123,7 +130,7 @@ def _grouped_forward(x, kernel, group_sizes, implementation):
 
 def _grouped_backward(implementation, residuals, gradient):
     x, kernel, group_sizes = residuals
-    default = defaults(x, kernel)
+    default = defaults(x.shape[0], x.dtype, kernel)
     gradients = {name: pair[1] for name, pair in IMPLEMENTATIONS.items()}
     return (
         _grouped_rows(gradient, kernel, group_sizes, implementation, default, transpose=True),
@@ -152,7 +159,7 @@ def _quantized_rows(x: Array, kernel: Quantized, group_sizes: Array, implementat
         return rows if name == "blocks" else lambda x, kernel, sizes: rows(x, dequantized(kernel, x.dtype), sizes)
 
     every = {name: of_floats(name) for name in IMPLEMENTATIONS}
-    return platforms.run(every, defaults(x, kernel), implementation, x, kernel, group_sizes)
+    return platforms.run(every, defaults(x.shape[0], x.dtype, kernel), implementation, x, kernel, group_sizes)
 
 
 def _quantized_forward(x, kernel, group_sizes, implementation):
@@ -162,8 +169,8 @@ def _quantized_forward(x, kernel, group_sizes, implementation):
 def _quantized_backward(implementation, residuals, gradient):
     kernel, group_sizes = residuals
     weights = dequantized(kernel, gradient.dtype)
-    x = jax.ShapeDtypeStruct((gradient.shape[0], weights.shape[1]), gradient.dtype)
-    return _grouped_rows(gradient, weights, group_sizes, implementation, defaults(x, weights), transpose=True), None, None
+    default = defaults(gradient.shape[0], gradient.dtype, weights)
+    return _grouped_rows(gradient, weights, group_sizes, implementation, default, transpose=True), None, None
 
 
 _quantized_rows.defvjp(_quantized_forward, _quantized_backward)
@@ -227,8 +234,8 @@ def _tokamax_gradient(x: Array, gradient: Array, group_sizes: Array) -> Array:
 def _tokamax() -> Any:
     if importlib.util.find_spec("tokamax") is None:
         raise ConfigError(
-            "The implementation 'tokamax' needs the package of that name, which is not installed: pip install 'flax_switch[tokamax]' "
-            "(Python 3.12 or newer), or leave the implementation to its default."
+            "The implementation 'tokamax' needs the package of that name, which is not installed: "
+            "pip install 'flax_switch[tokamax]' (Python 3.12 or newer), or leave the implementation to its default."
         )
     return importlib.import_module("tokamax")
 

@@ -5,9 +5,9 @@
     triton             whatever is left on a JAX older than 0.11, from Ampere on; there float32 too
     blocks             all else, and any of the above whose products are not right on this GPU
 
-`lax.ragged_dot` is never picked: XLA, 0.10.2 and 0.12.0.1, computes every expert for every row on NVIDIA GPUs. Nor is tokamax, which
-runs where it is asked for by name. A kernel of JAX's is checked before it is first picked, expert by expert, on the GPU of this
-process (`exact_products`); for a GPU that a plan describes nothing can be run.
+`lax.ragged_dot` is never picked: XLA, 0.10.2 and 0.12.0.1, computes every expert for every row on NVIDIA GPUs. Nor is tokamax,
+which runs where it is asked for by name. A kernel of JAX's is checked before it is first picked, expert by expert, on the GPU of
+this process (`exact_products`); for a GPU that a plan describes nothing can be run.
 """
 
 import functools

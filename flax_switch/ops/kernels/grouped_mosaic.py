@@ -1,4 +1,4 @@
-"""Grouped GEMM on NVIDIA's Hopper and Blackwell: the Pallas kernels for Mosaic GPU that come with JAX, under this package's contract.
+"""Grouped GEMM on NVIDIA's Hopper and Blackwell: Pallas kernels for Mosaic GPU that come with JAX, under this package's contract.
 
 They take 16-bit floats and widths that tiles divide, leave rows of no group as they were in memory, and have no gradients. Here
 those rows are made zeros, rows are filled up to whole tiles where a kernel wants that, and tiles are chosen by shape. Products add

@@ -18,7 +18,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int
 
-
 # The largest tile of the result, and the contraction's part of a tile in bytes: three stages of both factors fit into the shared
 # memory of every NVIDIA GPU since Ampere. 16 is the least that its tensor cores take.
 TILE = 128

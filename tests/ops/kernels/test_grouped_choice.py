@@ -1,4 +1,4 @@
-"""Which grouped GEMM an NVIDIA GPU gets, by its generation, the factors, and the JAX that is here; and that none is wrong unnoticed."""
+"""Which grouped GEMM an NVIDIA GPU gets, by generation, factors, and the JAX that is here; and that none is wrong unnoticed."""
 
 import logging
 import warnings
@@ -14,7 +14,9 @@ from flax_switch.config import ConfigError
 from flax_switch.ops.kernels import exact_products, grouped, grouped_choice, platforms
 from flax_switch.ops.kernels.exact_products import check_products
 
-AMPERE, VOLTA, CONSUMER = (HOPPER._replace(device_kind=k, capability=c) for k, c in (("A100", (8, 0)), ("V100", (7, 0)), ("5090", (12, 0))))
+AMPERE, VOLTA, CONSUMER = (
+    HOPPER._replace(device_kind=k, capability=c) for k, c in (("A100", (8, 0)), ("V100", (7, 0)), ("5090", (12, 0)))
+)
 HERE = platforms.GpuHere(*HOPPER)
 BF16 = ("bfloat16", "bfloat16")
 

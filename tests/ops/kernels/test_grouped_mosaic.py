@@ -1,4 +1,4 @@
-"""JAX's kernels for Hopper and Blackwell under our contract: interpreted, lowered, compiled, and stood in for by what they demand."""
+"""JAX's kernels for Hopper and Blackwell under our contract: interpreted, lowered, compiled, and stood in for by their demands."""
 
 import functools
 import importlib
@@ -110,7 +110,12 @@ def no_gpu_at_hand(gpu):
 
 def shapes(rows=4096, experts=8, sharding=None):
     shape = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
-    wide = [((rows, 768), jnp.bfloat16), ((experts, 768, 3072), jnp.bfloat16), ((rows, 3072), jnp.bfloat16), ((experts,), jnp.int32)]
+    wide = [
+        ((rows, 768), jnp.bfloat16),
+        ((experts, 768, 3072), jnp.bfloat16),
+        ((rows, 3072), jnp.bfloat16),
+        ((experts,), jnp.int32),
+    ]
     return [shape(*each) for each in wide]
 
 

@@ -13,9 +13,8 @@ from quantized_kernels import draw_int4, draw_int8, whole_rows
 
 from flax_switch.config import ConfigError, MeshConfig
 from flax_switch.host.expert_cache import ExpertCache
-from flax_switch.ops.kernels import (
-    attention, exchange, few_rows, fused_attention, grouped, grouped_choice, on_disk, projection, quantized, updates,
-)  # fmt: skip
+from flax_switch.ops.kernels import attention, exchange, few_rows, fused_attention, grouped, on_disk, projection, quantized, updates
+from flax_switch.ops.kernels.grouped_choice import MOSAIC
 from flax_switch.ops.mlp import mlp
 from flax_switch.parallel.mesh import create_mesh
 
@@ -158,7 +157,7 @@ COUNTS = {
     "all to one": [[0, 5, 0, 0]] * 4,
 }
 # Those for Hopper and Blackwell take 16-bit floats and wide kernels: test_grouped_mosaic.py. tokamax: test_grouped_choice.py.
-GROUPED = [name for name in grouped.IMPLEMENTATIONS if name not in grouped_choice.MOSAIC and name != "tokamax"]
+GROUPED = [name for name in grouped.IMPLEMENTATIONS if name not in MOSAIC and name != "tokamax"]
 OPERATIONS = {  # its implementations, how to run one on a case, its cases
     "send_rows": (exchange.IMPLEMENTATIONS, exchanged, COUNTS),
     "grouped_matmul": (GROUPED, grouped_products, GROUPS),

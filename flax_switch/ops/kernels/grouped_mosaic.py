@@ -1,9 +1,9 @@
 """Grouped GEMM on NVIDIA's Hopper and Blackwell: Pallas kernels for Mosaic GPU that come with JAX, under this package's contract.
 
-They take 16-bit floats and widths that tiles divide, leave rows of no group as they were in memory, and have no gradients. Here
-those rows are made zeros, rows are filled up to whole tiles where a kernel wants that, and tiles are chosen by shape. Products add
-up in float32. Hopper has a kernel for each product; Blackwell's multiplies rows alone, so that kernels are transposed beforehand,
-and their gradients are the loops of `grouped_blocks`.
+They take 16-bit floats, rows that 8 or whole tiles divide and widths that tiles divide, leave rows of no group as they were in
+memory, and have no gradients. Here rows are filled up, those of no group are made zeros, and tiles are chosen by shape. Products
+add up in float32. Hopper has a kernel for each product; Blackwell's multiplies rows alone, so that kernels are transposed
+beforehand, and their gradients are the loops of `grouped_blocks`.
 
 None of this has run on a GPU here: it is compiled for both, by `ptxas` too, and Hopper's kernels are interpreted on a CPU.
 """
@@ -22,6 +22,7 @@ from flax_switch.ops.kernels import platforms
 CONTRACTED = 64  # of the axis that is summed over, in a tile: 128 bytes, which is what tensor cores read in one piece
 STAGES = 4  # tiles in flight: of the largest, 160 of the 227 KiB of shared memory
 COLUMN_TILES = 8  # so many tiles of columns run over all rows before the next ones begin: the cache holds what they share
+EIGHT = 8  # what divides the rows that are read in tiles, of Hopper's kernels
 PAIR = 256  # rows of a tile that two of Blackwell's multiprocessors share
 MULTIPROCESSORS = 132  # of the GPU that is taken where nothing is known of it, an H100
 
@@ -31,11 +32,12 @@ def hopper_rows(x: Float[Array, "R K"], kernel: Array, group_sizes: Int[Array, "
     ragged_dot = _library("ragged_dot_mgpu", "ragged_dot")
     with jax.named_scope("grouped_rows"):
         product = ragged_dot(
-            x, kernel, group_sizes=group_sizes, transpose_rhs=transpose, block_k=CONTRACTED, max_concurrent_steps=STAGES,
+            _filled(x, EIGHT), kernel, group_sizes=group_sizes,
+            transpose_rhs=transpose, block_k=CONTRACTED, max_concurrent_steps=STAGES,
             block_m=128 if len(x) > 64 * len(kernel) else 64, block_n=_tile(kernel.shape[1 if transpose else 2]),
             grid_block_n=COLUMN_TILES,
         )  # fmt: skip
-    return within_groups(product, group_sizes)
+    return within_groups(product[: len(x)], group_sizes)
 
 
 def hopper_gradients(x: Float[Array, "R D"], gradient: Float[Array, "R F"], group_sizes: Int[Array, " E"]) -> Float[Array, "E D F"]:
@@ -46,7 +48,7 @@ def hopper_gradients(x: Float[Array, "R D"], gradient: Float[Array, "R F"], grou
     transposed_ragged_dot = _library("transposed_ragged_dot_mgpu", "transposed_ragged_dot")
     with jax.named_scope("grouped_gradients"):
         return transposed_ragged_dot(
-            x, gradient, group_sizes=group_sizes, block_k=CONTRACTED, max_concurrent_steps=STAGES,
+            _filled(x, EIGHT), _filled(gradient, EIGHT), group_sizes=group_sizes, block_k=CONTRACTED, max_concurrent_steps=STAGES,
             block_m=_tile(x.shape[1]), block_n=_tile(gradient.shape[1]), grid_block_n=COLUMN_TILES,
         )  # fmt: skip
 
@@ -60,15 +62,19 @@ def blackwell_rows(x: Float[Array, "R K"], kernel: Array, group_sizes: Int[Array
         tile_m=PAIR // 2, tile_n=64 if kernel.shape[2] % 256 else 128, tile_k=CONTRACTED, max_concurrent_steps=STAGES,
         collective=True, grid_tile_width=COLUMN_TILES, grid_minor_dim=columns,
     )  # fmt: skip
-    filled = jnp.pad(x, [(0, -len(x) % PAIR), (0, 0)])
     with jax.named_scope("grouped_rows"):
-        product = _library("blackwell_ragged_dot_mgpu", "ragged_dot_kernel")(filled, kernel, group_sizes, config)
+        product = _library("blackwell_ragged_dot_mgpu", "ragged_dot_kernel")(_filled(x, PAIR), kernel, group_sizes, config)
     return within_groups(product[: len(x)], group_sizes)
 
 
 def within_groups(product: Float[Array, "R N"], group_sizes: Int[Array, " E"]) -> Float[Array, "R N"]:
     """Returns the rows of groups, and zeros for those beyond the groups, whatever is there."""
     return jnp.where(jnp.arange(len(product))[:, None] < group_sizes.sum(), product, 0)
+
+
+def _filled(x: Array, divisor: int) -> Array:
+    """Returns the rows, with rows of no group after them until their number is a multiple of the divisor."""
+    return jnp.pad(x, [(0, -len(x) % divisor), (0, 0)])
 
 
 def _tile(size: int) -> int:

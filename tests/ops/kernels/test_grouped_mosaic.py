@@ -60,12 +60,17 @@ def as_strict(module, name, seen):
 
     def ragged_dot(x, kernel, *, group_sizes, block_m, block_n, block_k, max_concurrent_steps, grid_block_n, transpose_rhs):
         seen.append((block_m, block_n))
-        assert x.dtype == kernel.dtype and x.shape[1] % block_k == 0 and kernel.shape[1 if transpose_rhs else 2] % block_n == 0
+        assert (
+            len(x) % 8 == 0
+            and x.dtype == kernel.dtype
+            and x.shape[1] % block_k == 0
+            and kernel.shape[1 if transpose_rhs else 2] % block_n == 0
+        )
         return exact_rows(x, kernel, group_sizes, transpose_rhs)
 
     def transposed_ragged_dot(x, gradient, *, group_sizes, block_m, block_n, block_k, max_concurrent_steps, grid_block_n):
         seen.append((block_m, block_n))
-        assert x.dtype == gradient.dtype and x.shape[1] % block_m == 0 and gradient.shape[1] % block_n == 0
+        assert len(x) % 8 == 0 and x.dtype == gradient.dtype and x.shape[1] % block_m == 0 and gradient.shape[1] % block_n == 0
         return grouped._reference_gradient(x, gradient, group_sizes)
 
     def ragged_dot_kernel(x, kernel, group_sizes, config):
@@ -137,14 +142,14 @@ def compiled_text(name, rows, experts):
 
 @pytest.mark.hardware("cuda")
 @pytest.mark.parametrize(("name", "kernels"), [("mosaic_hopper", 3), ("mosaic_blackwell", 2)])
-@pytest.mark.parametrize("experts", [8, 128])
-def test_the_kernels_compile_for_their_gpus_without_them(name, kernels, experts):
+@pytest.mark.parametrize(("rows", "experts"), [(4096, 128), (1001, 8)])
+def test_the_kernels_compile_for_their_gpus_without_them(name, kernels, rows, experts):
     """Down to machine code, each in a process of its own: Mosaic GPU keeps to the generation that it compiled for first."""
     with multiprocessing.get_context("spawn").Pool(1) as processes:
-        text = processes.apply(compiled_text, (name, 4096, experts))
+        text = processes.apply(compiled_text, (name, rows, experts))
     assert text.count('custom_call_target="mosaic_gpu_v2"') == kernels
     if kernels == 3:  # Blackwell's third product is loops of unknown length
-        assert program_flops(text) == (3 * 2 * 4096 * 768 * 3072, True)
+        assert program_flops(text) == (3 * 2 * (rows + -rows % 8) * 768 * 3072, True)
 
 
 def test_a_gpu_that_is_here_is_asked_itself(monkeypatch):

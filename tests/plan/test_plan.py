@@ -217,7 +217,7 @@ def test_a_step_compiles_for_gpus_without_them(mode, caplog):
     grouped_choice._told.cache_clear()
     with caplog.at_level(logging.INFO):
         found = plan(CONFIG.replace(model=model), "h100:8")
-    assert ("'mosaic_hopper'" in caplog.text) == (mode == "dropless")
+    assert "'mosaic_hopper'" in caplog.text  # with a capacity, too: generation is dropless
     assert found.fits and found.train.flops_complete
     (exchange,) = (t for t in found.train.traffic if t.kind.endswith("all-to-all"))
     assert exchange.kind == ("ragged-all-to-all" if mode == "dropless" else "all-to-all")

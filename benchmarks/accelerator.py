@@ -36,8 +36,9 @@ from flax_switch.config.presets import PRESETS
 from flax_switch.host.peaks import peak_flops
 from flax_switch.nn.heads import build_model
 from flax_switch.nn.init import init_params
+from flax_switch.ops.kernels.checks import implementations_here
 from flax_switch.ops.kernels.fused_attention import fused_attention
-from flax_switch.ops.kernels.grouped import grouped_matmul
+from flax_switch.ops.kernels.grouped import chosen, grouped_matmul
 from flax_switch.ops.kernels.relative import RelativeBias
 from flax_switch.ops.kernels.visible import Visible
 from flax_switch.parallel.mesh import create_mesh, shard_batch
@@ -106,16 +107,28 @@ def cases(sizes: Sizes) -> Iterator[Case]:
 
 
 def grouped(num_experts: int, rows: int, widths: tuple[int, int]) -> dict[str, Any]:
-    """Measures rows of experts of uneven sizes against one dense product of the same rows."""
+    """Measures rows of experts of uneven sizes against one dense product of the same rows, and what else can multiply them."""
     D, F = widths
     rng = np.random.default_rng(0)
     sizes = jnp.asarray(rng.multinomial(rows, rng.dirichlet(np.full(num_experts, 8.0))), jnp.int32)
     draw = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)  # noqa: E731
     x, gradient, kernels, dense = draw(0, rows, D), draw(1, rows, F), draw(2, num_experts, D, F), draw(3, D, F)
-    ours = jax.jit(lambda x, k, g: jax.vjp(lambda x, k: grouped_matmul(x, k, sizes), x, k)[1](g))
+
+    def ours(implementation: str | None) -> Callable[[], Any]:
+        both = jax.jit(lambda x, k, g: jax.vjp(lambda x, k: grouped_matmul(x, k, sizes, implementation), x, k)[1](g))
+        return lambda: both(x, kernels, gradient)
+
     theirs = jax.jit(lambda x, k, g: jax.vjp(jnp.matmul, x, k)[1](g))
-    seconds, alone = timed(lambda: ours(x, kernels, gradient), lambda: theirs(x, dense, gradient))
-    return {"ms": 1e3 * seconds, "dense_ms": 1e3 * alone, "rate_of_dense": alone / seconds, **share(4 * rows * D * F, seconds)}
+    seconds, alone = timed(ours(None), lambda: theirs(x, dense, gradient))
+    name, others = chosen(x, kernels), {}
+    for other in implementations_here():
+        if other != name:
+            try:
+                others[f"{other}_ms"] = 1e3 * timed(ours(other), repeats=5)[0]
+            except Exception as error:  # it is not the one that runs
+                others[f"{other}_failed"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    both = {"ms": 1e3 * seconds, "dense_ms": 1e3 * alone, "rate_of_dense": alone / seconds, **share(4 * rows * D * F, seconds)}
+    return {"implementation": name, **both, **others}
 
 
 def attention(rows: int, length: int, heads: tuple[int, int]) -> dict[str, Any]:

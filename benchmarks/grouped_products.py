@@ -5,8 +5,8 @@
 
 For each table: rows times kernels, rows times transposed kernels, and kernel gradients, of `flax_switch.ops.kernels.grouped`, for
 groups of equal size and for groups as uneven as a Dirichlet draw makes them (the largest has a few times the
-mean). `lax.ragged_dot` is a peer where it does not take minutes, which is not on a CPU. Runs of the rows alternate and medians are
-reported.
+mean). First the implementation that is picked here, then every other one that can run here (tokamax, too, where it is installed),
+and `lax.ragged_dot` where it does not take minutes, which is not on a CPU. Runs of the rows alternate and medians are reported.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import numpy as np
 import run_record
 from jax import lax
 
-from flax_switch.ops.kernels.grouped import grouped_matmul
+from flax_switch.ops.kernels.checks import implementations_here
+from flax_switch.ops.kernels.grouped import chosen, grouped_matmul
 
 ACCELERATOR = jax.default_backend() != "cpu"
 CALLS = 10 if ACCELERATOR else 1  # of a product in one timing, so that starting it does not count
@@ -42,7 +43,14 @@ def products(E: int, T: int, D: int, F: int, dtype: str) -> dict[str, tuple]:
     """
     draw = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape, dtype)  # noqa: E731
     x, gradient, kernel, dense = draw(0, T, D), draw(1, T, F), draw(2, E, D, F), draw(3, D, F)
-    back = lambda which: lambda x, kernel, sizes, g: jax.vjp(grouped_matmul, x, kernel, sizes)[1](g)[which]  # noqa: E731
+
+    def forward(name):
+        return lambda x, kernel, sizes: grouped_matmul(x, kernel, sizes, name)
+
+    def back(name, which):
+        return lambda x, kernel, sizes, g: jax.vjp(lambda x, kernel: forward(name)(x, kernel, sizes), x, kernel)[1](g)[which]
+
+    picked = chosen(x, kernel)
     rows = {
         "rows": (jnp.matmul, (x, dense)),
         "rows, transposed kernels": (lambda g, w: g @ w.T, (gradient, dense)),
@@ -50,11 +58,12 @@ def products(E: int, T: int, D: int, F: int, dtype: str) -> dict[str, tuple]:
     }
     for kind in ("equal", "uneven"):
         sizes = groups(kind, E, T)
-        rows |= {
-            f"rows: {kind} groups": (grouped_matmul, (x, kernel, sizes)),
-            f"rows, transposed kernels: {kind} groups": (back(0), (x, kernel, sizes, gradient)),
-            f"kernel gradients: {kind} groups": (back(1), (x, kernel, sizes, gradient)),
-        }
+        for name in (picked, *(other for other in implementations_here() if other != picked)):
+            rows |= {
+                f"rows: {kind} groups, {name}": (forward(name), (x, kernel, sizes)),
+                f"rows, transposed kernels: {kind} groups, {name}": (back(name, 0), (x, kernel, sizes, gradient)),
+                f"kernel gradients: {kind} groups, {name}": (back(name, 1), (x, kernel, sizes, gradient)),
+            }
         if ACCELERATOR:
             rows[f"rows: {kind} groups, lax.ragged_dot"] = lax.ragged_dot, (x, kernel, sizes)
     return rows

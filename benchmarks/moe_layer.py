@@ -15,6 +15,7 @@ products: malloc is told to keep its memory (`flax_switch.host.memory`), as in t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import statistics
 import time
@@ -32,6 +33,7 @@ import jax.numpy as jnp  # noqa: E402
 
 from flax_switch.config import SwitchConfig  # noqa: E402
 from flax_switch.nn.moe import SparseMLP  # noqa: E402
+from flax_switch.ops.kernels.platforms import compiled_for  # noqa: E402
 from flax_switch.plan.flops import program_flops  # noqa: E402
 from flax_switch.plan.topology import compile_devices, parse_topology  # noqa: E402
 
@@ -143,12 +145,13 @@ def x_shape(name, rows, T, D, dtype):
     return jax.ShapeDtypeStruct((rows, D), dtype) if name.startswith("dense") else sequences(T, D, dtype)
 
 
-def count(function, *shapes, device=None):
+def count(function, *shapes, device=None, chip=None):
     """XLA's FLOPs and bytes of the compiled function; for a GPU, where it counts neither, the FLOPs of the products alone."""
     if device is not None:
         put = lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=jax.sharding.SingleDeviceSharding(device))  # noqa: E731
         shapes = jax.tree.map(put, shapes)
-    compiled = jax.jit(function).lower(*shapes).compile()
+    with contextlib.nullcontext() if chip is None else compiled_for(chip.platform, chip.gpu):
+        compiled = jax.jit(function).lower(*shapes).compile()
     cost = compiled.cost_analysis()
     if cost is None:
         return program_flops(compiled.as_text())[0], None
@@ -161,12 +164,13 @@ def measure(E, T, D, F, args, device):
     if args.only:
         rows = {name: row for name, row in rows.items() if name.startswith(("dense", *args.only))}
     results, compiled = {}, {}
+    chip = parse_topology(args.topology).chip if args.topology else None
     for name, (apply, shapes, processed) in rows.items():
         x = x_shape(name, processed, T, D, args.dtype)
         record = results[name] = dict(name=name, E=E, tokens=T, D=D, F=F, dtype=args.dtype, rows=processed, repeats=args.repeats)
         for mode, function in (("forward", apply), ("backward", forward_backward(apply))):
             if device is not None or name != "ragged":  # on CPU, ragged is loops of unknown length
-                record[f"{mode}_flops"], record[f"{mode}_bytes"] = count(function, shapes, x, device=device)
+                record[f"{mode}_flops"], record[f"{mode}_bytes"] = count(function, shapes, x, device=device, chip=chip)
             compiled[name, mode] = jax.jit(function)
     if device is not None:
         return list(results.values())

@@ -27,6 +27,7 @@ EXTRAS = {
     "parquet": ("pyarrow", "data in parquet files, and in folders of the package datasets"),
     "arrayrecord": ("array_record", "data in ArrayRecord files"),
     "eval": ("sacrebleu", "BLEU, chrF and ROUGE"),
+    "tokamax": ("tokamax", "one more grouped GEMM, to compare with"),
 }
 
 
@@ -50,15 +51,20 @@ def examine() -> dict[str, Any]:
 
     from flax_switch.host.compile_cache import LIMIT, compile_cache_folder
     from flax_switch.host.files import cache_folder
-    from flax_switch.ops.kernels.checks import TOLERANCES, check_grouped
+    from flax_switch.ops.kernels.checks import check_grouped, chosen
+    from flax_switch.ops.kernels.exact_products import TOLERANCES
     from flax_switch.training.sessions import surroundings
 
-    checks = [{**check._asdict(), "fine": check.fine, "tolerance": TOLERANCES[check.dtype]} for check in check_grouped()]
+    checks = [
+        {**check._asdict(), "fine": check.fine, "verdict": check.verdict, "tolerance": TOLERANCES[check.dtype]}
+        for check in check_grouped()
+    ]
     devices = [{"kind": d.device_kind, "memory": (d.memory_stats() or {}).get("bytes_limit")} for d in jax.local_devices()]
     return {
         **surroundings(),
         "devices": devices,
         "memory": memory(),
+        "grouped_gemm": {dtype: pick._asdict() for dtype, pick in chosen().items()},
         "kernels": checks,
         "extras": {name: importlib.util.find_spec(module) is not None for name, (module, _) in EXTRAS.items()},
         "caches": {
@@ -101,9 +107,9 @@ def render(found: dict[str, Any]) -> str:
     lines += [f"  memory: {found['memory'] / 2**30:.1f} GiB"] if found["memory"] else []
     lines += ["Self-test: relative errors, beside numpy, of each way to multiply by experts' kernels"]
     for check in found["kernels"]:
-        verdict = "fine" if check["fine"] else f"WRONG for expert {check['expert']}"
         name = f"{check['implementation']}, {check['dtype']}, {check['product']}"
-        lines.append(f"  {name:42} {check['error']:.1e}  {verdict} (at most {check['tolerance']:.0e})")
+        lines.append(f"  {name:42} {check['error']:.1e}  {check['verdict']} (at most {check['tolerance']:.0e})")
+    lines += [f"  {dtype} runs {pick['implementation']}: {pick['why']}" for dtype, pick in found["grouped_gemm"].items()]
     lines += ["Extras, which are optional: pip install 'flax_switch[NAME]' adds what is missing"]
     lines += [f"  {name:12} {'installed' if here else '-':10} {EXTRAS[name][1]}" for name, here in found["extras"].items()]
     lines += [

@@ -10,8 +10,8 @@ import numpy as np
 
 from flax_switch.plan.hlo import Instruction, UnknownText, executions, read_computations, shape_of
 
-# Our Pallas kernels: the grouped GEMM, whose first operand is of index arrays, and attention, of queries and keys before others.
-_GROUPED = re.compile(r'op_name="[^"]*/grouped_(?:rows|gradients)/pallas_call"')
+# Pallas kernels: the grouped GEMM, ours or JAX's, whose factors come last, and attention, of queries and keys before others.
+_GROUPED = re.compile(r'op_name="[^"]*/grouped_(?:rows|gradients)/(?:[^"]*/)?(?:pallas_call|mpmd_map)"')
 _ATTENTION = re.compile(r'op_name="[^"]*\bfused_attention(_gradient)?\)*/pallas_call"')
 
 
@@ -42,14 +42,15 @@ def _is_product(instruction: Instruction) -> bool:
 
 
 def _product_flops(product: Instruction, shapes: dict[str, tuple[int, ...]]) -> float:
-    left, right = ([shapes.get(name) for name in product.operand_names] + [None, None])[:2]
+    factors = product.operand_names[-2:] if _GROUPED.search(product.attributes) else product.operand_names
+    left, right = ([shapes.get(name) for name in factors] + [None, None])[:2]
     if left is None or right is None:
         raise UnknownText("the factors of a product", f"{product.opcode}({product.operands})")
     if attention := _ATTENTION.search(product.attributes):  # logits and output, or logits again and four gradients
         return 2.0 * (5 if attention.group(1) else 2) * math.prod(left) * right[-1]
     out = shape_of(product.type)
     if product.opcode == "custom-call":
-        rows, contracted = right
+        rows, contracted = left
         return 2.0 * rows * contracted * out[-1]
     if product.opcode == "dot":
         contracted, batch = (_axes(product.attributes, name) for name in ("lhs_contracting_dims", "lhs_batch_dims"))

@@ -83,13 +83,13 @@ def plan(
     shape = mesh_shape(config.mesh, machine.num_devices)
     run = build_run(config, abstract_mesh(shape))
     batch = batch_structs(config, run.mesh)
-    with compiled_for(machine.chip.platform):
+    with compiled_for(machine.chip.platform, machine.chip.gpu):
         memory = train_memory(run, batch)
     train = generation = why = None
     if compile:
         try:
             devices = create_mesh(config.mesh, compile_devices(machine))
-            with compiler_effort(effort), compiled_for(machine.chip.platform):
+            with compiler_effort(effort), compiled_for(machine.chip.platform, machine.chip.gpu):
                 train = compile_train(config, devices)
                 generation = compile_decode(config, devices) if decode else None
         except CannotCompile as reason:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import math
 
 import jax
@@ -14,6 +15,7 @@ from flax_switch.config import ConfigError, DataConfig, ExperimentConfig, MeshCo
 from flax_switch.config.flops import forward_flops
 from flax_switch.nn.init import init_params
 from flax_switch.nn.transformer import SwitchTransformer
+from flax_switch.ops.kernels import grouped_choice
 from flax_switch.plan import plan, planner, program, topology
 from flax_switch.plan.flops import program_flops
 from flax_switch.plan.text import render
@@ -223,9 +225,13 @@ def test_without_the_gpus_compiler_the_plan_says_what_to_install(monkeypatch):
 
 @pytest.mark.hardware("cuda")
 @pytest.mark.parametrize("mode", ["factor", "dropless"])
-def test_a_step_compiles_for_gpus_without_them(mode):
-    model = MODEL.replace(capacity_mode=mode, moe_executor="auto", dtype="bfloat16")
-    found = plan(CONFIG.replace(model=model), "h100:8")
+def test_a_step_compiles_for_gpus_without_them(mode, caplog):
+    """The widths are those of JAX's kernels for Hopper."""
+    model = MODEL.replace(capacity_mode=mode, moe_executor="auto", dtype="bfloat16", d_model=64, d_ff=128)
+    grouped_choice._told.cache_clear()
+    with caplog.at_level(logging.INFO):
+        found = plan(CONFIG.replace(model=model), "h100:8")
+    assert "'mosaic_hopper'" in caplog.text  # with a capacity, too: generation is dropless
     assert found.fits and found.train.flops_complete
     (exchange,) = (t for t in found.train.traffic if t.kind.endswith("all-to-all"))
     assert exchange.kind == ("ragged-all-to-all" if mode == "dropless" else "all-to-all")
@@ -239,13 +245,15 @@ ENTRY %main (t: s32[20,3], r: s32[8,2], x: bf16[1024,256], w: bf16[8,256,512]) -
   %x = bf16[1024,256]{1,0} parameter(2)
   %w = bf16[8,256,512]{2,1,0} parameter(3)
   %p = bf16[1024,512]{1,0} custom-call(%t, %x, %w), metadata={op_name="jit(step)/mlp/grouped_rows/pallas_call"}
-  ROOT %k = bf16[8,256,512]{2,1,0} custom-call(%r, %x, %p), metadata={op_name="jit(step)/mlp/grouped_gradients/pallas_call"}
+  %k = bf16[8,256,512]{2,1,0} custom-call(%r, %x, %p), metadata={op_name="jit(step)/mlp/grouped_gradients/pallas_call"}
+  %m = bf16[1024,512]{1,0} custom-call(%r, %x, %w), metadata={op_name="jit(step)/mlp/grouped_rows/body/mpmd_map"}
+  ROOT %n = bf16[8,256,512]{2,1,0} custom-call(%r, %r, %x, %m), metadata={op_name="jit(step)/mlp/grouped_gradients/body/mpmd_map"}
 }
 """
 
 
-def test_products_in_our_own_kernels_count():
-    assert program_flops(HLO_OF_A_GPU) == (2 * 2 * 1024 * 256 * 512, True)
+def test_products_in_kernels_count_ours_and_those_of_jax():
+    assert program_flops(HLO_OF_A_GPU) == (4 * 2 * 1024 * 256 * 512, True)
 
 
 def test_the_decode_steps_arrangement_may_be_refused_too(monkeypatch):

@@ -1,28 +1,37 @@
 """Multiplies many rows by many experts' kernels: equal buffers for each expert, or sorted rows in groups of any size.
 
-Equal buffers are one batched product. Sorted rows have an implementation for each platform:
+Equal buffers are one batched product. Sorted rows have implementations for each platform; among those for NVIDIA GPUs
+`grouped_choice` picks.
 
-    ragged_dot   TPU: `lax.ragged_dot`, which XLA compiles to a grouped GEMM there; for the kernels' gradients, where it does not,
-                 the Pallas kernel that comes with JAX. XLA's `lax.ragged_dot` computes every expert for every row on CPU and GPUs
-    triton       NVIDIA GPU: our Pallas kernels, in `grouped_triton`
-    blocks       any platform: loops over blocks of rows, in `grouped_blocks`
-    reference    plain jnp: every expert for every row
+    ragged_dot         TPU: `lax.ragged_dot`, which XLA compiles to a grouped GEMM there; for the kernels' gradients, where it does
+                       not, the Pallas kernel that comes with JAX (megablox). XLA's `lax.ragged_dot` computes every expert for every
+                       row on CPU and GPUs
+    mosaic_hopper      NVIDIA Hopper: Pallas kernels that come with JAX, in `grouped_mosaic`
+    mosaic_blackwell   NVIDIA Blackwell: the same, for products of rows
+    triton             NVIDIA GPU: our Pallas kernels, in `grouped_triton`; on a JAX whose Triton back end is not deprecated
+    blocks             any platform: loops over blocks of rows, in `grouped_blocks`
+    tokamax            the package's own choice; where it is asked for and installed
+    reference          plain jnp: every expert for every row
 
 What was counted and what was measured, and on which hardware, is in docs/moe.md.
 """
 
 import functools
 import importlib
-from collections.abc import Callable
+import importlib.util
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from flax_switch.ops.kernels import platforms
+from flax_switch.config import ConfigError
+from flax_switch.ops.kernels import Size, grouped_choice, platforms
 from flax_switch.ops.kernels.adapted import Adapted
 from flax_switch.ops.kernels.grouped_blocks import block_gradients, block_rows
+from flax_switch.ops.kernels.grouped_mosaic import within_groups
 from flax_switch.ops.kernels.quantized import Quantized, dequantized, multiply_quantized
 
 
@@ -82,8 +91,8 @@ def grouped_matmul(
 ) -> Float[Array, "R F"]:
     """Multiplies row r by the kernel of the expert in whose group it is; rows beyond the sum of the groups come out zero.
 
-    group_sizes: the first group_sizes[0] rows are expert 0's, and so on. implementation: one of IMPLEMENTATIONS; by default
-    DEFAULT's for the platform. A quantised kernel is given to "blocks" as it is, and to the others as floats.
+    group_sizes: the first group_sizes[0] rows are expert 0's, and so on. implementation: one of IMPLEMENTATIONS; by default the
+    one that `defaults` names for the platform. A quantised kernel is given to "blocks" as it is, and to the others as floats.
     """
     if isinstance(kernel, Adapted):
         return kernel.multiplied(x, lambda x, kernel: grouped_matmul(x, kernel, group_sizes, implementation))
@@ -92,9 +101,27 @@ def grouped_matmul(
     return _grouped_matmul(x, kernel, group_sizes, implementation)
 
 
+def defaults(num_rows: Size, dtype: jnp.dtype, kernel: Float[Array, "E D F"] | Quantized) -> dict[str, str]:
+    """Returns which implementation runs on which platform, for rows of a dtype and kernels: the same for all three products."""
+    named = {"tpu": "ragged_dot", "other": "blocks"}
+    if "cuda" in platforms.POSSIBLE:
+        E, D, F = kernel.shape
+        dtypes = (dtype, dtype if isinstance(kernel, Quantized) else kernel.dtype)
+        picked = grouped_choice.pick(platforms.gpu(), num_rows, E, (D, F), dtypes)
+        if picked.implementation != named["other"]:
+            named["cuda"] = picked.implementation
+    return named
+
+
+def chosen(x: Float[Array, "R D"], kernel: Float[Array, "E D F"] | Quantized) -> str:
+    """Returns which implementation runs on this process's platform, for these factors."""
+    named, backend = defaults(x.shape[0], x.dtype, kernel), jax.default_backend()
+    return named.get("cuda" if backend == "gpu" else backend, named["other"])
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _grouped_matmul(x: Array, kernel: Array, group_sizes: Array, implementation: str | None) -> Array:
-    return _grouped_rows(x, kernel, group_sizes, implementation, transpose=False)
+    return _grouped_rows(x, kernel, group_sizes, implementation, defaults(x.shape[0], x.dtype, kernel), transpose=False)
 
 
 def _grouped_forward(x, kernel, group_sizes, implementation):
@@ -103,10 +130,11 @@ def _grouped_forward(x, kernel, group_sizes, implementation):
 
 def _grouped_backward(implementation, residuals, gradient):
     x, kernel, group_sizes = residuals
+    default = defaults(x.shape[0], x.dtype, kernel)
     gradients = {name: pair[1] for name, pair in IMPLEMENTATIONS.items()}
     return (
-        _grouped_rows(gradient, kernel, group_sizes, implementation, transpose=True),
-        platforms.run(gradients, DEFAULT, implementation, x, gradient, group_sizes),
+        _grouped_rows(gradient, kernel, group_sizes, implementation, default, transpose=True),
+        platforms.run(gradients, default, implementation, x, gradient, group_sizes),
         None,
     )
 
@@ -114,10 +142,12 @@ def _grouped_backward(implementation, residuals, gradient):
 _grouped_matmul.defvjp(_grouped_forward, _grouped_backward)
 
 
-def _grouped_rows(x: Array, kernel: Array, group_sizes: Array, implementation: str | None, *, transpose: bool) -> Array:
+def _grouped_rows(
+    x: Array, kernel: Array, group_sizes: Array, implementation: str | None, default: Mapping[str, str], *, transpose: bool
+) -> Array:
     """Multiplies rows by their experts' kernels, or by the kernels' transposes."""
     products = {name: functools.partial(pair[0], transpose=transpose) for name, pair in IMPLEMENTATIONS.items()}
-    return platforms.run(products, DEFAULT, implementation, x, kernel, group_sizes)
+    return platforms.run(products, default, implementation, x, kernel, group_sizes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -128,7 +158,8 @@ def _quantized_rows(x: Array, kernel: Quantized, group_sizes: Array, implementat
         rows = functools.partial(IMPLEMENTATIONS[name][0], transpose=False)
         return rows if name == "blocks" else lambda x, kernel, sizes: rows(x, dequantized(kernel, x.dtype), sizes)
 
-    return platforms.run({name: of_floats(name) for name in IMPLEMENTATIONS}, DEFAULT, implementation, x, kernel, group_sizes)
+    every = {name: of_floats(name) for name in IMPLEMENTATIONS}
+    return platforms.run(every, defaults(x.shape[0], x.dtype, kernel), implementation, x, kernel, group_sizes)
 
 
 def _quantized_forward(x, kernel, group_sizes, implementation):
@@ -138,7 +169,8 @@ def _quantized_forward(x, kernel, group_sizes, implementation):
 def _quantized_backward(implementation, residuals, gradient):
     kernel, group_sizes = residuals
     weights = dequantized(kernel, gradient.dtype)
-    return _grouped_rows(gradient, weights, group_sizes, implementation, transpose=True), None, None
+    default = defaults(gradient.shape[0], gradient.dtype, weights)
+    return _grouped_rows(gradient, weights, group_sizes, implementation, default, transpose=True), None, None
 
 
 _quantized_rows.defvjp(_quantized_forward, _quantized_backward)
@@ -171,10 +203,12 @@ def _reference_gradient(x: Array, gradient: Array, group_sizes: Array) -> Array:
 
 def _ragged_rows(x: Array, kernel: Array, group_sizes: Array, *, transpose: bool) -> Array:
     """Multiplies sorted rows by kernels with XLA's own grouped matrix product."""
-    contract = lax.RaggedDotDimensionNumbers(
-        (((1,), (2 if transpose else 1,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
-    )
-    return lax.ragged_dot_general(x, kernel, group_sizes, contract)
+    return lax.ragged_dot_general(x, kernel, group_sizes, _contraction(transpose))
+
+
+def _contraction(transpose: bool) -> lax.RaggedDotDimensionNumbers:
+    dimensions = (((1,), (2 if transpose else 1,)), ((), ()))
+    return lax.RaggedDotDimensionNumbers(dimensions, lhs_ragged_dimensions=[0], rhs_group_dimensions=[0])
 
 
 def _megablox_gradient(x: Array, gradient: Array, group_sizes: Array, *, interpret: bool = False) -> Array:
@@ -187,11 +221,31 @@ def _megablox_gradient(x: Array, gradient: Array, group_sizes: Array, *, interpr
     return megablox.tgmm(x.T, gradient, group_sizes, x.dtype, tiles, interpret=interpret)
 
 
+def _tokamax_rows(x: Array, kernel: Array, group_sizes: Array, *, transpose: bool) -> Array:
+    """Multiplies sorted rows by kernels as tokamax has it."""
+    return within_groups(_tokamax().ragged_dot_general(x, kernel, group_sizes, _contraction(transpose)), group_sizes)
+
+
+def _tokamax_gradient(x: Array, gradient: Array, group_sizes: Array) -> Array:
+    contract = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[])
+    return _tokamax().ragged_dot_general(x, gradient, group_sizes, contract)
+
+
+def _tokamax() -> Any:
+    if importlib.util.find_spec("tokamax") is None:
+        raise ConfigError(
+            "The implementation 'tokamax' needs the package of that name, which is not installed: "
+            "pip install 'flax_switch[tokamax]' (Python 3.12 or newer), or leave the implementation to its default."
+        )
+    return importlib.import_module("tokamax")
+
+
 # The product of rows, and the gradient of the kernels.
 IMPLEMENTATIONS = {
     "reference": (_reference_rows, _reference_gradient),
     "blocks": (block_rows, block_gradients),
     "ragged_dot": (_ragged_rows, _megablox_gradient),
-    "triton": (_triton("grouped_rows"), _triton("grouped_gradients")),
+    **grouped_choice.MOSAIC,
+    **({"triton": (_triton("grouped_rows"), _triton("grouped_gradients"))} if grouped_choice.WITH_TRITON else {}),
+    "tokamax": (_tokamax_rows, _tokamax_gradient),
 }
-DEFAULT = {"tpu": "ragged_dot", "cuda": "triton", "other": "blocks"}

@@ -5,9 +5,8 @@ twice; R rows of E experts need at most R / tile + E + 1 of them, and those that
 gradients: one program for each tile of each expert's kernel walks over the rows of that expert. Both add up in float32; float32
 factors are multiplied as `jax.default_matmul_precision` says, which is TF32 unless set, as everywhere on these GPUs.
 
-Pallas's Triton back end is deprecated since JAX 0.11 and works as before up to 0.12 at least; Pallas's other one for GPUs, Mosaic,
-compiles for Hopper and newer only. This is the one module that imports it. JAX warns where a program with these kernels is lowered,
-which is after they return, so that only the caller can filter the warning; setup.cfg does for the tests, for that one text.
+Pallas's Triton back end is deprecated since JAX 0.11, and these kernels are no implementation there (`grouped_choice.WITH_TRITON`);
+Pallas's other one for GPUs, Mosaic, compiles for Hopper and newer only. This is the one module that imports it.
 """
 
 import functools
@@ -16,15 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int
-
-try:
-    from jax.experimental.pallas import triton
-except ImportError as error:
-    raise ImportError(
-        f"The grouped GEMM for NVIDIA GPUs needs Pallas's Triton back end, and jax {jax.__version__} has none: "
-        "pip install 'jax<0.13', or choose a capacity_mode that sorts no rows (docs/versions.md)."
-    ) from error
 
 # The largest tile of the result, and the contraction's part of a tile in bytes: three stages of both factors fit into the shared
 # memory of every NVIDIA GPU since Ampere. 16 is the least that its tensor cores take.

@@ -14,6 +14,7 @@ from quantized_kernels import draw_int4, draw_int8, whole_rows
 from flax_switch.config import ConfigError, MeshConfig
 from flax_switch.host.expert_cache import ExpertCache
 from flax_switch.ops.kernels import attention, exchange, few_rows, fused_attention, grouped, on_disk, projection, quantized, updates
+from flax_switch.ops.kernels.grouped_choice import MOSAIC
 from flax_switch.ops.mlp import mlp
 from flax_switch.parallel.mesh import create_mesh
 
@@ -155,13 +156,15 @@ COUNTS = {
     "nothing": [[0] * 4] * 4,
     "all to one": [[0, 5, 0, 0]] * 4,
 }
+# Those for Hopper and Blackwell take 16-bit floats and wide kernels: test_grouped_mosaic.py. tokamax: test_grouped_choice.py.
+GROUPED = [name for name in grouped.IMPLEMENTATIONS if name not in MOSAIC and name != "tokamax"]
 OPERATIONS = {  # its implementations, how to run one on a case, its cases
     "send_rows": (exchange.IMPLEMENTATIONS, exchanged, COUNTS),
-    "grouped_matmul": (grouped.IMPLEMENTATIONS, grouped_products, GROUPS),
+    "grouped_matmul": (GROUPED, grouped_products, GROUPS),
     "int8 product": (quantized.INT8, quantized_product, {name: (draw_int8, *case) for name, case in PRODUCTS.items()}),
     "int4 product": (quantized.INT4, quantized_product, {name: (draw_int4, *case) for name, case in PRODUCTS.items()}),
-    "int8 groups": (grouped.IMPLEMENTATIONS, quantized_groups, {name: (draw_int8, case) for name, case in GROUPS.items()}),
-    "int4 groups": (grouped.IMPLEMENTATIONS, quantized_groups, {"uneven": (draw_int4, [0, 3, 70, 1])}),
+    "int8 groups": (GROUPED, quantized_groups, {name: (draw_int8, case) for name, case in GROUPS.items()}),
+    "int4 groups": (GROUPED, quantized_groups, {"uneven": (draw_int4, [0, 3, 70, 1])}),
     "few_rows": (few_rows.IMPLEMENTATIONS, outputs_of_few, HIT),
     "fetch_arrays": (on_disk.IMPLEMENTATIONS, fetched, {"floats": np.float32, "integers": np.int8}),
     "kernel_gradient": (projection.KERNEL_GRADIENTS, gradient_of_kernel, {"wide": (4, 9), "narrow": (9, 4)}),

@@ -105,6 +105,7 @@ LIST = [
         names_a_command,
         "a mention of the command, no call of it",
     ),
+    Otherwise(r"flax-switch (plan|pretrain) .* --(save-)?program ", parsed, "tests/training/test_saved_program does both"),
     Otherwise(r"mpirun .* flax-switch pretrain \.\.\. ", names_a_command, "needs a cluster, and leaves out what others say"),
     Otherwise(
         r"flax-switch \w+ --gin[-_]file configs/gin/\w+\.gin .*\[--gin", parsed, "tests/test_recipes: it is the recipe's run"

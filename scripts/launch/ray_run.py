@@ -42,8 +42,12 @@ class Process:
 
 def stop(node: str, process: int) -> None:
     """Sends SIGTERM to a process of a node; the others hear of it from there."""
+
+    def there() -> None:
+        os.kill(process, signal.SIGTERM)
+
     where = NodeAffinitySchedulingStrategy(node, soft=False)
-    ray.get(ray.remote(num_cpus=0, scheduling_strategy=where)(os.kill).remote(process, signal.SIGTERM))
+    ray.get(ray.remote(num_cpus=0, scheduling_strategy=where)(there).remote())
 
 
 def run(args: argparse.Namespace) -> int:

@@ -75,7 +75,7 @@ def test_a_step_gathers_each_layers_parameters_twice_and_hands_gradients_back_in
     assert sum(c.wire_bytes * c.count for c in gathers) <= 1.1 * bound
 
 
-@pytest.mark.parametrize("optimizer", ["adafactor", *[pytest.param(name, marks=pytest.mark.slow) for name in ("adamw", "muon")]])
+@pytest.mark.parametrize("optimizer", ["adafactor", pytest.param("adamw", marks=pytest.mark.slow)])
 def test_parameters_and_the_optimisers_state_are_updated_where_they_lie_and_that_state_is_never_gathered(optimizer):
     run, program = compiled(MODEL.replace(remat_policy="none"), MeshConfig(data=2, expert=4, fsdp=True), optimizer)
     assert updated_in_place(run, program)

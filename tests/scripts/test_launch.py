@@ -3,6 +3,7 @@
 `srun` and `ssh` are stand-ins that start processes here, as SLURM and hosts would; JAX's detection of SLURM is real.
 """
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -81,11 +82,11 @@ def started(*command, environment, **options):
 
 
 def ended(process, timeout=60):
-    """Exit status and both outputs of a process, which is killed with all that it started where it takes too long."""
+    """Exit status and both outputs of a process; what it started and left is killed, as it is where it takes too long."""
     try:
         out, err = process.communicate(timeout=timeout)
     finally:
-        if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     return process.returncode, out, err
 

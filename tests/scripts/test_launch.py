@@ -81,7 +81,7 @@ def started(*command, environment, **options):
     )
 
 
-def ended(process, timeout=60):
+def ended(process, timeout=20):
     """Exit status and both outputs of a process; what it started and left is killed, as it is where it takes too long."""
     try:
         out, err = process.communicate(timeout=timeout)

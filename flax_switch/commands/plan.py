@@ -1,10 +1,11 @@
-"""flax-switch plan --config configs/switch_base_128.py --topology v5e:4x4 [--mesh expert=16] [--json FILE] [--no-decode]"""
+"""flax-switch plan --config configs/switch_base_128.py --topology v5e:4x4 [--mesh expert=16] [--json FILE] [--save-program DIR]"""
 
 from __future__ import annotations
 
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from flax_switch.commands.options import add_mesh_argument, add_recipe_arguments, load_config, read_mesh, take_overrides
 from flax_switch.host.files import check_writable, write_text
@@ -19,7 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_mesh_argument(parser, "in place of the recipe's")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the plan as JSON, too")
     parser.add_argument("--decode", action=argparse.BooleanOptionalAction, default=True, help="compile a step of generation, too")
-    parser.add_argument("--effort", default="quick", help="of the compiler: quick (the default), or full, as in training")
+    parser.add_argument("--effort", help="of the compiler: quick (the default), or full, as in training and with --save-program")
+    parser.add_argument("--save-program", metavar="DIR", help="keep the compiled train step there, for pretrain --program DIR")
     parser.add_argument("--no-compile", action="store_true", help="only what shapes and shardings tell, in seconds")
 
 
@@ -27,6 +29,8 @@ def run(args: argparse.Namespace) -> int:
     """Prints the plan; exit status 0, or 1 where it does not fit."""
     if args.json:
         check_writable(args.json)
+    if args.save_program:
+        check_writable(f"{args.save_program}/program.json", make_folders=True)
     import jax
 
     if jax.config.jax_platforms is None:  # pyright: ignore[reportAttributeAccessIssue]
@@ -36,8 +40,12 @@ def run(args: argparse.Namespace) -> int:
     from flax_switch.plan import plan
     from flax_switch.plan.text import render
 
-    found = plan(config, args.topology, mesh, compile=not args.no_compile, decode=args.decode, effort=args.effort)
+    effort = args.effort or ("full" if args.save_program else "quick")
+    options: dict[str, Any] = dict(compile=not args.no_compile, decode=args.decode, effort=effort, save_program=args.save_program)
+    found = plan(config, args.topology, mesh, **options)
     print(render(found, Path(args.config or args.gin_file[0]).stem))
+    if found.train is not None and found.train.refusal is None and args.save_program:
+        print(f"  the train step is in {args.save_program}: start the run with --program {args.save_program}")
     if args.json:
         write_text(args.json, json.dumps(found.to_dict(), indent=1) + "\n")
     return 1 if found.fits is False else 0

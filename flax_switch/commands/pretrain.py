@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_look_arguments(parser)
     parser.add_argument("--workdir", required=True, metavar="DIR", help="where the run lives; the same one continues it")
     add_verify_argument(parser)
+    parser.add_argument("--program", metavar="DIR", help="a train step that plan --save-program has compiled, to be loaded instead")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -50,7 +51,8 @@ def run(args: argparse.Namespace) -> int:
 
     with processes.session(others):
         try:
-            result = pretrain(config, args.workdir, profile=args.profile, verify=not args.no_verify)
+            options = dict(profile=args.profile, verify=not args.no_verify, program=args.program)
+            result = pretrain(config, args.workdir, **options)
         except OtherRunError as error:
             raise OtherRunError(f"{error}{_former_recipe(args.workdir)}") from error
         if result.finished:

@@ -76,7 +76,8 @@ class CompileCache:
     def __init__(self, folder: Path, limit: int = LIMIT) -> None:
         """Takes a folder that is there, and the bytes that it may hold."""
         self._path, self._limit = folder, limit  # `_path` is the name that JAX knows
-        self._machine = _machine()
+        versions = {package: importlib.metadata.version(package) for package in ("jax", "jaxlib")}
+        self._machine = repr({**versions, **machine()})
 
     def get(self, key: str) -> bytes | None:
         """Returns an entry's content, or None."""
@@ -125,14 +126,14 @@ class CompileCache:
 
 
 @functools.cache
-def _machine() -> str:
-    """Says what a compiled program depends on besides its text: versions, the CPU's features, and how many threads it gets."""
-    import jax
-
+def machine() -> dict[str, str]:
+    """Returns what a program for the CPU depends on besides its text and versions: the CPU's features, how many threads it gets."""
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    features = [platform.system(), platform.machine(), os.environ.get("PROCESSOR_IDENTIFIER", "")]
+    found = {"threads": str(threads), "NPROC": os.environ.get("NPROC", "")}
+    found |= {"system": platform.system(), "machine": platform.machine(), "model": os.environ.get("PROCESSOR_IDENTIFIER", "")}
     with contextlib.suppress(OSError):
         wanted = ("model name", "flags", "Features", "CPU implementer", "CPU part")
         first = Path("/proc/cpuinfo").read_text(errors="replace").partition("\n\n")[0]
-        features += [line for line in first.splitlines() if line.partition("\t")[0].rstrip() in wanted]
-    return "\n".join([jax.__version__, importlib.metadata.version("jaxlib"), str(threads), os.environ.get("NPROC", ""), *features])
+        lines = [line.partition(":") for line in first.splitlines()]
+        found |= {name.strip(): value.strip() for name, _, value in lines if name.strip() in wanted}
+    return found

@@ -15,9 +15,9 @@ from flax_switch.config import ExperimentConfig, check
 from flax_switch.ops.losses import seq2seq_loss
 from flax_switch.ops.mlp import expert_dtype
 from flax_switch.ops.moe.expert_parallel import room_of
-from flax_switch.parallel.mesh import MESH_AXES, AnyMesh, batch_sharding, batch_ways
+from flax_switch.parallel.mesh import MESH_AXES, AnyMesh, batch_ways
 from flax_switch.training.state import Run, is_split
-from flax_switch.training.step import forward
+from flax_switch.training.step import abstract_batch, forward
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,11 +53,7 @@ def batch_structs(config: ExperimentConfig, mesh: AnyMesh) -> dict[str, jax.Shap
         f"and into {pieces} microbatches. Set --config.data.batch_size={multiple * max(1, data.batch_size // multiple)}, or change "
         "the mesh.",
     )
-    sharding = batch_sharding(mesh)
-    return {
-        name: jax.ShapeDtypeStruct((data.batch_size, length), jnp.int32, sharding=sharding)
-        for name, length in data.array_lengths.items()
-    }
+    return abstract_batch(config, mesh)
 
 
 def device_bytes(tree: Any) -> int:

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import jax
+from etils import epath
 
 from flax_switch.config import ExperimentConfig, MeshConfig, check, one_of
 from flax_switch.config.flops import train_flops
@@ -63,6 +64,7 @@ def plan(
     compile: bool = True,
     decode: bool = True,
     effort: str = "quick",
+    save_program: epath.PathLike | None = None,
 ) -> Plan:
     """Plans a run of `config` on `topology`.
 
@@ -72,12 +74,14 @@ def plan(
       compile: compile the train step, and with `decode` a step of generation. Without, or where the compiler is missing, the
         plan holds what shapes and shardings tell.
       effort: of the compiler, see `compiler_effort`.
+      save_program: a folder in which the compiled train step is kept for a run (`training.saved_program`); it wants full effort.
 
     Raises:
-      ConfigError: for a topology that does not exist, and a mesh or batch that does not fit it.
+      ConfigError: for a topology that does not exist, a mesh or batch that does not fit it, and a program that cannot be kept.
     """
     one_of("effort", effort, EFFORTS)
     machine = parse_topology(topology)
+    _check_can_be_saved(save_program, machine, compile, effort)
     config = config if mesh is None else config.replace(mesh=mesh)
     check(config.mesh.mode == "jit", "The planner compiles the step that runs under jit; plan with --config.mesh.mode=jit.")
     shape = mesh_shape(config.mesh, machine.num_devices)
@@ -90,9 +94,10 @@ def plan(
         try:
             devices = create_mesh(config.mesh, compile_devices(machine))
             with compiler_effort(effort), compiled_for(machine.chip.platform, machine.chip.gpu):
-                train = compile_train(config, devices)
+                train = compile_train(config, devices, save_program)
                 generation = compile_decode(config, devices) if decode else None
         except CannotCompile as reason:
+            check(save_program is None, f"There is no program to save: {reason}")
             why = str(reason)
     else:
         why = "compilation was not asked for."
@@ -123,6 +128,21 @@ def plan(
         fits=fits,
         advice=tuple(advice),
         warnings=tuple(straddling_groups(config, shape)),
+    )
+
+
+def _check_can_be_saved(folder: epath.PathLike | None, topology: Topology, compile: bool, effort: str) -> None:
+    if folder is None:
+        return
+    check(compile, "A program that is saved has to be compiled: leave --no-compile out, or --save-program.")
+    check(
+        effort == "full",
+        f"A program that is saved is compiled as training compiles it: give --effort full, and not {effort}, with --save-program.",
+    )
+    check(
+        topology.chip.platform != "gpu",
+        f"A program for {topology.name} that is compiled without the GPU is not tuned on it, nor the one that a run would have: "
+        "leave --save-program out. Runs keep what they compile themselves.",
     )
 
 

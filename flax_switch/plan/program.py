@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import re
 import time
 import warnings
@@ -12,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 from jax.sharding import Mesh
 
 from flax_switch.config import ExperimentConfig
@@ -22,9 +24,8 @@ from flax_switch.parallel.placement import LaidOutByCompiler
 from flax_switch.plan.collectives import Collective, Unreadable, readable_collectives
 from flax_switch.plan.flops import program_flops
 from flax_switch.plan.hlo import UnknownText
-from flax_switch.plan.memory import batch_structs
+from flax_switch.training.saved_program import compile_anew, lower_step, save_program
 from flax_switch.training.state import build_run
-from flax_switch.training.step import compile_train_step
 
 EFFORTS = ("quick", "full")
 DECODE_ROWS = 8  # sequences for each part of a batch, in the decode step
@@ -80,11 +81,11 @@ def compiler_effort(effort: str) -> Iterator[None]:
         jax.config.update("jax_optimization_level", before)
 
 
-def compile_train(config: ExperimentConfig, mesh: Mesh) -> Program:
-    """Returns the train step that training runs, compiled for the mesh's devices."""
+def compile_train(config: ExperimentConfig, mesh: Mesh, folder: epath.PathLike | None = None) -> Program:
+    """Returns the train step that training runs, compiled for the mesh's devices; in a folder, if one is given, it is kept."""
     run = build_run(config, mesh)
-    batch = batch_structs(config, mesh)
-    return _compiled("train step", mesh, lambda: compile_train_step(run).lower(run.abstract_state, batch))
+    keep = None if folder is None else functools.partial(save_program, folder, run)
+    return _compiled("train step", mesh, lambda: lower_step(run), keep)
 
 
 def compile_decode(config: ExperimentConfig, mesh: Mesh) -> Program:
@@ -121,18 +122,22 @@ def compile_decode(config: ExperimentConfig, mesh: Mesh) -> Program:
     return _compiled("decode step", mesh, lower)
 
 
-def _compiled(name: str, mesh: Mesh, lower: Callable[[], Any]) -> Program:
+def _compiled(name: str, mesh: Mesh, lower: Callable[[], Any], keep: Callable[[Any, Any], None] | None = None) -> Program:
+    """Compiles what `lower` returns, reads what the compiler says of it, and calls `keep` with both where there is a program."""
     start, cpu = time.perf_counter(), time.process_time()
     try:
         with warnings.catch_warnings():
             # A program for a GPU that is not here enters JAX's cache, if one is kept, and cannot be read from it.
             warnings.filterwarnings("ignore", "Error reading persistent compilation cache entry")
-            compiled = lower().compile()
+            lowered = lower()
+            compiled: Any = lowered.compile() if keep is None else compile_anew(lowered)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return _refused(name, (time.perf_counter() - start, time.process_time() - cpu), str(error))
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    if keep is not None:
+        keep(lowered, compiled)
     memory, text = compiled.memory_analysis(), compiled.as_text()
     cost = compiled.cost_analysis() or {}
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes

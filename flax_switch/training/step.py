@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flax_switch.config import SwitchConfig
+from flax_switch.config import ExperimentConfig, SwitchConfig
 from flax_switch.config.heads import LANGUAGE_MODEL
 from flax_switch.nn.outputs import ModelOutput
 from flax_switch.nn.transformer import SwitchEncoder
@@ -18,7 +18,7 @@ from flax_switch.ops.kernels.updates import update_if
 from flax_switch.ops.losses import IGNORED_LABEL, LossOutput, loss_weights, seq2seq_loss
 from flax_switch.ops.moe.groups import rows_of_whole_groups
 from flax_switch.ops.task_losses import task_loss
-from flax_switch.parallel.mesh import batch_sharding, replicated
+from flax_switch.parallel.mesh import AnyMesh, batch_sharding, replicated
 from flax_switch.training.freezing import merged, trainable_part
 from flax_switch.training.optimizer import global_norm, learning_rate_schedule
 from flax_switch.training.rounding import apply_rounded
@@ -212,6 +212,13 @@ def _metrics(loss: LossOutput, routers: dict[str, jax.Array]) -> dict[str, Any]:
         "target_tokens": loss.weight_sum,
         "routers": routers,
     }
+
+
+def abstract_batch(config: ExperimentConfig, mesh: AnyMesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the batch that a train step takes, as shapes with shardings."""
+    sharding, rows = batch_sharding(mesh), config.data.batch_size
+    lengths = config.data.array_lengths.items()
+    return {name: jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=sharding) for name, length in lengths}
 
 
 def compile_train_step(run: Run) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]:

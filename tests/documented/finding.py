@@ -12,7 +12,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 RECIPES = sorted((ROOT / "configs").glob("*.py"))
 GIN_FILES = sorted((ROOT / "configs" / "gin").glob("*.gin"))
 
-_WORDS = r"(flax-switch|python3?|bash|pip|echo|gcloud|mpirun|srun|ssh|export|git|pytest|docker|kubectl|curl)"
+_WORDS = r"(flax-switch|python3?|bash|pip|echo|gcloud|mpirun|sbatch|srun|ssh|export|git|pytest|docker|kubectl|curl)"
 _COMMAND = re.compile(rf"{_WORDS} ")
 _SCRIPT = re.compile(r"^\s*(#!|export |for |while |wait$|\w+=|if )", re.MULTILINE)  # such a block is one command
 

@@ -33,6 +33,13 @@ def parsed(text: str) -> None:
         assert load(argv) is not None
 
 
+def launches(text: str) -> None:
+    """What follows a launch file that there is, and its own options, is a command with a recipe."""
+    words = shlex.split(text)
+    assert (ROOT / next(word for word in words if word.startswith("scripts/launch/"))).exists()
+    assert load(words[next(i for i, word in enumerate(words) if word in cli.COMMANDS) :]) is not None
+
+
 def names_a_command(text: str) -> None:
     """A command by its name alone, or with an ellipsis for all else."""
     assert re.search(r"flax-switch (\S+)", text)[1] in cli.COMMANDS
@@ -105,6 +112,7 @@ LIST = [
         names_a_command,
         "a mention of the command, no call of it",
     ),
+    Otherwise(r"flax-switch (plan|pretrain) .* --(save-)?program ", parsed, "tests/training/test_saved_program does both"),
     Otherwise(r"mpirun .* flax-switch pretrain \.\.\. ", names_a_command, "needs a cluster, and leaves out what others say"),
     Otherwise(
         r"flax-switch \w+ --gin[-_]file configs/gin/\w+\.gin .*\[--gin", parsed, "tests/test_recipes: it is the recipe's run"
@@ -113,8 +121,10 @@ LIST = [
     Otherwise(r"flax-switch serve ", is_understood, "serves until it is told to end; tests/serve does"),
     Otherwise(r"curl ", asks_what_is_served, "needs a server; tests/serve has one"),
     Otherwise(r"gcloud ", parsed, "needs a cloud"),
-    Otherwise(r"for i in 0 1 2 3; do\n  ssh ", parsed, "needs four hosts"),
-    Otherwise(r"#!/bin/bash\n#SBATCH ", parsed, "needs a SLURM cluster"),
+    Otherwise(
+        r"(bash|sbatch .*|python) scripts/launch/", launches, "needs hosts or a cluster; tests/scripts/test_launch has stand-ins"
+    ),
+    Otherwise(r"kubectl apply -f scripts/launch/jobset\.yaml$", is_a_line_of_shell, "needs a cluster"),
 ]
 
 

@@ -63,7 +63,7 @@ def test_programs_of_other_users_and_other_machines_are_not_run(tmp_path, monkey
         other.setattr(os, "geteuid", lambda: 12345)
         assert CompileCache(tmp_path).get(KEY) is None
     with monkeypatch.context() as other:
-        other.setattr(compile_cache, "_machine", lambda: "a CPU without AVX")
+        other.setattr(compile_cache, "machine", lambda: {"flags": "a CPU without AVX"})
         assert CompileCache(tmp_path).get(KEY) is None
     assert CompileCache(tmp_path).get(KEY) == b"program"
 

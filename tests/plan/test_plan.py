@@ -279,7 +279,7 @@ def test_a_refusal_of_the_compiler_is_an_answer(monkeypatch):
     refused = program._compiled("train step", mesh, refuse)
     assert refused.required == round(24.5 * 2**30) and "Exceeded by" in refused.refusal
     monkeypatch.setattr(planner, "compile_devices", lambda machine: jax.devices()[: machine.num_devices])
-    monkeypatch.setattr(planner, "compile_train", lambda config, mesh: refused)
+    monkeypatch.setattr(planner, "compile_train", lambda *_: refused)
     found = plan(CONFIG, "v5e:2x4", decode=False)
     assert found.fits is False
     text = render(found)
@@ -294,7 +294,7 @@ def test_a_refusal_in_other_words_is_quoted_and_its_memory_is_not_known(monkeypa
     refused = program._compiled("train step", mesh, refuse)
     assert refused.required is None and "lacks nine gibibytes" in refused.unknown[0]
     monkeypatch.setattr(planner, "compile_devices", lambda machine: jax.devices()[: machine.num_devices])
-    monkeypatch.setattr(planner, "compile_train", lambda config, mesh: refused)
+    monkeypatch.setattr(planner, "compile_train", lambda *_: refused)
     found = plan(CONFIG, "v5e:2x4", decode=False)
     assert found.fits is False
     assert "NOT KNOWN     memory: The compiler writes" in render(found) and "parameters" in render(found)

@@ -1,16 +1,20 @@
 """Parameters in parts (mesh.fsdp): what a compiled train step gathers, hands back and keeps, and that it computes the same."""
 
+import functools
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from flax_switch.config import DataConfig, ExperimentConfig, MeshConfig, SwitchConfig
+from flax_switch.config import DataConfig, ExperimentConfig, MeshConfig, OptimizerConfig, SwitchConfig
 from flax_switch.parallel.gathering import InParts, keep_all_but_gathered, without_parts
 from flax_switch.parallel.mesh import batch_sharding, create_mesh, partition_spec
 from flax_switch.plan.bounds import parameter_bound
 from flax_switch.plan.collectives import collectives
+from flax_switch.plan.memory import device_bytes
 from flax_switch.plan.topology import compile_devices, parse_topology
 from flax_switch.training.state import build_run
 from flax_switch.training.step import compile_train_step
@@ -22,13 +26,25 @@ MODEL = SwitchConfig(
 )  # fmt: skip
 
 
-def compiled(model, mesh_config, devices=None, rows=ROWS, length=LENGTH):
+@functools.cache
+def compiled(model, mesh_config, optimizer="adafactor", devices=None, rows=ROWS, length=LENGTH):
     """A run, and its train step compiled."""
-    config = ExperimentConfig(model=model, data=DataConfig(batch_size=rows), mesh=mesh_config)
+    optimizer = OptimizerConfig(name=optimizer)
+    config = ExperimentConfig(model=model, data=DataConfig(batch_size=rows), mesh=mesh_config, optimizer=optimizer)
     run = build_run(config, create_mesh(mesh_config, devices))
     ids = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=batch_sharding(run.mesh))
     names = ("decoder_input_ids", "decoder_attention_mask", "labels")
     return run, compile_train_step(run).lower(run.abstract_state, dict.fromkeys(names, ids)).compile()
+
+
+def updated_in_place(run, program):
+    """Whether every array of the old state is the memory of the new one's, and nothing is gathered for the update itself."""
+    text, leaves = program.as_text(), jax.tree.leaves(run.abstract_state)
+    aliased = re.findall(r"\{(\d+)\}: \((\d+), \{\}, (?:may|must)-alias\)", text.split("\n", 1)[0])
+    gathers = [c.op_name for c in collectives(text) if c.kind == "all-gather"]
+    assert gathers or not run.config.mesh.fsdp
+    same = {(int(new), int(old)) for new, old in aliased} == {(i, i) for i in range(len(leaves))}
+    return same and all("jvp(" in name for name in gathers)  # the loss and its gradient; the optimiser has no such name
 
 
 def test_dense_parameters_lie_on_all_devices_of_the_batch_and_experts_on_those_of_the_data_axis():
@@ -59,9 +75,17 @@ def test_a_step_gathers_each_layers_parameters_twice_and_hands_gradients_back_in
     assert sum(c.wire_bytes * c.count for c in gathers) <= 1.1 * bound
 
 
+@pytest.mark.parametrize("optimizer", ["adafactor", pytest.param("adamw", marks=pytest.mark.slow)])
+def test_parameters_and_the_optimisers_state_are_updated_where_they_lie_and_that_state_is_never_gathered(optimizer):
+    run, program = compiled(MODEL.replace(remat_policy="none"), MeshConfig(data=2, expert=4, fsdp=True), optimizer)
+    assert updated_in_place(run, program)
+    assert program.memory_analysis().alias_size_in_bytes == device_bytes(run.abstract_state)
+
+
 @pytest.mark.slow
 def test_without_it_every_device_holds_all_and_gathers_nothing():
-    _, program = compiled(MODEL, MeshConfig(data=2, expert=4))
+    run, program = compiled(MODEL, MeshConfig(data=2, expert=4))
+    assert updated_in_place(run, program)
     assert not [c for c in collectives(program.as_text()) if c.kind == "all-gather" and "mlp/w" in c.op_name]
 
 
@@ -111,7 +135,8 @@ def test_on_a_tpu_topology_a_step_sends_what_it_must(remat):
         num_sparse_decoder_layers=4, remat_policy=remat,
     )  # fmt: skip
     devices = compile_devices(parse_topology("v5e:4x4"))
-    run, program = compiled(model, MeshConfig(data=4, expert=4, fsdp=True), devices, rows=32, length=128)
+    run, program = compiled(model, MeshConfig(data=4, expert=4, fsdp=True), devices=tuple(devices), rows=32, length=128)
+    assert updated_in_place(run, program)
     found = collectives(program.as_text())
     gathered = sum(c.wire_bytes * c.count for c in found if c.kind == "all-gather")
     passes = 3 if remat == "full" else 2

@@ -16,6 +16,7 @@ from flax_switch.plan.hlo import Instruction, UnknownText, executions, read_comp
 KINDS = (
     "all-to-all", "ragged-all-to-all", "all-gather", "all-reduce", "reduce-scatter", "collective-permute", "collective-broadcast",
 )  # fmt: skip
+_SCATTERED = "all-reduce-scatter"  # XLA for TPUs: an all-reduce fused with the slice that a device keeps, and sent as a reduce-scatter
 _NAMES_DEVICES = re.compile(r"(?<!\w)(?:replica_groups|source_target_pairs)=")
 
 
@@ -77,6 +78,8 @@ def readable_collectives(hlo_text: str, num_devices: int | None = None) -> Itera
         types = {i.name: i.type for i in instructions}
         for instruction in instructions:
             if kind := _kind(instruction):
+                if kind == "all-reduce" and computation.startswith(_SCATTERED):
+                    kind = "reduce-scatter"
                 try:
                     yield _collective(kind, instruction, types, num_devices, runs[computation])
                 except UnknownText as reason:

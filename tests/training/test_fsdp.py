@@ -48,11 +48,13 @@ def test_a_step_gathers_each_layers_parameters_twice_and_hands_gradients_back_in
     gathers = [c for c in found if c.kind == "all-gather"]
     # wi of two dense and of two sparse layers, forward and backward, and likewise wo
     dense, expert = 16 * 40 * 4, 16 * 40 * 4
-    of_experts = [c for c in gathers if c.group_size == 2]
+    of_experts = [c for c in gathers if "mlp._routed" in c.op_name]
     assert sum(c.count for c in of_experts) == 2 * 2 * 2 and {c.bytes for c in of_experts} == {expert}
     for kernel in ("mlp/wi/", "mlp/wo/"):
         of_kernel = [c for c in gathers if kernel in c.op_name]
-        assert sum(c.count for c in of_kernel) == 2 * 2 and {c.bytes for c in of_kernel} == {dense}
+        for ways, size in ((2, dense // 4), (4, dense)):  # over data, then over expert
+            stage = [c for c in of_kernel if c.group_size == ways]
+            assert sum(c.count for c in stage) == 2 * 2 and {c.bytes for c in stage} == {size}
     scattered = [c for c in found if c.kind == "reduce-scatter"]
     assert sum(c.count for c in scattered) == 2 * 2 and {c.group_size for c in scattered} == {2}  # wi, wo of two layers
     bound = parameter_bound(run)

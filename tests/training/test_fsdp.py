@@ -57,8 +57,7 @@ def test_a_step_gathers_each_layers_parameters_twice_and_hands_gradients_back_in
             assert sum(c.count for c in stage) == 2 * 2 and {c.bytes for c in stage} == {size}
     scattered = [c for c in found if c.kind == "reduce-scatter"]
     assert sum(c.count for c in scattered) == 2 * 2 and {c.group_size for c in scattered} == {2}  # wi, wo of two layers
-    bound = parameter_bound(run)
-    assert sum(c.wire_bytes * c.count for c in gathers) <= 1.1 * bound
+    assert sum(c.wire_bytes * c.count for c in gathers) <= 1.1 * parameter_bound(run)["all-gather"]
 
 
 @pytest.mark.slow
@@ -115,6 +114,10 @@ def test_on_a_tpu_topology_a_step_sends_what_it_must(remat):
     devices = compile_devices(parse_topology("v5e:4x4"))
     run, program = compiled(model, MeshConfig(data=4, expert=4, fsdp=True), devices, rows=32, length=128)
     found = collectives(program.as_text())
-    gathered = sum(c.wire_bytes * c.count for c in found if c.kind == "all-gather")
-    passes = 3 if remat == "full" else 2
-    assert gathered <= 1.1 * parameter_bound(run) * passes / (passes + 1)
+    bound, sent = parameter_bound(run), dict.fromkeys(("all-gather", "others"), 0.0)
+    for c in found:
+        if c.kind != "all-to-all":
+            sent["all-gather" if c.kind == "all-gather" else "others"] += c.wire_bytes * c.count
+    assert sent["all-gather"] <= 1.1 * bound["all-gather"]
+    # XLA joins all-reduces as small as here and slices what they give; of larger ones it makes reduce-scatters
+    assert sent["others"] <= 1.7 * bound["reduce-scatter"]

@@ -1,7 +1,9 @@
 """Memory of train steps with plain and with fused attention, logits whole and in chunks, compiled for a chip; nothing runs.
 
-    python benchmarks/compiled_programs.py --chip v5e     # writes benchmarks/results/compiled_programs_v5e.json and prints a table
-    python benchmarks/compiled_programs.py --chip h100
+    python benchmarks/compiled_programs.py --chip v5e --model t5-large
+    python benchmarks/compiled_programs.py --chip h100 --model base-128
+
+One run is one model on one chip: it writes benchmarks/results/compiled_programs_CHIP_MODEL.json and prints a table.
 
 Lengths equal no other of a program's sizes, so that its text tells whether an array has the axes of queries and keys together, or
 the vocabulary beside more tokens than a chunk of the loss has. On a GPU without one at hand fused attention is loops in plain JAX:
@@ -41,8 +43,8 @@ MODELS = {"base-128": BASE, "large-128": LARGE, "t5-large": T5_LARGE}
 TARGETS = 510
 CASES = {  # model, topology, ways of experts, rows of a device, length of the inputs, remat policy
     "v5e": (
-        ("t5-large", "v5e:4x4", 1, 1, 2048, "none"),
         ("base-128", "v5e:4x4", 16, 2, 2048, "none"),
+        ("t5-large", "v5e:4x4", 1, 1, 2048, "none"),
         ("t5-large", "v5e:4x4", 1, 1, 2048, "full"),
         ("t5-large", "v5e:4x4", 1, 1, 8192, "full"),
         ("large-128", "v5e:8x8", 64, 1, 2048, "full"),
@@ -67,8 +69,11 @@ def paired(text: str, lengths: tuple[int, ...]) -> list[str]:
     """Returns the arrays that have the axes of queries and keys together, filled up to lanes or not, beyond a block."""
     axes = {size for length in lengths for size in (length, -(-length // 128) * 128)}
     largest = fused_attention_blocks.BLOCK**2
-    pairs = {s for s in shapes(text) if any(a in axes and b in axes and a * b > largest for a, b in itertools.combinations(s[1], 2))}
-    return sorted(f"{dtype}{list(sizes)}" for dtype, sizes in pairs)
+
+    def has_both(sizes: tuple[int, ...]) -> bool:
+        return any(a * b > largest for a, b in itertools.combinations([size for size in sizes if size in axes], 2))
+
+    return sorted(f"{dtype}{list(sizes)}" for dtype, sizes in shapes(text) if has_both(sizes))
 
 
 def with_vocabulary(text: str, vocabulary: int, tokens: int) -> list[str]:
@@ -133,15 +138,14 @@ def main() -> None:
     """Compiles both forms of each case of a chip; what is known is written after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chip", choices=tuple(CASES), default="v5e")
+    parser.add_argument("--model", choices=tuple(MODELS), default="t5-large")
     args = parser.parse_args()
-    results = []
+    results, path = [], run_record.RESULTS / f"compiled_programs_{args.chip}_{args.model}.json"
     for case in CASES[args.chip]:
-        for form in FORMS:
+        for form in FORMS if case[0] == args.model else ():
             results.append(step(form, *case))
             print(results[-1], flush=True)
-            run_record.write(
-                run_record.RESULTS / f"compiled_programs_{args.chip}.json", {"results": results}, device=results[-1]["topology"]
-            )
+            run_record.write(path, {"results": results}, device=results[-1]["topology"])
     print(table(results))
 
 

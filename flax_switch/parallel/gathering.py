@@ -34,7 +34,7 @@ class InParts(meta.AxisMetadata[jax.Array]):
         return self._whole(self.value.dtype, _stages(self.spec)[:1])
 
     def whole(self, dtype: DTypeLike) -> jax.Array:
-        """Returns the whole kernel of a product in this dtype; its gradient, a sum over devices, is cut in the stages it came in."""
+        """Returns a product's whole kernel in this dtype; its gradient, a sum over devices, is cut in the stages it came in."""
         return self._whole(dtype, _stages(self.spec)[-2::-1])
 
     def _whole(self, dtype: DTypeLike, back: tuple[PartitionSpec, ...]) -> jax.Array:

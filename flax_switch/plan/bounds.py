@@ -41,11 +41,11 @@ def _sent(model: SwitchConfig) -> list[int]:
 
 
 def parameter_bound(run: Run) -> dict[str, float]:
-    """Returns bytes that each device sends, at the least, for parameters that lie in parts and for gradients, by kind of collective.
+    """Returns bytes that each device sends, at the least, for parameters in parts and for gradients, by kind of collective.
 
     All in the activations' dtype. A parameter in p parts on n devices of the batch is gathered once forward and once backward (what
-    is computed again shares it), and its gradient reduce-scattered, each times (1 - 1/p); what is left of the gradient, or the whole
-    of one that is not in parts, is all-reduced over the n/p devices that hold the same.
+    is computed again shares it), and its gradient reduce-scattered, each times (1 - 1/p); what is left of the gradient, or the
+    whole of one that is not in parts, is all-reduced over the n/p devices that hold the same.
     """
     mesh, pieces = run.mesh, run.config.train.microbatches
     width = jax.numpy.dtype(run.config.model.dtype).itemsize

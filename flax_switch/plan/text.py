@@ -109,12 +109,12 @@ def _bound_lines(plan: Plan, program: Program) -> list[str]:
     lines, exchanges = [], ("all-to-all", "ragged-all-to-all")
     others = {kind: bound for kind, bound in plan.parameter_bound.items() if bound}
     kinds = ", ".join(f"{kind} {bound / 1e9:.4f}" for kind, bound in others.items())
-    what = f"parameters and gradients need at least {kinds} GB" if others else ""
+    needs = f"parameters and gradients need at least {kinds} GB" if others else ""
     if plan.activation_bound:
-        what += f"{' and ' if others else ''}activations over model {plan.activation_bound / 1e9:.4f} GB"
+        needs += f"{' and ' if others else ''}activations over model {plan.activation_bound / 1e9:.4f} GB"
     for what, bound, senders, by in (
         (f"the experts' exchange needs at least {plan.exchange_bound / 1e9:.4f} GB", plan.exchange_bound, True, "all-to-alls send"),
-        (what, sum(others.values()) + plan.activation_bound, False, "the other kinds send"),
+        (needs, sum(others.values()) + plan.activation_bound, False, "the other kinds send"),
     ):
         parts = [t.wire_bytes for t in program.traffic if (t.kind in exchanges) == senders]
         sent = [part for part in parts if part is not None]

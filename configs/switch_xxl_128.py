@@ -2,9 +2,8 @@
 
 Command:   flax-switch pretrain --config configs/switch_xxl_128.py --workdir gs://BUCKET/switch_xxl_128 \
                --config.data.source='c4/*.json.gz' --config.data.vocabulary=spiece.model
-Hardware:  64 TPU v5p (v5p:4x4x4) or more: float32 parameters take 30.1 GiB of each device's 95.7 GiB (experts lie on one,
-           all else on several). Their gradients take another 30.1 GiB.
-           On 32 these two alone would take 120.3 GiB. Before paying for one:
+Hardware:  64 TPU v5p (v5p:4x4x4) or more: 53.0 GiB of each device's 95.7 GiB at the peak. Float32 parameters are 23.0 GiB of
+           it. On 32, parameters and gradients alone take 91.9 GiB. Before paying for one:
                flax-switch plan --config configs/switch_xxl_128.py --topology v5p:4x4x4
 Expect:    11.1 B of the 394.7 B parameters active per token, 4.4e16 model FLOPs a step of 2**20 source tokens; docs/scaling.md has
            the plan. 2101.03961, table 9: negative log perplexity -1.086 after 250k steps, and a warning: this model was not

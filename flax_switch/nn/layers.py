@@ -21,6 +21,7 @@ from flax_switch.ops.ids import check_ids
 from flax_switch.ops.kernels.narrow import Narrow
 from flax_switch.ops.kernels.projection import project
 from flax_switch.ops.kernels.quantized import Kernel, with_scale
+from flax_switch.ops.norms import layer_norm, rms_norm
 from flax_switch.parallel.gathering import InParts
 
 Initializer = Callable[..., Any]
@@ -100,9 +101,7 @@ class RMSNorm(nn.Module):
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         init: Initializer = nn.with_logical_partitioning(jax.nn.initializers.ones, ("embed",))
         scale = self.param("scale", init, (x.shape[-1],), jnp.dtype(self.config.param_dtype))
-        x = x.astype(jnp.float32)
-        x *= jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.config.layer_norm_epsilon)
-        return (x * along_last(scale.astype(jnp.float32), x)).astype(self.config.dtype)
+        return rms_norm(x, scale, epsilon=self.config.layer_norm_epsilon, dtype=self.config.dtype)
 
 
 class LayerNorm(nn.Module):
@@ -115,12 +114,8 @@ class LayerNorm(nn.Module):
         parts = []
         for name, init in (("scale", jax.nn.initializers.ones), ("bias", jax.nn.initializers.zeros)):
             declared: Initializer = nn.with_logical_partitioning(init, ("embed",))
-            parts.append(along_last(self.param(name, declared, (x.shape[-1],), jnp.dtype(self.config.param_dtype)), x))
-        scale, bias = (part.astype(jnp.float32) for part in parts)
-        x = x.astype(jnp.float32)
-        x -= x.mean(-1, keepdims=True)
-        x *= jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.config.layer_norm_epsilon)
-        return (x * scale + bias).astype(self.config.dtype)
+            parts.append(self.param(name, declared, (x.shape[-1],), jnp.dtype(self.config.param_dtype)))
+        return layer_norm(x, *parts, epsilon=self.config.layer_norm_epsilon, dtype=self.config.dtype)
 
 
 def norm_of(config: SwitchConfig) -> nn.Module:

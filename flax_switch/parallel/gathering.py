@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from flax_switch.parallel.mesh import BATCH_AXES, AnyMesh
 
 _GATHERED = "gathered_parameter"  # the name of what was gathered
+Shardings = tuple[NamedSharding, ...]
 _PARTS = ("data", BATCH_AXES)  # what a dimension of a parameter in parts is split over
 
 
@@ -29,13 +30,16 @@ class InParts(meta.AxisMetadata[jax.Array]):
     mesh: AnyMesh = flax.struct.field(pytree_node=False)
 
     def unbox(self) -> Any:
-        """Returns the whole parameter in its own dtype."""
-        return self.whole(self.value.dtype)
+        """Returns the whole parameter in its own dtype; its gradient, as that of a table's rows, is cut at once as they are."""
+        return self._whole(self.value.dtype, _stages(self.spec)[:1])
 
     def whole(self, dtype: DTypeLike) -> jax.Array:
-        """Returns the whole parameter in this dtype."""
-        lying, whole = (NamedSharding(self.mesh, spec) for spec in (self.spec, without_parts(self.spec)))
-        return checkpoint_name(_gathered(self.value, jax.numpy.dtype(dtype), self.value.dtype, lying, whole), _GATHERED)
+        """Returns a product's whole kernel in this dtype; its gradient, a sum over devices, is cut in the stages it came in."""
+        return self._whole(dtype, _stages(self.spec)[-2::-1])
+
+    def _whole(self, dtype: DTypeLike, back: tuple[PartitionSpec, ...]) -> jax.Array:
+        there, back = (tuple(NamedSharding(self.mesh, spec) for spec in specs) for specs in (_stages(self.spec), back))
+        return checkpoint_name(_gathered(self.value, jax.numpy.dtype(dtype), self.value.dtype, there, back), _GATHERED)
 
     def replace_boxed(self, val: Any) -> Any:
         """Returns another value in the same parts."""
@@ -62,6 +66,16 @@ def without_parts(spec: PartitionSpec) -> PartitionSpec:
     return PartitionSpec(*(None if entry in _PARTS else entry for entry in spec))
 
 
+def _stages(spec: PartitionSpec) -> tuple[PartitionSpec, ...]:
+    """Returns the partitions on the way to the whole: one axis of the mesh less in each, the minor ones first.
+
+    What is sent is the same as in one stage; but among all devices of a torus of three dimensions XLA for TPUs knows no all-gather
+    and no reduce-scatter, and takes all-reduces, which send twice as much. Of several slices each sends the others its small part.
+    """
+    fewer = PartitionSpec(*(BATCH_AXES[:1] if entry == BATCH_AXES else entry for entry in spec))
+    return (spec, fewer, without_parts(spec)) if fewer != spec else (spec, without_parts(spec))
+
+
 def keep_all_but_gathered(primitive: Any, *_: Any, **options: Any) -> bool:
     """Says what a remat policy keeps: everything that is not a parameter put together, which would be all layers' at once."""
     return primitive.name not in ("sharding_constraint", "all_gather") and options.get("name") != _GATHERED
@@ -85,17 +99,22 @@ def gathered(x: jax.Array, spec: PartitionSpec) -> jax.Array:
     return x
 
 
-def _put_together(x: jax.Array, dtype: Any, own: Any, lying: NamedSharding, whole: NamedSharding) -> jax.Array:
-    x = jax.lax.with_sharding_constraint(x.astype(dtype), lying)
-    return jax.lax.with_sharding_constraint(x, whole)
+def _put_together(x: jax.Array, dtype: Any, own: Any, there: Shardings, back: Shardings) -> jax.Array:
+    return _through(x.astype(dtype), there)
+
+
+def _through(x: jax.Array, shardings: Shardings) -> jax.Array:
+    for sharding in shardings:
+        x = jax.lax.with_sharding_constraint(x, sharding)
+    return x
 
 
 def _forward(x: jax.Array, *statics: Any) -> tuple[jax.Array, None]:
     return _put_together(x, *statics), None  # a call of _gathered would hide from a remat policy what it may not keep
 
 
-def _backward(dtype: Any, own: Any, lying: NamedSharding, whole: NamedSharding, _: None, gradient: jax.Array) -> tuple[jax.Array]:
-    return (jax.lax.with_sharding_constraint(gradient, lying).astype(own),)
+def _backward(dtype: Any, own: Any, there: Shardings, back: Shardings, _: None, gradient: jax.Array) -> tuple[jax.Array]:
+    return (_through(gradient, back).astype(own),)
 
 
 _gathered = jax.custom_vjp(_put_together, nondiff_argnums=(1, 2, 3, 4))

@@ -40,24 +40,42 @@ def _sent(model: SwitchConfig) -> list[int]:
     return [to_and_from[name] for name in model.fused_sparse]
 
 
-def parameter_bound(run: Run) -> float:
-    """Returns bytes that each device sends, at the least, for parameters that lie in parts and for gradients in a train step.
+def parameter_bound(run: Run) -> dict[str, float]:
+    """Returns bytes that each device sends, at the least, for parameters in parts and for gradients, by kind of collective.
 
-    All in the activations' dtype. A parameter in p parts on n devices of the batch is gathered once forward and once backward, once
-    more where activations are recomputed, and its gradient reduce-scattered, each times (1 - 1/p); what is left of the gradient, or
-    the whole of one that is not in parts, is all-reduced over the n/p devices that hold the same.
+    All in the activations' dtype. A parameter in p parts on n devices of the batch is gathered once forward and once backward (what
+    is computed again shares it), and its gradient reduce-scattered, each times (1 - 1/p); what is left of the gradient, or the
+    whole of one that is not in parts, is all-reduced over the n/p devices that hold the same.
     """
-    model, mesh = run.config.model, run.mesh
-    width = jax.numpy.dtype(model.dtype).itemsize
-    passes = 3 if model.remat_policy == "full" else 2
-    total = 0.0
+    mesh, pieces = run.mesh, run.config.train.microbatches
+    width = jax.numpy.dtype(run.config.model.dtype).itemsize
+    total = dict.fromkeys(("all-gather", "reduce-scatter", "all-reduce"), 0.0)
     for leaf in jax.tree.leaves(trained_leaves(run)):
         ways = mesh.shape["data"] * (1 if is_split(leaf) else mesh.shape["expert"])
         spec = leaf.sharding.spec
         parts = _ways(spec, mesh) // _ways(without_parts(spec), mesh)
-        size = leaf.size / _ways(without_parts(spec), mesh) * width
-        total += size * (passes + 1) * (1 - 1 / parts) + 2 * size / parts * (1 - parts / ways)
-    return total * run.config.train.microbatches
+        size = leaf.size / _ways(without_parts(spec), mesh) * width * pieces
+        total["all-gather"] += 2 * size * (1 - 1 / parts)
+        total["reduce-scatter"] += size * (1 - 1 / parts)
+        total["all-reduce"] += 2 * size / parts * (1 - parts / ways)
+    return total
+
+
+def activation_bound(config: ExperimentConfig, mesh: tuple[int, int, int]) -> float:
+    """Returns bytes that each device sends, at the least, to add up what the devices along "model" have of its activations.
+
+    Attention and MLP add up their outputs forward and their inputs' gradients backward, and attention its outputs once more where
+    they are computed again; each time 2 x tokens of a device x D x bytes x (1 - 1 / ways).
+    """
+    data, expert, ways = mesh
+    model = config.model
+    total, lengths = 0.0, config.data.stack_lengths(model)
+    for stack in model.stacks:
+        attentions = 2 if stack.name == "decoder" and not model.decoder_only else 1
+        sums = 2 * (attentions + 1) if model.layer_form == "sequential" else 2
+        sums += attentions if model.remat_policy == "full" and model.layer_form == "sequential" else 0
+        total += stack.num_layers * sums * config.data.batch_size * lengths[stack.name] / (data * expert)
+    return 2 * total * model.d_model * jax.numpy.dtype(model.dtype).itemsize * (1 - 1 / ways)
 
 
 def _ways(spec: Any, mesh: AnyMesh) -> int:

@@ -16,6 +16,9 @@ from flax_switch.plan.hlo import Instruction, UnknownText, executions, read_comp
 KINDS = (
     "all-to-all", "ragged-all-to-all", "all-gather", "all-reduce", "reduce-scatter", "collective-permute", "collective-broadcast",
 )  # fmt: skip
+# Of TPUs: an all-reduce fused with the slice of it that a device keeps; one collective in several fusions, beside their products.
+_SCATTERED = "all-reduce-scatter"
+_STEP = re.compile(r"\bchannel_id=(\d+)\b.*\bchain_id=")
 _NAMES_DEVICES = re.compile(r"(?<!\w)(?:replica_groups|source_target_pairs)=")
 
 
@@ -72,11 +75,17 @@ def readable_collectives(hlo_text: str, num_devices: int | None = None) -> Itera
         sizes = [int(n) for n in re.findall(r"(?:num_partitions|replica_count)=(\d+)", header)]
         num_devices = math.prod(sizes)
     computations, entry = read_computations(hlo_text)
-    runs = executions(computations, entry)
+    runs, begun = executions(computations, entry), set()
     for computation, instructions in computations.items():
         types = {i.name: i.type for i in instructions}
         for instruction in instructions:
             if kind := _kind(instruction):
+                if part := _STEP.search(instruction.attributes):
+                    if part.group(1) in begun:
+                        continue
+                    begun.add(part.group(1))
+                if kind == "all-reduce" and computation.startswith(_SCATTERED):
+                    kind = "reduce-scatter"
                 try:
                     yield _collective(kind, instruction, types, num_devices, runs[computation])
                 except UnknownText as reason:

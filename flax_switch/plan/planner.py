@@ -15,7 +15,7 @@ from flax_switch.ops.moe.groups import Grouping, make_grouping
 from flax_switch.ops.moe.routing import expert_capacity
 from flax_switch.parallel.mesh import MESH_AXES, create_mesh, mesh_shape
 from flax_switch.plan.advice import advise
-from flax_switch.plan.bounds import exchange_bound, parameter_bound
+from flax_switch.plan.bounds import activation_bound, exchange_bound, parameter_bound
 from flax_switch.plan.memory import Memory, abstract_mesh, batch_structs, train_memory
 from flax_switch.plan.program import EFFORTS, Program, compile_decode, compile_train, compiler_effort
 from flax_switch.plan.topology import CannotCompile, Topology, compile_devices, parse_topology
@@ -35,7 +35,8 @@ class Plan:
     tokens: int  # of a batch, sources and targets
     model_flops: float  # of a train step, over all devices, by the config alone
     exchange_bound: float  # bytes that a device must send for the experts in a train step
-    parameter_bound: float  # and for parameters that lie in parts, and gradients
+    parameter_bound: dict[str, float]  # and for parameters that lie in parts, and gradients, by kind of collective
+    activation_bound: float  # and for activations that the model axis cuts
     slots_per_token: dict[str, float]  # of each sparse stack: the capacity factor after rounding
     train: Program | None
     decode: Program | None
@@ -121,6 +122,7 @@ def plan(
         model_flops=train_flops(config.model, config.data.batch_size, config.data.inputs_length, config.data.targets_length),
         exchange_bound=exchange_bound(config, shape, slots),
         parameter_bound=parameter_bound(run),
+        activation_bound=activation_bound(config, shape),
         slots_per_token=slots,
         train=train,
         decode=generation,

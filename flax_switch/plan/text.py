@@ -112,18 +112,22 @@ def _traffic_lines(plan: Plan, program: Program) -> list[str]:
 
 
 def _bound_lines(plan: Plan, program: Program) -> list[str]:
-    """Returns what must be sent beside what is: for the experts by all-to-alls, for parameters by all others."""
+    """Returns what must be sent beside what is: for the experts by all-to-alls, for parameters and the model axis by all others."""
     lines, exchanges = [], ("all-to-all", "ragged-all-to-all")
+    others = {kind: bound for kind, bound in plan.parameter_bound.items() if bound}
+    kinds = ", ".join(f"{kind} {bound / 1e9:.4f}" for kind, bound in others.items())
+    needs = f"parameters and gradients need at least {kinds} GB" if others else ""
+    if plan.activation_bound:
+        needs += f"{' and ' if others else ''}activations over model {plan.activation_bound / 1e9:.4f} GB"
     for what, bound, senders, by in (
-        ("the experts' exchange needs", plan.exchange_bound, True, "all-to-alls send"),
-        ("gathering parameters and adding up gradients need", plan.parameter_bound, False, "the other kinds send"),
+        (f"the experts' exchange needs at least {plan.exchange_bound / 1e9:.4f} GB", plan.exchange_bound, True, "all-to-alls send"),
+        (needs, sum(others.values()) + plan.activation_bound, False, "the other kinds send"),
     ):
         parts = [t.wire_bytes for t in program.traffic if (t.kind in exchanges) == senders]
         sent = [part for part in parts if part is not None]
         if bound:
             share = f"{sum(sent) / 1e9:.4f} GB ({sum(sent) / bound:.3f} of it)"
-            known = share if len(sent) == len(parts) else "an unknown amount"
-            lines.append(f"{what} at least {bound / 1e9:.4f} GB; {by} {known}")
+            lines.append(f"{what}; {by} {share if len(sent) == len(parts) else 'an unknown amount'}")
     return lines
 
 

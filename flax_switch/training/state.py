@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from flax.traverse_util import unflatten_dict
 
-from flax_switch.config import ExperimentConfig
+from flax_switch.config import ExperimentConfig, SwitchConfig
 from flax_switch.config.adapter import ADAPTER, AdapterConfig
 from flax_switch.config.finetuning import FinetuneConfig
 from flax_switch.nn.adapter import adapted, adapter_parts, init_adapter
@@ -19,6 +19,7 @@ from flax_switch.nn.heads import build_model
 from flax_switch.nn.init import abstract_params, init_params, logical_axes
 from flax_switch.nn.transformer import SwitchEncoder
 from flax_switch.ops.kernels.on_disk import check_in_memory
+from flax_switch.ops.mlp import expert_dtype
 from flax_switch.parallel.gathering import boxed
 from flax_switch.parallel.mesh import AnyMesh, tree_shardings
 from flax_switch.parallel.placement import placed_on
@@ -70,10 +71,25 @@ class Run:
         return adapted(base, params[ADAPTER], adapter.scale(), dropout=adapter.dropout, rng=rng)
 
     def for_model(self, params: Any, rng: jax.Array | None = None) -> Any:
-        """Returns parameters `in_use` as a step's program hands them to the model: those that lie in parts know it."""
-        if not self.config.mesh.fsdp or ADAPTER in params:
+        """Returns parameters `in_use` as a step's program hands them to the model: those that lie in parts know it.
+
+        Scanned experts come in the dtype that they compute in: XLA copies stacks to bring layers first, and holds their gradients.
+        """
+        if ADAPTER in params:
             return self.in_use(params, rng)
-        return boxed(params, state_shardings(self).params)
+        params = narrow_experts(params, self.config.model) if self.config.model.scan_layers else params
+        return boxed(params, state_shardings(self).params) if self.config.mesh.fsdp else params
+
+
+def narrow_experts(params: Any, config: SwitchConfig) -> Any:
+    """Returns parameters with the experts' in the dtype that these compute in, where it is narrower."""
+    dtype = expert_dtype(config)
+
+    def narrow(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+        experts = any(getattr(key, "key", "") == "expert" for key in path)
+        return x.astype(dtype) if experts and config.weights == "float" and x.dtype.itemsize > dtype.itemsize else x
+
+    return jax.tree_util.tree_map_with_path(narrow, params)
 
 
 def adapter_of(config: ExperimentConfig | FinetuneConfig) -> AdapterConfig:

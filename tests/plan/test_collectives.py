@@ -48,6 +48,24 @@ TEXT = """HloModule jit_step, is_scheduled=true, entry_computation_layout={()->f
   ROOT %a2a = f32[16,4]{1,0} all-to-all(%p), channel_id=5, replica_groups={{0,2,4,6},{1,3,5,7}}, dimensions={0}
 }
 
+%fused (f: f32[4,4]) -> f32[16,4] {
+  %f = f32[4,4]{1,0} parameter(0)
+  ROOT %begun = f32[16,4]{1,0} all-gather(%f), channel_id=10, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}, frontend_attributes={chain_id="0"}
+}
+
+%fused.1 (g: f32[4,4]) -> f32[16,4] {
+  %g = f32[4,4]{1,0} parameter(0)
+  ROOT %ended = f32[16,4]{1,0} all-gather(%g), channel_id=10, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}, frontend_attributes={chain_id="0"}
+}
+
+%all-reduce-scatter.1 (r: f32[16,4]) -> f32[4,4] {
+  %r = f32[16,4]{1,0} parameter(0)
+  %part = f32[16,4]{1,0} all-reduce(%r), channel_id=8, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  %k = u32[] constant(4)
+  %l = u32[] constant(0)
+  ROOT %kept = f32[4,4]{1,0} dynamic-slice(%part, %k, %l), dynamic_slice_sizes={4,4}
+}
+
 ENTRY %main (w: f32[4,4], q: f32[16,4], z: (s32[], bf16[8,128])) -> f32[] {
   %w = f32[4,4]{1,0} parameter(0)
   %q = f32[16,4]{1,0} parameter(1)
@@ -60,6 +78,9 @@ ENTRY %main (w: f32[4,4], q: f32[16,4], z: (s32[], bf16[8,128])) -> f32[] {
   %start = ((f32[16,4]{1,0}), f32[16,4]{1,0}, u32[]) async-start(%q), calls=%sent
   %end = f32[16,4]{1,0} async-done(%start)
   %scattered = f32[4,4]{1,0} reduce-scatter(%q), channel_id=6, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}, to_apply=%add
+  %step = f32[16,4]{1,0} fusion(%w), kind=kCustom, calls=%fused
+  %last = f32[16,4]{1,0} fusion(%w), kind=kCustom, calls=%fused.1
+  %kept_part = f32[4,4]{1,0} fusion(%q), kind=kCustom, calls=%all-reduce-scatter.1
   %shift = f32[4,4]{1,0} collective-permute(%w), channel_id=7, source_target_pairs={{0,1},{1,0}}
   %outer_loop = (s32[], bf16[8,128]{1,0}) while(%z), condition=%less, body=%outer_body, backend_config={"known_trip_count":{"n":"5"}}
   %search = (s32[], bf16[8,128]{1,0}) while(%outer_loop), condition=%less, body=%searching
@@ -74,7 +95,7 @@ def read() -> dict[str, Collective]:
 
 
 def test_every_collective_is_found_once(read):
-    assert sorted(read) == ["a2a", "both", "exchange", "gather", "scattered", "shift", "total", "two"]
+    assert sorted(read) == ["a2a", "begun", "both", "exchange", "gather", "part", "scattered", "shift", "total", "two"]
     assert len(collectives(TEXT)) == len(read)
     assert read["gather"].op_name == "jit(step)/gather"
 
@@ -87,6 +108,7 @@ def test_every_collective_is_found_once(read):
         ("two", "all-to-all", 128, 64),
         ("gather", "all-gather", 256, 192),  # the gathered array's
         ("scattered", "reduce-scatter", 256, 192),  # the array's before it is scattered
+        ("part", "reduce-scatter", 256, 192),  # an all-reduce of which a TPU keeps a slice
         ("total", "all-reduce", 2048, 2 * 1536),
         ("shift", "collective-permute", 64, 64),
     ],

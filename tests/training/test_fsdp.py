@@ -64,15 +64,16 @@ def test_a_step_gathers_each_layers_parameters_twice_and_hands_gradients_back_in
     gathers = [c for c in found if c.kind == "all-gather"]
     # wi of two dense and of two sparse layers, forward and backward, and likewise wo
     dense, expert = 16 * 40 * 4, 16 * 40 * 4
-    of_experts = [c for c in gathers if c.group_size == 2]
+    of_experts = [c for c in gathers if "mlp._routed" in c.op_name]
     assert sum(c.count for c in of_experts) == 2 * 2 * 2 and {c.bytes for c in of_experts} == {expert}
     for kernel in ("mlp/wi/", "mlp/wo/"):
         of_kernel = [c for c in gathers if kernel in c.op_name]
-        assert sum(c.count for c in of_kernel) == 2 * 2 and {c.bytes for c in of_kernel} == {dense}
+        for ways, size in ((2, dense // 4), (4, dense)):  # over data, then over expert
+            stage = [c for c in of_kernel if c.group_size == ways]
+            assert sum(c.count for c in stage) == 2 * 2 and {c.bytes for c in stage} == {size}
     scattered = [c for c in found if c.kind == "reduce-scatter"]
     assert sum(c.count for c in scattered) == 2 * 2 and {c.group_size for c in scattered} == {2}  # wi, wo of two layers
-    bound = parameter_bound(run)
-    assert sum(c.wire_bytes * c.count for c in gathers) <= 1.1 * bound
+    assert sum(c.wire_bytes * c.count for c in gathers) <= 1.1 * parameter_bound(run)["all-gather"]
 
 
 @pytest.mark.parametrize("optimizer", ["adafactor", pytest.param("adamw", marks=pytest.mark.slow)])
@@ -138,6 +139,10 @@ def test_on_a_tpu_topology_a_step_sends_what_it_must(remat):
     run, program = compiled(model, MeshConfig(data=4, expert=4, fsdp=True), devices=tuple(devices), rows=32, length=128)
     assert updated_in_place(run, program)
     found = collectives(program.as_text())
-    gathered = sum(c.wire_bytes * c.count for c in found if c.kind == "all-gather")
-    passes = 3 if remat == "full" else 2
-    assert gathered <= 1.1 * parameter_bound(run) * passes / (passes + 1)
+    bound, sent = parameter_bound(run), dict.fromkeys(("all-gather", "others"), 0.0)
+    for c in found:
+        if c.kind != "all-to-all":
+            sent["all-gather" if c.kind == "all-gather" else "others"] += c.wire_bytes * c.count
+    assert sent["all-gather"] <= 1.1 * bound["all-gather"]
+    # XLA joins all-reduces as small as here and slices what they give; of larger ones it makes reduce-scatters
+    assert sent["others"] <= 1.7 * bound["reduce-scatter"]

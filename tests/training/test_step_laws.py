@@ -10,6 +10,7 @@ from flax.traverse_util import flatten_dict
 from flax_switch.config import DataConfig, ExperimentConfig, MeshConfig, OptimizerConfig, SwitchConfig, TrainConfig
 from flax_switch.ops.losses import seq2seq_loss
 from flax_switch.parallel.mesh import create_mesh
+from flax_switch.training import state as states
 from flax_switch.training.state import build_run, init_state
 from flax_switch.training.step import compile_train_step, eval_step, loss_and_grads, train_step
 from flax_switch.training.stepper import build_stepper
@@ -220,3 +221,25 @@ def test_evaluation_sums_count_text_apart_from_all_targets(run, params, step):
     assert float(sums["hits"]) == sum(log_probs[i].argmax() == labels[i] for i in range(7))
     _, all_right = step({**batch, "labels": np.where(batch["labels"] < 0, -100, log_probs.argmax(-1)).astype(np.int32)}, text)
     assert float(all_right["hits"]) == 7.0
+
+
+SCANNED = CONFIG.replace(model=MODEL.replace(dtype="bfloat16", scan_layers=True))
+
+
+def test_scanned_experts_enter_a_step_in_the_dtype_that_they_compute_in():
+    run = run_on(SCANNED)
+    dtypes = {path: str(x.dtype) for path, x in flatten_dict(run.for_model(init_state(run).params), sep="/").items()}
+    assert {dtype for path, dtype in dtypes.items() if "/expert/" in path} == {"bfloat16"}
+    assert {dtype for path, dtype in dtypes.items() if "/expert/" not in path} == {"float32"}
+
+
+@pytest.mark.slow
+def test_experts_that_enter_in_their_own_dtype_leave_the_gradients_as_they_are_to_the_bit(monkeypatch):
+    run, batch, key = run_on(SCANNED), repeated_row(4), jax.random.key(0)
+    params = init_state(run).params
+    narrow = jax.jit(lambda *arrays: loss_and_grads(run, *arrays))(params, batch, key)
+    monkeypatch.setattr(states, "narrow_experts", lambda params, config: params)
+    wide = jax.jit(lambda *arrays: loss_and_grads(run, *arrays))(params, batch, key)
+    for a, b in zip(jax.tree.leaves(narrow[0]), jax.tree.leaves(wide[0]), strict=True):
+        assert a.dtype == b.dtype == np.float32
+        np.testing.assert_array_equal(a, b)

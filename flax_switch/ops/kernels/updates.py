@@ -31,4 +31,5 @@ def _select(update: Callable[..., Any], condition: Bool[Array, ""], old: Any, *a
 
 
 IMPLEMENTATIONS = {"reference": _select, "branch": _branch}
-DEFAULT = {"cuda": "reference", "other": "branch"}  # XLA's branches on a GPU let the host read the condition
+# XLA's branches on a GPU let the host read the condition; on a TPU what they return is copied, and parameters held three times.
+DEFAULT = {"cuda": "reference", "tpu": "reference", "other": "branch"}

@@ -38,8 +38,8 @@ class InParts(meta.AxisMetadata[jax.Array]):
         return self._whole(dtype, _stages(self.spec)[-2::-1])
 
     def _whole(self, dtype: DTypeLike, back: tuple[PartitionSpec, ...]) -> jax.Array:
-        there, back = (tuple(NamedSharding(self.mesh, spec) for spec in specs) for specs in (_stages(self.spec), back))
-        return checkpoint_name(_gathered(self.value, jax.numpy.dtype(dtype), self.value.dtype, there, back), _GATHERED)
+        shardings = (tuple(NamedSharding(self.mesh, spec) for spec in specs) for specs in (_stages(self.spec), back))
+        return checkpoint_name(_gathered(self.value, jax.numpy.dtype(dtype), self.value.dtype, *shardings), _GATHERED)
 
     def replace_boxed(self, val: Any) -> Any:
         """Returns another value in the same parts."""
@@ -70,7 +70,7 @@ def _stages(spec: PartitionSpec) -> tuple[PartitionSpec, ...]:
     """Returns the partitions on the way to the whole: one axis of the mesh less in each, the minor ones first.
 
     What is sent is the same as in one stage; but among all devices of a torus of three dimensions XLA for TPUs knows no all-gather
-    and no reduce-scatter, and takes all-reduces, which send twice as much. Of several slices each sends the others its small part.
+    and no reduce-scatter, and takes all-reduces, which send twice as much. A slice among several sends the others its small part.
     """
     fewer = PartitionSpec(*(BATCH_AXES[:1] if entry == BATCH_AXES else entry for entry in spec))
     return (spec, fewer, without_parts(spec)) if fewer != spec else (spec, without_parts(spec))

@@ -49,7 +49,7 @@ def parameter_bound(run: Run) -> dict[str, float]:
     """
     mesh, pieces = run.mesh, run.config.train.microbatches
     width = jax.numpy.dtype(run.config.model.dtype).itemsize
-    total = dict.fromkeys(("all-gather", "reduce-scatter", "all-reduce"), 0.0)
+    total: dict[str, float] = {"all-gather": 0.0, "reduce-scatter": 0.0, "all-reduce": 0.0}
     for leaf in jax.tree.leaves(trained_leaves(run)):
         ways = mesh.shape["data"] * (1 if is_split(leaf) else mesh.shape["expert"])
         spec = leaf.sharding.spec

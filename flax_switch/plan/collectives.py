@@ -16,7 +16,7 @@ from flax_switch.plan.hlo import Instruction, UnknownText, executions, read_comp
 KINDS = (
     "all-to-all", "ragged-all-to-all", "all-gather", "all-reduce", "reduce-scatter", "collective-permute", "collective-broadcast",
 )  # fmt: skip
-# Of TPUs: an all-reduce fused with the slice of it that a device keeps; one collective in several fusions, beside their products.
+# On a TPU: an all-reduce fused with the slice of it that a device keeps; one collective in several fusions, beside their products.
 _SCATTERED = "all-reduce-scatter"
 _STEP = re.compile(r"\bchannel_id=(\d+)\b.*\bchain_id=")
 _NAMES_DEVICES = re.compile(r"(?<!\w)(?:replica_groups|source_target_pairs)=")

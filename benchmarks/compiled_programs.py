@@ -97,7 +97,10 @@ def step(form: str, name: str, topology: str, expert: int, rows: int, length: in
     row |= {"inputs_length": length, "remat_policy": remat}
     try:
         # XLA for GPUs as of JAX 0.10.2 aborts on T5-large's fused step at O1
-        with compiler_effort("quick" if machine.chip.platform == "tpu" else "full"), compiled_for(machine.chip.platform):
+        with (
+            compiler_effort("quick" if machine.chip.platform == "tpu" else "full"),
+            compiled_for(machine.chip.platform, machine.chip.gpu),
+        ):
             compiled = compile_train_step(run).lower(run.abstract_state, batch_structs(config, mesh)).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):

@@ -20,7 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_mesh_argument(parser, "in place of the recipe's")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the plan as JSON, too")
     parser.add_argument("--decode", action=argparse.BooleanOptionalAction, default=True, help="compile a step of generation, too")
-    parser.add_argument("--effort", help="of the compiler: quick (the default), or full, as in training and with --save-program")
+    parser.add_argument(
+        "--effort", help="of the compiler: quick, or full as in training (default: full for GPUs and --save-program)"
+    )
     parser.add_argument("--save-program", metavar="DIR", help="keep the compiled train step there, for pretrain --program DIR")
     parser.add_argument("--no-compile", action="store_true", help="only what shapes and shardings tell, in seconds")
 
@@ -40,8 +42,9 @@ def run(args: argparse.Namespace) -> int:
     from flax_switch.plan import plan
     from flax_switch.plan.text import render
 
-    effort = args.effort or ("full" if args.save_program else "quick")
-    options: dict[str, Any] = dict(compile=not args.no_compile, decode=args.decode, effort=effort, save_program=args.save_program)
+    options: dict[str, Any] = dict(
+        compile=not args.no_compile, decode=args.decode, effort=args.effort, save_program=args.save_program
+    )
     found = plan(config, args.topology, mesh, **options)
     print(render(found, Path(args.config or args.gin_file[0]).stem))
     if found.train is not None and found.train.refusal is None and args.save_program:

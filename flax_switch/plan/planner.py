@@ -64,7 +64,7 @@ def plan(
     *,
     compile: bool = True,
     decode: bool = True,
-    effort: str = "quick",
+    effort: str | None = None,
     save_program: epath.PathLike | None = None,
 ) -> Plan:
     """Plans a run of `config` on `topology`.
@@ -74,15 +74,15 @@ def plan(
       mesh: in place of the config's.
       compile: compile the train step, and with `decode` a step of generation. Without, or where the compiler is missing, the
         plan holds what shapes and shardings tell.
-      effort: of the compiler, see `compiler_effort`.
+      effort: of the compiler, see `compiler_effort`; None: "full" for GPUs, where it takes seconds and "quick" can end the
+        process (JAX 0.10.2), and for a program that is saved, else "quick".
       save_program: a folder in which the compiled train step is kept for a run (`training.saved_program`); it wants full effort.
 
     Raises:
       ConfigError: for a topology that does not exist, a mesh or batch that does not fit it, and a program that cannot be kept.
     """
-    one_of("effort", effort, EFFORTS)
     machine = parse_topology(topology)
-    _check_can_be_saved(save_program, machine, compile, effort)
+    effort = _effort(effort, machine, compile, save_program)
     config = config if mesh is None else config.replace(mesh=mesh)
     check(config.mesh.mode == "jit", "The planner compiles the step that runs under jit; plan with --config.mesh.mode=jit.")
     shape = mesh_shape(config.mesh, machine.num_devices)
@@ -131,6 +131,13 @@ def plan(
         advice=tuple(advice),
         warnings=tuple(straddling_groups(config, shape)),
     )
+
+
+def _effort(asked: str | None, topology: Topology, compile: bool, save_program: epath.PathLike | None) -> str:
+    effort = asked or ("full" if save_program is not None or topology.chip.platform == "gpu" else "quick")
+    one_of("effort", effort, EFFORTS)
+    _check_can_be_saved(save_program, topology, compile, effort)
+    return effort
 
 
 def _check_can_be_saved(folder: epath.PathLike | None, topology: Topology, compile: bool, effort: str) -> None:

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from flax_switch.config import ConfigError, ExperimentConfig, check
 from flax_switch.config.base import one_line
-from flax_switch.host.compiled_for import compiled_for
+from flax_switch.host.depends_on import depends_on
 from flax_switch.host.files import absolute, read_bytes, write_bytes, write_text
 from flax_switch.host.json_text import field, json_object, read_json
 from flax_switch.parallel import processes
@@ -75,14 +75,14 @@ def program_stepper(run: Run, folder: epath.PathLike) -> Stepper:
         _require(folder, what, field(manifest, part, dict, str(path / MANIFEST_FILE)), here[part])
     content = _content(path, manifest, folder)
     lowered = lower_step(run)
-    if manifest.get("program") != _digest(lowered.as_text().encode()):
+    if field(manifest, "program", str, str(path / MANIFEST_FILE)) != _digest(lowered.as_text().encode()):
         known = field(manifest, "config", dict, str(path / MANIFEST_FILE))
         _require(folder, "with", known, json_object(json.dumps(here["config"]), "this run's settings"))
         raise ConfigError(
             f"--program {folder} was compiled from another train step, though by the same settings and versions: the code has "
             f"changed, or one of JAX's own settings. {_AGAIN.format(folder)}"
         )
-    processes.require_same({"program (by hash)": manifest.get("sha256")})
+    processes.require_same({"program (by hash)": _digest(content)})
     compiled = _loaded(lowered, content, folder)
     return Stepper(lambda state, batch: compiled(state, shard_batch(batch, run.mesh)))
 
@@ -90,7 +90,7 @@ def program_stepper(run: Run, folder: epath.PathLike) -> Stepper:
 def _described(run: Run) -> dict[str, Any]:
     """Returns what a program of the run depends on besides the text that it is compiled from, as JSON has it."""
     assert isinstance(run.mesh, Mesh)
-    found: dict[str, Any] = compiled_for(list(run.mesh.devices.flat))
+    found: dict[str, Any] = depends_on(list(run.mesh.devices.flat))
     found["devices"] |= {f"mesh axis {axis}": size for axis, size in run.mesh.shape.items()}
     return {**found, "config": flat_fields(run.config)}
 
@@ -115,7 +115,7 @@ def _content(path: epath.Path, manifest: Mapping[str, Any], folder: epath.PathLi
         f"--program {folder}: {PROGRAM_FILE} has {len(content):,} bytes instead of {expected:,}. {_AGAIN.format(folder)}",
     )
     check(
-        _digest(content) == manifest.get("sha256"),
+        _digest(content) == field(manifest, "sha256", str, str(path / MANIFEST_FILE)),
         f"--program {folder}: the contents of {PROGRAM_FILE} have changed since it was saved. {_AGAIN.format(folder)}",
     )
     return content

@@ -89,6 +89,7 @@ def beyond_the_room(router, factor, data, ways):
     return np.maximum(np.asarray(sent) - room, 0).sum()
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("top", "factor", "data", "ways", "model", "adversarial"),
     [

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import functools
 import importlib.util
 import json
 import os
@@ -76,9 +77,10 @@ def free_port(first=1024):
 
 
 def started(*command, environment, **options):
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, **options
-    )
+    """Starts a command that a signal can end, though this process, as one in the background, may be told to ignore SIGINT."""
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=heed, **pipes, **options)
 
 
 def ended(process, timeout=20):
@@ -88,6 +90,8 @@ def ended(process, timeout=20):
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+        with process:  # its pipes are closed
+            pass
     return process.returncode, out, err
 
 

@@ -15,7 +15,7 @@ _COMPILERS = {"tpu": ("libtpu",)}  # packages with a compiler of their own, by p
 _OF_NO_PROGRAM = ("--xla_force_host_platform_device_count", "--xla_dump")  # flags that change nothing in it
 
 
-def compiled_for(devices: Sequence[Any]) -> dict[str, dict[str, Any]]:
+def depends_on(devices: Sequence[Any]) -> dict[str, dict[str, Any]]:
     """Returns "versions", "devices" and "flags" of a program for these devices, in the order in which it numbers them; as in JSON.
 
     The devices may be described ones. Of TPUs it is also told which chip has which number, and of a CPU what it can do.

@@ -4,7 +4,6 @@
 """
 
 import contextlib
-import functools
 import importlib.util
 import json
 import os
@@ -78,9 +77,10 @@ def free_port(first=1024):
 
 def started(*command, environment, **options):
     """Starts a command that a signal can end, though this process, as one in the background, may be told to ignore SIGINT."""
-    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # what is handled here is not ignored there
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=heed, **pipes, **options)
+    return subprocess.Popen(command, env=environment, start_new_session=True, **pipes, **options)
 
 
 def ended(process, timeout=20):

@@ -44,5 +44,5 @@ def chosen() -> dict[str, grouped_choice.Pick]:
     why = {"tpu": "XLA compiles it to a grouped GEMM there, and megablox adds up kernels' gradients"}.get(
         backend, "loops over blocks of rows, in plain XLA"
     )
-    name = {"tpu": "ragged_dot"}.get(backend, "blocks")
+    name = implementations_here()[-1]
     return {dtype: grouped_choice.Pick(name, why) for dtype in ("bfloat16", "float32")}

@@ -1,9 +1,7 @@
 """The fused layer: attention and MLP from one norm, with one projection into both and one back."""
 
 import dataclasses
-import functools
 import math
-import operator
 from typing import Any
 
 import flax.linen as nn
@@ -21,7 +19,6 @@ from flax_switch.ops.kernels.adapted import whole
 from flax_switch.ops.kernels.narrow import Narrow
 from flax_switch.ops.kernels.projection import project
 from flax_switch.ops.kernels.quantized import Quantized
-from flax_switch.ops.mlp import activation
 from flax_switch.ops.moe.routing import RouterOutput
 
 
@@ -98,8 +95,7 @@ class FusedLayer(nn.Module):
             bias = self.relpos_bias(x.shape[1], inputs.mask)
         rng = (lambda: self.make_rng("dropout")) if not deterministic else None
         attended, probs = attend(query, keys_values, config, bias=bias, mask=inputs.mask, make_rng=rng, devices=inputs.devices)
-        activated = (activation(name)(branch) for name, branch in zip(config.mlp_activations, branches, strict=True))
-        hidden = self.mlp_dropout(functools.reduce(operator.mul, activated), deterministic=deterministic)
+        hidden = self.mlp_dropout.after(config.mlp_activations, branches, deterministic=deterministic)
         y = self._run(self.o_wo_fused, jnp.concatenate([attended, hidden], axis=-1), inputs, routers)
         x += self.dropout(y, deterministic=deterministic)
         return x, LayerOutput(tuple(routers), probs if inputs.output_attentions else None, None, cache)

@@ -4,15 +4,13 @@ Every parameter is declared with the logical names of its axes beside its shape;
 mesh axes.
 """
 
-import functools
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from flax_switch.config import SwitchConfig
 from flax_switch.config.weights import SCALE, stored
@@ -21,22 +19,13 @@ from flax_switch.ops.ids import check_ids
 from flax_switch.ops.kernels.narrow import Narrow
 from flax_switch.ops.kernels.projection import project
 from flax_switch.ops.kernels.quantized import Kernel, with_scale
+from flax_switch.ops.mlp import hidden_units
 from flax_switch.ops.norms import layer_norm, rms_norm
 from flax_switch.parallel.gathering import InParts
 
 Initializer = Callable[..., Any]
 Fan = Literal["fan_in", "fan_avg"]
 Distribution = Literal["normal", "truncated_normal", "uniform"]
-
-ACTIVATION_FUNCTIONS: dict[str, Callable] = {
-    "relu": jax.nn.relu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
-    "silu": jax.nn.silu,
-    "swish": jax.nn.silu,
-    "tanh": jnp.tanh,
-    "linear": lambda x: x,
-}
 
 
 def scaled_init(
@@ -162,10 +151,16 @@ class Dropout(nn.Module):
     rate: float
     broadcast_axes: Sequence[int] = (-2,)
 
-    @nn.compact
     def __call__(self, x: Float[Array, "*B L D"], *, deterministic: bool) -> Float[Array, "*B L D"]:
-        rng = None if deterministic or self.rate == 0.0 else self.make_rng("dropout")
-        return dropout(x, self.rate, rng, broadcast_axes=self.broadcast_axes)
+        return dropout(x, self.rate, self._rng(deterministic), broadcast_axes=self.broadcast_axes)
+
+    def after(self, activations: tuple[str, ...], branches: Sequence[Array], *, deterministic: bool) -> Array:
+        """Returns the product of the branches' activations, dropped."""
+        rng, axes = self._rng(deterministic), tuple(self.broadcast_axes)
+        return hidden_units(branches, activations, dropout_rate=self.rate, dropout_rng=rng, broadcast_axes=axes)
+
+    def _rng(self, deterministic: bool) -> PRNGKeyArray | None:
+        return None if deterministic or self.rate == 0.0 else self.make_rng("dropout")
 
 
 class MLP(nn.Module):
@@ -181,8 +176,8 @@ class MLP(nn.Module):
         names = [f"wi_{i}" for i in range(len(activations))] if config.is_gated else ["wi"]
         init, numerics = scaled_init(config, distribution="truncated_normal"), (config.dtype, config.param_dtype, config.weights)
         branches = []
-        for name, activation in zip(names, activations, strict=True):
+        for name in names:
             linear = Linear(self.features or config.d_ff, ("embed", "mlp"), init, *numerics, bias=config.use_bias, name=name)
-            branches.append(ACTIVATION_FUNCTIONS[activation](linear(x)))
-        hidden = Dropout(config.activation_dropout)(functools.reduce(operator.mul, branches), deterministic=deterministic)
+            branches.append(linear(x))
+        hidden = Dropout(config.activation_dropout).after(activations, branches, deterministic=deterministic)
         return Linear(x.shape[-1], ("mlp", "embed"), init, *numerics, bias=config.use_bias, name="wo")(hidden)

@@ -2,7 +2,7 @@
 
 import functools
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +11,8 @@ from jaxtyping import Array, PRNGKeyArray
 
 from flax_switch.config import SwitchConfig
 from flax_switch.config.weights import BIAS
-from flax_switch.ops.dropout import dropout
+from flax_switch.ops.dropout import dropout, relu_dropout
+from flax_switch.ops.kept import keep_arguments
 from flax_switch.ops.kernels.quantized import Kernel
 
 # {"wi" | "wi_0", "wi_1": [E, D, F], "wo": [E, F, D]}, with biases as "wi_bias": [E, 1, F] and so on; or of experts that only
@@ -32,6 +33,25 @@ _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 def activation(name: str) -> Callable[[Array], Array]:
     """Returns the activation function called `name` in a config: "gelu" is exact, "gelu_new" its tanh approximation."""
     return _ACTIVATIONS[name]
+
+
+def hidden_units(
+    branches: Sequence[Array],
+    activations: tuple[str, ...],
+    *,
+    dropout_rate: float = 0.0,
+    dropout_rng: PRNGKeyArray | None = None,
+    broadcast_axes: tuple[int, ...] = (),
+) -> Array:
+    """Returns the product of the branches' activations, dropped; keeps the branches for the backward pass, of a ReLU its result."""
+    if activations == ("relu",):
+        return relu_dropout(branches[0], dropout_rate, dropout_rng, broadcast_axes=broadcast_axes)
+
+    def compute(rng: PRNGKeyArray | None, *branches: Array) -> Array:
+        active = [activation(name)(branch) for name, branch in zip(activations, branches, strict=True)]
+        return dropout(functools.reduce(operator.mul, active), dropout_rate, rng, broadcast_axes=broadcast_axes)
+
+    return keep_arguments(compute, dropout_rng, *branches)
 
 
 def mlp(
@@ -56,8 +76,8 @@ def mlp(
         return product if bias is None else product + matmul(jnp.ones_like(x[..., :1]), bias.astype(x.dtype))
 
     names = ("wi",) if len(activations) == 1 else ("wi_0", "wi_1")
-    branches = [activation(function)(layer(x, name)) for name, function in zip(names, activations, strict=True)]
-    return layer(dropout(functools.reduce(operator.mul, branches), dropout_rate, dropout_rng), "wo")
+    branches = [layer(x, name) for name, _ in zip(names, activations, strict=True)]
+    return layer(hidden_units(branches, activations, dropout_rate=dropout_rate, dropout_rng=dropout_rng), "wo")
 
 
 def expert_dtype(config: SwitchConfig) -> jnp.dtype:

@@ -1,12 +1,12 @@
 """Norms of states, in float32 inside: for the backward pass they keep what they are given, and compute the rest again."""
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from flax_switch.ops.kept import keep_arguments
 
 
 def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], *, epsilon: float, dtype: Any) -> Float[Array, "*B D"]:
@@ -16,7 +16,7 @@ def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], *, epsilon: flo
         x = x.astype(jnp.float32)
         return (_with_unit_mean_square(x, epsilon) * _along_last(scale, x)).astype(dtype)
 
-    return _kept_arguments(norm, x, scale)
+    return keep_arguments(norm, x, scale)
 
 
 def layer_norm(
@@ -29,7 +29,7 @@ def layer_norm(
         x -= x.mean(-1, keepdims=True)
         return (_with_unit_mean_square(x, epsilon) * _along_last(scale, x) + _along_last(bias, x)).astype(dtype)
 
-    return _kept_arguments(norm, x, scale, bias)
+    return keep_arguments(norm, x, scale, bias)
 
 
 def _with_unit_mean_square(x: Array, epsilon: float) -> Array:
@@ -39,20 +39,3 @@ def _with_unit_mean_square(x: Array, epsilon: float) -> Array:
 def _along_last(x: Array, y: Array) -> Array:
     """Returns a vector in float32 with as many axes as `y` has, to go with its last one."""
     return x.astype(jnp.float32).reshape((1,) * (y.ndim - 1) + (-1,))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _kept_arguments(function: Callable[..., Array], *arguments: Array) -> Array:
-    """Returns `function(*arguments)`; the backward pass calls it again, where JAX would keep three arrays in float32 of a norm."""
-    return function(*arguments)
-
-
-def _forward(function: Callable[..., Array], *arguments: Array) -> tuple[Array, tuple[Array, ...]]:
-    return function(*arguments), arguments
-
-
-def _backward(function: Callable[..., Array], arguments: tuple[Array, ...], gradient: Array) -> tuple[Array, ...]:
-    return jax.vjp(function, *arguments)[1](gradient)
-
-
-_kept_arguments.defvjp(_forward, _backward)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from flax_switch.ops.dropout import dropout, keep_mask, random_words
+from flax_switch.ops.dropout import dropout, keep_mask, random_uniform, random_words, relu_dropout
 
 KEYS = [jax.random.key(i) for i in range(4)]
 
@@ -53,6 +53,21 @@ def test_shared_axes_share_their_draw_and_gradients_pass_where_values_do():
     np.testing.assert_array_equal(y, jnp.broadcast_to(y[:, :1], y.shape))
     assert set(np.unique(y)) == {0.0, 2.0}
     np.testing.assert_array_equal(pull(jnp.ones_like(y))[0], y)
+
+
+@pytest.mark.parametrize("rng", [None, KEYS[1]], ids=["off", "on"])
+def test_a_relu_with_its_dropout_has_values_and_gradients_of_both(rng):
+    x, gradient = jax.random.normal(KEYS[2], (2, 2, 16, 64)).at[:, :, 3].set(0.0)
+    apart, pull_apart = jax.vjp(lambda x: dropout(jax.nn.relu(x), 0.3, rng, broadcast_axes=(0,)), x)
+    together, pull = jax.vjp(lambda x: relu_dropout(x, 0.3, rng, broadcast_axes=(0,)), x)
+    np.testing.assert_array_equal(together, apart)
+    np.testing.assert_array_equal(pull(gradient)[0], pull_apart(gradient)[0])
+
+
+def test_uniform_numbers_are_uniform_and_keep_their_bounds():
+    numbers = np.asarray(random_uniform(KEYS[3], (256, 4096), 0.9, 1.1), np.float64)
+    assert 0.9 - 1e-7 <= numbers.min() < 0.9001 and 1.0999 < numbers.max() < 1.1
+    assert stats.kstest(numbers.ravel()[::16], stats.uniform(0.9, 0.2).cdf).pvalue > 1e-3
 
 
 def test_the_extreme_rates_keep_everything_and_nothing():

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int, Num
 
 from flax_switch.config import check
 from flax_switch.ops.moe.routing import RoutingPlan
-from flax_switch.ops.moe.rows import sum_rows, take_rows
+from flax_switch.ops.moe.rows import sum_rows, take_rows, weighted
 
 
 @flax.struct.dataclass
@@ -60,7 +60,7 @@ def gather_dispatch(plan: RoutingPlan, view: SlotView, x: Float[Array, "G S D"])
 def gather_combine(plan: RoutingPlan, view: SlotView, buffers: Float[Array, "G E C D"]) -> Float[Array, "G S D"]:
     """Adds up the expert outputs of each token, weighted, in float32."""
     rows = buffers.reshape(buffers.shape[0], -1, buffers.shape[-1])
-    return sum_rows(rows * slot_weights(plan, view), view.token, view.slot_of_token, plan.expert.shape[1])
+    return sum_rows(weighted(rows, slot_weights(plan, view)), view.token, view.slot_of_token, plan.expert.shape[1])
 
 
 def einsum_masks(plan: RoutingPlan, dtype: DTypeLike) -> tuple[Num[Array, "G S E C"], Float[Array, "G S E C"]]:
@@ -113,7 +113,7 @@ class SortedView:
         """Adds up the weighted outputs of each token's rows, in float32."""
         G, S, _ = plan.expert.shape
         weight = take_rows(plan.weight.reshape(1, -1, 1), self.choice, self.row_of_choice)
-        return sum_rows(outputs[None] * weight, self.token, self.row_of_token, G * S).reshape(G, S, outputs.shape[-1])
+        return sum_rows(weighted(outputs[None], weight), self.token, self.row_of_token, G * S).reshape(G, S, outputs.shape[-1])
 
 
 def sorted_view(plan: RoutingPlan) -> SortedView:

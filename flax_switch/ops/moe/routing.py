@@ -17,7 +17,8 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from flax_switch.config import SwitchConfig, check
 from flax_switch.ops import Size
-from flax_switch.ops.dropout import keep_mask
+from flax_switch.ops.dropout import keep_mask, random_uniform
+from flax_switch.ops.kept import keep_arguments
 from flax_switch.ops.kernels.narrow import Narrow
 from flax_switch.ops.moe.groups import Grouping
 
@@ -104,14 +105,17 @@ def router_logits(
     Only the router sees the jittered input (2101.03961, section 2.4). The product is float32 on every backend, since a small
     change of a logit can change the expert.
     """
-    x = x.astype(dtype)
-    if jitter_rng is not None and jitter > 0.0:
-        x = x * jax.random.uniform(jitter_rng, x.shape, x.dtype, 1.0 - jitter, 1.0 + jitter)
+    noisy = jitter_rng is not None and jitter > 0.0
 
-    def product(x: Float[Array, "G S D"], kernel: Float[Array, "D E"]) -> Float[Array, "G S E"]:
+    def product(x: Float[Array, "G S D"], kernel: Float[Array, "D E"], rng: PRNGKeyArray | None = None) -> Float[Array, "G S E"]:
+        x = x.astype(dtype)
+        x = x if rng is None else x * random_uniform(rng, x.shape, 1.0 - jitter, 1.0 + jitter).astype(dtype)
         return jnp.einsum("GSD,DE->GSE", x, kernel.astype(dtype), precision=jax.lax.Precision.HIGHEST)
 
-    logits = kernel.multiplied(x, product) if isinstance(kernel, Narrow) else product(x, kernel)
+    if isinstance(kernel, Narrow):
+        logits = kernel.multiplied(x, product)
+    else:
+        logits = keep_arguments(product, x, kernel, jitter_rng if noisy else None)
     return (logits if bias is None else logits + bias.astype(dtype)[None, None]).astype(jnp.float32)
 
 

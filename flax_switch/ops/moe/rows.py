@@ -6,9 +6,10 @@ Taking rows and adding rows up are each other's transpose. A caller who knows, f
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
 from flax_switch.ops import Size
+from flax_switch.ops.kept import keep_arguments
 
 
 def _take(x: Shaped[Array, "G S D"], index: Int[Array, "G R"]) -> Shaped[Array, "G R D"]:
@@ -39,6 +40,11 @@ def sum_rows(
         return _sum_rows(rows, index, inverse)
     zeros = jnp.zeros((rows.shape[0], num_tokens, rows.shape[2]), rows.dtype)
     return jax.vmap(lambda z, i, r: z.at[i].add(r, mode="drop"))(zeros, index, rows)
+
+
+def weighted(rows: Shaped[Array, "*R D"], weights: Float[Array, "*R 1"]) -> Float[Array, "*R D"]:
+    """Returns rows times their weights in float32; for the backward pass the rows are kept in their own dtype."""
+    return keep_arguments(jnp.multiply, rows, weights)
 
 
 def _take_forward(x, index, inverse):

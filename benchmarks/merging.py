@@ -135,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--rate", type=float, default=3e-3)
-    parser.add_argument("--short-rate", type=float, default=3e-4, help="of the short ones; at --rate the whole model falls by a sixth")
+    parser.add_argument("--short-rate", type=float, default=3e-4, help="of the short ones; at --rate even the whole model loses")
     parser.add_argument("--output", type=Path, default=run_record.RESULTS / "merging.json")
     args = parser.parse_args(argv)
     use_compile_cache()

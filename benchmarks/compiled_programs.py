@@ -53,6 +53,7 @@ CASES = {  # model, topology, ways of experts, rows of a device, length of the i
         ("base-128", "h100:8", 8, 4, 2048, "none"),
         ("t5-large", "h100:8", 1, 4, 2048, "none"),
         ("large-128", "h100:8", 8, 1, 2048, "none"),
+        ("large-128", "h100:8", 8, 4, 2048, "none"),
         ("t5-large", "h100:8", 1, 1, 8192, "none"),
     ),
 }

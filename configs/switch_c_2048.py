@@ -2,7 +2,7 @@
 
 Command:   flax-switch pretrain --config configs/switch_c_2048.py --workdir gs://BUCKET/switch_c_2048 \
                --config.data.source='c4/*.json.gz' --config.data.vocabulary=spiece.model
-Hardware:  256 TPU v5p (v5p:4x8x8): 47.6 GiB of each device's 95.7 GiB at the peak. On 128, parameters and gradients alone take 95.6
+Hardware:  256 TPU v5p (v5p:4x8x8): 47.5 GiB of each device's 95.7 GiB at the peak. On 128, parameters and gradients alone take 95.6
            GiB. On 512 (v5p:8x8x8) give each device as many rows: --config.data.batch_size=4096. Before paying for one:
                flax-switch plan --config configs/switch_c_2048.py --topology v5p:4x8x8
 Expect:    6.7e15 model FLOPs a step of 2**20 source tokens, 0.11 s of it at the chips' peak; docs/scaling.md has the plan.

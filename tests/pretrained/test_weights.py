@@ -68,6 +68,12 @@ def tied():
     return model()
 
 
+@pytest.fixture(autouse=True)
+def as_wide_models(monkeypatch):
+    """Kernels are held as integers, as those of wide models are; `test_held_kernels.py` is about the others."""
+    monkeypatch.setattr(kernels, "FEW_WEIGHTS", 0)
+
+
 @pytest.fixture
 def exact_rows(monkeypatch):
     """Products of rows that are not rounded, on a CPU too."""

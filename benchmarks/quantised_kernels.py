@@ -14,7 +14,7 @@ import argparse
 import functools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -93,9 +93,9 @@ def race(contenders: dict[str, Callable[[], object]], seconds: float) -> dict[st
     }
 
 
-def products(args: argparse.Namespace) -> list[dict]:
-    """Prints and returns a row for each kind of layer, width and number of rows."""
-    found, rng = [], np.random.default_rng(0)
+def products(args: argparse.Namespace) -> Iterator[dict]:
+    """Prints and yields a row for each kind of layer, width and number of rows."""
+    rng = np.random.default_rng(0)
     print("layer          D  weights of a kernel  held as   rows  integers, times float32")
     for kind in args.kinds:
         for D in args.widths:
@@ -106,15 +106,13 @@ def products(args: argparse.Namespace) -> list[dict]:
                 measured = race(runs, args.seconds)
                 size = held["float32"][0]["wo"].shape[-2:]
                 picked = "float32" if faster_as_floats(size) else "integers"
-                found.append(dict(layer=kind, width=D, weights=size[0] * size[1], rows=rows, picked=picked, **measured))
                 ratio = measured["integers"]["ratio"]
                 print(f"{kind:9} {D:6} {size[0] * size[1]:20,}  {picked:8} {rows:5} {ratio:24.2f}", flush=True)
-    return found
+                yield dict(layer=kind, width=D, weights=size[0] * size[1], rows=rows, picked=picked, **measured)
 
 
-def models(args: argparse.Namespace) -> list[dict]:
-    """Prints and returns a row for each model and batch."""
-    found = []
+def models(args: argparse.Namespace) -> Iterator[dict]:
+    """Prints and yields a row for each model and batch."""
     print("model        D  batch  integers  as picked, times float32")
     for kind in args.kinds:
         for D in args.widths:
@@ -126,10 +124,9 @@ def models(args: argparse.Namespace) -> list[dict]:
                 ids = np.random.default_rng(0).integers(2, 8192, (batch, args.source))
                 say = lambda model, ids=ids: model.generate(ids, max_new_tokens=args.new, min_new_tokens=args.new).sequences  # noqa: E731
                 measured = race({name: functools.partial(say, model) for name, model in held.items()}, args.seconds)
-                found.append(dict(model=kind, width=D, batch=batch, **measured))
                 ratios = [measured[how]["ratio"] for how in ("integers", "auto")]
                 print(f"{kind:9} {D:4} {batch:6} {ratios[0]:9.2f} {ratios[1]:10.2f}", flush=True)
-    return found
+                yield dict(model=kind, width=D, batch=batch, **measured)
 
 
 def main() -> None:
@@ -147,10 +144,12 @@ def main() -> None:
     parser.add_argument("--output", help="default: a file under results/")
     args = parser.parse_args()
     args.kinds = args.kinds or (KINDS if args.what == "products" else tuple(MODELS))
-    rows = {"products": products, "models": models}[args.what](args)
     weights = "int8" if args.what == "products" else args.weights
     output = args.output or run_record.RESULTS / f"quantised_{args.what}_{weights}_jax_{jax.__version__}.json"
-    run_record.write(output, dict(weights=weights, rows=rows))
+    rows = []
+    for row in {"products": products, "models": models}[args.what](args):
+        rows.append(row)
+        run_record.write(output, dict(weights=weights, rows=rows), quiet=True)
 
 
 if __name__ == "__main__":

@@ -166,7 +166,7 @@ def _built(
     tensors = {**tensors, **_fresh(model, missing, seed)}
     if config.copied_head and architecture == "full":
         tensors = held(with_copied_head(config, tensors))
-    _say(tensors)
+    _log_held(tensors)
     if config.scan_layers:
         tensors = stack_layers(tensors, config)
     place = _placement(shardings, mesh, model, tensors)
@@ -192,7 +192,7 @@ def _floats(config: SwitchConfig, kernels: str, *, alone: bool) -> Callable[[Seq
     return lambda shape: kernels == "floats"
 
 
-def _say(tensors: Mapping[str, LazyTensor]) -> None:
+def _log_held(tensors: Mapping[str, LazyTensor]) -> None:
     """Logs how quantised kernels are held, where some are floats."""
     values = [tensors[path.removesuffix(SCALE)] for path in tensors if path.endswith(SCALE)]
     floats = [tensor for tensor in values if tensor.dtype in DTYPES.values()]

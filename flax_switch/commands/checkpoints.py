@@ -11,6 +11,7 @@ from typing import Any
 
 from flax_switch.config import ConfigError
 from flax_switch.config.values import parse_assignment
+from flax_switch.config.weights import KERNELS
 
 FORMATS = "a Hugging Face folder, a hub name (owner/model), a T5X checkpoint folder, a training run, or a folder of ours"
 
@@ -47,11 +48,12 @@ def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_expert_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds where experts are."""
+    """Adds where experts are, and how quantised kernels are held."""
     parser.add_argument(
         "--experts", choices=("memory", "disk"), default="memory", help="disk: read only those that tokens hit (docs/offload.md)"
     )
     parser.add_argument("--expert-memory", metavar="SIZE", help="for experts on disk, such as 4GB (the default)")
+    parser.add_argument("--kernels", choices=KERNELS, default="auto", help="hold int8 and int4 ones so (docs/quantisation.md)")
 
 
 def loading_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -59,7 +61,7 @@ def loading_options(args: argparse.Namespace) -> dict[str, Any]:
     from flax_switch.pretrained.on_disk import expert_budget
 
     expert_budget(args.experts, args.expert_memory)  # raises for what cannot be, before anything is read
-    return {"experts": args.experts, "expert_memory": args.expert_memory, "adapter": args.adapter}
+    return {"experts": args.experts, "expert_memory": args.expert_memory, "kernels": args.kernels, "adapter": args.adapter}
 
 
 def loading_changes(args: argparse.Namespace) -> dict[str, Any]:

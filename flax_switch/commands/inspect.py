@@ -47,8 +47,8 @@ def run(args: argparse.Namespace) -> int:
     if args.target or args.plot or args.open:
         raise ConfigError("--target and --plot show how a text is routed; give a --text.")
     check(
-        args.experts == "memory" and not args.expert_memory and not args.adapter,
-        "--experts disk and --adapter are for running the model; give a --text.",
+        args.experts == "memory" and not args.expert_memory and args.kernels == "auto" and not args.adapter,
+        "--experts disk, --kernels and --adapter are for running the model; give a --text.",
     )
     from flax_switch.inspection.adapter import describe_adapter, render_adapter
     from flax_switch.inspection.checkpoint import describe, render

@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
 
     logging.getLogger("flax_switch.serving").setLevel(logging.INFO)
     changes = {"scan_layers": False, **({"weights": args.weights} if args.weights else {})}
-    options = {"dtype": args.dtype, "experts": args.experts, "expert_memory": args.expert_memory}
+    options = {"dtype": args.dtype, "experts": args.experts, "expert_memory": args.expert_memory, "kernels": args.kernels}
     server = serve.prepare(load(asked, changes=changes, verify=not args.no_verify, **options), limits)
 
     def ready(port: int) -> None:

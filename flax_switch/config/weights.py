@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 WEIGHTS = ("float", "int8", "int4")
+KERNELS = ("auto", "integers", "floats")  # how quantised kernels are held in memory
 GROUP = 64  # inputs that share a scale in int4
 # Kernels of attention that are int8 in an int4 model: four bits there cost more than everywhere else together.
 FINE = {"attention": ("value",), "self_attention": ("value", "out"), "encoder_decoder_attention": ("value", "out")}
@@ -39,3 +40,12 @@ def stored(shape: Sequence[int], weights: str, axes: Sequence[str | None] | None
         return Stored((*lead, outputs, inputs), (*lead, outputs, 1), "int8", "float32", (*before, output_axis, input_axis))
     rows = (*lead, outputs, inputs // GROUP)
     return Stored((*rows, GROUP // 2), (*rows, 1), "uint8", "bfloat16", (*before, output_axis, input_axis, None))
+
+
+def kernel_shape(values: Sequence[int], *, packed: bool) -> tuple[int, ...]:
+    """Returns the shape [..., D, F] of the kernel that values stand for. packed: whether they are int4."""
+    if not packed:
+        *lead, outputs, inputs = values
+        return (*lead, inputs, outputs)
+    *lead, outputs, groups, _ = values
+    return (*lead, groups * GROUP, outputs)

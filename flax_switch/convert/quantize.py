@@ -5,12 +5,12 @@ What the integers mean is in `config/weights.py`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from flax_switch.config import SwitchConfig, check, one_of
-from flax_switch.config.weights import GROUP, SCALE, WEIGHTS, stored
+from flax_switch.config.weights import GROUP, SCALE, WEIGHTS, kernel_shape, stored
 from flax_switch.convert.canonical import HEAD, canonical_shapes, is_kernel, is_router, weights_of
 from flax_switch.convert.tensors import DTYPES, CheckpointError, Index, LazyTensor, cast, stack, take, transpose
 
@@ -68,6 +68,32 @@ def dequantized(config: SwitchConfig, architecture: str, tensors: Tensors) -> tu
     return floats, {path: whole(path, shape) for path, shape in canonical_shapes(floats, architecture).items() if path in tensors}
 
 
+def as_floats(tensors: Tensors, picked: Callable[[Sequence[int]], bool]) -> dict[str, LazyTensor]:
+    """Returns tensors with some kernels of integers as the numbers that they mean, in float32; their scales stay beside them.
+
+    picked: says of a kernel's shape [..., D, F] whether it is one of them.
+    """
+    result = dict(tensors)
+    for path, values in tensors.items():
+        if path + SCALE in tensors and values.dtype not in DTYPES.values():
+            shape = kernel_shape(values.shape, packed=values.dtype == np.uint8)
+            if picked(shape):
+                result[path] = _dequantized(values, tensors[path + SCALE], shape, DTYPES["float32"])
+    return result
+
+
+def as_integers(config: SwitchConfig, tensors: Tensors) -> dict[str, LazyTensor]:
+    """Returns tensors with the kernels that `as_floats` made floats as the integers that they were, to the bit.
+
+    Reading one raises `CheckpointError` where it holds other numbers than integers times its scales.
+    """
+    held = [path for path, tensor in tensors.items() if path + SCALE in tensors and tensor.dtype in DTYPES.values()]
+    return {
+        **tensors,
+        **{path: _integers(path, tensors[path], tensors[path + SCALE], weights_of(path, config)) for path in held},
+    }
+
+
 def in_dtype(tensors: Tensors, dtype: str) -> dict[str, LazyTensor]:
     """Returns tensors cast to a float dtype: all but routers, and integers with their scales."""
     one_of("dtype", dtype, tuple(DTYPES))
@@ -110,8 +136,7 @@ def _quantized(path: str, tensor: LazyTensor, form: str) -> tuple[LazyTensor, La
         np.rint(kernel, out=kernel)
         if form == "int8":
             return kernel[:, 0].astype(np.int8)[:, index[1]]
-        values = (np.clip(kernel, -8, 7) + 8).astype(np.uint8)
-        return (values[..., : GROUP // 2] | values[..., GROUP // 2 :] << 4)[..., index[2]]
+        return _packed(np.clip(kernel, -8, 7))[..., index[2]]
 
     return LazyTensor(shapes.values, np.dtype(shapes.dtype), read_values), LazyTensor(
         shapes.scale, DTYPES[shapes.scale_dtype], read_scale
@@ -129,6 +154,32 @@ def _scale(path: str, kernel: np.ndarray, form: str) -> np.ndarray:
     if form == "int8":
         return np.maximum(-low, high) / np.float32(127)
     return np.where(-low > high, low, high) / np.float32(-8)
+
+
+def _packed(integers: np.ndarray) -> np.ndarray:
+    """Returns integers from -8 to 7, [F, groups, 64], two in a byte."""
+    values = (integers + 8).astype(np.uint8)
+    return values[..., : GROUP // 2] | values[..., GROUP // 2 :] << 4
+
+
+def _integers(path: str, tensor: LazyTensor, scale: LazyTensor, form: str) -> LazyTensor:
+    """Returns the values of a kernel that is held as floats; of experts one at a time."""
+    if len(tensor.shape) > 2:
+        return stack([_integers(path, take(tensor, e), take(scale, e), form) for e in range(tensor.shape[0])])
+    shapes = stored(tensor.shape, form)
+
+    def read(index: Index) -> np.ndarray:
+        groups = slice(0, 1) if form == "int8" else index[1]
+        inputs = index[1] if form == "int8" else slice(groups.start * GROUP, groups.stop * GROUP)
+        kernel = np.array(tensor.read((inputs, index[0])).T, np.float32, order="C")
+        scales = scale.read((index[0], groups, slice(0, 1))[: len(scale.shape)]).astype(np.float32)
+        kernel = kernel.reshape(*scales.shape[:-1], -1)
+        integers = np.rint(kernel / np.where(scales == 0, 1, scales))
+        if not np.array_equal(integers * scales, kernel):
+            raise CheckpointError(f"{path} holds numbers that are not integers times its scales; quantise the float model anew.")
+        return integers.astype(np.int8) if form == "int8" else _packed(integers)[..., index[2]]
+
+    return LazyTensor(shapes.values, np.dtype(shapes.dtype), read)
 
 
 def _dequantized(values: LazyTensor, scale: LazyTensor, shape: Sequence[int], dtype: np.dtype) -> LazyTensor:

@@ -47,11 +47,17 @@ def kernel_of(
         found = module.param(name, nn.with_logical_partitioning(init, tuple(axes)), tuple(shape), jnp.dtype(dtype), unbox=False)
         return found.whole(used_as) if used_as and isinstance(found, InParts) else nn.unbox(found)
 
-    if weights == "float":
+    if weights == "float" or _held_as_floats(module):
         return declare("kernel", init, shape, axes, dtype)
     form, zeros = stored(shape, weights, axes), nn.initializers.zeros_init()  # it is read from a checkpoint, never drawn
     values = declare("kernel", zeros, form.values, form.axes, form.dtype)
     return with_scale(values, declare(f"kernel{SCALE}", zeros, form.scale, form.axes, form.scale_dtype))
+
+
+def _held_as_floats(module: nn.Module) -> bool:
+    """Returns whether a module was given its quantised kernel as floats (`convert.quantize.as_floats`)."""
+    given = jax.tree.leaves(module.get_variable("params", "kernel")) if module.has_variable("params", "kernel") else ()
+    return any(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in given[:1])  # the base of one with an adapter comes first
 
 
 class Linear(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,11 +17,12 @@ from jax.sharding import Mesh, Sharding
 from jaxtyping import Array
 
 from flax_switch.config import SwitchConfig, check, one_of
+from flax_switch.config.weights import KERNELS, SCALE
 from flax_switch.convert import checkpoint as checkpoints
 from flax_switch.convert import live, tokenizer
 from flax_switch.convert.adapter import Adapter
 from flax_switch.convert.canonical import canonical_shapes, flatten, unflatten
-from flax_switch.convert.quantize import in_dtype, quantized, with_copied_head, with_weights
+from flax_switch.convert.quantize import as_floats, in_dtype, quantized, with_copied_head, with_weights
 from flax_switch.convert.scan import stack_layers
 from flax_switch.convert.tensors import DTYPES, LazyTensor, dtype_name, from_array
 from flax_switch.generation.defaults import defaults_of, read_defaults, read_prefixes
@@ -28,6 +30,7 @@ from flax_switch.nn.heads import build_model
 from flax_switch.nn.init import init_params, logical_axes
 from flax_switch.nn.transformer import SwitchEncoder
 from flax_switch.ops.kernels.on_disk import OnDisk
+from flax_switch.ops.kernels.quantized import faster_as_floats
 from flax_switch.parallel.mesh import tree_shardings
 from flax_switch.pretrained.adapter import adapter_of, mesh_of
 from flax_switch.pretrained.model import Pretrained
@@ -36,6 +39,8 @@ from flax_switch.pretrained.saving import unscanned
 
 if TYPE_CHECKING:
     from flax_switch.data.vocabulary import Vocabulary
+
+log = logging.getLogger(__name__)
 
 Shardings = Callable[[str], Sharding | None] | Mapping[str, Any]
 
@@ -52,6 +57,7 @@ def load_pretrained(
     verify: bool = True,
     experts: str = "memory",
     expert_memory: str | int | None = None,
+    kernels: str = "auto",
     adapter: str | Path | None = None,
     **changes: Any,
 ) -> Pretrained:
@@ -69,6 +75,8 @@ def load_pretrained(
       verify: of a training run take the newest checkpoint whose parameters have their checksums; without, the newest.
       experts: "disk" leaves experts in their safetensors files, and reads those that are hit: see docs/offload.md.
       expert_memory: how much memory experts on disk may take, such as "4GB" (the default) or a number of bytes.
+      kernels: how quantised ones are held in memory: "integers"; "floats", as float32 with the numbers that the integers mean; or
+        "auto", each as it is multiplied faster here: see docs/quantisation.md.
       adapter: a folder with an adapter for the model, which is put in use: see docs/lora.md. What does not fit is found before
         weights are read.
       changes: fields of the config to change, such as scan_layers=True or dropout_rate=0.0. head="classification" with
@@ -80,7 +88,7 @@ def load_pretrained(
       CheckpointError: naming what is wrong with the checkpoint.
       ConfigError: if a change does not fit the parameters.
     """
-    placed: dict[str, Any] = dict(shardings=shardings, mesh=mesh, dtype=dtype, seed=seed)
+    placed: dict[str, Any] = dict(shardings=shardings, mesh=mesh, dtype=dtype, seed=seed, kernels=kernels)
     budget = expert_budget(experts, expert_memory)
     if live.is_live(path):
         check(budget is None, "experts='disk' reads experts from files; this model is in memory already.")
@@ -115,8 +123,8 @@ def from_checkpoint(
 ) -> Pretrained:
     """Returns the model of a checkpoint that is open; parameters of its config that it lacks are freshly initialised with `seed`.
 
-    Arguments are those of `load_pretrained`: `shardings`, `mesh`, `dtype`, `seed`, `experts` and `expert_memory`. adapter: one that
-    is open, to be put in use.
+    Arguments are those of `load_pretrained`: `shardings`, `mesh`, `dtype`, `seed`, `kernels`, `experts` and `expert_memory`.
+    adapter: one that is open, to be put in use.
     """
     budget = expert_budget(experts, expert_memory)
     on_disk = None if budget is None else (expert_files(opened), budget)
@@ -137,6 +145,7 @@ def _built(
     mesh: Mesh | None = None,
     dtype: Any = None,
     seed: int = 0,
+    kernels: str = "auto",
     on_disk: tuple[Files, int] | None = None,
 ) -> Pretrained:
     check(
@@ -149,12 +158,15 @@ def _built(
         config, tensors = config.replace(param_dtype=dtype), in_dtype(tensors, dtype)
     model = build_model(config, architecture)
     left: dict[str, OnDisk] = {}
+    held = functools.partial(as_floats, picked=_floats(config, kernels, alone=mesh is None and shardings is None))
+    tensors = held(tensors)
     if on_disk is not None:
         tensors, left = leave_on_disk(config, architecture, tensors, *on_disk)
     missing = canonical_shapes(config, architecture).keys() - tensors.keys() - left.keys()
     tensors = {**tensors, **_fresh(model, missing, seed)}
     if config.copied_head and architecture == "full":
-        tensors = with_copied_head(config, tensors)
+        tensors = held(with_copied_head(config, tensors))
+    _log_held(tensors)
     if config.scan_layers:
         tensors = stack_layers(tensors, config)
     place = _placement(shardings, mesh, model, tensors)
@@ -163,7 +175,36 @@ def _built(
     return Pretrained(config, model, params, vocabulary, architecture, defaults)
 
 
-def quantize(pretrained: Pretrained, weights: str) -> Pretrained:
+def _floats(config: SwitchConfig, kernels: str, *, alone: bool) -> Callable[[Sequence[int]], bool]:
+    """Returns what says of the shape of a quantised kernel whether it is held as floats. alone: whether on one device."""
+    one_of("kernels", kernels, KERNELS)
+    check(
+        kernels == "auto" or config.weights != "float",
+        f"kernels={kernels!r} says how int8 or int4 kernels are held, and this model's are floats. Give weights='int8' with it, or "
+        "leave it out.",
+    )
+    check(
+        kernels != "floats" or alone,
+        "kernels='floats' is for one device; shardings and a mesh lay integers out over several. Leave one of the two out.",
+    )
+    if kernels == "auto" and alone:
+        return faster_as_floats
+    return lambda shape: kernels == "floats"
+
+
+def _log_held(tensors: Mapping[str, LazyTensor]) -> None:
+    """Logs how quantised kernels are held, where some are floats."""
+    values = [tensors[path.removesuffix(SCALE)] for path in tensors if path.endswith(SCALE)]
+    floats = [tensor for tensor in values if tensor.dtype in DTYPES.values()]
+    if floats:
+        size = sum(tensor.nbytes for tensor in floats) / 2**20
+        log.info(
+            "%d of %d quantised kernels are held as float32 (%.1f MiB), with which products are faster here; kernels='integers' "
+            "holds them as they are stored.", len(floats), len(values), size,
+        )  # fmt: skip
+
+
+def quantize(pretrained: Pretrained, weights: str, *, kernels: str = "auto") -> Pretrained:
     """Returns a model with its kernels rounded to integers with scales, or to a float dtype; the given one stays as it is.
 
     Embeddings, norms, biases and routers keep their dtype. To load a model so without ever holding its floats, give
@@ -171,18 +212,20 @@ def quantize(pretrained: Pretrained, weights: str) -> Pretrained:
 
     Args:
       weights: "int8" (a scale for each output channel), "int4" (one for every 64 inputs, too), "bfloat16" or "float16".
+      kernels: how those of integers are held, as for `load_pretrained`.
 
     Raises:
       ConfigError: for another name, a model quantised already, or sizes that "int4" does not divide.
       CheckpointError: for a weight that is no finite number.
     """
-    return built_of(pretrained, *with_weights(pretrained.config, unscanned(pretrained.config, pretrained.params), weights))
+    made = with_weights(pretrained.config, unscanned(pretrained.config, pretrained.params), weights)
+    return built_of(pretrained, *made, kernels=kernels)
 
 
-def built_of(pretrained: Pretrained, config: SwitchConfig, tensors: Mapping[str, LazyTensor]) -> Pretrained:
+def built_of(pretrained: Pretrained, config: SwitchConfig, tensors: Mapping[str, LazyTensor], kernels: str = "auto") -> Pretrained:
     """Returns a model that differs from another, which lies where it does, in its config and canonical tensors."""
     settings = (pretrained.vocabulary, pretrained.generation_defaults)
-    built = _built(config, pretrained.architecture, tensors, *settings, mesh=mesh_of(pretrained.params))
+    built = _built(config, pretrained.architecture, tensors, *settings, mesh=mesh_of(pretrained.params), kernels=kernels)
     return built.replace(prefixes=pretrained.prefixes)
 
 

@@ -14,6 +14,7 @@ from flax_switch.convert import tokenizer
 from flax_switch.convert.canonical import HEAD, architecture_of, canonical_shapes, flatten
 from flax_switch.convert.folder import DEFAULT_SHARD_SIZE, claimed, local_destination
 from flax_switch.convert.mapping import SAME_NAMES, to_canonical
+from flax_switch.convert.quantize import as_integers
 from flax_switch.convert.scan import unstack_layers
 from flax_switch.convert.tensors import LazyTensor, from_array
 from flax_switch.generation.defaults import FILE, defaults_file
@@ -84,4 +85,4 @@ def unscanned(config: SwitchConfig, params: Mapping[str, Any]) -> dict[str, Lazy
     flat = {name: from_array(leaf) for name, leaf in flatten(dict(params)).items()}
     if config.copied_head:
         flat = {name: tensor for name, tensor in flat.items() if name.removesuffix(SCALE) != HEAD}
-    return unstack_layers(flat, config) if config.scan_layers else flat
+    return as_integers(config, unstack_layers(flat, config) if config.scan_layers else flat)

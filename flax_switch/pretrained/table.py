@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from flax_switch.config.weights import SCALE
 from flax_switch.convert.canonical import KINDS, flatten, kind_of, parameters_of
 
 if TYPE_CHECKING:
@@ -66,10 +67,18 @@ def in_bytes(size: int) -> str:
 def _facts(pretrained: Pretrained) -> list[tuple[str, str]]:
     name = type(pretrained.model).__name__ + ("" if pretrained.architecture == "full" else f", {pretrained.architecture}")
     vocabulary = "none" if pretrained.vocabulary is None else str(pretrained.vocabulary)
-    facts = [("model", name), ("config", repr(pretrained.config)), ("vocabulary", vocabulary)]
+    facts = [("model", name), ("config", repr(pretrained.config)), ("vocabulary", vocabulary), *_kernels(pretrained)]
     if pretrained.adapters:
         facts += [("adapter", f"{pretrained.adapter or 'none'}, of {', '.join(pretrained.adapters)}")]
     return [*facts, ("prefix", " or ".join(map(repr, pretrained.prefixes)))] if pretrained.prefixes else facts
+
+
+def _kernels(pretrained: Pretrained) -> list[tuple[str, str]]:
+    """Returns how many quantised kernels are held as what, where there are some."""
+    flat = flatten(dict(pretrained.params))
+    held = [np.dtype(flat[path.removesuffix(SCALE)].dtype) for path in flat if path.endswith(SCALE)]
+    floats = sum(dtype == np.float32 for dtype in held)
+    return [("kernels", f"{len(held) - floats} held as integers, {floats} as float32")] if held else []
 
 
 def _stack(path: str) -> str:

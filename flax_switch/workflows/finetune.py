@@ -126,12 +126,13 @@ def evaluate_checkpoint(
 ) -> tuple[Run, dict[str, Any], list[Prediction]]:  # fmt: skip
     """Returns (the run, metrics by name, predictions) of a checkpoint on the validation examples of the recipe's tasks.
 
-    changes: of the checkpoint's config, beside the recipe's. loading: `experts`, `expert_memory`, `adapter` of `load_pretrained`.
-    With several processes every one of them makes this call, and has the same metrics and predictions.
+    changes: of the checkpoint's config, beside the recipe's. loading: `experts`, `expert_memory`, `kernels`, `adapter` of
+    `load_pretrained`. With several processes every one of them makes this call, and has the same metrics and predictions.
     """
     console.quiet = jax.process_index() != 0
     recipe = recipe.replace(adapter=AdapterConfig(), optimizer=FinetuneOptimizerConfig())  # nothing is trained
     changed = {**recipe.model, **(changes or {})}
+    loading = {"kernels": "auto", **loading}
     start = processes.first_process_first(lambda: open_start(checkpoint, changed, vocabulary, verify, loading))
     config = recipe.resolve(start.config, checkpoint)
     _require_same(config, start, loading=str(loading))
@@ -141,7 +142,7 @@ def evaluate_checkpoint(
     check(prepared.num_validation > 0, "There is nothing to evaluate on; name a validation or test file with data.validation=FILE.")
     run = build_run(config, mesh)
     params = start.params(run)
-    step = compile_eval_step(run, placed=has_adapter(params))
+    step = compile_eval_step(run, placed=has_adapter(params) or config.model.weights != "float")
     found, reads = run_reading(params, lambda: evaluate(run, prepared, step, params))
     if reads is not None:
         console.print(str(reads))

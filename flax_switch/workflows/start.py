@@ -5,6 +5,8 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
+
 from flax_switch.config import ConfigError, SwitchConfig, check
 from flax_switch.config.presets import PRESETS
 from flax_switch.convert.canonical import architecture_of, flatten, unflatten
@@ -44,12 +46,18 @@ class Start:
         options: dict[str, Any] = dict(
             verify=self.verify, dtype=None if asked else run.config.model.param_dtype, **self.loading, **self.changes
         )
-        shardings = None if on_disk else state_shardings(run).params
+        options.setdefault("kernels", "integers")  # those that a state has
+        picked = run.mesh.size == 1 and run.config.model.weights != "float" and options["kernels"] != "integers"
+        shardings = None if on_disk or picked else state_shardings(run).params
         loaded = load_pretrained(self.source, shardings=shardings, **options).params
         if asked:
             return loaded
         abstract = flatten(run.abstract_state.params)
-        fitting = lambda path, p: p if p.dtype == abstract[path].dtype else p.astype(abstract[path].dtype)  # noqa: E731
+
+        def fitting(path: str, p: Any) -> Any:
+            dtype = abstract[path].dtype
+            return p if p.dtype == dtype or not jnp.issubdtype(dtype, jnp.floating) else p.astype(dtype)
+
         return unflatten({path: fitting(path, p) for path, p in flatten(loaded).items()})
 
     def state(self, run: Run) -> TrainState:

@@ -73,7 +73,7 @@ class Model:
         floats = config.replace(weights="float")
         model = fs.Pretrained(floats, SwitchTransformer(floats), lively_params(floats), self.vocabulary)
         if config.weights != "float":
-            model = fs.quantize(model, config.weights)
+            model = fs.quantize(model, config.weights, kernels="integers")  # as programs compute
         self.config, self.params = model.config, model.params
         self.folder = folder / "model"
         model.save_pretrained(self.folder, format="flax_switch")

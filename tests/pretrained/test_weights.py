@@ -68,6 +68,12 @@ def tied():
     return model()
 
 
+@pytest.fixture(autouse=True)
+def as_wide_models(monkeypatch):
+    """Kernels are held as integers, as those of wide models are; `test_held_kernels.py` is about the others."""
+    monkeypatch.setattr(kernels, "FEW_WEIGHTS", 0)
+
+
 @pytest.fixture
 def exact_rows(monkeypatch):
     """Products of rows that are not rounded, on a CPU too."""
@@ -310,9 +316,12 @@ def test_a_file_of_an_unknown_or_another_scheme_is_refused(tied, tmp_path, writt
         fs.load_pretrained(tmp_path)
 
 
-def test_floats_that_call_themselves_integers_are_refused(tied, tmp_path):
+def test_floats_that_call_themselves_integers_are_refused(tied, tmp_path, monkeypatch):
     small = fs.quantize(tied, "int8")
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), small.params)
+    with pytest.raises(fs.CheckpointError, match="of the wrong shape"):
+        fs.save_pretrained(tmp_path, small.config, params, format="flax_switch")
+    monkeypatch.setattr("flax_switch.pretrained.saving.as_integers", lambda config, tensors: tensors)
     fs.save_pretrained(tmp_path, small.config, params, format="flax_switch")
     with pytest.raises(fs.CheckpointError, match="has dtype float32, where weights='int8' means int8"):
         fs.load_pretrained(tmp_path)

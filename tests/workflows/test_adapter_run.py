@@ -124,7 +124,8 @@ def test_the_model_may_be_rounded_or_scanned(changes, adapting, checkpoint, mesh
     assert_it_learns(tmp_path / "run")
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(result.state.params["adapter"]))
     dtype, others = changes.get("param_dtype"), {name: value for name, value in changes.items() if name != "param_dtype"}
-    found = fs.load_pretrained(checkpoint, dtype=dtype, **others).with_adapter(tmp_path / "run")
+    as_trained = dict(kernels="integers") if "weights" in changes else {}
+    found = fs.load_pretrained(checkpoint, dtype=dtype, **as_trained, **others).with_adapter(tmp_path / "run")
     np.testing.assert_allclose(logits(found), logits(result.model), atol=2e-2 if dtype else 1e-5)
 
 

@@ -9,6 +9,8 @@ dequantized    the weights in the rows' dtype, and their product. Accelerators m
 
 import dataclasses
 import functools
+import math
+from collections.abc import Sequence
 from typing import Any, Self
 
 import flax.struct
@@ -18,11 +20,15 @@ from jax import core
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int8, Integer
 
-from flax_switch.config.weights import GROUP
+from flax_switch.config.weights import kernel_shape
 from flax_switch.ops.kernels import platforms
 from flax_switch.ops.kernels.adapted import Adapted
 
 LEAST_ROWS = 2  # XLA's product of integers is slow for a single row on a CPU
+# A CPU multiplies by a kernel of no more weights as fast or faster in float32: rounding the rows costs more than integers save, and
+# the kernel stays in its cache. The measurements are in docs/quantisation.md. It is no matter of the number of rows: what a
+# sequence says must not depend on its batch mates.
+FEW_WEIGHTS = 2**19
 
 
 @flax.struct.dataclass
@@ -45,11 +51,7 @@ class Quantized:
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the weights: [..., D, F]."""
-        if not self.packed:
-            *lead, outputs, inputs = self.values.shape
-            return (*lead, inputs, outputs)
-        *lead, outputs, groups, _ = self.values.shape
-        return (*lead, groups * GROUP, outputs)
+        return kernel_shape(self.values.shape, packed=self.packed)
 
     def astype(self, dtype: DTypeLike) -> Self:
         """Returns it as it is: products have the dtype of their rows."""
@@ -63,13 +65,19 @@ class Quantized:
 Kernel = Array | Quantized | Adapted
 
 
+def faster_as_floats(shape: Sequence[int]) -> bool:
+    """Returns whether products with a quantised kernel [..., D, F] are faster, here, where it is held as float32."""
+    return jax.default_backend() == "cpu" and math.prod(shape[-2:]) <= FEW_WEIGHTS
+
+
 def with_scale(values: Any, scale: Array | None) -> Any:
-    """Returns the kernel that a parameter is, of a quantised one with its scales; one with an adapter keeps it."""
-    if scale is None:
-        return values
+    """Returns the kernel that a parameter is, of a quantised one with its scales; one with an adapter keeps it.
+
+    A kernel that is held as floats is the numbers themselves, and its scales are there to make it integers again.
+    """
     if isinstance(values, Adapted):
-        return dataclasses.replace(values, base=Quantized(values.base, scale))
-    return Quantized(values, scale)
+        return dataclasses.replace(values, base=with_scale(values.base, scale))
+    return values if scale is None or jnp.issubdtype(values.dtype, jnp.floating) else Quantized(values, scale)
 
 
 def multiply(x: Float[Array, "*B D"], kernel: Kernel) -> Float[Array, "*B F"]:

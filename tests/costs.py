@@ -1,4 +1,4 @@
-"""A hook that leaves to the quick part a few cases, spread over all, of a test that costs much; the others are slow.
+"""Hooks that leave to the quick part a few cases, spread over all, of a test that costs much, and run the costliest files first.
 
 tests/durations.json holds what a case of each test takes; `bash scripts/test.sh --all --record` writes it.
 """
@@ -13,6 +13,7 @@ import pytest
 
 ROOM = 5.0  # seconds of the quick part that the cases of one test may take together; one case may take more
 LONGEST = 12.0  # seconds from which on a case is slow, unless its test is marked `quick`
+UNRECORDED = 0.1  # seconds that a case takes, about, where its test is not worth a record
 DURATIONS = Path(__file__).with_name("durations.json")
 
 
@@ -27,9 +28,23 @@ def quick_cases(cases: int, seconds: float, *, stays: bool = False) -> set[int]:
     return {i * cases // chosen for i in range(chosen)}
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Marks as slow what is too much for the quick part."""
+def costliest_files_first(nodeids: list[str], durations: dict[str, tuple[int, float]]) -> list[str]:
+    """The tests by file, so that no long file is begun when the other workers have nothing left; as they were within a file."""
+    costs = defaultdict(float)
+    for test in nodeids:
+        costs[test.split("::")[0]] += durations.get(test.split("[")[0], (1, UNRECORDED))[1]
+    return sorted(nodeids, key=lambda test: -costs[test.split("::")[0]])
+
+
+def pytest_configure(config):
+    """Has pytest-xdist hand out files as they come, not by the number of their tests."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(config, items):
+    """Marks as slow what is too much for the quick part; then, of those that are chosen, has workers run costly files first."""
     durations = json.loads(DURATIONS.read_text("utf-8"))
     tests = defaultdict(list)
     for item in items:
@@ -41,3 +56,7 @@ def pytest_collection_modifyitems(items):
         for number, case in enumerate(cases):
             if number not in stay:
                 case.add_marker(pytest.mark.slow)
+    yield
+    if hasattr(config, "workerinput"):
+        chosen = {item.nodeid: item for item in items}
+        items[:] = [chosen[test] for test in costliest_files_first(list(chosen), durations)]

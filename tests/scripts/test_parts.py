@@ -67,6 +67,21 @@ def test_the_cases_that_are_quick_and_those_that_are_slow_are_all(tmp_path):
     assert chosen("-m", "not slow", "test_small.py::test_x[5]") == ["test_x[5]"]
 
 
+def test_a_worker_begins_with_the_file_that_takes_longest(tmp_path):
+    """By pytest itself: what is on record decides, of what is chosen, and not the number of a file's tests or its name."""
+    shutil.copy(ROOT / "tests" / "costs.py", tmp_path)
+    (tmp_path / "conftest.py").write_text("from costs import pytest_collection_modifyitems, pytest_configure")
+    (tmp_path / "durations.json").write_text('{"test_b.py::test_2": [1, 2.0], "test_c.py::test_2": [1, 60]}')
+    for name, tests in {"a": 5, "b": 2, "c": 3}.items():
+        text = "\n".join(f"def test_{i}(): pass" for i in range(1, tests + 1))
+        (tmp_path / f"test_{name}.py").write_text(text)
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-v", "-n1", "--dist", "loadfile", "-m", "not slow"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    ran = [line.split("PASSED test_")[1] for line in done.stdout.splitlines() if "PASSED" in line]
+    assert "".join(test[0] for test in ran) == "bbaaaaacc", done.stdout
+    assert [test.strip()[-1] for test in ran[:2]] == ["1", "2"], "in a file they stay as they are written"
+
+
 def test_every_test_is_in_one_quarter():
     """By pytest itself, in a suite of its own."""
     names = [f"test_{i}" for i in range(12)]

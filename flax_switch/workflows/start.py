@@ -46,8 +46,9 @@ class Start:
         options: dict[str, Any] = dict(
             verify=self.verify, dtype=None if asked else run.config.model.param_dtype, **self.loading, **self.changes
         )
-        options.setdefault("kernels", "integers")  # those that a state has
-        picked = run.mesh.size == 1 and run.config.model.weights != "float" and options["kernels"] != "integers"
+        quantised = run.config.model.weights != "float"
+        options.setdefault("kernels", "integers" if quantised else "auto")  # those that a state has
+        picked = run.mesh.size == 1 and quantised and options["kernels"] != "integers"
         shardings = None if on_disk or picked else state_shardings(run).params
         loaded = load_pretrained(self.source, shardings=shardings, **options).params
         if asked:

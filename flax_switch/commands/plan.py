@@ -9,6 +9,7 @@ from typing import Any
 
 from flax_switch.commands.options import add_mesh_argument, add_recipe_arguments, load_config, read_mesh, take_overrides
 from flax_switch.host.files import check_writable, write_text
+from flax_switch.host.jax_settings import jax_setting
 
 __all__ = ["add_arguments", "run", "take_overrides"]
 
@@ -35,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
         check_writable(f"{args.save_program}/program.json", make_folders=True)
     import jax
 
-    if jax.config.jax_platforms is None:  # pyright: ignore[reportAttributeAccessIssue]
+    if jax_setting("jax_platforms") is None:
         jax.config.update("jax_platforms", "cpu")  # compilers for other devices run without starting them
     config = load_config(args)
     mesh = config.mesh if args.mesh is None else read_mesh(args.mesh, config.mesh)

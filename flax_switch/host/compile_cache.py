@@ -20,6 +20,7 @@ from typing import Any
 
 from flax_switch.config import ConfigError
 from flax_switch.host.files import cache_folder, expanded, write_bytes
+from flax_switch.host.jax_settings import jax_setting
 
 ENVIRONMENT = "FLAX_SWITCH_COMPILE_CACHE"  # names another folder
 LIMIT = 2 * 2**30  # bytes of all entries together
@@ -40,7 +41,7 @@ def use_compile_cache(off: bool = False) -> Path | None:
     if off:
         jax.config.update("jax_enable_compilation_cache", False)
         return None
-    if jax.config.jax_compilation_cache_dir is not None:  # pyright: ignore[reportAttributeAccessIssue]
+    if jax_setting("jax_compilation_cache_dir") is not None:
         return None
     try:  # JAX has no public place for the files of a cache
         folder = compile_cache_folder()

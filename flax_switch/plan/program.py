@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from flax_switch.config import ExperimentConfig
 from flax_switch.generation.program import decode, decoder_config, in_compute_dtype, start_cache
+from flax_switch.host.jax_settings import jax_setting
 from flax_switch.nn.transformer import SwitchTransformer
 from flax_switch.parallel.mesh import batch_sharding, batch_ways
 from flax_switch.parallel.placement import LaidOutByCompiler
@@ -72,7 +73,7 @@ class Program:
 @contextlib.contextmanager
 def compiler_effort(effort: str) -> Iterator[None]:
     """Sets how long XLA searches for faster code: "full" as in training; "quick" takes 0.6 of the time and a little more memory."""
-    before = jax.config.jax_optimization_level  # pyright: ignore[reportAttributeAccessIssue]
+    before = jax_setting("jax_optimization_level")
     if effort == "quick":
         jax.config.update("jax_optimization_level", "O1")
     try:

@@ -97,8 +97,8 @@ def routing(record: RunRecord) -> str:
 
 def _routers(lines: list[dict[str, Any]], layers: list[str], experts: int) -> str:
     steps, even = [line["step"] for line in lines], math.log(experts) or 1.0
-    entropy = np.asarray([line["routers/router_entropy"] for line in lines]).T
-    entropies = heat("Router entropy by layer", "layer", layers, steps, entropy.tolist(), high=even, unit="nats", tall=26)
+    entropy = list(zip(*(line["routers/router_entropy"] for line in lines), strict=True))
+    entropies = heat("Router entropy by layer", "layer", layers, steps, entropy, high=even, unit="nats", tall=26)
 
     def by_layer(title: str, unit: str, metric: str, scale: float = 1.0) -> str:
         values = np.asarray([line[f"routers/{metric}"] for line in lines]) * scale

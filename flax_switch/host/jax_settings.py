@@ -1,0 +1,12 @@
+"""What JAX is set to, read in a way that type checkers take under every JAX: some have attributes of `jax.config` that others lack."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def jax_setting(name: str) -> Any:
+    """Returns the value of a setting such as "jax_platforms"."""
+    import jax
+
+    return getattr(jax.config, name)

@@ -1,4 +1,4 @@
-"""What JAX is set to, read in a way that type checkers take under every JAX: some have attributes of `jax.config` that others lack."""
+"""What JAX is set to, read in a way that type checkers take under every JAX."""
 
 from __future__ import annotations
 

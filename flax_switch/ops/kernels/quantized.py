@@ -25,10 +25,10 @@ from flax_switch.ops.kernels import platforms
 from flax_switch.ops.kernels.adapted import Adapted
 
 LEAST_ROWS = 2  # XLA's product of integers is slow for a single row on a CPU
-# A CPU multiplies by a kernel of no more weights as fast or faster in float32: rounding the rows costs more than integers save, and
-# the kernel stays in its cache. The measurements are in docs/quantisation.md. It is no matter of the number of rows: what a
-# sequence says must not depend on its batch mates.
-FEW_WEIGHTS = 2**19
+# A CPU multiplies by a kernel of no more weights as fast or faster in float32: rounding the rows costs more than integers save. The
+# measurements are in docs/quantisation.md. It is no matter of the number of rows: what a sequence says must not depend on its batch
+# mates.
+FEW_WEIGHTS = 2**14
 
 
 @flax.struct.dataclass

@@ -6,13 +6,20 @@
 Every cell is a full `generate`: encode 256 tokens, then produce exactly 32 new ones for each row, in evaluation mode. Contenders
 take turns, so that whatever else the machine does falls on all; medians are reported. Compilation is told apart. CTranslate2, which
 has no mixtures of experts, runs dense shapes where it is installed. Quiet machines only.
+
+The peak of memory is that of a process that loads one contender alone and generates once with the largest batch (Linux's VmHWM),
+beyond what it had when all libraries were imported.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
+import re
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -46,25 +53,32 @@ SHAPES = {
 }  # fmt: skip
 
 
+OURS = {"float32": {}, "int8": dict(weights="int8")}
 Run = Callable[[np.ndarray, dict], np.ndarray]  # source ids [B, S] and controls to sequences [B, T]
 
 
-def contenders(shape: str) -> dict[str, Run]:
-    """Returns every library that runs a shape, by name, with the same random weights."""
+def write_model(shape: str, folder: str) -> list[str]:
+    """Writes transformers' model of a shape with random weights, and CTranslate2's of it; returns the names of all that run it."""
     torch.manual_seed(0)
     dense = "num_experts" not in SHAPES[shape]
     kind = "T5" if dense else "SwitchTransformers"
     config = getattr(transformers, f"{kind}Config")(**SHAPES[shape], decoder_start_token_id=0)
-    theirs = getattr(transformers, f"{kind}ForConditionalGeneration")(config).eval()
-    with tempfile.TemporaryDirectory() as folder:
-        theirs.save_pretrained(folder)
-        found = {"transformers": _theirs(theirs)}
-        for name, options in (("float32", {}), ("int8", dict(weights="int8"))):
-            found[name] = _ours(fs.load_pretrained(folder, **options))
-        if dense and importlib.util.find_spec("ctranslate2"):
-            for name in ("float32", "int8"):
-                found[f"CTranslate2 {name}"] = _ctranslate2(folder, name)
-    return found
+    getattr(transformers, f"{kind}ForConditionalGeneration")(config).save_pretrained(folder)
+    names = ["transformers", *OURS]
+    if dense and importlib.util.find_spec("ctranslate2"):
+        for name in ("float32", "int8"):
+            _convert(folder, name)
+            names.append(f"CTranslate2 {name}")
+    return names
+
+
+def contender(name: str, folder: str) -> Run:
+    """Returns what generates, of the files that `write_model` made."""
+    if name == "transformers":
+        return _theirs(transformers.AutoModelForSeq2SeqLM.from_pretrained(folder).eval())
+    if name in OURS:
+        return _ours(fs.load_pretrained(folder, **OURS[name]))
+    return _ctranslate2(folder, name.split()[-1])
 
 
 def _theirs(model) -> Run:
@@ -79,17 +93,21 @@ def _ours(model: fs.Pretrained) -> Run:
     return lambda ids, controls: model.generate(ids, **controls).sequences
 
 
-def _ctranslate2(folder: str, weights: str) -> Run:
-    """Converts the folder and returns its translator. The model has no tokenizer: a token is its number."""
-    import ctranslate2
+def _convert(folder: str, weights: str) -> None:
+    """Converts the folder for CTranslate2. The model has no tokenizer: a token is its number."""
     from ctranslate2.converters import transformers as converters
 
     class Converter(converters.TransformersConverter):
         def load_tokenizer(self, *args, **options):
             return _Numbers(transformers.AutoConfig.from_pretrained(folder).vocab_size)
 
-    output = str(Path(folder) / f"ctranslate2_{weights}")
-    Converter(folder).convert(output, quantization=weights)
+    Converter(folder).convert(f"{folder}/ctranslate2_{weights}", quantization=weights)
+
+
+def _ctranslate2(folder: str, weights: str) -> Run:
+    import ctranslate2
+
+    output = f"{folder}/ctranslate2_{weights}"
     translator = ctranslate2.Translator(output, device="cpu", compute_type=weights, intra_threads=torch.get_num_threads())
 
     def run(ids: np.ndarray, controls: dict) -> np.ndarray:
@@ -119,10 +137,35 @@ class _Numbers:
         return {str(number): number for number in range(self.size)}
 
 
+def peak() -> int:
+    """Returns the most bytes that this process has held."""
+    return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+def alone(name: str, folder: str, shape: str, batch: int, args) -> int:
+    """Returns by how many bytes one contender raises the peak of a process of its own."""
+    command = [sys.executable, __file__, "--alone", name, folder, "--shapes", shape, "--batches", str(batch), "--beams", "1"]
+    sizes = ["--source", str(args.source), "--new-tokens", str(args.new_tokens)]
+    return json.loads(subprocess.run([*command, *sizes], check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+
+
+def run_alone(name: str, folder: str, args) -> None:
+    """What such a process does; prints the bytes."""
+    before = peak()
+    ids, controls = problem(SHAPES[args.shapes[0]]["vocab_size"], args.batches[0], args.beams[0], args.source, args.new_tokens)
+    contender(name, folder)(ids, controls)
+    print(json.dumps(peak() - before))
+
+
+def problem(vocab_size: int, batch: int, beams: int, source: int, new_tokens: int) -> tuple[np.ndarray, dict]:
+    """Returns source ids and controls."""
+    ids = np.random.default_rng(0).integers(2, vocab_size, (batch, source))
+    return ids, dict(max_new_tokens=new_tokens, min_new_tokens=new_tokens, num_beams=beams)
+
+
 def measure(runs: dict[str, Run], vocab_size: int, batch: int, beams: int, source: int, new_tokens: int, repeats: int) -> dict:
     """Seconds of all contenders, by turns, and how many of each one's tokens are transformers'."""
-    ids = np.random.default_rng(0).integers(2, vocab_size, (batch, source))
-    controls = dict(max_new_tokens=new_tokens, min_new_tokens=new_tokens, num_beams=beams)
+    ids, controls = problem(vocab_size, batch, beams, source, new_tokens)
 
     def timed(run: Run) -> tuple[float, np.ndarray]:
         time.sleep(SETTLE)
@@ -157,28 +200,48 @@ def main() -> None:
     parser.add_argument("--source", type=int, default=256)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/generation.json"))
+    parser.add_argument("--output", type=Path, help="by default benchmarks/results/generation_jax_VERSION.json")
+    parser.add_argument("--alone", nargs=2, metavar=("CONTENDER", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
-    rows = []
+    if args.alone:
+        run_alone(*args.alone, args)
+    else:
+        race(args)
+
+
+def race(args) -> None:
+    """Measures all cells."""
+    rows, memory = [], {}
     print("shape     batch  beams  contender              tok/s   ratio  same tokens  compile s")
     for shape in args.shapes:
-        runs = contenders(shape)
+        with tempfile.TemporaryDirectory() as folder:
+            names = write_model(shape, folder)
+            memory[shape] = {name: alone(name, folder, shape, max(args.batches), args) for name in names}
+            runs = {name: contender(name, folder) for name in names}
         for batch in args.batches:
             for beams in args.beams:
                 size = SHAPES[shape]["vocab_size"]
                 row = measure(runs, size, batch, beams, args.source, args.new_tokens, args.repeats)
                 rows.append(dict(shape=shape, **row))
-                for name, speed in row["tokens_per_second"].items():
-                    compiled = row["compile_seconds"].get(name)
-                    print(
-                        f"{shape:9} {batch:5} {beams:6}  {name:20} {speed:7.1f} {row['ratio'].get(name, 1.0):7.2f} "
-                        f"{row['same_tokens'][name]:12.2f} {'' if compiled is None else f'{compiled:10.1f}'}",
-                        flush=True,
-                    )
+                show(rows[-1])
+        peaks = (f"{name} {size / 1e6:.0f}" for name, size in memory[shape].items())
+        print(f"{shape:9} peak of memory, MB: {', '.join(peaks)}", flush=True)
         del runs
     settings = dict(torch_threads=torch.get_num_threads(), source=args.source, new_tokens=args.new_tokens)
-    run_record.write(args.output, dict(**settings, rows=rows), device=jax.devices()[0].device_kind)
+    output = args.output or run_record.RESULTS / f"generation_jax_{jax.__version__}.json"
+    run_record.write(output, dict(**settings, rows=rows, peak_bytes=memory, peak_batch=max(args.batches)))
+
+
+def show(row: dict) -> None:
+    """Prints a line for each contender."""
+    for name, speed in row["tokens_per_second"].items():
+        compiled = row["compile_seconds"].get(name)
+        print(
+            f"{row['shape']:9} {row['batch']:5} {row['beams']:6}  {name:20} {speed:7.1f} {row['ratio'].get(name, 1.0):7.2f} "
+            f"{row['same_tokens'][name]:12.2f} {'' if compiled is None else f'{compiled:10.1f}'}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -2,13 +2,15 @@
 
     python benchmarks/offload.py                              # base-8's shape, random weights
     python benchmarks/offload.py --shape tiny                 # seconds
+    python benchmarks/offload.py --shape base-128 --no-resident --folder FOLDER   # 7.4 G parameters in bfloat16: 30 GB of disk
     python benchmarks/offload.py --model runs/exported        # a model of one's own, with its vocabulary, on held-out sentences
 
-All open the same safetensors folder and decode greedily, a row at a time; ours take turns in one process. "Cold" means
-that the system had to drop the file's pages before every round (posix_fadvise), and that the model's memory was empty; "warm" that
-the round before was the same. Experts on disk have a memory for --share of all experts (a quarter). The bytes that the system
-read from the disk (/proc/self/io) are compared with the experts that were missed times their size. accelerate is left out where
-it is not installed. Quiet machines only.
+All open the same safetensors folder and decode greedily, a row at a time; ours take turns in one process. base-128 is written in
+bfloat16, held in it by all, and computed in float32 by ours and in bfloat16 by transformers, so that what they say may differ.
+"Cold" means that the system had to drop the file's pages before every round (posix_fadvise), and that the model's memory was empty;
+"warm" that the round before was the same. Experts on disk have a memory for --share of all experts (a quarter). The bytes that the
+system read from the disk (/proc/self/io) are compared with the experts that were missed times their size. accelerate is left out
+where it is not installed. Quiet machines only.
 """
 
 from __future__ import annotations
@@ -40,7 +42,13 @@ SHAPES = {
         vocab_size=32128, d_model=768, d_ff=3072, d_kv=64, num_heads=12, num_layers=12, num_decoder_layers=12,
         num_sparse_encoder_layers=6, num_sparse_decoder_layers=6, num_experts=8,
     ),
+    "base-128": dict(
+        vocab_size=32128, d_model=768, d_ff=3072, d_kv=64, num_heads=12, num_layers=12, num_decoder_layers=12,
+        num_sparse_encoder_layers=6, num_sparse_decoder_layers=6, num_experts=128,
+    ),
 }  # fmt: skip
+DTYPES = {"base-128": "bfloat16"}  # of files; other shapes are in float32
+SHARD = 2 * 10**9  # bytes
 
 
 def drop_pages(folder: Path, pattern: str = "*.safetensors") -> None:
@@ -57,13 +65,15 @@ def disk_bytes() -> int:
     return int(lines["read_bytes"])
 
 
-def ours(folder: Path, ids: list[list[int]], tokens: int, repeats: int, memory: int, weights: str | None) -> dict[str, Any]:
+def ours(
+    folder: Path, ids: list[list[int]], tokens: int, repeats: int, memory: int, weights: str | None, resident: bool
+) -> dict[str, Any]:
     """Returns what our two models say and how long they take, by turns; of the one on disk also cold, and what it read."""
     import flax_switch as fs
     from flax_switch.ops.kernels.on_disk import first_on_disk
 
     changes = {} if weights is None else dict(weights=weights)
-    models = {name: fs.load_pretrained(folder, **changes, **options) for name, options in _places(memory).items()}
+    models = {name: fs.load_pretrained(folder, **changes, **options) for name, options in _places(memory, resident).items()}
     runs = {
         name: lambda row, model=model: model.generate([row], max_new_tokens=tokens, min_new_tokens=tokens)
         for name, model in models.items()
@@ -91,8 +101,8 @@ def ours(folder: Path, ids: list[list[int]], tokens: int, repeats: int, memory: 
     return found
 
 
-def _places(memory: int) -> dict[str, dict[str, Any]]:
-    return {"memory": {}, "disk": dict(experts="disk", expert_memory=memory)}
+def _places(memory: int, resident: bool) -> dict[str, dict[str, Any]]:
+    return {**({"memory": {}} if resident else {}), "disk": dict(experts="disk", expert_memory=memory)}
 
 
 def accelerates(folder: Path, ids: list[list[int]], tokens: int, repeats: int) -> dict[str, Any]:
@@ -101,7 +111,7 @@ def accelerates(folder: Path, ids: list[list[int]], tokens: int, repeats: int) -
     import torch
     import transformers
 
-    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
+    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder, dtype="auto").eval()
     controls = dict(max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
     with tempfile.TemporaryDirectory(dir=folder.parent) as offloaded, torch.inference_mode():
         accelerate.disk_offload(model, offloaded, execution_device=torch.device("cpu"))
@@ -127,14 +137,42 @@ def _told(reads: Any) -> dict[str, Any]:
 
 
 def made(shape: str, folder: Path) -> Path:
-    """Writes a model of a shape with random weights, as transformers does, and returns its folder."""
+    """Writes transformers' model of a shape with random weights, a shard at a time, and returns its folder."""
     import torch
     import transformers
+    from safetensors.torch import save_file
 
-    torch.manual_seed(0)
     config = transformers.SwitchTransformersConfig(**SHAPES[shape], decoder_start_token_id=0)
-    transformers.SwitchTransformersForConditionalGeneration(config).save_pretrained(folder / "model")
-    return folder / "model"
+    config.architectures = ["SwitchTransformersForConditionalGeneration"]
+    with torch.device("meta"):
+        model = transformers.SwitchTransformersForConditionalGeneration(config)
+    dtype = getattr(torch, DTYPES.get(shape, "float32"))
+    tied = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
+    folder = folder / "model"
+    folder.mkdir(exist_ok=True)
+    rng, shard, weight_map = np.random.default_rng(0), {}, {}
+    for name, size in shapes.items():
+        shard[name] = numbers(rng, name, size, dtype)
+        if sum(tensor.nbytes for tensor in shard.values()) > SHARD or name == list(shapes)[-1]:
+            file = f"model-{len(set(weight_map.values())) + 1:05}.safetensors"
+            save_file(shard, folder / file, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(shard, file)
+            shard = {}
+    config.save_pretrained(folder)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+def numbers(rng: np.random.Generator, name: str, size: tuple[int, ...], dtype: Any) -> Any:
+    """Returns a tensor of random numbers, of 256 that are drawn once for each: to draw all would take minutes."""
+    import torch
+
+    if len(size) == 1:  # a norm's scale
+        return torch.ones(size, dtype=dtype)
+    deviation = 1.0 if name == "shared.weight" else size[1] ** -0.5
+    few = torch.from_numpy(rng.standard_normal(256) * deviation).to(dtype)
+    return few[torch.from_numpy(np.frombuffer(rng.bytes(size[0] * size[1]), np.uint8).astype(np.int32))].reshape(size)
 
 
 def sources(folder: Path, rows: int, length: int) -> list[list[int]]:
@@ -174,6 +212,8 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a folder, in place of a shape's random weights")
     parser.add_argument("--share", type=float, default=0.25, help="of the experts, that the memory holds")
     parser.add_argument("--weights", help="ours hold kernels in this form")
+    parser.add_argument("--resident", action=argparse.BooleanOptionalAction, default=True, help="also with experts in memory")
+    parser.add_argument("--folder", type=Path, help="where a shape's files are written, and what accelerate makes of them")
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=32, help="of sources, in tokens")
     parser.add_argument("--tokens", type=int, default=16, help="new ones for each row")
@@ -181,7 +221,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=run_record.RESULTS / "offload.json")
     parser.add_argument("--alone", choices=("ours", "accelerate"), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
         folder = args.model or made(args.shape, Path(temporary))
         measured = args.tokens, args.repeats
         if args.alone:
@@ -189,13 +229,15 @@ def main() -> None:
             if args.alone == "accelerate":
                 found = {"accelerate": accelerates(folder, ids, *measured)}
             else:
-                found = ours(folder, ids, *measured, expert_share(folder, args.share, args.weights), args.weights)
+                memory = expert_share(folder, args.share, args.weights)
+                found = ours(folder, ids, *measured, memory, args.weights, args.resident)
             print(json.dumps(found))
             return
-        names = ["ours", *(["accelerate"] if importlib.util.find_spec("accelerate") and not args.weights else [])]
+        integers = args.weights in ("int8", "int4")
+        names = ["ours", *(["accelerate"] if importlib.util.find_spec("accelerate") and not integers else [])]
         options = [
             o for name in ("share", "weights", "rows", "length", "tokens", "repeats") for o in _option(name, getattr(args, name))
-        ]
+        ] + [f"--{'' if args.resident else 'no-'}resident"]
         results = {key: value for name in names for key, value in alone("--model", folder, *options, "--alone", name).items()}
     report(results, args.rows * args.tokens)
     settings = {name: getattr(args, name) for name in ("shape", "weights", "share", "rows", "length", "tokens", "repeats")}
@@ -208,10 +250,11 @@ def _option(name: str, value: Any) -> list[str]:
 
 def report(results: dict[str, Any], tokens: int) -> None:
     """Prints a table, and what was read."""
-    wanted = results["memory"]["said"]
+    wanted = next(iter(results.values()))["said"]
     for name, found in results.items():
         speeds = {kind: tokens / statistics.median(found[kind]) for kind in ("warm", "cold") if found.get(kind)}
-        same = "the same tokens" if found["said"] == wanted else "OTHER TOKENS"
+        share = np.mean(np.equal(found["said"], wanted))
+        same = "the same tokens" if share == 1 else f"{share:.0%} same tokens"
         print(f"{name:<12}{same:<18}" + "  ".join(f"{kind} {speed:,.2f} tokens/s" for kind, speed in speeds.items()))
     disk = results["disk"]
     print(f"warm {disk['warm_reads']}\ncold {disk['cold_reads']}")

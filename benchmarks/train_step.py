@@ -148,7 +148,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--warm-up", type=int, default=2, help="pairs before those that count")
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/train_step.json"))
+    parser.add_argument("--output", type=Path, help="by default benchmarks/results/train_step_jax_VERSION.json")
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     rows = []
@@ -164,7 +164,7 @@ def main() -> None:
             )
     settings = dict(batch=args.batch, source=args.source, target=args.target, optimizer="AdamW, float32")
     results = dict(torch_threads=torch.get_num_threads(), settings=settings, rows=rows)
-    run_record.write(args.output, results, device=jax.devices()[0].device_kind)
+    run_record.write(args.output or run_record.RESULTS / f"train_step_jax_{jax.__version__}.json", results)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from flax_switch.ops import Size
+from flax_switch.ops.kernels import platforms
 from flax_switch.ops.kernels.relative import relative_position_bias
 
 
@@ -52,7 +53,12 @@ class KeyValueCache:
             x = x.reshape(*x.shape[:3], -1).astype(columns.dtype)
             return jax.lax.dynamic_update_slice_in_dim(columns, x, index * beams, axis=3)
 
-        return dataclasses.replace(self, key=written(self.key, new.key), value=written(self.value, new.value))
+        key, value = written(self.key, new.key), written(self.value, new.value)
+        if platforms.target() == "cpu":
+            # Of a single group XLA would make two caches in every step, one that attention reads and one for the next step, and
+            # copy all columns for both.
+            key, value = jax.lax.optimization_barrier((key, value))
+        return dataclasses.replace(self, key=key, value=value)
 
     def spread(self, groups: Size, beams: int, columns: Size) -> Self:
         """Copies the past of each row to its groups, at beam 0 of `beams`, with room for as many columns as `columns`."""

@@ -6,6 +6,7 @@ switch      jumps to each expert that is hit, once for all rows that hit it. For
 reference   every row through every expert
 """
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
@@ -34,15 +35,16 @@ def unstacked_experts(params: Mapping[str, Any], sparse_layers: Sequence[int], n
     if not _on_one_cpu(params):
         return None
 
-    def split(layer: Mapping[str, Any]) -> tuple[Kernels, ...] | OnDisk:
+    def split(layer: Mapping[str, Any]) -> tuple[Any, ...] | OnDisk:
         if (found := first_on_disk(layer["mlp"]["expert"])) is not None:
             return found
         stacked = jax.tree.map(np.asarray, as_kernels(layer["mlp"]["expert"]))
-        alone = lambda e: jax.tree.map(lambda kernel: jax.device_put(kernel[e], may_alias=True), stacked)  # noqa: E731
-        return tuple(alone(e) for e in range(num_experts))
+        return tuple(jax.tree.map(operator.itemgetter(e), stacked) for e in range(num_experts))
 
-    names = [f"layers_{i}" for i in sparse_layers]
-    return {"decoder": {name: {"mlp": {"experts": split(params["decoder"][name])}} for name in names}}
+    layers = {f"layers_{i}": split(params["decoder"][f"layers_{i}"]) for i in sparse_layers}
+    in_memory = {name: experts for name, experts in layers.items() if not isinstance(experts, OnDisk)}
+    layers |= jax.device_put(in_memory, may_alias=True)  # at once: with 128 experts these are thousands of arrays in each call
+    return {"decoder": {name: {"mlp": {"experts": experts}} for name, experts in layers.items()}}
 
 
 def as_kernel(params: Mapping[str, Any]) -> Kernel:

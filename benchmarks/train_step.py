@@ -6,12 +6,15 @@
 A step is forward, backward and AdamW on float32 parameters: batch 4, source 256, target 64. Dropout is the same on both sides,
 router jitter is off on both. Both models route as Hugging Face does, with a fixed capacity in each sequence. Steps of the two
 alternate and medians are reported; after each step the machine rests, because idle threads of either library spin for a while.
-Malloc keeps its memory (`flax_switch.host.memory`), as it does in our training; both models profit. Quiet machines only.
+Malloc keeps its memory (`flax_switch.host.memory`), as it does in our training; both models profit. Every row has a process of its
+own, as the two models of base-8 fill 20 GB. Quiet machines only.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
+import multiprocessing
 import statistics
 import tempfile
 import time
@@ -21,7 +24,7 @@ import run_record
 
 from flax_switch.host.memory import keep_freed_memory
 
-if __name__ == "__main__":
+if __name__ in ("__main__", "__mp_main__"):
     keep_freed_memory()  # before JAX starts
 
 import jax
@@ -155,7 +158,8 @@ def main() -> None:
     print("shape    dropout   ours tok/s  transformers tok/s   ratio  compile s  first losses")
     for shape in args.shapes:
         for dropout in args.dropout:
-            row = measure(shape, dropout, args)
+            with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
+                row = alone.submit(measure, shape, dropout, args).result()
             rows.append(row)
             print(
                 f"{shape:8} {dropout:7} {row['our_tokens_per_second']:12.0f} {row['their_tokens_per_second']:19.0f} "

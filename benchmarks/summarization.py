@@ -3,10 +3,10 @@
     python benchmarks/summarization.py --workdir runs/summarization         # run it again to go on where it was stopped
 
 Builds the data (scripts/data/debian_descriptions.py: on Debian or Ubuntu, or with --files), pre-trains a small Switch Transformer
-on the descriptions of the training split, first by span corruption and prefix-LM, then on restoring sentences that lack words,
-alone and where a description begins, and fine-tunes it on descriptions and synopses. The same model is fine-tuned from random
-weights, with the same recipe for the same number of steps. Printed are ROUGE F-measures on held-out pairs, of both and of the first
-sentences cut to the mean length of a synopsis. Every stage is a command of the command line, printed before it runs.
+on the descriptions of the training split, mostly by infilling, and fine-tunes it on descriptions and synopses. The same model is
+fine-tuned from random weights, with the same recipe for the same number of steps. Printed are ROUGE F-measures on held-out pairs,
+of both and of the first sentences cut to the mean length of a synopsis. Every stage is a command of the command line, printed
+before it runs.
 """
 
 from __future__ import annotations
@@ -72,8 +72,6 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--files", type=Path, help="a folder of archive indices, instead of asking apt")
     parser.add_argument("--steps", type=int, default=1000, help="of fine-tuning, both times")
-    parser.add_argument("--sentence-steps", type=int, default=800)
-    parser.add_argument("--lead-steps", type=int, default=800)
     parser.add_argument("--examples", type=int, default=500, help="of the test split, spread evenly over it")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/summarization.json")
     args = parser.parse_args()
@@ -91,27 +89,8 @@ def main() -> None:
         ),
     )  # fmt: skip
     recipe = dict(config="configs/finetune_descriptions.py")
-    restoring = dict(
-        config__data__inputs="text", config__data__prefix="restore: ",
-        config__data__inputs_length=24, config__data__targets_length=24,
-    )  # fmt: skip
-    steps = {"sentences": args.sentence_steps, "leads": args.lead_steps}
-    init = workdir / "pretrained"
-    for name, changes in {
-        "sentences": dict(config__data__targets="sentence", config__data__batch_size=64),
-        "leads": dict(config__data__targets="lead", config__data__inputs_length=64),
-    }.items():
-        stage(
-            f"restoring {name}",
-            workdir,
-            flax_switch(
-                "finetune", **recipe, init=init, workdir=workdir / name, **{**restoring, **changes},
-                config__data__train=data / name / "train.jsonl", config__data__validation=data / name / "validation.jsonl",
-                config__optimizer__learning_rate=0.03, config__train__steps=steps[name], config__train__eval_every=steps[name],
-            ),
-        )  # fmt: skip
-        init = workdir / name
-    models = {"pre-trained": workdir / "leads", "random weights": f"random:{workdir / 'leads'}"}
+    pretrained = workdir / "pretrained"
+    models = {"pre-trained": pretrained, "random weights": f"random:{pretrained}"}
     predictions = {}
     for name, init in models.items():
         folder = workdir / name.replace(" ", "_")
@@ -162,8 +141,6 @@ def report(predictions: dict[str, list[dict]], data: Path, workdir: Path, args: 
     result = dict(
         examples=len(examples),
         steps=args.steps,
-        sentence_steps=args.sentence_steps,
-        lead_steps=args.lead_steps,
         scores={name: {column: round(scores[column], 2) for column in SCORES} for name, scores in rows.items()},
         seconds=seconds,
     )

@@ -1,10 +1,10 @@
 """Translating one-line descriptions of Debian packages from English into Italian, by a small model, on one machine.
 
-Command:   flax-switch finetune --config configs/finetune_descriptions_translation.py --init runs/sentences-en-it \
+Command:   flax-switch finetune --config configs/finetune_descriptions_translation.py --init runs/descriptions-en-it \
                --workdir runs/translation --config.data.train=data/debian/translation/en-it/synopses/train.jsonl \
                --config.data.validation=data/debian/translation/en-it/synopses/validation.jsonl
 Hardware:  1 or 2 CPU cores.
-Expect:    BLEU 40 and chrF 66 on held-out synopses (copying the source: 8.5 and 39); docs/guides/translation.md says more.
+Expect:    BLEU 39 and chrF 66 on held-out synopses (copying the source: 8.5 and 39); docs/guides/translation.md says more.
 """
 
 from flax_switch.config.finetuning import (

@@ -10,17 +10,12 @@ What is written into the folder:
     translation/en-LL/{train,validation,test}.jsonl   {"package", "en", "LL"}: synopses, and descriptions paragraph by paragraph
     translation/en-LL/synopses/...                    the synopses among them: short and quick to learn
     corpus/LL.txt                                     descriptions of the training split, one a line, no paragraph twice
-    sentences/{train,validation}.jsonl                {"text", "sentence"}: see below
-    leads/{train,validation}.jsonl                    {"text", "lead"}
     README.md                                         where it is from, how it was split, how much there is
 
 Pairs are unique, and families of packages are in one split together in every file: packages of one source, sources of one name but
 for what follows a hyphen or a number, and packages whose descriptions are near copies. The same archive gives the same files.
 
-The corpora are text to pre-train on. No synopsis is in them, nor in what is made of corpus/en.txt alone and teaches a model to find
-and to copy, which a summary takes: short sentences, the text being the sentence but for words that were dropped; and leads, the
-beginning of a description's first sentence, the text being the description with that sentence replaced by <extra_id_0>, or, four
-times as often, whole but for words that were dropped.
+The corpora are text to pre-train on. No synopsis is in them.
 
 Needs Python alone.
 """
@@ -44,7 +39,6 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from random import Random
 from typing import IO
 
 ELSEWHERE = """Elsewhere than on Debian or Ubuntu, download these files from a mirror such as
@@ -63,10 +57,6 @@ SKETCH = 8  # triples by which copies are looked for: of pairs that share half o
 RECENT = 20  # texts with the same rare triple to compare with; a boilerplate sentence may have thousands
 
 SENTENCE_END = r"(?<=[.!?])\s+(?=[A-Z])"  # a full stop, question mark or exclamation mark with a space and a capital after it
-SHORT = 14  # words of the longest sentence that is to be restored by itself
-LEAD = 14  # words of a first sentence that are to be restored
-HELDOUT = 0.01  # of what is to be restored, to see how it goes
-GAPS, DROPPED = 0.2, 0.15  # the share of texts that lose their first sentence, and of words that others lose
 
 
 @dataclass(frozen=True)
@@ -309,33 +299,6 @@ def unrepeated(documents: Iterable[tuple[str, ...]]) -> Iterator[str]:
             yield document
 
 
-def sentences(documents: Iterable[str]) -> Iterator[dict[str, str]]:
-    """Short sentences, each once, and what is left of them without some of their words."""
-    seen: set[str] = set()
-    for document in documents:
-        random = Random(document)
-        for sentence in re.split(SENTENCE_END, document):
-            words = sentence.split()
-            text = " ".join(word for word in words if random.random() >= DROPPED)
-            if 4 <= len(words) <= SHORT and text and sentence not in seen:
-                seen.add(sentence)
-                yield {"text": text, "sentence": sentence}
-
-
-def leads(documents: Iterable[str]) -> Iterator[dict[str, str]]:
-    """Texts without their first sentence or without some of their words, and how they begin (gap sentences, 1912.08777)."""
-    for document in documents:
-        sentence = first_sentence(document)
-        words, rest = sentence.split()[:LEAD], document[len(sentence) :].split()
-        random = Random(document)
-        if random.random() < GAPS and len(rest) >= LEAD:
-            text = ["<extra_id_0>", *rest]
-        else:
-            text = [word for word in document.split() if random.random() >= DROPPED]
-        if len(words) >= 4 and text:
-            yield {"text": " ".join(text), "lead": " ".join(words)}
-
-
 # --- writing
 def build(archive: Archive, folder: Path, languages: list[str], say: Callable[[str], None] = print) -> dict[str, dict[str, int]]:
     """Writes everything into `folder`; returns how many pairs there are, by file and split."""
@@ -365,12 +328,6 @@ def build(archive: Archive, folder: Path, languages: list[str], say: Callable[[s
         lines = [f"{document}\n" for document in unrepeated(documents)]
         _write(folder / "corpus" / f"{language}.txt", lines)
         counts[f"corpus/{language}.txt"] = {"train": len(lines)}
-        if language == "en":
-            for name, restored in (("sentences", sentences), ("leads", leads)):
-                drawn: dict[str, list[dict[str, str]]] = {"train": [], "validation": []}
-                for pair in restored(line.rstrip("\n") for line in lines):
-                    drawn["validation" if _hash(pair["text"]) < HELDOUT else "train"].append(pair)
-                counts[name] = {part: _write_json(folder / name / f"{part}.jsonl", some) for part, some in drawn.items()}
     _write(folder / "README.md", [_readme(archive.origin, counts, lengths, bool(source_of))])
     return counts
 

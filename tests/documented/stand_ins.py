@@ -94,8 +94,6 @@ def debian(folder: Path) -> None:
         "summarization": ("package", "description", "synopsis"),
         "translation/en-it": ("package", "en", "it"),
         "translation/en-it/synopses": ("package", "en", "it"),
-        "sentences": ("text", "sentence"),
-        "leads": ("text", "lead"),
     }
     for kind, fields in kinds.items():
         (folder / kind).mkdir(parents=True)

@@ -55,7 +55,7 @@ class KeyValueCache:
 
         key, value = written(self.key, new.key), written(self.value, new.value)
         if platforms.target() == "cpu":
-            # Of a single group XLA would make two caches in every step, one that attention reads and one for the next step, and
+            # XLA would make two caches of a single group in every step, one that attention reads and one for the next step, and
             # copy all columns for both.
             key, value = jax.lax.optimization_barrier((key, value))
         return dataclasses.replace(self, key=key, value=value)

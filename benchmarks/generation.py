@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import re
 import statistics
 import subprocess
 import sys
@@ -137,11 +136,6 @@ class _Numbers:
         return {str(number): number for number in range(self.size)}
 
 
-def peak() -> int:
-    """Returns the most bytes that this process has held."""
-    return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
-
-
 def alone(name: str, folder: str, shape: str, batch: int, args) -> int:
     """Returns by how many bytes one contender raises the peak of a process of its own."""
     command = [sys.executable, __file__, "--alone", name, folder, "--shapes", shape, "--batches", str(batch), "--beams", "1"]
@@ -151,10 +145,10 @@ def alone(name: str, folder: str, shape: str, batch: int, args) -> int:
 
 def run_alone(name: str, folder: str, args) -> None:
     """What such a process does; prints the bytes."""
-    before = peak()
+    before = run_record.peak_bytes()
     ids, controls = problem(SHAPES[args.shapes[0]]["vocab_size"], args.batches[0], args.beams[0], args.source, args.new_tokens)
     contender(name, folder)(ids, controls)
-    print(json.dumps(peak() - before))
+    print(json.dumps(run_record.peak_bytes() - before))
 
 
 def problem(vocab_size: int, batch: int, beams: int, source: int, new_tokens: int) -> tuple[np.ndarray, dict]:

@@ -42,11 +42,8 @@ SHAPES = {
         vocab_size=32128, d_model=768, d_ff=3072, d_kv=64, num_heads=12, num_layers=12, num_decoder_layers=12,
         num_sparse_encoder_layers=6, num_sparse_decoder_layers=6, num_experts=8,
     ),
-    "base-128": dict(
-        vocab_size=32128, d_model=768, d_ff=3072, d_kv=64, num_heads=12, num_layers=12, num_decoder_layers=12,
-        num_sparse_encoder_layers=6, num_sparse_decoder_layers=6, num_experts=128,
-    ),
 }  # fmt: skip
+SHAPES["base-128"] = SHAPES["base-8"] | {"num_experts": 128}
 DTYPES = {"base-128": "bfloat16"}  # of files; other shapes are in float32
 SHARD = 2 * 10**9  # bytes
 

@@ -34,6 +34,12 @@ def load() -> list[float] | None:
 _START, _BEGAN, _LOAD_BEFORE = datetime.datetime.now().astimezone(), time.perf_counter(), load()
 
 
+def peak_bytes() -> int:
+    """Returns the most memory that this process has held, as Linux says (VmHWM)."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) * 1024
+
+
 def processor() -> dict[str, Any]:
     """Returns the CPU's name, the cores that this process may use, and which of `EXTENSIONS` it has."""
     described, path = {}, Path("/proc/cpuinfo")

@@ -133,11 +133,10 @@ def generate(folder: Path, tokens: int, **options: Any) -> None:
     ids = np.random.default_rng(0).integers(3, model.config.vocab_size, (1, 16))
     output = model.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens)
     ended = time.perf_counter()
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     reads = output.expert_reads
     figures = {
         "tokens": output.sequences[0].tolist(),
-        "peak_bytes": int(status["VmHWM"].split()[0]) * 1024,
+        "peak_bytes": run_record.peak_bytes(),
         "parameter_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)),
         "load_seconds": round(loaded - started, 1),
         "generate_seconds": round(ended - loaded, 1),

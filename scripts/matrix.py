@@ -4,11 +4,11 @@
     python scripts/matrix.py --only py312-newest      # one cell; --list names them
     python scripts/matrix.py --fresh                  # forget what is finished
     python scripts/matrix.py --write                  # put the table into docs/versions.md
-    python scripts/matrix.py --quick                  # a few fast test files for each cell: whether it can run at all
+    python scripts/matrix.py --few                    # a few fast test files for each cell: whether it can run at all
     python scripts/matrix.py constraints              # what the oldest environments hold, from setup.cfg
 
-Environments and results live in .venv-matrix/: one folder for each cell, and results.json. A cell that is finished is kept while
-setup.cfg and the tests' tree are as they were; one that was stopped begins with the test file it had come to.
+Environments and results live in .venv-matrix/: one folder for each cell, and results.json. What has run is kept while the package,
+its recipes, tests, scripts and setup.cfg are as they were; a cell that was stopped goes on with the folder of tests it had come to.
 """
 
 from __future__ import annotations
@@ -23,23 +23,25 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).parent))
+
+from parts.run import QUICK, ROOT, pytest_part  # noqa: E402 - it lies beside this file
+
 FOLDER = ROOT / ".venv-matrix"
 DOCS = ROOT / "docs" / "versions.md"
 BEGIN, END = "<!-- matrix: begin -->", "<!-- matrix: end -->"
 LEAST, NEWEST_KNOWN = (3, 11), (3, 20)  # Pythons that are looked for
 
 # Extras and packages of every cell: what the tests need but for the oracles, torch and transformers.
-EXTRAS = "gin,plots,tensorboard,eval,parquet,datasets,arrayrecord"
-TEST_TOOLS = ("hypothesis", "pytest", "protobuf", "beartype>=0.22", "pyyaml", "build", "setuptools>=80")
+EXTRAS = "test-core,plots,tensorboard,eval,parquet,datasets,arrayrecord,zstd,serve"
 TORCH = "torch==2.13.0"  # a CPU build for Python 3.11, one for CUDA of 6 GB for newer Pythons
 ORACLES = {"5.24": "transformers==5.24.0", "5.23": "transformers==5.23.0", "4.57": "transformers==4.57.6"}
 ORACLE_TESTS = ("tests/convert", "tests/workflows/test_finetuning_parity.py", "tests/generation", "tests/nn/test_moe.py")
 OLD_ORACLE_TESTS = ("tests/convert/test_older_transformers.py",)
-QUICK = ("tests/test_imports.py", "tests/config/test_config.py", "tests/ops/test_losses.py", "tests/plan/test_hlo_goldens.py")
+FEW = ("tests/test_imports.py", "tests/config/test_config.py", "tests/ops/test_losses.py", "tests/plan/test_hlo_goldens.py")
+BESIDE = "tests/test_*.py"
 SHOWN = ("jax", "flax", "numpy", "transformers", "torch")
 
 # Wheels of a package that a Python needs, where they are newer than the minimum of setup.cfg.
@@ -136,35 +138,37 @@ def install(cell: Cell) -> Path:
     if cell.oldest:
         (home / "constraints.txt").write_text(constraints())
         command += ["-c", str(home / "constraints.txt")]
-    subprocess.run([*command, *TEST_TOOLS, *cell.packages], cwd=ROOT, check=True)
+    subprocess.run([*command, *cell.packages], cwd=ROOT, check=True)
     stamp.write_text(wanted)
     return python
 
 
-def test_files(cell: Cell, quick: bool) -> list[str]:
-    """The cell's test files, in a fixed order."""
-    if quick:
-        return [path for path in (QUICK if cell.tests == ("tests",) else cell.tests) if (ROOT / path).exists()]
-    files: list[Path] = []
-    for place in cell.tests:
-        path = ROOT / place
-        files += sorted(path.rglob("test_*.py")) if path.is_dir() else [path]
-    return [str(path.relative_to(ROOT)) for path in files if path.is_file()]
+def places(cell: Cell, few: bool) -> list[str]:
+    """What of the cell's tests pytest is given at a time: folders of tests, and the files beside them, in a fixed order."""
+    wanted = (FEW if cell.tests == ("tests",) else cell.tests) if few else cell.tests
+    if wanted != ("tests",):
+        return [place for place in wanted if (ROOT / place).exists()]
+    inner = {file.relative_to(ROOT / "tests").parts[0] for file in (ROOT / "tests").glob("*/**/test_*.py")}
+    return [*(f"tests/{name}" for name in sorted(inner)), BESIDE]
 
 
-def run_file(python: Path, file: str) -> dict[str, object]:
-    """Counts and seconds of one test file, and the names of what failed."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "NPROC": "32", "JAX_PLATFORMS": "cpu"}
-    start = time.perf_counter()
-    command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
-    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    last = (ran.stdout.splitlines() or [""])[-1]
-    counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|skipped)\b", last)}
-    failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", ran.stdout, re.MULTILINE)
-    if ran.returncode not in (0, 1, 5) or (ran.returncode == 1 and not failed):
-        failed = failed or [f"{file}: pytest ended with {ran.returncode}: {(ran.stdout + ran.stderr)[-300:]}"]
-    seconds = time.perf_counter() - start
-    return {"passed": counts.get("passed", 0), "skipped": counts.get("skipped", 0), "failed": failed, "seconds": round(seconds, 1)}
+def run_place(cell: Cell, python: Path, place: str) -> dict[str, object]:
+    """Counts and seconds of the quick tests at one place, and the names of what failed."""
+    files = sorted(map(str, (ROOT / "tests").glob("test_*.py"))) if place == BESIDE else [place]
+    part = pytest_part(f"{cell.name}: {place}", QUICK, ["-q", "-p", "no:cacheprovider", *files], python=str(python))
+    failed = part.failed or ([] if part.ok else [f"{place}: pytest could not run"])
+    counts = {"passed": part.outcomes["passed"], "skipped": part.outcomes["skipped"]}
+    return {**counts, "failed": failed, "seconds": round(part.minutes * 60, 1)}
+
+
+def tree() -> str:
+    """A hash of all that the tests' outcomes hang on."""
+    text = hashlib.sha256((ROOT / "setup.cfg").read_bytes())
+    for folder in ("flax_switch", "configs", "tests", "scripts"):
+        for file in sorted((ROOT / folder).rglob("*")):
+            if file.is_file() and "__pycache__" not in file.parts:
+                text.update(str(file.relative_to(ROOT)).encode() + file.read_bytes())
+    return text.hexdigest()
 
 
 def installed_versions(python: Path) -> dict[str, str]:
@@ -177,10 +181,12 @@ def installed_versions(python: Path) -> dict[str, str]:
     return json.loads(subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=True).stdout)
 
 
-def run_cell(cell: Cell, results: dict, quick: bool) -> None:
-    """Runs what is left of the cell and keeps every finished file in results.json."""
-    key = f"{cell.name}-quick" if quick else cell.name
-    entry = results.setdefault(key, {"files": {}})
+def run_cell(cell: Cell, results: dict, few: bool) -> None:
+    """Runs what is left of the cell and keeps every finished place in results.json."""
+    key, now = f"{cell.name}-few" if few else cell.name, tree()
+    if results.get(key, {}).get("tree") != now:
+        results[key] = {"tree": now, "places": {}}
+    entry = results[key]
     try:
         python = install(cell)
     except subprocess.CalledProcessError as error:
@@ -188,11 +194,12 @@ def run_cell(cell: Cell, results: dict, quick: bool) -> None:
         return save(results)
     entry.pop("problem", None)
     entry["versions"] = installed_versions(python)
-    for file in test_files(cell, quick):
-        if file not in entry["files"]:
-            entry["files"][file] = run_file(python, file)
+    for place in places(cell, few):
+        if place not in entry["places"]:
+            entry["places"][place] = run_place(cell, python, place)
             save(results)
-            print(f"   {cell.name}  {file}: {summary([entry['files'][file]])}", flush=True)
+            counts = totals([entry["places"][place]])
+            print("   {}  {}: {} passed, {} failed, {} skipped".format(cell.name, place, *counts), flush=True)
     return None
 
 
@@ -202,14 +209,9 @@ def save(results: dict) -> None:
     (FOLDER / "results.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
-def summary(files: list[dict]) -> str:
-    """Counts of several files."""
-    return "{} passed, {} failed, {} skipped".format(*totals(files))
-
-
-def totals(files: list[dict]) -> tuple[int, int, int]:
+def totals(ran: list[dict]) -> tuple[int, int, int]:
     """Tests that passed, failed and were skipped."""
-    return sum(f["passed"] for f in files), sum(len(f["failed"]) for f in files), sum(f["skipped"] for f in files)
+    return sum(one["passed"] for one in ran), sum(len(one["failed"]) for one in ran), sum(one["skipped"] for one in ran)
 
 
 def table(results: dict) -> str:
@@ -217,9 +219,9 @@ def table(results: dict) -> str:
     head = ["cell", "Python", *SHOWN, "passed", "failed", "skipped", "minutes"]
     rows = [head, ["---"] * len(head)]
     for name, entry in results.items():
-        versions, files = entry.get("versions", {}), list(entry["files"].values())
-        minutes = f"{sum(f['seconds'] for f in files) / 60:.1f}"
-        outcome = [*map(str, totals(files)), minutes] if "problem" not in entry else [entry["problem"], "", "", ""]
+        versions, ran = entry.get("versions", {}), list(entry["places"].values())
+        minutes = f"{sum(one['seconds'] for one in ran) / 60:.1f}"
+        outcome = [*map(str, totals(ran)), minutes] if "problem" not in entry else [entry["problem"], "", "", ""]
         rows.append([name, versions.get("python", "-"), *(versions.get(package, "-") for package in SHOWN), *outcome])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 
@@ -253,7 +255,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only", action="append", default=[], metavar="CELL", help="run these cells alone")
     parser.add_argument("--list", action="store_true", help="name the cells and stop")
     parser.add_argument("--fresh", action="store_true", help="forget what is finished")
-    parser.add_argument("--quick", action="store_true", help="a few fast test files for each cell")
+    parser.add_argument("--few", action="store_true", help="a few fast test files for each cell")
     parser.add_argument("--write", action="store_true", help=f"put the table into {DOCS.relative_to(ROOT)}")
     return parser.parse_args()
 
@@ -275,12 +277,12 @@ def main() -> int:
         results = {name: entry for name, entry in results.items() if args.only and name not in args.only}
     if args.what == "run":
         for cell in chosen:
-            run_cell(cell, results, args.quick)
+            run_cell(cell, results, args.few)
     text = table(results) + "".join(f"\n{resolution('3.14')}\n" for _ in range((3, 14) not in found))
     print(text)
     if args.write:
         write(text)
-    return int(any("problem" in entry or any(f["failed"] for f in entry["files"].values()) for entry in results.values()))
+    return int(any("problem" in entry or any(one["failed"] for one in entry["places"].values()) for entry in results.values()))
 
 
 if __name__ == "__main__":

@@ -226,9 +226,12 @@ def table(results: dict) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 
 
-def resolution(version: str) -> str:
-    """What pip would install for a Python that is not here: whether there is a wheel of everything."""
-    with_pip = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet", "--report", "-"]
+def resolution(version: str, python: str) -> str:
+    """What pip would install for a Python that is not here: whether there is a wheel of everything.
+
+    python: the newest interpreter there is. pip refuses what asks for a newer Python than its own, whatever it resolves for.
+    """
+    with_pip = [python, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet", "--report", "-"]
     foreign = ["--only-binary=:all:", "--python-version", version, "--implementation", "cp", "--target", str(FOLDER / "none")]
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
@@ -278,7 +281,7 @@ def main() -> int:
     if args.what == "run":
         for cell in chosen:
             run_cell(cell, results, args.few)
-    text = table(results) + "".join(f"\n{resolution('3.14')}\n" for _ in range((3, 14) not in found))
+    text = table(results) + "".join(f"\n{resolution('3.14', found[max(found)])}\n" for _ in range((3, 14) not in found))
     print(text)
     if args.write:
         write(text)

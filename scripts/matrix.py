@@ -34,8 +34,6 @@ DOCS = ROOT / "docs" / "versions.md"
 BEGIN, END = "<!-- matrix: begin -->", "<!-- matrix: end -->"
 LEAST, NEWEST_KNOWN = (3, 11), (3, 20)  # Pythons that are looked for
 
-# Extras and packages of every cell: what the tests need but for the oracles, torch and transformers.
-EXTRAS = "test-core,plots,tensorboard,eval,parquet,datasets,arrayrecord,zstd,serve"
 TORCH = "torch==2.13.0"  # a CPU build for Python 3.11, one for CUDA of 6 GB for newer Pythons
 ORACLES = {"5.24": "transformers==5.24.0", "5.23": "transformers==5.23.0", "4.57": "transformers==4.57.6"}
 ORACLE_TESTS = ("tests/convert", "tests/workflows/test_finetuning_parity.py", "tests/generation", "tests/nn/test_moe.py")
@@ -50,6 +48,7 @@ NEWER_WHEELS: dict[str, dict[tuple[int, int], str]] = {
     "sentencepiece": {(3, 13): "0.2.1"},
     "pyarrow": {(3, 13): "18.0.0", (3, 14): "22.0.0"},
     "matplotlib": {(3, 13): "3.9.2", (3, 14): "3.10.5"},
+    "pyyaml": {(3, 13): "6.0.2", (3, 14): "6.0.3"},
     "msgpack": {(3, 13): "1.1.0", (3, 14): "1.1.2"},
 }
 
@@ -73,11 +72,13 @@ def minimums() -> dict[str, str]:
     lines = config["options"]["install_requires"].splitlines()
     for extra in config["options.extras_require"].values():
         lines += extra.splitlines()
-    found = {}
+    found: dict[str, str] = {}
+    pinned = {line.split("==")[0].strip() for line in lines if "==" in line.split(";")[0]}
     for line in lines:
-        if match := re.fullmatch(r"([\w.-]+)(?:\[[\w,-]+\])?>=([\w.]+)(?:,.*)?", line.strip()):
-            found.setdefault(match.group(1), match.group(2))
-    return found
+        if match := re.fullmatch(r"([\w.-]+)(?:\[[\w,-]+\])?>=([\w.]+)(?:,.*)?", line.split(";")[0].strip()):
+            package, version = match.groups()
+            found[package] = max(found.get(package, "0"), version, key=lambda text: [int(part) for part in text.split(".")])
+    return {package: version for package, version in found.items() if package not in pinned}
 
 
 def constraints() -> str:
@@ -134,7 +135,7 @@ def install(cell: Cell) -> Path:
         return python
     print(f"== {cell.name}: installing", flush=True)
     subprocess.run([cell.python, "-m", "venv", "--clear", str(home)], check=True)
-    command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-e", f".[{EXTRAS}]"]
+    command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-e", ".[test-without-torch]"]
     if cell.oldest:
         (home / "constraints.txt").write_text(constraints())
         command += ["-c", str(home / "constraints.txt")]

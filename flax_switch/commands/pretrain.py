@@ -4,17 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from flax_switch.commands.checkpoints import add_verify_argument
-from flax_switch.commands.look import add_look_arguments, caches_that_go, check_look, dry_run, print_config
-from flax_switch.commands.options import (
-    add_compile_cache_argument,
-    add_distributed_arguments,
-    add_recipe_arguments,
-    connection,
-    load_config,
-    start_jax,
-    take_overrides,
-)
+from flax_switch.commands.look import caches_that_go, dry_run
+from flax_switch.commands.options import load_config, take_overrides
+from flax_switch.commands.training import add_training_arguments, train_as_told
 from flax_switch.config import ExperimentConfig
 from flax_switch.config.shipped import names
 
@@ -23,41 +15,35 @@ __all__ = ["add_arguments", "run", "take_overrides"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds recipe, overrides, workdir, and how several processes find each other."""
-    add_recipe_arguments(parser, "pretraining")
-    add_distributed_arguments(parser)
-    add_compile_cache_argument(parser)
-    add_look_arguments(parser)
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="where the run lives; the same one continues it")
-    add_verify_argument(parser)
+    add_training_arguments(parser, "pretraining")
     parser.add_argument("--program", metavar="DIR", help="a train step that plan --save-program has compiled, to be loaded instead")
 
 
 def run(args: argparse.Namespace) -> int:
     """Trains, then writes samples and the report; exit status 0, or 1 where a signal stopped the run before its end."""
-    config, others = load_config(args), connection(args)
-    check_look(args)
-    if args.print_config:
-        return print_config(config)
-    start_jax(args)
-    if args.dry_run:
-        from flax_switch import data
+    config = load_config(args)
+    return train_as_told(args, config, lambda: _look(config), lambda: _train(args, config))
 
-        with caches_that_go(config.data) as settings:
-            return dry_run(config, data.prepare(settings))
-    from flax_switch.parallel import processes
+
+def _look(config: ExperimentConfig) -> int:
+    from flax_switch import data
+
+    with caches_that_go(config.data) as settings:
+        return dry_run(config, data.prepare(settings))
+
+
+def _train(args: argparse.Namespace, config: ExperimentConfig) -> bool:
     from flax_switch.training.checkpoint import OtherRunError
     from flax_switch.workflows.finish import finish
     from flax_switch.workflows.pretrain import pretrain
 
-    with processes.session(others):
-        try:
-            options = dict(profile=args.profile, verify=not args.no_verify, program=args.program)
-            result = pretrain(config, args.workdir, **options)
-        except OtherRunError as error:
-            raise OtherRunError(f"{error}{_former_recipe(args.workdir)}") from error
-        if result.finished:
-            finish(result, args.workdir)
-    return 0 if result.finished else 1
+    try:
+        result = pretrain(config, args.workdir, profile=args.profile, verify=not args.no_verify, program=args.program)
+    except OtherRunError as error:
+        raise OtherRunError(f"{error}{_former_recipe(args.workdir)}") from error
+    if result.finished:
+        finish(result, args.workdir)
+    return result.finished
 
 
 def _former_recipe(workdir: str) -> str:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from same_tensors import assert_same
 
 import flax_switch as fs
 from flax_switch.commands.checkpoints import add_loading_arguments, loading_options
@@ -41,14 +42,6 @@ def dtypes(model):
     """What the kernels that have scales are held as."""
     flat = flatten(model.params)
     return {path.removesuffix(SCALE): flat[path.removesuffix(SCALE)].dtype.name for path in flat if path.endswith(SCALE)}
-
-
-def assert_same(one, other):
-    one, other = flatten(one), flatten(other)
-    assert one.keys() == other.keys()
-    for path, leaf in one.items():
-        assert leaf.dtype == other[path].dtype, path
-        np.testing.assert_array_equal(np.asarray(leaf), np.asarray(other[path]), err_msg=path)
 
 
 @pytest.mark.parametrize("weights", INTEGERS)

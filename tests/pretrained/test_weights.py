@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from same_tensors import assert_same
 
 import flax_switch as fs
 from flax_switch.cli import main
@@ -53,14 +54,6 @@ def floats_of(pretrained):
     return whole.replace(
         params=jax.tree.map_with_path(lambda path, _: tensors["/".join(k.key for k in path)].numpy(), whole.params)
     )
-
-
-def assert_same(one, other):
-    one, other = flatten(one), flatten(other)
-    assert one.keys() == other.keys()
-    for path, leaf in one.items():
-        assert leaf.dtype == other[path].dtype, path
-        np.testing.assert_array_equal(np.asarray(leaf), np.asarray(other[path]), err_msg=path)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The oldest environment's constraints, the Pythons that are found, and the table."""
+"""The oldest environment's constraints, the Pythons that are found, when what has run is kept, and the table."""
 
 import importlib.util
 import sys
@@ -8,6 +8,17 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
+SETTINGS = """
+[options]
+install_requires =
+    jax>=0.10
+    flax>=0.12.8
+[options.extras_require]
+lighter = flax[extra]>=0.12.10,<0.13
+pinned =
+    jax==0.11
+old = zstd>=1.0; python_version < "3.14"
+"""
 
 
 @pytest.fixture(scope="module")
@@ -16,6 +27,21 @@ def matrix():
     module = sys.modules["matrix"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def tree(matrix, tmp_path, monkeypatch):
+    """Another project, of which the matrix is then."""
+    (tmp_path / "setup.cfg").write_text(SETTINGS)
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_one.py").write_text("")
+    monkeypatch.setattr(matrix, "ROOT", tmp_path)
+    monkeypatch.setattr(matrix, "FOLDER", tmp_path / ".venv-matrix")
+    return tmp_path
+
+
+def test_a_minimum_is_the_largest_that_is_asked_for_and_none_of_what_is_pinned(matrix, tree):
+    assert matrix.minimums() == {"flax": "0.12.10", "zstd": "1.0"}
 
 
 @pytest.mark.parametrize("python", ["3.11", "3.12", "3.13", "3.14", "3.15"])
@@ -46,11 +72,27 @@ def test_a_python_that_does_not_start_is_passed_over(matrix, tmp_path, monkeypat
 
 
 def test_the_table_counts_what_failed_and_says_what_did_not_install(matrix):
-    file = {"passed": 3, "skipped": 1, "failed": ["tests/a.py::b"], "seconds": 90}
+    place = {"passed": 3, "skipped": 1, "failed": ["tests/a.py::b"], "seconds": 90}
     results = {
-        "py312-newest": {"versions": {"python": "3.12.1", "jax": "0.12.0.1"}, "files": {"tests/a.py": file}},
-        "py313-oldest": {"problem": "does not install (status 1)", "files": {}},
+        "py312-newest": {"versions": {"python": "3.12.1", "jax": "0.12.0.1"}, "places": {"tests/a": place}},
+        "py313-oldest": {"problem": "does not install (status 1)", "places": {}},
     }
     newest, oldest = matrix.table(results).splitlines()[2:]
     assert newest == "| py312-newest | 3.12.1 | 0.12.0.1 | - | - | - | - | 3 | 1 | 1 | 1.5 |"
     assert "does not install" in oldest
+
+
+def test_what_has_run_is_kept_until_the_tree_changes(matrix, tree, monkeypatch):
+    ran = []
+    monkeypatch.setattr(matrix, "install", lambda cell: "python")
+    monkeypatch.setattr(matrix, "installed_versions", lambda python: {})
+    outcome = {"passed": 1, "skipped": 0, "failed": [], "seconds": 1.0}
+    monkeypatch.setattr(matrix, "run_place", lambda cell, python, place: ran.append(place) or outcome)
+    cell, results = matrix.Cell("one", "python", (3, 11)), {}
+    for _ in range(2):
+        matrix.run_cell(cell, results, few=False)
+    assert ran == [matrix.BESIDE]
+    (tree / "tests" / "deeper").mkdir()
+    (tree / "tests" / "deeper" / "test_two.py").write_text("")
+    matrix.run_cell(cell, results, few=False)
+    assert ran == [matrix.BESIDE, "tests/deeper", matrix.BESIDE]

@@ -45,7 +45,7 @@ SHOWN = ("jax", "flax", "numpy", "transformers", "torch")
 # Wheels of a package that a Python needs, where they are newer than the minimum of setup.cfg.
 NEWER_WHEELS: dict[str, dict[tuple[int, int], str]] = {
     "numpy": {(3, 13): "2.1.0", (3, 14): "2.3.2"},
-    "sentencepiece": {(3, 13): "0.2.1"},
+    "sentencepiece": {(3, 13): "0.2.2"},
     "pyarrow": {(3, 13): "18.0.0", (3, 14): "22.0.0"},
     "pyyaml": {(3, 13): "6.0.2", (3, 14): "6.0.3"},
     "msgpack": {(3, 13): "1.1.0", (3, 14): "1.1.2"},

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from flax_switch.config import ConfigError, check
 from flax_switch.convert.doors import readable
+from flax_switch.convert.sentencepiece_proto import KINDS, UNIGRAM, model_proto
 from flax_switch.convert.training_run import vocabulary_folder
 from flax_switch.host.files import read_bytes
 from flax_switch.host.json_text import field, read_json, valid_text
@@ -92,10 +93,7 @@ def _unigram(values: Mapping[str, Any], spiece: Path | None, folder: Path) -> Vo
 
 def _pieces(model: bytes) -> tuple[list[str], bytes]:
     """Returns a SentencePiece model's pieces, and how it replaces characters."""
-    from sentencepiece import sentencepiece_model_pb2
-
-    proto: Any = sentencepiece_model_pb2
-    proto = proto.ModelProto.FromString(model)
+    proto = model_proto().FromString(model)
     return [piece.piece for piece in proto.pieces], proto.normalizer_spec.precompiled_charsmap
 
 
@@ -266,11 +264,8 @@ def sentencepiece_model(tokenizer: Mapping[str, Any]) -> tuple[bytes, int]:
     Raises:
       ConfigError: if it is no unigram tokenizer with T5's first three pieces.
     """
-    from sentencepiece import sentencepiece_model_pb2
-
     from flax_switch.data.vocabulary import OtherTokenizerError
 
-    proto: Any = sentencepiece_model_pb2  # protocol buffers make its classes when it is imported
     model = field(tokenizer, "model", dict, "tokenizer.json", {})
     if not is_unigram(tokenizer):
         raise OtherTokenizerError("tokenizer.json holds no unigram model, which T5's tokenizer is")
@@ -282,16 +277,15 @@ def sentencepiece_model(tokenizer: Mapping[str, Any]) -> tuple[bytes, int]:
     added = {str(token.get("content")) for token in entries if isinstance(token, dict)}
     while pieces and _SENTINEL.fullmatch(pieces[-1][0]):
         added.add(pieces.pop()[0])
-    spm = proto.ModelProto()
-    kinds = proto.ModelProto.SentencePiece
-    special = {"<pad>": kinds.CONTROL, "</s>": kinds.CONTROL, "<unk>": kinds.UNKNOWN}
+    spm = model_proto()()
+    special = {"<pad>": KINDS.CONTROL, "</s>": KINDS.CONTROL, "<unk>": KINDS.UNKNOWN}
     for i, (piece, score) in enumerate(pieces):
-        kind = special.get(piece, kinds.NORMAL) if i < 3 else kinds.NORMAL
+        kind = special.get(piece, KINDS.NORMAL) if i < 3 else KINDS.NORMAL
         if model.get("byte_fallback") and _BYTE.fullmatch(piece):
-            kind = kinds.BYTE
+            kind = KINDS.BYTE
         spm.pieces.add(piece=piece, score=score, type=kind)
     spm.trainer_spec.byte_fallback = bool(model.get("byte_fallback"))
-    spm.trainer_spec.model_type = proto.TrainerSpec.UNIGRAM
+    spm.trainer_spec.model_type = UNIGRAM
     spm.trainer_spec.vocab_size = len(pieces)
     spm.trainer_spec.pad_id, spm.trainer_spec.eos_id, spm.trainer_spec.unk_id, spm.trainer_spec.bos_id = 0, 1, 2, -1
     spm.normalizer_spec.name = "nmt_nfkc"

@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 
 import hypothesis.strategies as st
 import pytest
@@ -13,6 +14,7 @@ from flax_switch.cli import main
 from flax_switch.config import ConfigError
 from flax_switch.config.finetuning import FinetuneDataConfig, FinetuneRecipe
 from flax_switch.convert import convert, tokenizer
+from flax_switch.convert.sentencepiece_proto import KINDS, UNIGRAM, model_proto
 from flax_switch.data.vocabulary import Vocabulary
 from flax_switch.pretrained import load_pretrained
 from flax_switch.workflows.finetune import finetune
@@ -70,7 +72,29 @@ def test_ids_of_any_text_are_t5_tokenizers_or_an_equally_probable_split(vocabula
         assert mine == pytest.approx(expected, abs=1e-4), text
 
 
-def test_a_tokenizer_json_alone_gives_the_same_vocabulary(vocabulary, theirs, tmp_path):
+def test_the_fields_of_a_model_are_those_of_sentencepieces_own_classes(vocabulary):
+    from google.protobuf.runtime_version import VersionError
+
+    try:
+        from sentencepiece import sentencepiece_model_pb2
+    except VersionError as error:
+        pytest.skip(f"this sentencepiece's classes refuse this protobuf: {error}")
+    theirs = sentencepiece_model_pb2.ModelProto.FromString(vocabulary.model)
+    ours = model_proto().FromString(vocabulary.model)
+    for one, other in ((ours, theirs), (ours.trainer_spec, theirs.trainer_spec), (ours.normalizer_spec, theirs.normalizer_spec)):
+        for name in [field.name for field in one.DESCRIPTOR.fields if not field.message_type]:
+            assert getattr(one, name) == getattr(other, name), name
+    assert [(p.piece, p.score, p.type) for p in ours.pieces] == [(p.piece, p.score, p.type) for p in theirs.pieces]
+    assert vars(KINDS) == dict(sentencepiece_model_pb2.ModelProto.SentencePiece.Type.items())
+    assert sentencepiece_model_pb2.TrainerSpec.UNIGRAM == UNIGRAM
+    ours.trainer_spec.vocab_size = 77
+    written = sentencepiece_model_pb2.ModelProto.FromString(ours.SerializeToString())
+    theirs.trainer_spec.vocab_size = 77
+    assert written == theirs, "what is no field of ours is kept"
+
+
+def test_a_tokenizer_json_alone_gives_the_same_vocabulary(vocabulary, theirs, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentencepiece.sentencepiece_model_pb2", None)  # it may not be importable beside a protobuf
     theirs.save_pretrained(tmp_path)
     (tmp_path / "tokenizer_config.json").unlink()
     assert not (tmp_path / "spiece.model").exists()

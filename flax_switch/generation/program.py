@@ -5,7 +5,7 @@ What a decoder-only model continues is such a prefix, its rows filled up on the 
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.struct
@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Integer
 
 from flax_switch.config import SwitchConfig
 from flax_switch.config.generation import GenerationConfig
+from flax_switch.config.weights import BIAS
 from flax_switch.generation.beam_search import Beams, extend_beams, start_beams
 from flax_switch.generation.constraint import allowed_tokens
 from flax_switch.generation.contrastive_search import Candidates, choose, propose, start_candidates
@@ -25,8 +26,9 @@ from flax_switch.generation.t5x_search import best_found, extend_live, start_liv
 from flax_switch.nn.cache import DecoderCache
 from flax_switch.nn.transformer import SwitchTransformer
 from flax_switch.ops import Size
-from flax_switch.ops.kernels.narrow import Narrow
-from flax_switch.ops.kernels.quantized import Kernel, Quantized
+from flax_switch.ops.kernels.narrow import Narrow, decodes_few, for_few
+from flax_switch.ops.kernels.on_disk import OnDisk
+from flax_switch.ops.kernels.quantized import Quantized
 from flax_switch.ops.mlp import expert_dtype
 from flax_switch.parallel.placement import ONE_DEVICE, Placement
 
@@ -90,7 +92,7 @@ class Search:
     @functools.cached_property
     def ready(self) -> dict[str, Any]:
         """The variables in the dtype that the decoder computes in."""
-        return in_compute_dtype(self.variables, self.model.config)
+        return in_compute_dtype(self.variables, self.model.config, self.rows if self.devices == ONE_DEVICE else None)
 
     @property
     def rows(self) -> Size:
@@ -250,19 +252,35 @@ def decode_states(
     return output.logits[:, -1], output.last_hidden_state, output.cache
 
 
-def in_compute_dtype(variables: Mapping[str, Any], config: SwitchConfig) -> dict[str, Any]:
+def in_compute_dtype(variables: Mapping[str, Any], config: SwitchConfig, rows: Size | None = None) -> dict[str, Any]:
     """Casts kernels of floats to the dtype that they are multiplied in, once instead of in every step.
 
-    Embeddings, norms, biases, the router and an untied head compute in dtypes of their own.
+    Embeddings, norms, biases, the router and an untied head compute in dtypes of their own. On a CPU those of a decoder in bfloat16
+    stay as they are where it decodes few rows (`narrow`).
+
+    rows: that are decoded on one device; None: not known, or on several.
     """
+    forms = (Quantized, Narrow, OnDisk)
 
-    def cast(path: tuple, leaf: Kernel | Narrow) -> Kernel | Narrow:
-        names = [str(getattr(key, "key", key)) for key in path]
-        if isinstance(leaf, (Quantized, Narrow)) or not jnp.issubdtype(leaf.dtype, jnp.floating):
+    def cast(path: tuple, leaf: Any) -> Any:
+        names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
+        dtype = expert_dtype(config) if {"expert", "experts", "shared_expert"} & {*names} else jnp.dtype(config.dtype)
+        few = config.layer_form != "fused" and decodes_few(rows, dtype)
+        if isinstance(leaf, OnDisk):
+            return dataclasses.replace(leaf, few=few)
+        if isinstance(leaf, Narrow):
+            return for_few(leaf, few)
+        if isinstance(leaf, Quantized) or not jnp.issubdtype(leaf.dtype, jnp.floating):
             return leaf
-        if "router" in names or "logits_dense" in names or not {"kernel", "experts"} & {*names}:
+        if "router" in names or not {"kernel", "experts"} & {*names}:
             return leaf
-        own = {"expert", "experts", "shared_expert"} & {*names}
-        return leaf.astype(expert_dtype(config) if own else jnp.dtype(config.dtype))
+        if "decoder" in names and _may_stay(names):
+            leaf = for_few(leaf, few)
+        return leaf if isinstance(leaf, Narrow) or "logits_dense" in names else leaf.astype(dtype)
 
-    return jax.tree_util.tree_map_with_path(cast, dict(variables), is_leaf=lambda leaf: isinstance(leaf, (Quantized, Narrow)))
+    return jax.tree_util.tree_map_with_path(cast, dict(variables), is_leaf=lambda leaf: isinstance(leaf, forms))
+
+
+def _may_stay(names: Sequence[str]) -> bool:
+    """Returns whether a kernel is of those that may be multiplied in bfloat16: no stack, no adapter's, no bias."""
+    return not {"expert", "shared_expert"} & {*names} and names[-1] not in ("a", "b", "gain") and not names[-1].endswith(BIAS)

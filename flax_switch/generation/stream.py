@@ -20,7 +20,7 @@ from flax_switch.generation.text import Line, line_inputs
 from flax_switch.nn.inputs import TokenIds
 from flax_switch.nn.transformer import SwitchEncoder
 from flax_switch.ops.kernels.on_disk import run_reading
-from flax_switch.parallel.placement import Placement
+from flax_switch.parallel.placement import ONE_DEVICE, Placement
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +112,8 @@ def check_streamed(controls: GenerationConfig) -> None:
 
 def _steps(params: Mapping[str, Any], call: Call) -> Iterator[tuple[Int[np.ndarray, "Bn k"], bool]]:
     config, controls, variables, input_ids, mask, prefix, seeds, numbers = call.arguments
-    ready = in_compute_dtype(variables, decoder_config(config, controls.routing))  # once for all steps
+    rows = len(prefix) * controls.rows_per_source if call.devices == ONE_DEVICE else None
+    ready = in_compute_dtype(variables, decoder_config(config, controls.routing), rows)  # once for all steps
 
     def run(program: Any, *inputs: Any) -> tuple[Any, np.ndarray, bool]:
         (carry, newest, done), _ = run_reading(params, lambda: program(config, controls, *inputs, devices=call.devices))

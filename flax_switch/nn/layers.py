@@ -16,7 +16,6 @@ from flax_switch.config import SwitchConfig
 from flax_switch.config.weights import SCALE, stored
 from flax_switch.ops.dropout import dropout
 from flax_switch.ops.ids import check_ids
-from flax_switch.ops.kernels.narrow import Narrow
 from flax_switch.ops.kernels.projection import project
 from flax_switch.ops.kernels.quantized import Kernel, with_scale
 from flax_switch.ops.mlp import hidden_units
@@ -37,7 +36,7 @@ def scaled_init(
 
 def kernel_of(
     module: nn.Module, init: Initializer, shape: Sequence[int], axes: Sequence[str], dtype: Any, weights: str, used_as: Any = None
-) -> Kernel | Narrow:
+) -> Kernel:
     """Declares a module's parameter "kernel" with its logical axes and returns it; a quantised one has its scales beside it.
 
     used_as: the dtype in which one that lies in parts is gathered; by default its own.
@@ -144,7 +143,7 @@ class HeadKernel(nn.Module):
     config: SwitchConfig
 
     @nn.compact
-    def __call__(self) -> Kernel | Narrow:
+    def __call__(self) -> Kernel:
         """Returns it."""
         config, init = self.config, scaled_init(self.config, distribution="truncated_normal")
         shape = (config.d_model, config.vocab_size)

@@ -38,7 +38,7 @@ class KernelParam(nn.Module):
     lead: int = 0
 
     @nn.compact
-    def __call__(self) -> tuple[Kernel | Narrow, Array | None]:
+    def __call__(self) -> tuple[Kernel, Array | None]:
         """Returns the kernel, and the bias over its last axis (and that of members) or None."""
         kernel = kernel_of(self, self.initializer, self.shape, self.axes, self.dtype, self.weights)
         if not self.bias:

@@ -100,7 +100,11 @@ def test_every_form_gives_the_bits_of_the_model_in_memory(rich, tmp_path, weight
     small = fs.load_pretrained(rich, weights=weights)
     small.save_pretrained(tmp_path / "small", format="flax_switch")
     on_disk = fs.load_pretrained(tmp_path / "small", experts="disk", expert_memory=3 * EXPERT)
-    assert_same_bits(small, on_disk, "greedy")
+    assert_same_bits(small, on_disk, "greedy", "beams")
+    for rows, prefix in ((1, [[0]]), (1, [[5, 6, 7, 8, 9]]), (3, [[5, 6]] * 3)):
+        options = dict(decoder_input_ids=prefix, max_new_tokens=6, output_scores=True)
+        want, got = (model.generate(IDS[:rows], **options).step_scores for model in (small, on_disk))
+        np.testing.assert_array_equal(got, want)
     rounded_on_reading = fs.load_pretrained(rich, weights=weights, experts="disk")
     np.testing.assert_array_equal(*(m.encode(IDS).last_hidden_state for m in (small, rounded_on_reading)))
 

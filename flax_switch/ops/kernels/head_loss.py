@@ -21,7 +21,6 @@ from jaxtyping import Array, Float, Int
 
 from flax_switch.ops.kernels import platforms
 from flax_switch.ops.kernels.floats import floats_of
-from flax_switch.ops.kernels.narrow import Narrow
 from flax_switch.ops.kernels.projection import project, project_transposed
 from flax_switch.ops.kernels.quantized import Kernel
 from flax_switch.parallel.mesh import BATCH_AXES, batch_ways, partition_spec
@@ -38,7 +37,7 @@ class Head:
     """What a language model's logits are made of: states, and the head's kernel."""
 
     states: Float[Array, "B L D"]
-    kernel: Kernel | Narrow  # [D, V]; of a head tied to the embeddings [V, D]
+    kernel: Kernel  # [D, V]; of a head tied to the embeddings [V, D]
     vocab_size: int = flax.struct.field(pytree_node=False)
     scale: float = flax.struct.field(pytree_node=False)  # what states are multiplied by
     tied: bool = flax.struct.field(pytree_node=False)

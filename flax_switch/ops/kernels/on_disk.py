@@ -29,6 +29,7 @@ class OnDisk:
     cache: ExpertCache
     layer: str  # such as "decoder/layers_3"
     name: str  # of the array among the experts', such as "wi/kernel"
+    few: bool = False  # whether the program decodes few rows, see `narrow`
 
     def __post_init__(self) -> None:
         if self.cache is not None:
@@ -47,15 +48,15 @@ class OnDisk:
     def __repr__(self) -> str:
         return f"OnDisk({self.layer}/{self.name})"
 
-    def tree_flatten(self) -> tuple[tuple[()], tuple[int, str, str]]:
+    def tree_flatten(self) -> tuple[tuple[()], tuple[int, str, str, bool]]:
         """Returns no leaves, and what tells one from another."""
-        return (), (self.cache.number, self.layer, self.name)
+        return (), (self.cache.number, self.layer, self.name, self.few)
 
     @classmethod
-    def tree_unflatten(cls, known: tuple[int, str, str], leaves: tuple[()]) -> Self:
+    def tree_unflatten(cls, known: tuple[int, str, str, bool], leaves: tuple[()]) -> Self:
         """Returns the inverse of `tree_flatten`, as long as the model lives."""
-        number, layer, name = known
-        return cls(caches.get(number), layer, name)  # pyright: ignore[reportArgumentType]
+        number, *others = known
+        return cls(caches.get(number), *others)  # pyright: ignore[reportArgumentType]
 
 
 def first_on_disk(tree: Any) -> OnDisk | None:

@@ -22,7 +22,7 @@ def project(x: Float[Array, "*B D"], kernel: Float[Array, "D F"] | Quantized | N
     if isinstance(kernel, Adapted):
         return kernel.multiplied(x, project)
     if isinstance(kernel, Narrow):
-        return kernel.multiplied(x, lambda x, values: x @ values.astype(x.dtype))
+        return kernel.times(x)
     return multiply_quantized(x, kernel) if isinstance(kernel, Quantized) else _project(x, kernel)
 
 

@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Float32, Int8, Integer
 from flax_switch.config.weights import kernel_shape
 from flax_switch.ops.kernels import platforms
 from flax_switch.ops.kernels.adapted import Adapted
+from flax_switch.ops.kernels.narrow import Narrow
 
 LEAST_ROWS = 2  # XLA's product of integers is slow for a single row on a CPU
 # A CPU multiplies by a kernel of no more weights as fast or faster in float32: rounding the rows costs more than integers save. The
@@ -62,7 +63,7 @@ class Quantized:
         return jax.tree.map(lambda leaf: leaf[index], self)
 
 
-Kernel = Array | Quantized | Adapted
+Kernel = Array | Quantized | Narrow | Adapted
 
 
 def faster_as_floats(shape: Sequence[int]) -> bool:
@@ -84,6 +85,8 @@ def multiply(x: Float[Array, "*B D"], kernel: Kernel) -> Float[Array, "*B F"]:
     """Returns `x @ kernel` for a kernel of any form; as of arrays, stacks of both are multiplied member by member."""
     if isinstance(kernel, Adapted):
         return kernel.multiplied(x, multiply)
+    if isinstance(kernel, Narrow):
+        return kernel.times(x)
     return multiply_quantized(x, kernel) if isinstance(kernel, Quantized) else x @ kernel
 
 

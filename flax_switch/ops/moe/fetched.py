@@ -10,8 +10,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from flax_switch.config.weights import BIAS
 from flax_switch.ops.kernels.few_rows import MLP, Kernels, SortedChoices, alone, as_kernels
 from flax_switch.ops.kernels.grouped_blocks import row_blocks, zeros
+from flax_switch.ops.kernels.narrow import for_few
 from flax_switch.ops.kernels.on_disk import OnDisk, fetch_arrays
 from flax_switch.ops.kernels.quantized import multiply
 
@@ -22,7 +24,8 @@ def fetch(experts: OnDisk, expert: Int[Array, ""], rows: Int[Array, " E"]) -> Ke
     for name, array in fetch_arrays(experts, expert, rows).items():
         kernel, _, part = name.partition("/")
         kernels.setdefault(kernel, {})[part] = array
-    return as_kernels(kernels)
+    biases = lambda name: name.endswith(BIAS)  # noqa: E731
+    return {name: kernel if biases(name) else for_few(kernel, experts.few) for name, kernel in as_kernels(kernels).items()}
 
 
 def _each_hit(

@@ -20,8 +20,8 @@ from jaxtyping import Array, BFloat16, Float, Float32, Int
 
 from flax_switch.ops.kernels import platforms
 
-MOST_DECODED = 4  # rows that a program decodes, up to which products of parts are as fast as those of float32
-MOST_MULTIPLIED = 8  # rows of one of its products; more are faster with the kernel widened
+MOST_DECODED = 2  # rows that a program decodes, up to which products of parts are about as fast as those of float32
+MOST_MULTIPLIED = 4  # rows of one of its products, with two experts a row; more are faster with the kernel widened
 
 
 @flax.struct.dataclass
@@ -111,7 +111,7 @@ def _parts(x: Array, values: Array) -> Array:
 
 
 def thirds(x: Float32[Array, "*B"]) -> list[BFloat16[Array, "*B"]]:
-    """Returns three arrays in bfloat16 whose sum is x to the bit, the largest first (where it is no denormal number, or none)."""
+    """Returns three arrays in bfloat16 whose sum is x to the bit, the largest first (where it is no denormal number)."""
     found = []
     for _ in range(3):
         # Bits are cut off, as XLA may leave out a conversion to bfloat16 and back.

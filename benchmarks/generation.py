@@ -52,18 +52,18 @@ SHAPES = {
 }  # fmt: skip
 
 
-OURS = {"float32": {}, "int8": dict(weights="int8")}
+OURS = {"float32": {}, **{weights: dict(weights=weights) for weights in ("bfloat16", "int8", "int4")}}
 Run = Callable[[np.ndarray, dict], np.ndarray]  # source ids [B, S] and controls to sequences [B, T]
 
 
-def write_model(shape: str, folder: str) -> list[str]:
+def write_model(shape: str, folder: str, ours: list[str]) -> list[str]:
     """Writes transformers' model of a shape with random weights, and CTranslate2's of it; returns the names of all that run it."""
     torch.manual_seed(0)
     dense = "num_experts" not in SHAPES[shape]
     kind = "T5" if dense else "SwitchTransformers"
     config = getattr(transformers, f"{kind}Config")(**SHAPES[shape], decoder_start_token_id=0)
     getattr(transformers, f"{kind}ForConditionalGeneration")(config).save_pretrained(folder)
-    names = ["transformers", *OURS]
+    names = ["transformers", *ours]
     if dense and importlib.util.find_spec("ctranslate2"):
         for name in ("float32", "int8"):
             _convert(folder, name)
@@ -176,7 +176,7 @@ def measure(runs: dict[str, Run], vocab_size: int, batch: int, beams: int, sourc
         batch=batch,
         beams=beams,
         same_tokens={name: float(np.mean(sequences == expected)) for name, (_, sequences) in first.items()},
-        compile_seconds={name: first[name][0] - medians[name] for name in ("float32", "int8")},
+        compile_seconds={name: first[name][0] - medians[name] for name in OURS if name in first},
         tokens_per_second={name: batch * new_tokens / value for name, value in medians.items()},
         ratio={
             name: statistics.median(turn["transformers"] / turn[name] for turn in rounds) for name in runs if name != "transformers"
@@ -191,6 +191,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=["small", "base-8", "t5-small", "t5-base"], choices=SHAPES)
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--beams", nargs="+", type=int, default=[1, 4])
+    parser.add_argument("--weights", nargs="+", default=["float32", "int8"], choices=OURS, help="the forms that ours run in")
     parser.add_argument("--source", type=int, default=256)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=7)
@@ -210,7 +211,7 @@ def race(args) -> None:
     print("shape     batch  beams  contender              tok/s   ratio  same tokens  compile s")
     for shape in args.shapes:
         with tempfile.TemporaryDirectory() as folder:
-            names = write_model(shape, folder)
+            names = write_model(shape, folder, args.weights)
             memory[shape] = {name: alone(name, folder, shape, max(args.batches), args) for name in names}
             runs = {name: contender(name, folder) for name in names}
         for batch in args.batches:

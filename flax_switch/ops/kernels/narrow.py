@@ -22,6 +22,7 @@ from flax_switch.ops.kernels import platforms
 
 MOST_DECODED = 2  # rows that a program decodes, up to which products of parts are about as fast as those of float32
 MOST_MULTIPLIED = 4  # rows of one of its products, with two experts a row; more are faster with the kernel widened
+LEAST_WEIGHTS = 2**19  # of a kernel; in float32 smaller ones lie in a processor's cache, and are faster
 
 
 @flax.struct.dataclass
@@ -85,10 +86,12 @@ def decodes_few(rows: Any, dtype: DTypeLike) -> bool:
 
 
 def for_few(kernel: Any, few: bool) -> Any:
-    """Returns a kernel as `few` says: an array in bfloat16, if it is no stack, as one that stays so."""
+    """Returns a kernel as `few` says: an array in bfloat16, if it is large and no stack, as one that stays so."""
+    values = kernel.values if isinstance(kernel, Narrow) else kernel
+    array = isinstance(values, jax.Array) and values.ndim == 2 and values.dtype == jnp.bfloat16
+    fitting = few and array and values.size >= LEAST_WEIGHTS
     if isinstance(kernel, Narrow):
-        return dataclasses.replace(kernel, few=few and kernel.dtype == jnp.bfloat16)
-    fitting = few and isinstance(kernel, jax.Array) and kernel.ndim == 2 and kernel.dtype == jnp.bfloat16
+        return dataclasses.replace(kernel, few=fitting)
     return Narrow(kernel, few=True) if fitting else kernel
 
 

@@ -82,11 +82,11 @@ def test_more_rows_or_another_dtype_are_multiplied_with_the_kernel_widened(few):
         np.testing.assert_array_equal(got.astype(jnp.float32), want.astype(jnp.float32))
 
 
-def decoding(rows, **changes):
-    """The compiled program of generating from a model in bfloat16, and how many weights its decoder has, all in kernels."""
+def decoding(rows):
+    """The compiled program of generating from a model in bfloat16, and how many weights its decoder has, nearly all in MLPs."""
     config = fs.SwitchConfig(
-        vocab_size=64, d_model=64, num_heads=2, d_kv=32, d_ff=256, num_encoder_layers=1, num_decoder_layers=4,
-        num_sparse_encoder_layers=0, num_sparse_decoder_layers=2, num_experts=4, param_dtype="bfloat16", **changes,
+        vocab_size=64, d_model=512, num_heads=1, d_kv=8, d_ff=1024, num_encoder_layers=1, num_decoder_layers=2,
+        num_sparse_encoder_layers=0, num_sparse_decoder_layers=1, num_experts=4, param_dtype="bfloat16",
     )  # fmt: skip
     params = fs.init_params(config, jax.random.key(0))
     variables = {"params": params, "unstacked": unstacked_experts(params, config.decoder.sparse_layers, 4)}
@@ -102,4 +102,4 @@ def test_a_decoder_of_few_rows_holds_none_of_its_kernels_in_float32():
     few, weights = decoding(1)
     many, _ = decoding(MOST_DECODED + 1)
     few, many = (program.memory_analysis().temp_size_in_bytes for program in (few, many))
-    assert many > 4 * weights > 6 * few
+    assert many > 4 * weights > 3 * few

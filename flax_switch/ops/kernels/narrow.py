@@ -22,7 +22,7 @@ from flax_switch.ops.kernels import platforms
 
 MOST_DECODED = 2  # rows that a program decodes, up to which products of parts are about as fast as those of float32
 MOST_MULTIPLIED = 4  # rows of one of its products, with two experts a row; more are faster with the kernel widened
-LEAST_WEIGHTS = 2**19  # of a kernel; in float32 smaller ones lie in a processor's cache, and are faster
+LEAST_WEIGHTS = 2**19  # of a kernel; in float32 smaller ones lie in a CPU's cache, and are faster
 
 
 @flax.struct.dataclass

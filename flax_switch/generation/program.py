@@ -26,7 +26,8 @@ from flax_switch.generation.t5x_search import best_found, extend_live, start_liv
 from flax_switch.nn.cache import DecoderCache
 from flax_switch.nn.transformer import SwitchTransformer
 from flax_switch.ops import Size
-from flax_switch.ops.kernels.narrow import Narrow, decodes_few, for_few
+from flax_switch.ops.kernels import platforms
+from flax_switch.ops.kernels.narrow import Narrow, decodes_few, for_few, widened_late
 from flax_switch.ops.kernels.on_disk import OnDisk
 from flax_switch.ops.kernels.quantized import Quantized
 from flax_switch.ops.mlp import expert_dtype
@@ -210,6 +211,8 @@ def encode(
     if config.decoder_only:
         return input_ids.shape[0]
     encoder = SwitchTransformer(encoder_config(config, controls.routing), devices=devices)
+    if devices == ONE_DEVICE:
+        variables = {**variables, "params": _widened_late(variables["params"], encoder.config)}
     return encoder.apply(variables, input_ids, mask, method="encode").last_hidden_state
 
 
@@ -279,6 +282,21 @@ def in_compute_dtype(variables: Mapping[str, Any], config: SwitchConfig, rows: S
         return leaf if isinstance(leaf, Narrow) or "logits_dense" in names else leaf.astype(dtype)
 
     return jax.tree_util.tree_map_with_path(cast, dict(variables), is_leaf=lambda leaf: isinstance(leaf, forms))
+
+
+def _widened_late(params: Mapping[str, Any], config: SwitchConfig) -> Mapping[str, Any]:
+    """Returns parameters of which, on a CPU, an encoder's large kernels of 16 bits are not widened all at once."""
+    if platforms.target() != "cpu" or config.layer_form == "fused" or config.scan_layers:
+        return params
+
+    def late(path: tuple, leaf: Any) -> Any:
+        names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
+        dtype = expert_dtype(config) if "expert" in names else jnp.dtype(config.dtype)
+        fitting = dtype == jnp.float32 and "kernel" in names and not {"router", "shared_expert", "a", "b", "gain"} & {*names}
+        return widened_late(leaf) if fitting else leaf
+
+    whole = lambda leaf: isinstance(leaf, (Quantized, Narrow, OnDisk))  # noqa: E731
+    return {**params, "encoder": jax.tree_util.tree_map_with_path(late, params["encoder"], is_leaf=whole)}
 
 
 def _may_stay(names: Sequence[str]) -> bool:

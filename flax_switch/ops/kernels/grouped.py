@@ -32,13 +32,18 @@ from flax_switch.ops.kernels import Size, grouped_choice, platforms
 from flax_switch.ops.kernels.adapted import Adapted
 from flax_switch.ops.kernels.grouped_blocks import block_gradients, block_rows
 from flax_switch.ops.kernels.grouped_mosaic import within_groups
+from flax_switch.ops.kernels.narrow import Narrow
 from flax_switch.ops.kernels.quantized import Quantized, dequantized, multiply_quantized
 
 
-def batched_matmul(x: Float[Array, "G E C D"], kernel: Float[Array, "E D F"] | Quantized | Adapted) -> Float[Array, "G E C F"]:
+def batched_matmul(
+    x: Float[Array, "G E C D"], kernel: Float[Array, "E D F"] | Quantized | Narrow | Adapted
+) -> Float[Array, "G E C F"]:
     """Multiplies the rows of each expert's buffer by its kernel."""
     if isinstance(kernel, Adapted):
         return kernel.multiplied(x, batched_matmul)
+    if isinstance(kernel, Narrow):
+        return kernel.multiplied(x, lambda x, values: _batched_matmul(x, values.astype(x.dtype)))
     if not isinstance(kernel, Quantized):
         return _batched_matmul(x, kernel)
     return _buffers(multiply_quantized(_rows_by_expert(x), kernel), x)
@@ -85,35 +90,38 @@ _batched_matmul.defvjp(_batched_forward, _batched_backward)
 
 def grouped_matmul(
     x: Float[Array, "R D"],
-    kernel: Float[Array, "E D F"] | Quantized | Adapted,
+    kernel: Float[Array, "E D F"] | Quantized | Narrow | Adapted,
     group_sizes: Int[Array, " E"],
     implementation: str | None = None,
 ) -> Float[Array, "R F"]:
     """Multiplies row r by the kernel of the expert in whose group it is; rows beyond the sum of the groups come out zero.
 
     group_sizes: the first group_sizes[0] rows are expert 0's, and so on. implementation: one of IMPLEMENTATIONS; by default the
-    one that `defaults` names for the platform. A quantised kernel is given to "blocks" as it is, and to the others as floats.
+    one that `defaults` names for the platform. A quantised kernel is given to "blocks" as it is, and to the others as floats; so is
+    one of 16 bits that is widened late, which has no gradient.
     """
     if isinstance(kernel, Adapted):
         return kernel.multiplied(x, lambda x, kernel: grouped_matmul(x, kernel, group_sizes, implementation))
     if isinstance(kernel, Quantized):
         return _quantized_rows(x, kernel, group_sizes, implementation)
+    if isinstance(kernel, Narrow):
+        return _rows_of_other_forms(x, kernel, group_sizes, implementation, lambda kernel: kernel.values.astype(x.dtype))
     return _grouped_matmul(x, kernel, group_sizes, implementation)
 
 
-def defaults(num_rows: Size, dtype: jnp.dtype, kernel: Float[Array, "E D F"] | Quantized) -> dict[str, str]:
+def defaults(num_rows: Size, dtype: jnp.dtype, kernel: Float[Array, "E D F"] | Quantized | Narrow) -> dict[str, str]:
     """Returns which implementation runs on which platform, for rows of a dtype and kernels: the same for all three products."""
     named = {"tpu": "ragged_dot", "other": "blocks"}
     if "cuda" in platforms.POSSIBLE:
         E, D, F = kernel.shape
-        dtypes = (dtype, dtype if isinstance(kernel, Quantized) else kernel.dtype)
+        dtypes = (dtype, dtype if isinstance(kernel, (Quantized, Narrow)) else kernel.dtype)
         picked = grouped_choice.pick(platforms.gpu(), num_rows, E, (D, F), dtypes)
         if picked.implementation != named["other"]:
             named["cuda"] = picked.implementation
     return named
 
 
-def chosen(x: Float[Array, "R D"], kernel: Float[Array, "E D F"] | Quantized) -> str:
+def chosen(x: Float[Array, "R D"], kernel: Float[Array, "E D F"] | Quantized | Narrow) -> str:
     """Returns which implementation runs on this process's platform, for these factors."""
     named, backend = defaults(x.shape[0], x.dtype, kernel), jax.default_backend()
     return named.get("cuda" if backend == "gpu" else backend, named["other"])
@@ -153,10 +161,17 @@ def _grouped_rows(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _quantized_rows(x: Array, kernel: Quantized, group_sizes: Array, implementation: str | None) -> Array:
     """Multiplies rows by their experts' quantised kernels."""
+    return _rows_of_other_forms(x, kernel, group_sizes, implementation, lambda kernel: dequantized(kernel, x.dtype))
+
+
+def _rows_of_other_forms(
+    x: Array, kernel: Quantized | Narrow, group_sizes: Array, implementation: str | None, as_floats: Callable[..., Array]
+) -> Array:
+    """Multiplies rows by kernels that "blocks" takes as they are, and the others as floats."""
 
     def of_floats(name: str) -> Callable[..., Array]:
         rows = functools.partial(IMPLEMENTATIONS[name][0], transpose=False)
-        return rows if name == "blocks" else lambda x, kernel, sizes: rows(x, dequantized(kernel, x.dtype), sizes)
+        return rows if name == "blocks" else lambda x, kernel, sizes: rows(x, as_floats(kernel), sizes)
 
     every = {name: of_floats(name) for name in IMPLEMENTATIONS}
     return platforms.run(every, defaults(x.shape[0], x.dtype, kernel), implementation, x, kernel, group_sizes)

@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Int
 
 from flax_switch.ops.kernels import Size
+from flax_switch.ops.kernels.narrow import Narrow
 from flax_switch.ops.kernels.projection import kernel_gradient
 from flax_switch.ops.kernels.quantized import Kernel, multiply
 
@@ -96,7 +97,8 @@ def block_rows(x: Array, kernel: Kernel, group_sizes: Array, *, transpose: bool)
         def step(index, out, blocks=blocks):
             expert, first, own = blocks.block(index, num_rows)
             rows = lax.dynamic_slice_in_dim(x, first, blocks.size)
-            matrix = jax.tree.map(lambda stack: lax.dynamic_index_in_dim(stack, expert, keepdims=False), kernel)
+            one = lambda stack: lax.dynamic_index_in_dim(stack, expert, keepdims=False)  # noqa: E731
+            matrix = kernel[expert] if isinstance(kernel, Narrow) else jax.tree.map(one, kernel)
             product = multiply(rows, matrix.T if transpose else matrix)
             others = lax.dynamic_slice_in_dim(out, first, blocks.size)
             return lax.dynamic_update_slice_in_dim(out, jnp.where(own, product, others), first, 0)

@@ -36,7 +36,7 @@ class Narrow:
       experts on disk and in memory the same products must be made in the same way.
     """
 
-    values: Float[Array, "D F"]
+    values: Float[Array, "*E D F"]
     few: bool = flax.struct.field(pytree_node=False, default=False)
 
     @property
@@ -54,8 +54,9 @@ class Narrow:
         return self
 
     def __getitem__(self, index: Any) -> Self:
-        """Returns some kernels of a stack."""
-        return dataclasses.replace(self, values=self.values[index])
+        """Returns some kernels of a stack: their bits, as XLA for CPUs widens a whole stack of floats to take one of it."""
+        bits = lax.bitcast_convert_type(self.values, jnp.uint16)[index]
+        return dataclasses.replace(self, values=lax.bitcast_convert_type(bits, self.values.dtype))
 
     def times(self, x: Float[Array, "*B D"]) -> Float[Array, "*B F"]:
         """Returns `x @ kernel`."""
@@ -78,6 +79,13 @@ class Narrow:
 
         rounds = 1 + jnp.isnan(x.reshape(-1)[0]).astype(jnp.int32)
         return lax.while_loop(lambda carry: carry[0] < rounds, body, (jnp.int32(0), jnp.zeros(made.shape, made.dtype)))[1]
+
+
+def widened_late(kernel: Any) -> Any:
+    """Returns a large kernel of 16 bits, or a stack of such, as one that is widened where it is multiplied; others as they are."""
+    of_16_bits = isinstance(kernel, jax.Array) and kernel.dtype in (jnp.bfloat16, jnp.float16)
+    large = of_16_bits and kernel.ndim in (2, 3) and math.prod(kernel.shape[-2:]) >= LEAST_WEIGHTS
+    return Narrow(kernel) if large else kernel
 
 
 def decodes_few(rows: Any, dtype: DTypeLike) -> bool:

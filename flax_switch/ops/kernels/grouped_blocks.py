@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import flax.struct
 import jax
@@ -98,7 +99,7 @@ def block_rows(x: Array, kernel: Kernel, group_sizes: Array, *, transpose: bool)
             expert, first, own = blocks.block(index, num_rows)
             rows = lax.dynamic_slice_in_dim(x, first, blocks.size)
             one = lambda stack: lax.dynamic_index_in_dim(stack, expert, keepdims=False)  # noqa: E731
-            matrix = kernel[expert] if isinstance(kernel, Narrow) else jax.tree.map(one, kernel)
+            matrix: Any = kernel[expert] if isinstance(kernel, Narrow) else jax.tree.map(one, kernel)
             product = multiply(rows, matrix.T if transpose else matrix)
             others = lax.dynamic_slice_in_dim(out, first, blocks.size)
             return lax.dynamic_update_slice_in_dim(out, jnp.where(own, product, others), first, 0)

@@ -69,7 +69,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         if self._knows_the_user():
-            if self.path.endswith("?expand=xetEnabled"):  # asked by versions before 0.31
+            if self.path.endswith("?expand=xetEnabled"):  # asked by old versions, such as 0.30
                 return self._answer({"id": self.path.split("/models/")[1].split("/revision/")[0], "xetEnabled": False})
             found = self.path == "/api/whoami-v2"
             self._answer({"name": "ada", "type": "user"} if found else {"error": "not here"}, 200 if found else 404)

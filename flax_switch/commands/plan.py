@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flax_switch.commands.options import add_mesh_argument, add_recipe_arguments, load_config, read_mesh, take_overrides
+from flax_switch.host.compilers import PACKAGES
 from flax_switch.host.files import check_writable, write_text
 from flax_switch.host.jax_settings import jax_setting
 
@@ -51,5 +52,19 @@ def run(args: argparse.Namespace) -> int:
     if found.train is not None and found.train.refusal is None and args.save_program:
         print(f"  the train step is in {args.save_program}: start the run with --program {args.save_program}")
     if args.json:
-        write_text(args.json, json.dumps(found.to_dict(), indent=1) + "\n")
+        write_text(args.json, json.dumps({"about": _about(), **found.to_dict()}, indent=1) + "\n")
     return 1 if found.fits is False else 0
+
+
+def _about() -> dict[str, Any]:
+    """Returns what the plan was made with: it depends on the compilers' versions, and not on this machine's devices."""
+    from flax_switch.training import sessions
+
+    here = sessions.surroundings()
+    compilers = [package for packages in PACKAGES.values() for package in packages]
+    versions = here["versions"] | {name: found for name in compilers if (found := sessions.version_of(name))}
+    return (
+        {"command": sessions.command(), "time": sessions.now()}
+        | {name: here[name] for name in ("host", "python")}
+        | {"versions": versions}
+    )

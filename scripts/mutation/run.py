@@ -78,7 +78,7 @@ def run_batch(tree: Path, batch: Batch, told: Path) -> int:
     """Runs a batch in this process, which is a child of the warm one."""
     told.unlink(missing_ok=True)
     options = ["-q", "-x", "--tb=short", "-p", "no:cacheprovider", "-W", coverage_map.ALREADY_IMPORTED]
-    return int(pytest.main([*options, *batch.tests], plugins=[Choice(tree, batch.tests, told)]))
+    return coverage_map.run_pytest([*options, *batch.tests], Choice(tree, batch.tests, told))
 
 
 @dataclass

@@ -21,6 +21,11 @@ def test_the_share_kept_is_that_of_independent_draws(rate):
             assert 1e-4 < stats.chi2.sf(chi2, len(sums)) < 1 - 1e-4
 
 
+def test_a_rate_just_below_one_drops_all_but_what_2_to_the_minus_32_may_keep():
+    assert not np.asarray(keep_mask(KEYS[0], 1 - 1e-12, (512, 512))).any()
+    assert np.asarray(keep_mask(KEYS[0], 1e-12, (512, 512))).all()
+
+
 def test_words_are_uniform_in_their_high_and_low_bits():
     words = np.asarray(random_words(KEYS[0], (256, 4096)))
     for shift in (0, 12, 24):

@@ -27,6 +27,7 @@ class Browser:
     """One page in one browser; use it as a context."""
 
     def __enter__(self):
+        program = find()  # before anything is held that a skip would leave behind
         down, up = os.pipe(), os.pipe()
         self._profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         options = [
@@ -44,7 +45,7 @@ class Browser:
             f'exec "$@" 3<&{read} 4>&{write}'  # the browser reads what is 3 and writes to what is 4; Python's own way would fork
         )
         self._process = subprocess.Popen(
-            ["bash", "-c", wired, "browser", find(), *options],
+            ["bash", "-c", wired, "browser", program, *options],
             pass_fds=(read, write), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         os.close(read)

@@ -193,6 +193,7 @@ def test_the_command_says_what_does_not_fit_and_which_knob_to_turn(tmp_path, cap
     values = json.loads(file.read_text())
     assert values["fits"] is False and values["topology"]["num_devices"] == 8 and values["train"] is None
     assert values["memory"]["parameters"] == plan_bytes(values["parameters"])
+    assert values["about"]["versions"]["jax"] == jax.__version__ and "host" in values["about"]
 
 
 def plan_bytes(parameters):

@@ -154,9 +154,16 @@ class CoverageMap:
                 found[module] = tests
         return found
 
-    def importing(self, file: str) -> list[str]:
-        """The test modules that import the file at all."""
-        return [module for module, content in self.modules.items() if file in content["lines"]]
+    def importing(self, file: str, lines: range | None = None) -> list[str]:
+        """The test modules that import the file at all; or those during whose import one of the lines ran."""
+        found = {module: content["lines"][file] for module, content in self.modules.items() if file in content["lines"]}
+        if lines is None:
+            return list(found)
+        return [
+            module
+            for module, of_file in found.items()
+            if any(-1 in self.modules[module]["sets"][of_file[str(line)]] for line in lines if str(line) in of_file)
+        ]
 
 
 def module_files(tree: Path) -> list[str]:

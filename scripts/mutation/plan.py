@@ -26,8 +26,11 @@ class Batch:
 
 def covering_tests(site: Site, coverage: CoverageMap) -> dict[str, list[str]]:
     """For every test module, the tests that run the site; where it runs at import only, those that run the body it belongs to."""
+    in_a_function = any(site.line in body for body in site.lookups[2:3])
     for lines in site.lookups:
         found = coverage.covering(site.file, lines)
+        if in_a_function:  # that runs at import, too, if it makes values of its module: those who import it then judge it
+            found = {module: coverage.tests_of_module(module) for module in coverage.importing(site.file, lines)} | found
         if found:
             return found
     if any(coverage.covering(site.file, body) for body in site.lookups[2:]):

@@ -51,6 +51,20 @@ def test_growth_keeps_the_function_and_spreads_tokens_over_copies(changes, tmp_p
     np.testing.assert_array_equal(still[[0, 2, 4, 6]], still[[1, 3, 5, 7]])
 
 
+def test_copies_of_an_expert_are_told_apart_by_a_little_noise_of_their_router(tmp_path):
+    opened = open_checkpoint(saved(tmp_path / "four"))
+    first, again, other, still = (
+        {path: x.numpy() for path, x in with_more(opened, 8, **options).tensors.items() if "/router/" in path}
+        for options in ({"router_noise": 1e-3}, {"router_noise": 1e-3}, {"router_noise": 1e-3, "seed": 1}, {"router_noise": 0.0})
+    )
+    noise = [first[path] - still[path] for path in first]
+    for path, one in zip(first, noise, strict=True):
+        np.testing.assert_array_equal(first[path], again[path])
+        assert (first[path] != other[path]).any()
+        assert 0.5e-3 < one.std() / still[path].std() < 2e-3
+    assert len(noise) == 2 and np.abs(noise[0] - noise[1]).max() > 1e-4  # every layer has its own
+
+
 def test_experts_that_are_copies_merge_into_one_that_computes_the_same(tmp_path):
     """Each expert once more, with its hidden units in another order, and a router that gives a pair the same score."""
     rng = np.random.default_rng(3)

@@ -148,6 +148,13 @@ def test_a_vocabulary_is_trained_on_all_at_their_rates():
     assert turns.index("c") < 5 and abs(first.count("a") - 2 * first.count("b")) <= 40
 
 
+def test_a_vocabulary_that_is_not_given_has_the_words_of_every_source(mixed, tmp_path):
+    config = mixed.replace(vocabulary_size=22, cache_dir=str(tmp_path))
+    found = prepare(config, quiet=True).vocabulary
+    for sentences in LANGUAGES.values():
+        assert [found.decode(found.encode(sentence)) for sentence in sentences] == sentences
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

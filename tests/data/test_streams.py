@@ -5,6 +5,7 @@ import gzip
 import json
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -228,6 +229,23 @@ def test_what_cannot_be_streamed_is_an_error(streamed, vocabulary, tmp_path):
     with pytest.raises(ConfigError, match=r"bad.jsonl, line 301"):
         for _ in range(100):
             next(iterator)
+
+
+def test_what_reads_ahead_has_ended_once_a_stream_is_closed(streamed, vocabulary):
+    before = set(threading.enumerate())
+    iterator = prepare(streamed, vocabulary=vocabulary, quiet=True).train_iterator()
+    next(iterator)
+    readers = set(threading.enumerate()) - before
+    iterator.close()
+    assert readers and not any(reader.is_alive() for reader in readers)
+
+
+def test_a_reader_that_ended_without_a_word_is_said_with_what_to_change(monkeypatch):
+    monkeypatch.setattr(streams, "_fill", lambda *given: None)
+    ahead = streams._Ahead(None, (0, []), 1, in_process=False)
+    with pytest.raises(RuntimeError, match="reads the stream has ended") as raised:
+        ahead.get()
+    assert "data.num_workers=0 needs no such guard" in "".join(raised.value.__notes__)
 
 
 SCRIPT = """

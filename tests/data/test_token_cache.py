@@ -169,6 +169,10 @@ def test_an_empty_corpus_is_an_error(vocabulary, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_places_of_documents_have_64_bits_since_a_corpus_may_have_more_than_2_to_the_31_tokens():
+    assert cache.Tokens.of([[1, 2], [3]]).offsets.dtype == np.int64
+
+
 def test_a_store_travels_to_workers_as_a_path(documents, vocabulary, tmp_path):
     store = tokenize(documents, vocabulary, tmp_path)["train"]
     pickled = pickle.dumps(store)

@@ -11,7 +11,7 @@ PROGRAM = """
 import resource, sys
 from flax_switch.host.memory import keep_freed_memory
 print(keep_freed_memory())
-work = lambda: len(b"x" * 50_000_000)
+work = lambda: len(b"x" * 200_000_000)
 work()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(5):
@@ -33,14 +33,14 @@ def run(**environment) -> tuple[str, int]:
 def test_what_is_allocated_again_needs_no_fresh_pages():
     kept, faults = run(JAX_PLATFORMS="cpu")
     assert kept == "True"
-    assert faults < 1000  # 50 MB are 12,000 pages of 4 KiB
+    assert faults < 1000  # 200 MB are 49,000 pages of 4 KiB, and more than malloc leaves itself when it gives memory back
 
 
 @glibc
 def test_without_it_every_allocation_does():
     left_alone, faults = run(JAX_PLATFORMS="cuda,cpu", GLIBC_TUNABLES="glibc.malloc.mmap_threshold=1048576")
     assert left_alone == "False"
-    assert faults > 10_000
+    assert faults > 100_000
 
 
 @glibc

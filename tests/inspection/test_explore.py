@@ -103,6 +103,29 @@ def test_a_plot_is_written(exploration, tmp_path):
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_plot_says_which_choices_were_processed_and_which_dropped(exploration, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **options: drawn.append(figure.axes))
+    plot(exploration, tmp_path / "routing.png")
+    for axis, (kept, dropped) in zip(drawn[0][-3:], exploration.loads().values(), strict=True):
+        assert [entry.get_text() for entry in axis.get_legend().get_texts()] == ["processed", "dropped"]
+        for bars, counts in zip(axis.containers, (kept, dropped), strict=True):
+            assert [bar.get_height() for bar in bars] == counts.tolist()
+
+
+def test_a_layer_whose_experts_took_no_token_has_empty_bars_on_the_page(exploration, tmp_path):
+    empty = [
+        [
+            dataclasses.replace(stack, layers=[dataclasses.replace(one, chosen=[[]] * n, kept=[[]] * n) for one in stack.layers])
+            for stack in stacks
+            for n in [len(stack.tokens)]
+        ]
+        for stacks in exploration.texts
+    ]
+    page = write_page(dataclasses.replace(exploration, texts=empty), tmp_path / "routing.html").read_text()
+    assert set(re.findall(r"width:([^%]*)%", page)) >= {"0.0"} and "nan" not in page
+
+
 @pytest.fixture(scope="module")
 def explored(exploration, tmp_path_factory):
     return write_page(exploration, tmp_path_factory.mktemp("page") / "routing.html")

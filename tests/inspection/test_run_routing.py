@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -85,6 +86,24 @@ def test_the_command_prints_and_draws(run, capsys):
     assert '"rows":["left.txt","right.txt"]' in (run / "routing.html").read_text()
     assert main(["routing", str(run), "--json"]) == 0
     assert list(json.loads(capsys.readouterr().out)["layers"]) == ["encoder 0", "decoder 0", "decoder 1"]
+
+
+def test_the_page_maps_a_layer_to_the_next_and_kinds_to_experts(tmp_path):
+    routing = made_up()
+    page = write_page(routing, measure(routing), tmp_path / "routing.html").read_text()
+    charts = [json.loads(data) for data in re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', page)]
+    maps = {chart["title"]: chart for chart in charts if "rows" in chart}
+    assert list(maps) == [
+        "decoder 0: experts of a kind of document", "decoder 0: experts of the next sparse layer",
+        "decoder 1: experts of a kind of document",
+    ]  # fmt: skip
+    following = maps["decoder 0: experts of the next sparse layer"]
+    np.testing.assert_array_equal(following["values"], np.eye(4)[::-1])  # the made-up 3 - first
+    assert following["rows"] == ["0", "1", "2", "3"]
+    for name in ("decoder 0", "decoder 1"):
+        kinds = maps[f"{name}: experts of a kind of document"]
+        assert kinds["rows"] == ["a", "b"]
+        np.testing.assert_allclose(kinds["values"], 0.25, atol=0.04)  # kinds were drawn apart from tokens
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])

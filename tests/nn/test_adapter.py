@@ -1,6 +1,7 @@
 """A kernel with an adapter is W + scale * a b, in every place where a kernel is, whatever computes with it."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from flax_switch.config.adapter import AdapterConfig, matrix
 from flax_switch.convert.canonical import canonical_shapes
 from flax_switch.convert.quantize import quantized as quantize_tensors
 from flax_switch.convert.tensors import from_array
-from flax_switch.nn.adapter import adapted, adapter_parts, has_adapter, init_adapter, without_adapter
+from flax_switch.nn.adapter import SCAN_AXIS, adapted, adapter_parts, has_adapter, init_adapter, without_adapter
 from flax_switch.nn.init import abstract_params, init_params
 from flax_switch.nn.transformer import SwitchTransformer
 from flax_switch.ops.kernels import grouped, quantized
@@ -133,6 +134,20 @@ def test_every_part_has_the_shape_that_is_told_of_it(changes):
     parts = adapter_parts(model, config)
     assert {path: part.shape for path, part in parts.items()} == {p: x.shape for p, x in flatten_dict(made, sep="/").items()}
     assert all(len(part.shape) == len(part.axes) for part in parts.values())
+
+
+def test_the_parts_of_scanned_layers_are_those_of_a_layer_with_an_axis_of_layers():
+    changes = MODELS["scanned"]
+    config = EVERYTHING.replace(use_dora=True)
+    scanned, plain = (
+        adapter_parts(SwitchTransformer(BASE.replace(**{**changes, "scan_layers": s})), config) for s in (True, False)
+    )
+    stacked = {path: part for path, part in scanned.items() if "/subblock_" in path}
+    assert stacked and len(plain) == len(scanned) - len(stacked) + 2 * len(stacked)  # two periods of four layers
+    for path, part in stacked.items():
+        one = plain[re.sub(r"^(\w+)/\w+/subblock_(\d+)", r"\1/layers_\2", path)]
+        assert part.shape == (*one.shape[:SCAN_AXIS], 2, *one.shape[SCAN_AXIS:])
+        assert part.axes == (*one.axes[:SCAN_AXIS], "layers", *one.axes[SCAN_AXIS:])
 
 
 @pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])

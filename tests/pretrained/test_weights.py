@@ -110,6 +110,9 @@ def test_a_weight_is_off_by_at_most_half_a_step_and_the_largest_by_nothing(weigh
     rounded = {"int8": 1e-6, "int4": 2**-8}[weights]  # of the scale
     np.testing.assert_allclose(*(np.take_along_axis(x.reshape(groups.shape), largest, 2) for x in (back, kernel)), rtol=rounded)
     assert (back[1, :, 7] == 0).all()
+    lazy = dequantized(config, "encoder", tensors)[1][path]
+    for inputs, outputs in ((slice(70, 100), slice(3, 20)), (slice(0, 64), slice(0, 64)), (slice(63, 65), slice(60, 64))):
+        np.testing.assert_array_equal(lazy.read((slice(1, 3), inputs, outputs)), back[1:3, inputs, outputs])
 
 
 @pytest.mark.parametrize(

@@ -152,6 +152,12 @@ def test_who_runs_the_line_must_notice_and_what_runs_at_import_belongs_to_the_fu
         assert set(covering_tests(site_at(line), coverage)) == {"tests/ops/test_example.py", "tests/data/test_other.py"}
 
 
+def test_a_function_that_runs_at_import_is_judged_by_all_that_import_it_then():
+    near, far = "tests/ops/test_example.py", "tests/data/test_other.py"
+    found = covering_tests(site_at(5), coverage_map({"1": 1, "4": 1, "5": 1}))
+    assert found == {near: [f"{near}::test_a", f"{near}::test_b"], far: [f"{far}::test_c"]}
+
+
 def test_the_nearest_tests_run_first_and_the_rest_of_their_modules_last():
     coverage = coverage_map({"4": 0, "5": 0})
     (only,) = batches(site_at(5), coverage, None, 100.0)

@@ -11,7 +11,7 @@ import pytest
 import flax_switch as fs
 from flax_switch.config import ExperimentConfig, MeshConfig, OptimizerConfig, TrainConfig
 from flax_switch.parallel.mesh import create_mesh
-from flax_switch.training import step
+from flax_switch.training import custom, step
 from flax_switch.training.state import build_run
 
 CONFIG = fs.SwitchConfig(
@@ -97,6 +97,17 @@ def test_a_batch_that_cannot_be_is_refused_by_name(batch, message):
     optimizer = optax.sgd(0.1)
     with pytest.raises(fs.ConfigError, match=message):
         fs.train_step(CONFIG, optimizer, fresh(optimizer), batch)
+
+
+def test_a_decoder_only_batch_needs_labels_alone_and_nothing_else_may_be_in_it():
+    alone = dataclasses.replace(CONFIG, architecture="decoder_only", num_encoder_layers=0, num_sparse_encoder_layers=0)
+    labels = np.where(np.arange(6) < 4, IDS, -100)
+    made = custom.complete({"labels": labels}, alone)
+    np.testing.assert_array_equal(made["labels"], labels)
+    np.testing.assert_array_equal(made["decoder_input_ids"], np.pad(np.where(labels < 0, 0, labels)[:, :-1], ((0, 0), (1, 0))))
+    for wrong in ({}, {"decoder_input_ids": IDS}, {"labels": IDS, "input_ids": IDS}):
+        with pytest.raises(fs.ConfigError, match="A decoder-only model's batch has labels, and may have decoder_input_ids"):
+            custom.complete(wrong, alone)
 
 
 def test_settings_of_the_optimiser_are_checked():

@@ -152,6 +152,16 @@ def test_a_program_that_is_not_whole_is_refused_before_anything_of_it_is_loaded(
     assert said in refusal(copy)
 
 
+def test_a_program_that_is_not_the_other_processes_is_not_loaded(copy, monkeypatch):
+    def differs(values):
+        raise ConfigError(f"the processes differ in {values}")
+
+    monkeypatch.setattr("flax_switch.training.saved_program._loaded", lambda *_: pytest.fail("it was loaded"))
+    monkeypatch.setattr("flax_switch.parallel.processes.require_same", differs)
+    content = json.loads((copy / MANIFEST_FILE).read_text())["sha256"]
+    assert f"the processes differ in {{'program (by hash)': '{content}'}}" in refusal(copy)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -11,8 +11,6 @@ from flax_switch.pretrained import load_pretrained, save_pretrained
 from flax_switch.workflows.regroup import cross_entropy, fewer
 from tests.workflows.conftest import lists, write_jsonl
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def examples(tmp_path_factory):
@@ -35,6 +33,7 @@ def copies(checkpoint, folder):
     return save_pretrained(folder, model.config, params, model.vocabulary, "flax_switch")
 
 
+@pytest.mark.slow
 def test_copies_cost_nothing_and_what_is_printed_is_the_loss_of_what_was_written(checkpoint, examples, tmp_path):
     made = fewer(copies(checkpoint, tmp_path / "copies"), tmp_path / "one", num_experts=1, merge=True, examples=examples)
     assert made.after == pytest.approx(made.before, abs=1e-5)
@@ -49,6 +48,7 @@ def test_copies_cost_nothing_and_what_is_printed_is_the_loss_of_what_was_written
         assert cross_entropy(written.replace(config=written.config), batches[1::2]) == pytest.approx(other.after, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_commands_merge_prune_and_grow_and_say_what_it_cost(checkpoint, examples, tmp_path, capsys):
     text = ["--examples", examples.validation, "--inputs", "list", "--targets", "first", "--batch-size", "4", "--length", "16"]
     for command in ("merge", "prune"):
@@ -63,3 +63,25 @@ def test_commands_merge_prune_and_grow_and_say_what_it_cost(checkpoint, examples
     with pytest.raises(ConfigError, match="fills 1 batches; it takes two"):
         fewer(checkpoint, tmp_path / "none", num_experts=1, merge=True, examples=examples.replace(batch_size=64))
     assert not (tmp_path / "none").exists()
+
+
+def test_every_other_batch_decides_and_the_rest_says_what_it_cost(checkpoint, examples, tmp_path, monkeypatch):
+    decided, judged = [], []
+
+    def logits(model, batches):
+        decided.extend(batches)
+        return [np.random.default_rng(0).normal(size=(50, 2)).astype(np.float32) for _ in range(2)]
+
+    def loss(model, batches):
+        judged.append((model.config.num_experts, list(batches)))
+        return float(len(judged))
+
+    monkeypatch.setattr("flax_switch.workflows.regroup.router_logits", logits)
+    monkeypatch.setattr("flax_switch.workflows.regroup.cross_entropy", loss)
+    made = fewer(checkpoint, tmp_path / "one", num_experts=1, merge=True, examples=examples, batches=5)
+    assert (made.before, made.after) == (1.0, 2.0) and [experts for experts, _ in judged] == [2, 1]
+    assert len(decided) == 3 and len(judged[0][1]) == len(judged[1][1]) == 2
+    texts = lambda batches: {batch["input_ids"].tobytes() for batch in batches}  # noqa: E731
+    assert not texts(decided) & texts(judged[0][1]) and texts(judged[0][1]) == texts(judged[1][1])
+    with pytest.raises(ConfigError, match="fills 1 batches; it takes two"):
+        fewer(checkpoint, tmp_path / "none", num_experts=1, merge=True, examples=examples, batches=1)

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from flax_switch import cli
 from flax_switch.config.finetuning import FinetuneConfig
 from flax_switch.config.presets import PRESETS
 from flax_switch.config.recipes import load_recipe
 from flax_switch.training.checkpoint import write_config
+from flax_switch.workflows.model_card import model_card
 from flax_switch.workflows.record import RunRecord
 from flax_switch.workflows.report import write_report
 
@@ -48,7 +50,12 @@ def make_run(workdir, *, config=None, steps=60, seed=0, entropy=0.4, sessions=Tr
             scores = {"accuracy": 0.4, "text_cross_entropy": loss + 0.1, "unigram_entropy": 4.5, "nats_below_unigram": 1.0}
             found.append({"step": step, "kind": "eval", "cross_entropy": loss + 0.05, **scores, **routers()})
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in found))
-    pieces = ["Return the", {"model": "a" * 90, "text": "value"}, f"of {long_name} <b>&", {"model": "", "text": long_name}]
+    pieces = [
+        "Return the <extra_id_6>",
+        {"model": "a" * 90, "text": "value"},
+        f"of {long_name} <b>&",
+        {"model": "", "text": long_name},
+    ]
     if isinstance(config, FinetuneConfig):
         pieces = ["in", {"model": "said", "text": "right"}]
     (workdir / "samples.json").write_text(json.dumps([{"pieces": pieces}] * 3))
@@ -149,6 +156,27 @@ def test_how_long_a_run_took_leaves_out_the_time_between_its_parts(pages):
     assert record.seconds == 600 + 150
     assert "12 min 30 s, in 2 parts" in pages["run"].read_text()
     assert "2026-03-01 10:00 UTC" in pages["run"].read_text()
+
+
+def test_of_a_run_that_says_no_times_the_steps_are_counted(pages):
+    record = RunRecord.read(pages["earlier"].parent)
+    assert not record.sessions and record.seconds == pytest.approx(0.1 * record.train[-1]["step"])
+
+
+def test_masked_text_is_shown_as_text_with_its_gaps(pages):
+    page = pages["run"].read_text()
+    gap = lambda n: f'<span class="gap">{n}</span>'  # noqa: E731
+    assert f"Return the {gap(7)} {gap(1)} of " in page  # a sentinel that the text itself has is a gap as well
+    assert "&lt;b&gt;&amp;" in page and "<b>&" not in page and "extra_id" not in page
+
+
+def test_a_models_card_has_held_out_figures_alone_as_its_results(pages):
+    record = RunRecord.read(pages["run"].parent)
+    head = yaml.safe_load(model_card("ada/mine", record.config.model, licence="mit", record=record).split("---")[1])
+    found = {one["name"]: one["value"] for one in head["model-index"][0]["results"][0]["metrics"]}
+    assert found["held-out cross-entropy, nats/token"] == round(record.evals[-1]["cross_entropy"], 4)
+    assert not any("second" in name or "training" in name for name in found), "speed and the loss in training are no results"
+    assert len(found) == len(record.results()) - 2
 
 
 def test_faults_are_told_in_plain_words(pages):

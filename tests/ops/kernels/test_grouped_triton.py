@@ -75,11 +75,12 @@ def no_gpu_at_hand():
     return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("gpu",), abstract_device=device))
 
 
+@pytest.mark.parametrize("groups", [[3000, 0, 1096], [700, 0, 90]], ids=str)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_the_programs_pass_tritons_verifier(dtype):
-    """Interpreting does not see an index of the wrong type; this needs no GPU and no compiler for one."""
-    x, kernel, gradient = operands([3000, 0, 1096], 96, 160, dtype, spare=0)
-    sizes = jnp.asarray([3000, 0, 1096], jnp.int32)
+def test_the_programs_pass_tritons_verifier(dtype, groups):
+    """Interpreting sees no index of the wrong type, and no tile of no power of two; this needs no GPU and no compiler for one."""
+    x, kernel, gradient = operands(groups, 96, 160, dtype, spare=0)
+    sizes = jnp.asarray(groups, jnp.int32)
     for function, args in (
         (grouped_triton.grouped_rows, (x, kernel, sizes)),
         (functools.partial(grouped_triton.grouped_rows, transpose=True), (gradient, kernel, sizes)),

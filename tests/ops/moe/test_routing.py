@@ -155,6 +155,17 @@ def test_batch_prioritised_routing_drops_the_least_certain_and_only_in_the_encod
     assert kept("decoder") == [True, True, False]
 
 
+def test_slots_are_those_of_evaluation_unless_a_step_of_training_is_asked_for():
+    config = SwitchConfig(
+        num_experts=2, capacity_mode="factor", capacity_factor=1.0, eval_capacity_factor=1.5, min_expert_capacity=1
+    )
+    kept = [
+        int(route(jnp.zeros((1, 8, 2)), config=config, **how).plan.kept.sum())
+        for how in ({}, {"deterministic": True}, {"deterministic": False})
+    ]
+    assert kept == [6, 6, 4]  # of eight tokens that all choose the first expert
+
+
 def test_a_decoder_lets_tokens_choose_even_where_experts_choose_in_the_encoder():
     config = SwitchConfig(num_experts=3, router_type="experts_choose", num_selected_experts=2)
     logits = jnp.zeros((1, 8, 3))

@@ -2,6 +2,8 @@
 
 import json
 import os
+from pathlib import PurePosixPath
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from flax_switch import CheckpointError, SwitchConfig, load_pretrained
 from flax_switch.config import ExperimentConfig, MeshConfig
-from flax_switch.convert import convert, detect_format, hub, open_checkpoint, stack_layers
+from flax_switch.convert import checkpoint, convert, detect_format, hub, open_checkpoint, stack_layers
 from flax_switch.convert.canonical import canonical_shapes, flatten, unflatten
 from flax_switch.data.vocabulary import Vocabulary
 from flax_switch.parallel.mesh import create_mesh
@@ -206,3 +208,19 @@ def test_loading_never_touches_the_source(saved):
     load_pretrained(saved)
     os.chmod(saved, 0o755)
     assert {path: path.stat().st_mtime_ns for path in saved.iterdir()} == before
+
+
+def test_a_folder_in_a_store_is_the_same_in_whatever_order_it_is_listed(monkeypatch):
+    class File(PurePosixPath):
+        def is_file(self):
+            return self.suffix != ""
+
+        def stat(self):
+            return SimpleNamespace(length=len(self.name), mtime=float(len(self.stem)))
+
+    found = [File("gs://bucket/model") / name for name in ("a.json", "b.bin", "folder", "c.safetensors")]
+    monkeypatch.setattr(checkpoint, "in_store", lambda folder: True)
+    listed = [
+        checkpoint.source_identity(SimpleNamespace(iterdir=lambda order=order: iter(order))) for order in (found, found[::-1])
+    ]
+    assert listed[0][1:] == listed[1][1:] == [["a.json", 6, 1.0], ["b.bin", 5, 1.0], ["c.safetensors", 13, 1.0]]

@@ -99,6 +99,14 @@ def test_an_array_in_chunks_is_one_array_and_blocks_of_it_are_read(tmp_path, mon
     np.testing.assert_array_equal(block, arrays["a"][1:4, 2:3, 0:2])
 
 
+@pytest.mark.parametrize("length", [3, 200, 300, 70_000])  # one byte and less, one, two and four of them
+def test_an_array_in_chunks_may_be_of_any_length(length, tmp_path, monkeypatch):
+    array = np.arange(5 * length, dtype=np.float64).reshape(length, 5)
+    monkeypatch.setattr(flax.serialization, "MAX_CHUNK_SIZE", array.nbytes // 2)
+    (tmp_path / "file").write_bytes(flax.serialization.to_bytes({"x": array}))
+    np.testing.assert_array_equal(read_tree(tmp_path / "file")["x"].numpy(), array)
+
+
 def packed(value: object, **options: bool) -> bytes:
     data = msgpack.packb(value, **options)
     assert data is not None

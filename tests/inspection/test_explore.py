@@ -81,7 +81,13 @@ def test_the_text_names_every_token_and_marks_what_was_dropped(exploration):
                 assert token in text
     assert "2x" in text
     assert "encoder layer 1:" in text
-    assert "dropped; highest probability" in text
+    counted = [
+        (sum(layer.dropped() for layer in stack.layers), sum(len(token) for layer in stack.layers for token in layer.chosen))
+        for stacks in exploration.texts
+        for stack in stacks
+    ]
+    told = re.findall(r"  (\d+) of (\d+) choices dropped; highest probability [01]\.\d\d on average", text)
+    assert [tuple(map(int, pair)) for pair in told] == counted
 
 
 def test_without_a_target_the_decoder_is_shown_with_the_models_own_answer(pretrained):

@@ -31,6 +31,9 @@ def test_pieces_are_the_whole(name, tokens, cuts):
     pieces, output = told(VOCABULARIES[name], tokens, cuts)
     assert "".join(pieces) == output.told == texts_of([tokens], VOCABULARIES[name], CONFIG)[0]
     assert output.finish_reason == ("stop" if tokens[-1] == 1 else "length")
+    assert list(output.shown) == (tokens[:-1] if tokens[-1] == 1 else tokens)
+    offsets = output.offsets()
+    assert (offsets[0], offsets[-1], len(offsets)) == (0, len(output.told), len(output.shown) + 1)
 
 
 @given(text=st.text(min_size=1, max_size=20), stop=st.text(min_size=1, max_size=3), cuts=st.lists(st.integers(1, 60)))

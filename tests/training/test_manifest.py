@@ -14,7 +14,7 @@ import pytest
 
 from flax_switch.cli import main
 from flax_switch.config import ConfigError, ExperimentConfig, SwitchConfig
-from flax_switch.convert import open_checkpoint
+from flax_switch.convert import convert, open_checkpoint
 from flax_switch.convert.tensors import CheckpointError
 from flax_switch.host.files import write_text
 from flax_switch.host.manifest import MANIFEST, damage
@@ -192,6 +192,8 @@ def test_readers_of_a_run_take_the_newest_whole_checkpoint_and_no_verify_takes_t
     assert main(["inspect", str(newest)]) == 2 and "--no-verify" in capsys.readouterr().err
     assert main(["inspect", str(newest), "--no-verify"]) == 0
     assert main(["convert", str(newest), str(copy.parent / "out"), "--to", "flax_switch"]) == 2
+    with pytest.raises(CheckpointError, match="No checkpoint is whole"):
+        convert(newest, copy.parent / "out", to="flax_switch")
     assert not (copy.parent / "out").exists()
 
 

@@ -25,18 +25,25 @@ class Batch:
 
 
 def covering_tests(site: Site, coverage: CoverageMap) -> dict[str, list[str]]:
-    """For every test module, the tests that run the site; where it runs at import only, those that run the body it belongs to."""
-    in_a_function = any(site.line in body for body in site.lookups[2:3])
-    for lines in site.lookups:
+    """For every test module, the tests that run the site; where it runs at import only, those that run the body it belongs to.
+
+    What a test runs while it imports the file is no use of it, so for defaults and values of modules bodies come first.
+    """
+    in_a_function, bodies = any(site.line in body for body in site.lookups[2:3]), site.lookups[2:]
+    for lines in site.lookups if in_a_function else (*bodies, *site.lookups[:2]):
         found = coverage.covering(site.file, lines)
         if in_a_function:  # that runs at import, too, if it makes values of its module: those who import it then judge it
             found = {module: coverage.tests_of_module(module) for module in coverage.importing(site.file, lines)} | found
         if found:
             return found
-    if any(coverage.covering(site.file, body) for body in site.lookups[2:]):
-        return {}
-    importing = coverage.importing(site.file) if len(site.lookups) == 2 else []  # a file without functions
+    importing = coverage.importing(site.file) if not bodies else []  # a file without functions
     return {module: coverage.tests_of_module(module) for module in importing}
+
+
+def namesake(file: str) -> str:
+    """The test module that is named as the file is: what it starts in processes of its own no coverage tells of."""
+    parts = PurePath(file).parts
+    return PurePath("tests", *parts[1:-1], f"test_{parts[-1]}").as_posix()
 
 
 def batches(site: Site, coverage: CoverageMap, hint: str | None, most_seconds: float) -> list[Batch]:
@@ -47,6 +54,8 @@ def batches(site: Site, coverage: CoverageMap, hint: str | None, most_seconds: f
     """
     direct = covering_tests(site, coverage)
     units = [(module, tests) for module, tests in direct.items()]
+    own = namesake(site.file)
+    units += [(own, coverage.tests_of_module(own))] if own in coverage.modules and own not in direct else []
     rest = [(module, [t for t in coverage.tests_of_module(module) if t not in tests]) for module, tests in direct.items()]
     order = [*_in_order(units, site, coverage), *_in_order([unit for unit in rest if unit[1]], site, coverage)]
     made = (

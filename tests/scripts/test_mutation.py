@@ -11,7 +11,12 @@ import pytest
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from mutation import report, run, sites  # noqa: E402 - scripts are no package
+from mutation import (  # noqa: E402 - scripts are no package
+    plan,  # noqa: E402
+    report,
+    run,
+    sites,
+)
 from mutation.coverage_map import CoverageMap  # noqa: E402
 from mutation.operators import OPERATORS  # noqa: E402
 from mutation.plan import batches, covering_tests  # noqa: E402
@@ -150,6 +155,18 @@ def test_who_runs_the_line_must_notice_and_what_runs_at_import_belongs_to_the_fu
     assert inside == {"tests/ops/test_example.py": ["tests/ops/test_example.py::test_a"]}
     for line in (1, 3):
         assert set(covering_tests(site_at(line), coverage)) == {"tests/ops/test_example.py", "tests/data/test_other.py"}
+
+
+def test_a_default_belongs_to_its_function_although_a_test_may_import_the_file():
+    found = covering_tests(site_at(3), coverage_map({"1": 0, "3": 0}))
+    assert found == {"tests/data/test_other.py": ["tests/data/test_other.py::test_c"]}  # it alone runs the body
+
+
+def test_the_module_of_the_files_name_is_asked_though_no_line_is_run_in_its_process():
+    own = {"module": plan.namesake(FILE), "tests": [["own::test", 0.1]], "not_passed": {}, "sets": [], "lines": {}}
+    coverage = CoverageMap([*coverage_map({"4": 0}).modules.values(), own])
+    assert plan.namesake("flax_switch/host/memory.py") == "tests/host/test_memory.py"
+    assert "own::test" in batches(site_at(4), coverage, None, 100.0)[0].tests[own["module"]]
 
 
 def test_a_function_that_runs_at_import_is_judged_by_all_that_import_it_then():

@@ -167,11 +167,11 @@ class Judge:
         """Whether a failure of the test, or an end that is no test's, needs no control."""
         return test in self.trusted or not test.startswith("tests/")
 
-    def control(self, test: str) -> Batch:
-        """The test alone; of a module that could not be imported, its fastest test."""
-        module = test.split("::")[0]
-        alone = test if "::" in test else min(self.coverage.tests_of_module(module), key=self.coverage.seconds.get, default=test)
-        return Batch({module: [alone]}, self.coverage.seconds.get(alone, 60.0))
+    def control(self, test: str, failed: Batch) -> Batch:
+        """The test alone; where a module could not be imported, a test of each that was imported with it."""
+        modules = {test.split("::")[0]: [test]} if "::" in test else failed.tests
+        chosen = {module: [min(tests, key=lambda t: self.coverage.seconds.get(t, 60.0))] for module, tests in modules.items()}
+        return Batch(chosen, sum(self.coverage.seconds.get(t, 60.0) for tests in chosen.values() for t in tests))
 
     def settle(self, test: str, *, passed: bool) -> None:
         """Takes what the control of a test gave."""
@@ -198,7 +198,7 @@ def mutant_task(mutant: Mutant, todo: list[Batch], result: Result, done: Callabl
         if verdict["killed"]:
             result.outcome, result.by = "killed", verdict["by"]
             if not judge.believes(result.by):
-                return control_task(mutant, result, done, judge)
+                return control_task(mutant, result, batch, done, judge)
         elif following:
             return mutant_task(mutant, following, result, done, judge)
         done(result)
@@ -207,9 +207,9 @@ def mutant_task(mutant: Mutant, todo: list[Batch], result: Result, done: Callabl
     return Task(work, batch.limit, then)
 
 
-def control_task(mutant: Mutant, result: Result, done: Callable[[Result], None], judge: Judge) -> Task:
+def control_task(mutant: Mutant, result: Result, failed: Batch, done: Callable[[Result], None], judge: Judge) -> Task:
     """The task that runs the test which killed a mutant on the unchanged tree; if it fails there too, the mutant starts again."""
-    batch = judge.control(result.by)
+    batch = judge.control(result.by, failed)
 
     def then(status: int, tree: Path, seconds: float) -> Task | None:
         verdict = _verdict(status, Pool.log_of(tree))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from architectures import ALONE_BASE, lively_params
-from conftest import EOS, VOCAB, pair
+from huggingface_pair import EOS, VOCAB, pair
 from test_generation_parity import assert_same
 
 from flax_switch.config import ConfigError, MeshConfig

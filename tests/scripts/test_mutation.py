@@ -192,7 +192,9 @@ def test_a_test_is_believed_only_once_it_passed_on_the_unchanged_tree(tmp_path):
     mutant = sites.mutant_of(site_at(5), 1, SOURCE)
     near, far = "tests/ops/test_example.py", "tests/data/test_other.py"
     assert not judge.believes(f"{near}::test_a") and judge.believes("time limit")
-    assert judge.control(near).tests == {near: [f"{near}::test_a"]}
+    together = batches(site_at(5), coverage, None, 100.0)[0]
+    assert judge.control(f"{near}::test_b", together).tests == {near: [f"{near}::test_b"]}
+    assert judge.control(near, together).tests == {near: [f"{near}::test_a"], far: [f"{far}::test_c"]}  # what was imported at once
     judge.settle(f"{near}::test_a", passed=True)
     judge.settle(f"{far}::test_c", passed=False)
     assert judge.believes(f"{near}::test_a") and not judge.believes(f"{far}::test_c")

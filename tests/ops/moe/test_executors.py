@@ -231,3 +231,16 @@ def test_a_bfloat16_model_routes_in_float32(executor):
         assert y.dtype == jnp.bfloat16 and routed.logits.dtype == jnp.float32
         np.testing.assert_array_equal(routed.expert_index, expected)
         assert float(y[0, 0, 0]) == (1.0 if expected == 0 else 3.0)  # 2 hidden, half of it: the router's weight is 1/2
+
+
+@pytest.mark.parametrize("case", ["top-2, gated, some dropped", "experts choose"])
+def test_sorted_rows_are_the_kept_choices_by_expert(case):
+    config, (batch, length), _ = CASES[case]
+    logits = jnp.asarray(np.random.default_rng(3).normal(size=(batch, length, config.num_experts)), jnp.float32)
+    plan = route(logits, config=config, causal=False, deterministic=False).plan
+    view = executors.sorted_view(plan)
+    kept, expert = np.asarray(plan.kept).ravel(), np.asarray(plan.expert).ravel()
+    assert 0 < kept.sum() == view.group_sizes.sum()
+    choices = np.asarray(view.choice[0])[: kept.sum()]
+    assert set(choices) == set(np.flatnonzero(kept)) and (np.diff(expert[choices]) >= 0).all()
+    np.testing.assert_array_equal(np.bincount(expert[choices], minlength=config.num_experts), view.group_sizes)

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,7 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flax_switch.config import ConfigError, SwitchConfig
-from flax_switch.ops.moe.groups import flaxformer_num_groups, flaxformer_padding, make_grouping, rows_of_whole_groups
+from flax_switch.ops.moe.groups import (
+    flaxformer_num_groups,
+    flaxformer_padding,
+    flaxformer_replicas,
+    make_grouping,
+    rows_of_whole_groups,
+)
 
 TABLES = json.loads((Path(__file__).parents[2] / "goldens" / "tables.json").read_text())
 
@@ -24,6 +31,15 @@ def test_flaxformers_number_of_groups_is_reproduced(row):
 @pytest.mark.parametrize("row", TABLES["maybe_pad"], ids=str)
 def test_flaxformers_padding_is_reproduced(row):
     assert list(flaxformer_padding(row["batch"], row["seq"], row["num_experts"], row["replicas"])) == row["padded"]
+
+
+@pytest.mark.parametrize(
+    ("devices", "experts", "replicas"),
+    [(8, 8, 1), (8, 64, 1), (8, 4, 2), (8, 3, 4), (6, 4, 2), (6, 5, 2), (7, 4, 7), (1, 8, 1), (4, 1, 4)],
+)
+def test_as_many_devices_as_can_be_share_the_experts_and_the_others_hold_copies(devices, experts, replicas, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    assert flaxformer_replicas(experts) == replicas
 
 
 def test_a_batch_that_flaxformer_cannot_group_is_an_error_that_says_what_to_change():

@@ -63,8 +63,10 @@ def _about() -> dict[str, Any]:
     here = sessions.surroundings()
     compilers = [package for packages in PACKAGES.values() for package in packages]
     versions = here["versions"] | {name: found for name in compilers if (found := sessions.version_of(name))}
-    return (
-        {"command": sessions.command(), "time": sessions.now()}
-        | {name: here[name] for name in ("host", "python")}
-        | {"versions": versions}
-    )
+    return {
+        "command": sessions.command(),
+        "time": sessions.now(),
+        "host": here["host"],
+        "python": here["python"],
+        "versions": versions,
+    }

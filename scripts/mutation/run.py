@@ -233,7 +233,7 @@ def _verdict(status: int, log: Path) -> dict:
         return {"killed": True, "by": "time limit" if status == -9 else f"signal {-status}", "ran": found["ran"]}
     if status == TOOL_FAILED or "flax_switch was imported from" in found["failed"]:
         raise SystemExit(f"The run itself failed; see {log}:\n{log.read_text(errors='replace')[-2000:]}")
-    if status in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+    if not found["failed"] and status in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
         return {"killed": False, "by": "", "ran": found["ran"]}
     return {"killed": True, "by": found["failed"] or "import", "ran": found["ran"]}
 

@@ -186,6 +186,12 @@ def test_the_nearest_tests_run_first_and_the_rest_of_their_modules_last():
     assert short.tests == {near: [f"{near}::test_a"]}
 
 
+@pytest.mark.parametrize("failed", ["", "tests/ops/test_example.py::test_a"])
+def test_what_is_left_behind_after_a_failure_does_not_hide_it(failed, tmp_path):
+    (tmp_path / "0.told").write_text(json.dumps({"ran": 3, "failed": failed}))
+    assert run._verdict(0, tmp_path / "0.log") == {"killed": bool(failed), "by": failed, "ran": 3}
+
+
 def test_a_test_is_believed_only_once_it_passed_on_the_unchanged_tree(tmp_path):
     coverage = coverage_map({"4": 0, "5": 0})
     judge = run.Judge(coverage, {}, 100.0, run.Results(tmp_path, "tree", 1))

@@ -92,8 +92,9 @@ def test_the_card_says_what_the_run_was_and_nothing_of_this_machine(run, hub, ca
     assert "mixture-of-experts" in head["tags"] and head["pipeline_tag"] == "text2text-generation"
     last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if '"eval"' in line][-1]
     [result] = head["model-index"][0]["results"]
-    metrics = {m["name"]: m["value"] for m in result["metrics"]}
-    assert metrics["held-out cross-entropy, nats/token"] == round(last["cross_entropy"], 4)
+    assert {m["name"]: m["value"] for m in result["metrics"]}["held-out cross-entropy, nats/token"] == round(
+        last["cross_entropy"], 4
+    )
     assert f"| held-out cross-entropy, nats/token | {last['cross_entropy']:.3f} |" in card
     assert "4 of 4 steps" in card and "letters.txt" in card and "![Cross-entropy by step](loss.png)" in card
     assert re.search(r"\| encoder 1 \| [\d.]+ to [\d.]+ \| [\d.]+ of 1\.39 \| [\d.]+ % \|", card)

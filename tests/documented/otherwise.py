@@ -90,7 +90,7 @@ def is_a_line_of_shell(text: str) -> None:
 
 LIST = [
     Otherwise(r"bash scripts/(quickstart|test)\.sh", is_shell, "installs packages, and is what runs this test"),
-    Otherwise(r"pip install ('jax\[k8s\]'|build$)", is_a_line_of_shell, "needs a package index, for another project's package"),
+    Otherwise(r"pip install ('jax\[k8s\]'|'jax<0\.11'|ray$|build$)", is_a_line_of_shell, "needs a package index, for another project's package"),
     Otherwise(r"python -m build", is_a_line_of_shell, "needs a package index; the wheel has a test of its own"),
     Otherwise(r"docker build ", names_extras, "needs Docker and a network"),
     Otherwise(r"docker push ", is_a_line_of_shell, "needs Docker and a registry"),

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 from flax_switch.config import ConfigError, check
 from flax_switch.data.vocabulary import OtherTokenizerError, Vocabulary
 from flax_switch.host.json_text import parse_json, valid_text
+
+T = TypeVar("T")
 
 _IDS = {"T5's": {"<pad>": 0, "</s>": 1, "<unk>": 2}, "fairseq's": {"<pad>": 1, "</s>": 2, "<unk>": 3}}
 _LANGUAGE = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}")
@@ -55,7 +57,7 @@ class ForeignVocabulary(Vocabulary):
 
     def encode(self, text: str) -> list[int]:
         """Returns the token ids of a text, without EOS."""
-        return self._tokenizer.encode(valid_text(text), add_special_tokens=False).ids
+        return _run(self._tokenizer.encode, valid_text(text), add_special_tokens=False).ids
 
     def encode_source(self, text: str) -> list[int]:
         """Returns token ids of a text, its language's first: that which it begins with, such as `fra_Latn`, or else English."""
@@ -67,12 +69,24 @@ class ForeignVocabulary(Vocabulary):
 
     def encode_documents(self, documents: Sequence[str]) -> list[list[int]]:
         """Returns the token ids of many texts, in parallel."""
-        encoded = self._tokenizer.encode_batch([valid_text(text) for text in documents], add_special_tokens=False)
+        encoded = _run(self._tokenizer.encode_batch, [valid_text(text) for text in documents], add_special_tokens=False)
         return [one.ids for one in encoded]
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Returns the text of token ids; special tokens are left out or named."""
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+
+
+def _run(call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """Calls the library, which raises plain exceptions: for a character without a piece, where none is for unknown ones.
+
+    Raises:
+      ConfigError: in place of such.
+    """
+    try:
+        return call(*args, **kwargs)
+    except Exception as error:
+        raise ConfigError(f"tokenizer.json does not serve for this text: {error}. Mend the file, or leave the text out.") from error
 
 
 def _check_pieces(model: bytes) -> None:

@@ -109,7 +109,9 @@ def test_pefts_adapter_is_ours_and_ours_is_pefts_to_the_bit(kind, settings, mode
     for name, tensor in ours.items():
         np.testing.assert_array_equal(theirs[name].numpy(), tensor.numpy(), err_msg=name)
     again = torch_logits(peft.PeftModel.from_pretrained(torch_model(models / kind), tmp_path / "ours"))
-    np.testing.assert_array_equal(again, expected)
+    # Of a parameter named by itself PEFT adds the adapter's product first and multiplies then; ours names its module.
+    tolerance = 2e-6 if "target_parameters" in settings else 0
+    np.testing.assert_allclose(again, expected, atol=tolerance, rtol=0)
 
     model.save_adapter(tmp_path / "native", format="flax_switch")
     np.testing.assert_array_equal(our_logits(base.with_adapter(tmp_path / "native")), our_logits(model))

@@ -238,6 +238,18 @@ def test_a_piece_that_would_end_the_process_is_refused(extended, tmp_path, lengt
         assert tokenizer.load_vocabulary(tmp_path).encode("quick")
 
 
+def test_text_for_which_a_tokenizer_has_no_piece_is_refused_where_it_knows_no_unknown_one(extended, tmp_path):
+    values = json.loads((extended[2] / "tokenizer.json").read_text())
+    values["normalizer"] = {"type": "Lowercase"}
+    values["model"]["unk_id"] = None
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    opened = tokenizer.load_vocabulary(tmp_path)
+    assert opened.encode("quick")
+    for encode in (lambda: opened.encode("\u4e2d"), lambda: opened.encode_documents(["quick", "\u4e2d"])):
+        with pytest.raises(ConfigError, match="does not serve for this text: .*unk_id"):
+            encode()
+
+
 def test_added_tokens_whose_ids_have_a_gap_get_those_that_tokenizers_counts(extended, tmp_path):
     from tokenizers import Tokenizer
 

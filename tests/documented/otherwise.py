@@ -90,7 +90,12 @@ def is_a_line_of_shell(text: str) -> None:
 
 LIST = [
     Otherwise(r"bash scripts/(quickstart|test)\.sh", is_shell, "installs packages, and is what runs this test"),
-    Otherwise(r"pip install ('jax\[k8s\]'|'jax<0\.11'|ray$|build$)", is_a_line_of_shell, "needs a package index, for another project's package"),
+    Otherwise(
+        r"pip install ('jax\[k8s\]'|'jax<0\.11'|ray$|build$)",
+        is_a_line_of_shell,
+        "needs a package index, for another project's package",
+    ),
+    Otherwise(r"python convert_hf_to_gguf\.py ", is_a_line_of_shell, "a script of another project, which docs/export.md names"),
     Otherwise(r"python -m build", is_a_line_of_shell, "needs a package index; the wheel has a test of its own"),
     Otherwise(r"docker build ", names_extras, "needs Docker and a network"),
     Otherwise(r"docker push ", is_a_line_of_shell, "needs Docker and a registry"),
@@ -108,9 +113,12 @@ LIST = [
         r"python scripts/(kill_table|full_disk)\.py", says_how_to_use_it, "takes an hour; tests/training/test_kills does the same"
     ),
     Otherwise(
-        r"flax-switch (pretrain|finetune|distill|evaluate|generate|convert|inspect|plan|serve)$",
+        r"flax-switch (pretrain|finetune|distill|evaluate|generate|convert|inspect|plan|serve|predict)$",
         names_a_command,
         "a mention of the command, no call of it",
+    ),
+    Otherwise(
+        r"flax-switch plan (--save-program|--topology '2\*v5e:4x4')$", names_a_command, "a mention of an option, no call of it"
     ),
     Otherwise(r"flax-switch (plan|pretrain) .* --(save-)?program ", parsed, "tests/training/test_saved_program does both"),
     Otherwise(r"mpirun .* flax-switch pretrain \.\.\. ", names_a_command, "needs a cluster, and leaves out what others say"),

@@ -158,6 +158,7 @@ FILES: dict[str, Callable[[Path], None]] = {
     "validation.jsonl": records("document", "summary"),
     "test.jsonl": records("document", "summary"),
     "numbers.csv": lambda path: path.write_text("number,kind\n" + "".join(f"twenty {n},{n}\n" for n in "abcdefghijklmnopqrst")),
+    "own.csv": lambda path: path.write_text("text,answer\n" + "".join(f"The cat is in {p}.,{p}\n" for p in "abcdefghijklmnopqrst")),
     "sst2": sst2,
     "squad": squad,
     "corpus": parallel,

@@ -89,7 +89,8 @@ def case(request):
     eos = (config.eos_token_id, *EARLY_ENDS[1:])
     room = 1 + len(PREFIX) + NEW
     exact = None  # the same in float32, where the architecture rounds
-    if config.dtype == "bfloat16" or (config.is_sparse and "bfloat16" in (config.expert_dtype, config.router_dtype)):
+    routed = config.is_sparse and config.router_type != "hash"  # by a router's own numbers, in its own dtype
+    if "bfloat16" in (config.dtype, config.is_sparse and config.expert_dtype, routed and config.router_dtype):
         unrounded = config.replace(dtype="float32", expert_dtype=None, router_dtype="float32")
         exact = Uncached(unrounded, params, ids, mask, room, BEAMS)
     uncached = Uncached(config, params, ids, mask, room, BEAMS)

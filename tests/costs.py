@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-ROOM = 3.0  # seconds of the quick part that the cases of one test may take together; one case may take more
-LONGEST = 8.0  # seconds from which on a case is slow, unless its test is marked `quick`
+ROOM = 2.5  # seconds of the quick part that the cases of one test may take together; one case may take more
+LONGEST = 6.0  # seconds from which on a case is slow, unless its test is marked `quick`
 UNRECORDED = 0.1  # seconds that a case takes, about, where its test is not worth a record
 DURATIONS = Path(__file__).with_name("durations.json")
 

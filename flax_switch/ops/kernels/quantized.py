@@ -2,7 +2,7 @@
 
 reference      the weights as float32 numbers, and their plain product
 rounded_rows   int8 only: each row is rounded to 8 bits by a scale of its own, so that integers are multiplied. For CPUs, which
-               multiply those several times as fast as float32
+               multiply those several times as fast as float32; a single row by `one_row`
 dequantized    the weights in the rows' dtype, and their product. Accelerators make them on the way to it, and read a quarter or an
                eighth of the bytes; the scales of int8 are left to the end
 """
@@ -24,8 +24,9 @@ from flax_switch.config.weights import kernel_shape
 from flax_switch.ops.kernels import platforms
 from flax_switch.ops.kernels.adapted import Adapted
 from flax_switch.ops.kernels.narrow import Narrow
+from flax_switch.ops.kernels.one_row import fits, multiply_row
 
-LEAST_ROWS = 2  # XLA's product of integers is slow for a single row on a CPU
+LEAST_ROWS = 2  # XLA's product of integers is slow for a single row on a CPU, where `one_row` takes none
 # A CPU multiplies by a kernel of no more weights as fast or faster in float32: rounding the rows costs more than integers save. The
 # measurements are in docs/quantisation.md. It is no matter of the number of rows: what a sequence says must not depend on its batch
 # mates.
@@ -145,8 +146,11 @@ def _dequantized(x: Array, kernel: Quantized) -> Array:
 
 def _rounded_rows(x: Array, kernel: Quantized) -> Array:
     rows, row_scale = round_rows(x)
-    product = _product(rows, kernel.values, jnp.int32, least=LEAST_ROWS).astype(jnp.float32)
-    return (product * row_scale * _channel_scale(x, kernel)).astype(x.dtype)
+    if fits(rows, kernel.values):
+        product = multiply_row(rows.reshape(-1), kernel.values).reshape(*x.shape[:-1], -1)
+    else:
+        product = _product(rows, kernel.values, jnp.int32, least=LEAST_ROWS)
+    return (product.astype(jnp.float32) * row_scale * _channel_scale(x, kernel)).astype(x.dtype)
 
 
 def round_rows(x: Float[Array, "*B D"]) -> tuple[Int8[Array, "*B D"], Float32[Array, "*B 1"]]:

@@ -6,7 +6,8 @@
     python benchmarks/offload.py --model runs/exported        # a model of one's own, with its vocabulary, on held-out sentences
 
 All open the same safetensors folder and decode greedily, a row at a time; ours take turns in one process. base-128 is written in
-bfloat16, held in it by all, and computed in float32 by ours and in bfloat16 by transformers, so that what they say may differ.
+bfloat16, held in it by all, and computed in float32 by ours and in bfloat16 by transformers, so that what they say may differ. With
+--weights int8 ours round what they read of the same file, for which a cold round has to wait; a converted file needs half of its bytes.
 "Cold" means that the system had to drop the file's pages before every round (posix_fadvise), and that the model's memory was empty;
 "warm" that the round before was the same. Experts on disk have a memory for --share of all experts (a quarter). The bytes that the
 system read from the disk (/proc/self/io) are compared with the experts that were missed times their size. accelerate is left out
@@ -230,8 +231,7 @@ def main() -> None:
                 found = ours(folder, ids, *measured, memory, args.weights, args.resident)
             print(json.dumps(found))
             return
-        integers = args.weights in ("int8", "int4")
-        names = ["ours", *(["accelerate"] if importlib.util.find_spec("accelerate") and not integers else [])]
+        names = ["ours", *(["accelerate"] if importlib.util.find_spec("accelerate") else [])]
         options = [
             o for name in ("share", "weights", "rows", "length", "tokens", "repeats") for o in _option(name, getattr(args, name))
         ] + [f"--{'' if args.resident else 'no-'}resident"]

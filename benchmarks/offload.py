@@ -7,7 +7,7 @@
 
 All open the same safetensors folder and decode greedily, a row at a time; ours take turns in one process. base-128 is written in
 bfloat16, held in it by all, and computed in float32 by ours and in bfloat16 by transformers, so that what they say may differ. With
---weights int8 ours round what they read of the same file, for which a cold round has to wait; a converted file needs half of its bytes.
+--weights int8 ours round what they read of the same file, for which a cold round waits; a converted file needs half of its bytes.
 "Cold" means that the system had to drop the file's pages before every round (posix_fadvise), and that the model's memory was empty;
 "warm" that the round before was the same. Experts on disk have a memory for --share of all experts (a quarter). The bytes that the
 system read from the disk (/proc/self/io) are compared with the experts that were missed times their size. accelerate is left out

@@ -26,7 +26,7 @@ from flax_switch.ops.kernels.adapted import Adapted
 from flax_switch.ops.kernels.narrow import Narrow
 from flax_switch.ops.kernels.one_row import fits, multiply_row
 
-LEAST_ROWS = 2  # XLA's product of integers is slow for a single row on a CPU, where `one_row` takes none
+LEAST_ROWS = 2  # a single row that `one_row` does not take gets one of zeros: XLA's product of integers is slow for it on a CPU
 # A CPU multiplies by a kernel of no more weights as fast or faster in float32: rounding the rows costs more than integers save. The
 # measurements are in docs/quantisation.md. It is no matter of the number of rows: what a sequence says must not depend on its batch
 # mates.

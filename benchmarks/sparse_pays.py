@@ -112,7 +112,8 @@ def text(args: argparse.Namespace) -> Task:
         cache_dir=str(args.workdir / "cache"), heldout_fraction=0.01,
     )  # fmt: skip
     prepared = data.prepare(config, workdir=args.workdir)
-    model = dict(vocab_size=prepared.vocabulary.padded_size, d_model=128, d_ff=256, num_heads=4, d_kv=32, copying_heads=2)
+    sizes = dict(d_model=args.d_model, d_ff=args.d_ff, num_heads=4, d_kv=args.d_model // 4, copying_heads=2)
+    model = dict(vocab_size=prepared.vocabulary.padded_size, **sizes)
 
     def train(seed: int) -> Iterator[Batch]:
         return dataclasses.replace(prepared, config=config.replace(seed=seed)).train_iterator()
@@ -193,9 +194,10 @@ def sweep(task: Task, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Runs what has not been run: every rate with the first seed, then the best rate with the others. Returns the latter."""
     folder = args.workdir / "runs"
     folder.mkdir(parents=True, exist_ok=True)
+    sizes = f"{args.pairs}" if args.task == "recall" else f"{args.d_model}-{args.d_ff}-{args.batch_size}"
 
     def result(cell: str, rate: float, seed: int) -> dict[str, Any]:
-        path = folder / f"{args.task}-{cell}-{rate}-{seed}-{args.steps}-{args.optimizer}-{args.schedule}-{args.pairs}.json"
+        path = folder / f"{args.task}-{cell}-{rate}-{seed}-{args.steps}-{args.optimizer}-{args.schedule}-{sizes}.json"
         if not path.exists():
             path.write_text(json.dumps(train(task, cell, rate, seed, args.every)))
         return json.loads(path.read_text())
@@ -294,6 +296,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--every", type=int, default=100, help="steps between measurements")
     parser.add_argument("--batch-size", type=int, default=0, help="default: 256 pairs, or 48 rows of text")
+    parser.add_argument("--d-model", type=int, default=128, help="of --task text")
+    parser.add_argument("--d-ff", type=int, default=256, help="of --task text: of each expert, and of the dense MLP")
     parser.add_argument("--pairs", type=int, default=10_000)
     parser.add_argument("--optimizer", default="adamw")
     parser.add_argument("--schedule", default="constant", help="at a constant rate a step is worth the same in every run")

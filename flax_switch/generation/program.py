@@ -27,6 +27,7 @@ from flax_switch.nn.cache import DecoderCache
 from flax_switch.nn.transformer import SwitchTransformer
 from flax_switch.ops import Size
 from flax_switch.ops.kernels import platforms
+from flax_switch.ops.kernels.loops import apart
 from flax_switch.ops.kernels.narrow import Narrow, decodes_few, for_few, widened_late
 from flax_switch.ops.kernels.on_disk import OnDisk
 from flax_switch.ops.kernels.quantized import Quantized
@@ -182,7 +183,12 @@ def run_program(
     """Encodes, decodes until all rows are finished, and returns what was found; for the arguments see `Search`."""
     (B, P), n = prefix.shape, controls.num_return_sequences
     search = Search(config, controls, variables, input_ids, mask, prefix, numbers, devices, max_length)
-    state, _ = jax.lax.while_loop(lambda carry: ~carry[0].done, search.step, search.started(seeds))
+
+    def step(carry: tuple[State, DecoderCache]) -> tuple[State, DecoderCache]:
+        state, cache = search.step(carry)
+        return state, dataclasses.replace(cache, index=apart(cache.index))
+
+    state, _ = jax.lax.while_loop(lambda carry: ~carry[0].done, step, search.started(seeds))
     steps = state.length - P
     if isinstance(state, (Rows, Candidates)):
         return ProgramOutput(state.tokens, steps, None, steps, state.scores)

@@ -23,13 +23,19 @@ def fits(rows: Int8[Array, "*B D"], values: Int8[Array, "*E F D"]) -> bool:
 def multiply_row(row: Int8[Array, " D"], values: Int8[Array, "F D"]) -> Int32[Array, " F"]:
     """Returns `values @ row`, exactly."""
     terms = _terms(values.shape[1] // LANES)
-    # The barrier has the row rounded once, not for every output, and keeps a loop from widening the kernel before it begins.
-    row, values = lax.optimization_barrier((row, values))
+    # Tied to the row, the kernel cannot be widened before a loop begins.
+    row, values = lax.optimization_barrier((_once(row), values))
     kernel, parts = values.reshape(values.shape[0], -1, terms, LANES), row.reshape(1, -1, terms, LANES)
     products = (kernel[:, :, i].astype(jnp.int32) * parts[:, :, i].astype(jnp.int32) for i in range(terms))
     *_, total = itertools.accumulate(products)
     # Behind another one the product is not made again, or in one thread, by what takes it.
     return lax.optimization_barrier(total.sum(-1).sum(-1))
+
+
+def _once(row: Array) -> Array:
+    """Returns the row as a sum with zeros, which XLA makes before the product; it would round the row anew for every output."""
+    first = lax.broadcasted_iota(jnp.int32, (2, len(row)), 0) == 0
+    return lax.reduce(jnp.where(first, row, jnp.zeros_like(row)), jnp.zeros((), row.dtype), lax.add, (0,))
 
 
 def _terms(parts: int) -> int:

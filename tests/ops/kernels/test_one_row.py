@@ -7,6 +7,7 @@ import pytest
 from jax import lax
 from quantized_kernels import draw_int8
 
+from flax_switch.ops.kernels.loops import apart
 from flax_switch.ops.kernels.one_row import LANES, fits, multiply_row
 from flax_switch.ops.kernels.quantized import multiply_quantized
 
@@ -50,6 +51,32 @@ def test_a_program_of_any_number_of_rows_takes_one():
         jax.ShapeDtypeStruct((rows, 64), jnp.float32)
     )
     np.testing.assert_array_equal(program.call(x[:1])[0], program.call(x)[0])
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="of CPUs' programs")
+def test_a_row_is_rounded_once_not_for_every_output():
+    kernel = draw_int8(np.random.default_rng(0), 512, 480)
+    product = jax.jit(lambda x, kernel: multiply_quantized(jnp.tanh(x), kernel, implementation="rounded_rows"))
+    compiled = product.lower(jnp.ones((1, 512)), kernel).compile().as_text()
+    functions = [function for function in compiled.split("\n\n") if "s8[480,512]" in function and not function.startswith("ENTRY")]
+    assert functions
+    assert not [function for function in functions if "round-nearest" in function]
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="of CPUs' programs")
+def test_a_loop_of_products_is_no_single_function_for_one_thread():
+    kernel = draw_int8(np.random.default_rng(0), 512, 512)
+
+    def loop(x, kernel, length):
+        def step(carry):
+            count, x = carry
+            return apart(count + 1), jnp.tanh(multiply_quantized(x, kernel, implementation="rounded_rows"))
+
+        return lax.while_loop(lambda carry: carry[0] < length, step, (jnp.int32(0), x))
+
+    program = jax.jit(loop).lower(jnp.ones((1, 512)), kernel, jnp.int32(3)).compile()
+    assert "small_call" not in program.as_text()
+    assert program(jnp.ones((1, 512)), kernel, jnp.int32(3))[0] == 3
 
 
 def test_a_loop_widens_no_kernel_before_it_begins():

@@ -9,7 +9,7 @@ loss over the pairs themselves. text: infilling of --source (scripts/data/source
 
 Every cell is trained at each of --rates with the first seed, and at the best of them with the others. A run that has finished is
 in WORKDIR/runs and is not run again, so a sweep can be stopped and goes on, and cells can be added. In the end a table is printed,
-and the sweep written to --output with a picture of the same name: loss over steps, over tokens, over seconds with compilation, and
+and the sweep written to --output with a picture of the same name: loss over steps, tokens and CPU seconds with compilation, and
 over the number of experts.
 """
 
@@ -256,7 +256,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 
 def draw(tuned: list[dict[str, Any]], tokens_a_step: int, path: Path) -> None:
-    """Draws loss over steps, tokens, seconds and experts."""
+    """Draws loss over steps, tokens, CPU seconds and experts."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -267,7 +267,7 @@ def draw(tuned: list[dict[str, Any]], tokens_a_step: int, path: Path) -> None:
         for run in cell["runs"]:
             curve = np.asarray(run["curve"])
             style = dict(color=f"C{number}", lw=1, label=cell["cell"] if run is cell["runs"][0] else None)
-            for axis, x in zip(axes, (curve[:, 0], curve[:, 0] * tokens_a_step / 1e6, curve[:, 1]), strict=False):
+            for axis, x in zip(axes, (curve[:, 0], curve[:, 0] * tokens_a_step / 1e6, curve[:, 2]), strict=False):
                 axis.plot(x, curve[:, 3], **style)
     plain = [(cell["cell"], [final_loss(run) for run in cell["runs"]]) for cell in tuned if "-" not in cell["cell"]]
     experts = [1 if name == "dense" else int(name) for name, _ in plain]
@@ -275,7 +275,7 @@ def draw(tuned: list[dict[str, Any]], tokens_a_step: int, path: Path) -> None:
         axes[3].plot(experts, losses, "o", color="#1f5a96", ms=4)
     axes[3].plot(experts, [statistics.median(losses) for _, losses in plain], color="#1f5a96", lw=1)
     axes[3].set_xscale("log", base=2)
-    names = ("steps", "million tokens, inputs and targets", "seconds, compilation included", "experts (1: dense), at the end")
+    names = ("steps", "million tokens, inputs and targets", "CPU seconds, compilation included", "experts (1: dense), at the end")
     for axis, name in zip(axes, names, strict=True):
         axis.set_xlabel(name)
         axis.grid(alpha=0.3)

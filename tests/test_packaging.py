@@ -52,7 +52,9 @@ def test_a_gin_file_of_ones_own_names_a_recipe_by_name_or_path(name, tmp_path, m
 
 def test_a_file_in_the_working_directory_comes_before_the_packages_for_a_gin_file_of_ones_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "base.py").write_text((ROOT / "configs" / "tiny.py").read_text().replace("steps=1000", "steps=77"))
+    text, changed = re.subn(r"(?<=TrainConfig\()steps=\d+", "steps=77", (ROOT / "configs" / "tiny.py").read_text())
+    assert changed == 1
+    (tmp_path / "base.py").write_text(text)
     (tmp_path / "mine.gin").write_text("recipe.base = 'base.py'\n")
     assert recipes.load_gin(["mine.gin"]).train.steps == 77
 

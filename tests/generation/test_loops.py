@@ -1,4 +1,4 @@
-"""Decoding's loops keep their operations apart, for all threads of a CPU (`ops/kernels/loops.py`)."""
+"""Generation's loop keeps its operations apart, for all threads of a CPU (`ops/kernels/loops.py`)."""
 
 import jax
 import numpy as np

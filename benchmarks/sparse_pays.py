@@ -2,7 +2,7 @@
 
     python benchmarks/sparse_pays.py --task recall --workdir runs/recall
     python benchmarks/sparse_pays.py --task text --source data/code --workdir runs/text --cells dense 4 8 16 32 64
-    python benchmarks/sparse_pays.py --task text --source data/code --workdir runs/text --cells 16 16-router-bfloat16
+    python benchmarks/sparse_pays.py --task text --source data/code --workdir runs/text --cells 16 16-wide-init+capacity-1
 
 recall: random pairs of four letters and four letters, as in a phone book, that have to be learned by heart; what is measured is the
 loss over the pairs themselves. text: infilling of --source (scripts/data/source_code.py makes one), measured on held-out text.
@@ -40,17 +40,18 @@ from flax_switch.training.step import compile_eval_step, compile_train_step, for
 Batch = dict[str, np.ndarray]
 LETTERS, LENGTH = 26, 4  # of a key and of its value
 
-# What a cell of E experts changes besides, by the end of its name.
+# What a cell of E experts changes besides, by what its name ends with.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "": {},
-    "-router-bfloat16": dict(router_dtype="bfloat16"),
-    "-tenth-init": dict(init_scale=0.1),
-    "-capacity-1": dict(capacity_mode="factor", capacity_factor=1.0, eval_capacity_factor=1.0),
-    "-capacity-1.25": dict(capacity_mode="factor", capacity_factor=1.25, eval_capacity_factor=1.25),
-    "-capacity-2": dict(capacity_mode="factor", capacity_factor=2.0, eval_capacity_factor=2.0),
-    "-even-init": dict(router_init_std=0.02),
-    "-little-balance": dict(load_balancing_loss_coef=0.001),
-    "-top-2": dict(num_selected_experts=2, expert_d_ff="half"),
+    "router-bfloat16": dict(router_dtype="bfloat16"),
+    "tenth-init": dict(init_scale=0.1),
+    "capacity-1": dict(capacity_mode="factor", capacity_factor=1.0, eval_capacity_factor=1.0),
+    "capacity-1.25": dict(capacity_mode="factor", capacity_factor=1.25, eval_capacity_factor=1.25),
+    "capacity-2": dict(capacity_mode="factor", capacity_factor=2.0, eval_capacity_factor=2.0),
+    "even-init": dict(router_init_std=0.02),
+    "wide-init": dict(router_init_std=3.0),  # sure of itself from the start
+    "hash": dict(router_type="hash"),
+    "little-balance": dict(load_balancing_loss_coef=0.001),
+    "top-2": dict(num_selected_experts=2, expert_d_ff="half"),
 }
 
 
@@ -132,12 +133,14 @@ def _config(args: argparse.Namespace, sizes: dict[str, Any], config: DataConfig)
 
 
 def cell_config(config: ExperimentConfig, cell: str, rate: float, seed: int) -> ExperimentConfig:
-    """Returns the run of a cell: "dense", or a number of experts, maybe with the name of a variant behind it."""
+    """Returns the run of a cell: "dense", or a number of experts, maybe with variants behind it: "16-wide-init+capacity-1"."""
     if cell == "dense":
         changes: dict[str, Any] = dict(num_sparse_encoder_layers=0, num_sparse_decoder_layers=0)
     else:
-        experts, hyphen, variant = cell.partition("-")
-        changes = dict(num_experts=int(experts), **VARIANTS[hyphen + variant])
+        experts, _, variants = cell.partition("-")
+        changes = dict(num_experts=int(experts))
+        for variant in filter(None, variants.split("+")):
+            changes |= VARIANTS[variant]
         if changes.get("expert_d_ff") == "half":  # two experts of half the width cost what one costs
             changes["expert_d_ff"] = config.model.d_ff // 2
     return config.replace(
@@ -255,6 +258,16 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         )
 
 
+def _end(cell: dict[str, Any]) -> str:
+    """Returns the name of a cell's variant, "" for none."""
+    return cell["cell"].partition("-")[2]
+
+
+def _experts(cell: dict[str, Any]) -> int:
+    """Returns a cell's number of experts, 1 for the dense model."""
+    return 1 if cell["cell"] == "dense" else int(cell["cell"].partition("-")[0])
+
+
 def draw(tuned: list[dict[str, Any]], tokens_a_step: int, path: Path) -> None:
     """Draws loss over steps, tokens, CPU seconds and experts."""
     import matplotlib
@@ -269,11 +282,15 @@ def draw(tuned: list[dict[str, Any]], tokens_a_step: int, path: Path) -> None:
             style = dict(color=f"C{number}", lw=1, label=cell["cell"] if run is cell["runs"][0] else None)
             for axis, x in zip(axes, (curve[:, 0], curve[:, 0] * tokens_a_step / 1e6, curve[:, 2]), strict=False):
                 axis.plot(x, curve[:, 3], **style)
-    plain = [(cell["cell"], [final_loss(run) for run in cell["runs"]]) for cell in tuned if "-" not in cell["cell"]]
-    experts = [1 if name == "dense" else int(name) for name, _ in plain]
-    for losses in itertools.zip_longest(*(losses for _, losses in plain)):
-        axes[3].plot(experts, losses, "o", color="#1f5a96", ms=4)
-    axes[3].plot(experts, [statistics.median(losses) for _, losses in plain], color="#1f5a96", lw=1)
+    dense = [cell for cell in tuned if cell["cell"] == "dense"]
+    for number, end in enumerate(sorted({_end(cell) for cell in tuned if cell not in dense})):
+        line = sorted(dense + [cell for cell in tuned if cell not in dense and _end(cell) == end], key=_experts)
+        points = [(_experts(cell), [final_loss(run) for run in cell["runs"]]) for cell in line]
+        style = dict(color=f"C{number}", ms=4)
+        axes[3].plot([x for x, losses in points for _ in losses], [y for _, losses in points for y in losses], "o", **style)
+        medians = [statistics.median(losses) for _, losses in points]
+        axes[3].plot([x for x, _ in points], medians, lw=1, label=end or "learned router", **style)
+    axes[3].legend(frameon=False)
     axes[3].set_xscale("log", base=2)
     names = ("steps", "million tokens, inputs and targets", "CPU seconds, compilation included", "experts (1: dense), at the end")
     for axis, name in zip(axes, names, strict=True):
@@ -290,7 +307,7 @@ def main() -> None:
     parser.add_argument("--task", choices=("recall", "text"), required=True)
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--source", nargs="+", default=[], help="of --task text: files, folders or globs")
-    parser.add_argument("--cells", nargs="+", default=["dense", "4", "8", "16", "32", "64"], help=f"ends: {', '.join(VARIANTS)}")
+    parser.add_argument("--cells", nargs="+", default=["dense", "4", "8", "16", "32", "64"], help=f"16-A+B: {', '.join(VARIANTS)}")
     parser.add_argument("--rates", nargs="+", type=float, default=[0.003, 0.01])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3000)

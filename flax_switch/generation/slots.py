@@ -28,7 +28,6 @@ from flax_switch.nn.cache import RingCache
 from flax_switch.nn.transformer import SwitchTransformer
 from flax_switch.ops.kernels.adapted import Adapted
 from flax_switch.ops.kernels.few_rows import unstacked_experts
-from flax_switch.ops.kernels.loops import apart
 from flax_switch.ops.kernels.narrow import Narrow
 from flax_switch.ops.kernels.on_disk import run_reading
 
@@ -280,7 +279,7 @@ def _run(decoder, levels: tuple[GenerationConfig, ...], variables, slots: Slots,
         logits, cache = decode(decoder, variables, rows.newest, part.mask, cache)
         after = jax.lax.switch(level, extensions, rows, logits, part.source, source_mask, part.wishes)
         scores = jax.lax.cond(scored, _noted, lambda scores, *_: scores, scores, logits, rows, after)
-        return apart(number + 1), after, cache, scores
+        return number + 1, after, cache, scores
 
     def going(carry):
         ended = jnp.where(wanted, (carry[1].finished != begun.finished).any(), carry[1].finished.all())

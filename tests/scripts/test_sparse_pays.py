@@ -50,10 +50,10 @@ def test_every_seed_learns_the_same_pairs_in_another_order_each_once_an_epoch():
     assert firsts[0] != firsts[1]
 
 
-@pytest.mark.parametrize("variant", sparse_pays.VARIANTS)
+@pytest.mark.parametrize("variant", [*sparse_pays.VARIANTS, "", "hash+capacity-1"])
 def test_cells_cost_as_much_a_token_as_the_dense_model(variant):
     config = sparse_pays.recall(ARGS).config
-    dense, sparse = (sparse_pays.cell_config(config, cell, 0.1, 3) for cell in ("dense", f"8{variant}"))
+    dense, sparse = (sparse_pays.cell_config(config, cell, 0.1, 3) for cell in ("dense", f"8-{variant}"))
     width = sparse.model.expert_d_ff or sparse.model.d_ff
     assert width * sparse.model.num_selected_experts == dense.model.d_ff
     assert not dense.model.is_sparse and sparse.model.num_experts == 8 and sparse.train.seed == 3

@@ -133,14 +133,13 @@ def _config(args: argparse.Namespace, sizes: dict[str, Any], config: DataConfig)
 
 
 def cell_config(config: ExperimentConfig, cell: str, rate: float, seed: int) -> ExperimentConfig:
-    """Returns the run of a cell: "dense", or a number of experts, maybe with variants behind it: "16-wide-init+capacity-1"."""
-    if cell == "dense":
-        changes: dict[str, Any] = dict(num_sparse_encoder_layers=0, num_sparse_decoder_layers=0)
+    """Returns the run of a cell: "dense" or a number of experts, maybe with variants behind it: "16-wide-init+capacity-1"."""
+    experts, _, variants = cell.partition("-")
+    changes = {name: value for variant in filter(None, variants.split("+")) for name, value in VARIANTS[variant].items()}
+    if experts == "dense":
+        changes |= dict(num_sparse_encoder_layers=0, num_sparse_decoder_layers=0)
     else:
-        experts, _, variants = cell.partition("-")
-        changes = dict(num_experts=int(experts))
-        for variant in filter(None, variants.split("+")):
-            changes |= VARIANTS[variant]
+        changes |= dict(num_experts=int(experts))
         if changes.get("expert_d_ff") == "half":  # two experts of half the width cost what one costs
             changes["expert_d_ff"] = config.model.d_ff // 2
     return config.replace(
@@ -265,7 +264,8 @@ def _end(cell: dict[str, Any]) -> str:
 
 def _experts(cell: dict[str, Any]) -> int:
     """Returns a cell's number of experts, 1 for the dense model."""
-    return 1 if cell["cell"] == "dense" else int(cell["cell"].partition("-")[0])
+    experts = cell["cell"].partition("-")[0]
+    return 1 if experts == "dense" else int(experts)
 
 
 def draw(tuned: list[dict[str, Any]], tokens_a_step: int, path: Path) -> None:

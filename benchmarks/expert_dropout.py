@@ -16,15 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import run_record
-from finetuning_peers import LENGTHS, labels_of, write_tasks
+from finetuning_peers import labels_of, recipe_of, write_tasks
 
-from flax_switch.config.finetuning import (
-    EvaluationConfig,
-    FinetuneDataConfig,
-    FinetuneOptimizerConfig,
-    FinetuneRecipe,
-    FinetuneTrainConfig,
-)
 from flax_switch.host.compile_cache import use_compile_cache
 from flax_switch.training.metrics import read_metrics
 from flax_switch.workflows.finetune import finetune
@@ -47,21 +40,8 @@ def run_of(name: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
         return json.loads(kept.read_text())
     everywhere, in_experts = SETTINGS[name]
     data = args.workdir / "data" / "classification"
-    inputs_length, targets_length = LENGTHS["classification"]
     model = dict(dropout_rate=everywhere, expert_dropout_rate=in_experts, head="classification", labels=labels_of(data))
-    recipe = FinetuneRecipe(
-        model=model,
-        data=FinetuneDataConfig(
-            train=str(data / f"{args.examples}.jsonl"), validation=str(data / "validation.jsonl"), inputs="text",
-            targets="label", inputs_length=inputs_length, targets_length=targets_length, batch_size=32, seed=seed,
-        ),
-        optimizer=FinetuneOptimizerConfig(name="adamw", learning_rate=args.rate, schedule="linear", warmup_steps=20),
-        train=FinetuneTrainConfig(
-            steps=args.steps, seed=seed, log_every=20, eval_every=args.steps, eval_batches=10, checkpoint_every=args.steps,
-            sample_spans=0,
-        ),
-        evaluation=EvaluationConfig(metrics=("accuracy",), batch_size=100, num_beams=1),
-    )  # fmt: skip
+    recipe = recipe_of("classification", data / f"{args.examples}.jsonl", model, args.rate, seed, args.steps)
     finetune(recipe, workdir, init=str(args.sparse))
     lines = read_metrics(workdir)
     last = next(line for line in reversed(lines) if line["kind"] == "eval")
@@ -78,7 +58,7 @@ def main() -> None:
     parser.add_argument("--sparse", type=Path, required=True)
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--examples", type=int, default=1000)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--output", type=Path, default=run_record.RESULTS / "expert_dropout.json")

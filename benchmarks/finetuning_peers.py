@@ -126,30 +126,34 @@ def labels_of(folder: Path) -> tuple[str, ...]:
 # --- here
 
 
-def run_here(task: str, way: Way, rate: float, seed: int, args: argparse.Namespace, workdir: Path) -> dict[str, float]:
-    """Returns the scores of a run of this library's."""
-    data = args.workdir / "data" / task
+def recipe_of(task: str, train: Path, model: dict[str, Any], rate: float, seed: int, steps: int) -> FinetuneRecipe:
+    """Returns the recipe of a run on the rows of `train`, measured on those of validation.jsonl beside it."""
     inputs_length, targets_length = LENGTHS[task]
-    head: dict[str, Any] = {"embedding": dict(head="embedding", contrastive_temperature=TEMPERATURE), "rewriting": {}}.get(
-        task, dict(head="classification")
-    )
-    if task == "classification":
-        head["labels"] = labels_of(data)
-    recipe = FinetuneRecipe(
-        model=dict(dropout_rate=way.dropout, **head),
+    return FinetuneRecipe(
+        model=model,
         data=FinetuneDataConfig(
-            train=str(data / "train.jsonl"), validation=str(data / "validation.jsonl"), inputs="text",
+            train=str(train), validation=str(train.with_name("validation.jsonl")), inputs="text",
             targets={"classification": "label", "embedding": "next", "rewriting": "short"}[task],
             inputs_length=inputs_length, targets_length=targets_length, batch_size=BATCH, seed=seed,
         ),
         optimizer=FinetuneOptimizerConfig(name="adamw", learning_rate=rate, schedule="linear", warmup_steps=WARMUP),
         train=FinetuneTrainConfig(
-            steps=STEPS[task], seed=seed, log_every=20, eval_every=STEPS[task], eval_batches=10, checkpoint_every=STEPS[task],
-            sample_spans=0,
+            steps=steps, seed=seed, log_every=20, eval_every=steps, eval_batches=10, checkpoint_every=steps, sample_spans=0,
         ),
         evaluation=EvaluationConfig(metrics=(METRIC[task],), batch_size=100, num_beams=1),
-        adapter=way.adapter,
     )  # fmt: skip
+
+
+def run_here(task: str, way: Way, rate: float, seed: int, args: argparse.Namespace, workdir: Path) -> dict[str, float]:
+    """Returns the scores of a run of this library's."""
+    data = args.workdir / "data" / task
+    head: dict[str, Any] = {"embedding": dict(head="embedding", contrastive_temperature=TEMPERATURE), "rewriting": {}}.get(
+        task, dict(head="classification")
+    )
+    if task == "classification":
+        head["labels"] = labels_of(data)
+    model = dict(dropout_rate=way.dropout, **head)
+    recipe = recipe_of(task, data / "train.jsonl", model, rate, seed, STEPS[task]).replace(adapter=way.adapter)
     finetune(recipe, workdir, init=str(args.dense) if way.model == "dense" else f"random:{args.dense}")
     last = next(line for line in reversed(read_metrics(workdir)) if line["kind"] == "eval")
     return {"score": last[SCORE[task]], "cross_entropy": last["cross_entropy"]}

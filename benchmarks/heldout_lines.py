@@ -5,12 +5,15 @@
 Sentences are drawn from the held-out part of the embedded corpus by --seed, and of each a word within is masked. Counted are
 outputs that keep every word before and after the gap in its order, and fills that change with the input: the model is given the
 text before the gap and completes the gap with its own sentence as inputs, and again with another sentence's in their place. Where
-both are the same the decoder made its fill of what came before alone. Prints a table for docs/pretraining.md and writes --output.
+both are the same the decoder made its fill of what came before alone. Counted are also outputs that are the sentence itself, beside
+those that the most frequent of the masked words, always filled in, would make. Prints a table for docs/pretraining.md and writes
+--output.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import re
 from pathlib import Path
 from typing import Any
@@ -30,12 +33,12 @@ GAP = "<extra_id_0>"
 MARKS = ".,;:!?()'"
 
 
-def drawn(config: DataConfig, vocabulary: Any, args: argparse.Namespace) -> list[tuple[str, str, str]]:
-    """Returns so many held-out sentences as (text before the gap, the masked word, text after it)."""
+def drawn(config: DataConfig, args: argparse.Namespace) -> list[tuple[str, str, str]]:
+    """Returns so many held-out sentences as (text before the gap, the masked word, text after it), the same for any vocabulary."""
     documents = corpus.default_corpus(Path(cache_folder(config.cache_dir)))
     heldout = [document for document in documents if cache.is_heldout(document, config.heldout_fraction)]
     found = {sentence for document in heldout for sentence in re.split(r"(?<=[.!?]) (?=[A-Z])", document)}
-    fitting = [s for s in sorted(found) if s[0].isupper() and args.shortest <= len(vocabulary.encode(s)) <= args.longest]
+    fitting = [s for s in sorted(found) if s[0].isupper() and args.shortest <= len(s) <= args.longest]
     random, parts = np.random.default_rng(args.seed), []
     for i in random.permutation(len(fitting)):
         words = fitting[i].split()
@@ -80,15 +83,15 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--lines", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--shortest", type=int, default=12, help="tokens of a sentence")
-    parser.add_argument("--longest", type=int, default=40)
+    parser.add_argument("--shortest", type=int, default=25, help="characters of a sentence")
+    parser.add_argument("--longest", type=int, default=80)
     parser.add_argument("--beams", type=int, default=4, help="1: greedy")
     parser.add_argument("--output", type=Path, default=run_record.RESULTS / "heldout_lines.json")
     args = parser.parse_args()
     config, pretrained = read_config(args.run).data, flax_switch.load_pretrained(args.run)
     assert isinstance(config, DataConfig), "it is no run of pre-training"
     vocabulary = pretrained.vocabulary
-    parts = drawn(config, vocabulary, args)
+    parts = drawn(config, args)
     lines = [f"{before} {GAP} {after}" for before, _, after in parts]
     inputs, mask = padded([[*vocabulary.encode(line), vocabulary.eos_id] for line in lines], config.inputs_length)
     made = pretrained.generate(jnp.asarray(inputs), jnp.asarray(mask), max_new_tokens=config.targets_length, num_beams=args.beams)
@@ -99,7 +102,7 @@ def main() -> None:
     rows = [
         dict(
             input=line, output=output, truth=" ".join(part), kept=keeps(output, f"{part[0]} {part[2]}"),
-            fill=mine, fill_with_another_input=others,
+            right=output.split() == " ".join(part).split(), fill=mine, fill_with_another_input=others,
         )
         for part, line, output, mine, others in zip(parts, lines, outputs, own, other, strict=True)
     ]  # fmt: skip
@@ -110,8 +113,12 @@ def main() -> None:
         print(f"| {' | '.join(cell.replace('|', '/').replace('<', '&lt;') for cell in cells)} |")
     kept = sum(row["kept"] for row in rows)
     changed = sum(row["fill"] != row["fill_with_another_input"] for row in rows)
+    right = sum(row["right"] for row in rows)
+    [(word, always)] = collections.Counter(word for _, word, _ in parts).most_common(1)
     print(f"\n{kept} of {len(rows)} outputs keep every word of the input; {changed} fills change with the input.")
-    run_record.write(args.output, {"kept": kept, "changed": changed, "lines": rows})
+    print(f"{right} are the sentence itself, where {word!r} in every gap would make {always}.")
+    counts = {"beams": args.beams, "kept": kept, "changed": changed, "right": right, "right_by_most_frequent_word": always}
+    run_record.write(args.output, counts | {"lines": rows})
 
 
 if __name__ == "__main__":

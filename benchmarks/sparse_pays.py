@@ -225,8 +225,9 @@ def reached(run: dict[str, Any], loss: float) -> list[float] | None:
 
 
 def summary(tuned: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns for each cell its final losses, and how long it took to the dense model's final loss with the same seed."""
-    dense = next((cell["runs"] for cell in tuned if cell["cell"] == "dense"), [])
+    """Returns for each cell its final losses, and how long it took to the best dense cell's final loss with the same seed."""
+    plain = [cell["runs"] for cell in tuned if _experts(cell) == 1]
+    dense = min(plain, key=lambda runs: statistics.median(map(final_loss, runs)), default=[])
     rows = []
     for cell in tuned:
         pairs = [(run, other) for run, other in itertools.zip_longest(cell["runs"], dense) if run and other]
@@ -275,7 +276,7 @@ def draw(tuned: list[dict[str, Any]], tokens_a_step: int, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 4, figsize=(17, 4), layout="constrained", sharey=True)
+    figure, axes = plt.subplots(1, 4, figsize=(17, 4), layout="constrained")
     for number, cell in enumerate(tuned):
         for run in cell["runs"]:
             curve = np.asarray(run["curve"])
@@ -284,7 +285,8 @@ def draw(tuned: list[dict[str, Any]], tokens_a_step: int, path: Path) -> None:
                 axis.plot(x, curve[:, 3], **style)
     dense = [cell for cell in tuned if cell["cell"] == "dense"]
     for number, end in enumerate(sorted({_end(cell) for cell in tuned if cell not in dense})):
-        line = sorted(dense + [cell for cell in tuned if cell not in dense and _end(cell) == end], key=_experts)
+        line = sorted((cell for cell in tuned if cell not in dense and _end(cell) == end), key=_experts)
+        line = line if _experts(line[0]) == 1 else dense + line
         points = [(_experts(cell), [final_loss(run) for run in cell["runs"]]) for cell in line]
         style = dict(color=f"C{number}", ms=4)
         axes[3].plot([x for x, losses in points for _ in losses], [y for _, losses in points for y in losses], "o", **style)
@@ -292,12 +294,15 @@ def draw(tuned: list[dict[str, Any]], tokens_a_step: int, path: Path) -> None:
         axes[3].plot([x for x, _ in points], medians, lw=1, label=end or "learned router", **style)
     axes[3].legend(frameon=False)
     axes[3].set_xscale("log", base=2)
+    late = np.concatenate([np.asarray(run["curve"])[len(run["curve"]) // 8 :, 3] for cell in tuned for run in cell["runs"]])
+    for axis in axes[:3]:  # without the first losses, beside which the differences would not be seen
+        axis.set_ylim(0.98 * late.min(), 1.02 * late.max())
     names = ("steps", "million tokens, inputs and targets", "CPU seconds, compilation included", "experts (1: dense), at the end")
     for axis, name in zip(axes, names, strict=True):
         axis.set_xlabel(name)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("nats a token")
-    axes[0].legend(frameon=False)
+    axes[2].legend(frameon=False)
     figure.savefig(path, dpi=110)
 
 

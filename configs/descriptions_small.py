@@ -1,6 +1,6 @@
 """A small Switch Transformer on the package descriptions of a Debian archive, to be fine-tuned for summarization.
 
-All but the text and its vocabulary is as in tiny.py, whose comments say why.
+All but the text, and that gaps are fewer and longer, is as in tiny.py, whose comments say why.
 
 Command:   python scripts/data/debian_descriptions.py data/debian
            flax-switch pretrain --config configs/descriptions_small.py --workdir runs/descriptions
@@ -16,8 +16,7 @@ def get_config():
     base = load_recipe("tiny")
     return to_config_dict(
         base.replace(
-            model=base.model.replace(vocab_size=4096),
-            data=base.data.replace(source="data/debian/corpus/en.txt", vocabulary_size=3996),
+            data=base.data.replace(source="data/debian/corpus/en.txt", noise_density=0.1, mean_noise_span_length=2.0),
             train=base.train.replace(log_every=25, eval_every=500, eval_batches=20, checkpoint_every=500),
         )
     )

@@ -2,7 +2,7 @@
 
 Command:   flax-switch pretrain --config configs/t5_tiny.py --workdir runs/t5_tiny
 Hardware:  2 CPU cores.
-Expect:    figures close to those of `tiny`; docs/pretraining.md has both side by side as they were before copying heads.
+Expect:    figures close to those of `tiny`; docs/pretraining.md has both side by side.
 """
 
 from flax_switch.config.recipes import load_recipe, to_config_dict

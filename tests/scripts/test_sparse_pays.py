@@ -35,6 +35,12 @@ def test_time_to_the_dense_models_final_loss_is_told_seed_by_seed():
     assert rows["4"]["losses"] == [0.2, 0.5]
 
 
+def test_cells_are_held_against_the_best_dense_one():
+    cells = {"dense": run([3.0, 2.0, 1.5, 1.0]), "dense-tenth-init": run([3.0, 1.5, 1.0, 0.8]), "4": run([2.0, 1.0, 0.9, 0.7], "4")}
+    rows = sparse_pays.summary([dict(cell=name, rate=0.1, rates={}, runs=[of]) for name, of in cells.items()])
+    assert [row["steps_of_dense"] for row in rows] == [[None], [1.0], [1.0]]
+
+
 def test_every_seed_learns_the_same_pairs_in_another_order_each_once_an_epoch():
     task = sparse_pays.recall(ARGS)
     pairs = {

@@ -104,14 +104,14 @@ def test_recipes_are_listed_with_purpose_size_and_hardware(capsys):
         assert row["purpose"] == text.splitlines()[0] and row["purpose"].endswith(".")
         assert row["hardware"] and " ".join(text.split()).count(row["hardware"]) == 1
         assert (row["parameters"] is None) == (row["command"] == "finetune")
-    assert (rows["tiny"]["parameters"], rows["tiny"]["active_parameters"]) == (3_264_896, 1_429_888)
+    assert (rows["tiny"]["parameters"], rows["tiny"]["active_parameters"]) == (3_740_032, 1_905_024)
 
 
 def test_the_listing_for_people_has_every_name_and_fits_a_terminal(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     text = printed(capsys, "recipes")
     assert all(f"\n{name} " in f"\n{text}" for name in shipped.names())
-    assert "tiny                               pretrain  3.26 M parameters (a token: 1.43 M)\n" in text
+    assert "tiny                               pretrain  3.74 M parameters (a token: 1.91 M)\n" in text
     assert "Hardware: 2 CPU cores." in text
     assert max(map(len, text.splitlines())) <= 80
     assert max(map(len, printed(capsys, "presets").splitlines())) <= 80

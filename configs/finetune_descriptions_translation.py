@@ -4,7 +4,7 @@ Command:   flax-switch finetune --config configs/finetune_descriptions_translati
                --workdir runs/translation --config.data.train=data/debian/translation/en-it/synopses/train.jsonl \
                --config.data.validation=data/debian/translation/en-it/synopses/validation.jsonl
 Hardware:  1 or 2 CPU cores.
-Expect:    BLEU 39 and chrF 66 on held-out synopses (copying the source: 8.5 and 39); docs/guides/translation.md says more.
+Expect:    BLEU 42 and chrF 69 on held-out synopses (copying the source: 8.5 and 39); docs/guides/translation.md says more.
 """
 
 from flax_switch.config.finetuning import (
@@ -29,7 +29,7 @@ def get_config():
                 targets_length=32,
                 batch_size=64,
             ),
-            optimizer=FinetuneOptimizerConfig(schedule="linear", learning_rate=0.03, warmup_steps=50),
+            optimizer=FinetuneOptimizerConfig(name="muon", schedule="linear", learning_rate=0.03, warmup_steps=50, b2=0.98),
             train=FinetuneTrainConfig(steps=1600, log_every=50, eval_every=400, eval_batches=20, checkpoint_every=400),
             evaluation=EvaluationConfig(metrics=("bleu", "chrf"), max_examples=400, batch_size=50, num_beams=1),
         )

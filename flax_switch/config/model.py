@@ -10,7 +10,7 @@ from flax_switch.config.base import _Section, check, differences, may_change, on
 from flax_switch.config.heads import HEADS, LANGUAGE_MODEL, check_head
 from flax_switch.config.ranges import Count, Epsilon, Layers, Natural, NotNegative, Positive, Range, Rate, Seed
 from flax_switch.config.stacks import LAYOUTS, StackConfig, sparse_layers
-from flax_switch.config.weights import FINE, GROUP, WEIGHTS
+from flax_switch.config.weights import FINE, FINE_ALONE, GROUP, WEIGHTS
 
 ATTENTION_IMPLEMENTATIONS = ("auto", "plain", "fused")  # see `ops.kernels.fused_attention.fuses`
 ACTIVATIONS = ("relu", "gelu", "gelu_new", "silu", "swish", "linear", "tanh")
@@ -313,7 +313,8 @@ class SwitchConfig(_Section):
 
     def attention_weights(self, attention: str, projection: str) -> str:
         """Returns the form of a kernel of an attention, both named as their modules are: some are int8 in an int4 model."""
-        fine = self.weights == "int4" and projection in FINE.get(attention, ())
+        kernels = FINE_ALONE if self.decoder_only else FINE
+        fine = self.weights == "int4" and projection in kernels.get(attention, ())
         return "int8" if fine else self.weights
 
     @property

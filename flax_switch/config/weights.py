@@ -16,8 +16,10 @@ from typing import NamedTuple
 WEIGHTS = ("float", "int8", "int4")
 KERNELS = ("auto", "integers", "floats")  # how quantised kernels are held in memory
 GROUP = 64  # inputs that share a scale in int4
-# Kernels of attention that are int8 in an int4 model: four bits there cost more than everywhere else together.
-FINE = {"attention": ("value",), "self_attention": ("value", "out"), "encoder_decoder_attention": ("value", "out")}
+# Kernels of attention that are int8 in an int4 model: four bits there cost more than everywhere else together. Those of a decoder's
+# self-attention lose next to nothing by four bits beside attention to an encoder; of a decoder alone values and outputs are int8.
+FINE = {"attention": ("value", "out"), "encoder_decoder_attention": ("query", "value", "out")}
+FINE_ALONE = {"self_attention": ("value", "out")}  # of a decoder alone
 SCALE = "_scale"  # what the name of a kernel's scales ends with
 BIAS = "_bias"  # what the name of an MLP's bias ends with, where it lies among its kernels
 

@@ -84,8 +84,9 @@ def test_kernels_are_integers_and_embeddings_norms_biases_and_routers_stay_as_th
             assert params[path] is not None and params[path].dtype == leaf.dtype, path
             np.testing.assert_array_equal(params[path], leaf)
         else:
-            fine = path.endswith("/value/kernel") or (path.endswith("/out/kernel") and path.startswith("decoder"))
-            packed = weights == "int4" and not fine
+            attention, projection = path.split("/")[-3:-1]
+            finer = {"attention": ("value", "out"), "encoder_decoder_attention": ("query", "value", "out")}
+            packed = weights == "int4" and projection not in finer.get(attention, ())
             assert params[path].dtype == (np.uint8 if packed else np.int8), path
             assert params[path + "_scale"].dtype == ("bfloat16" if packed else np.float32)
     assert params["decoder/logits_dense/kernel"].dtype == np.int8  # the tied head's copy, which only memory holds
@@ -256,6 +257,15 @@ def test_base_8s_file_has_a_quarter_and_a_seventh_of_the_bytes():
         assert size(stored) - embeddings / 2 <= narrow * size(tensors)
         counts = sum(parameters_of(path, tensor.shape, tensor.dtype) for path, tensor in stored.items())
         assert counts == sum(parameters_of(path, tensor.shape, tensor.dtype) for path, tensor in tensors.items())
+
+
+def test_a_decoder_alone_keeps_values_and_outputs_of_its_attention_in_8_bits():
+    alone = {"architecture": "decoder_only", "num_decoder_layers": 2, "num_sparse_decoder_layers": 1}
+    shapes = canonical_shapes(PRESETS["switch-tiny"].replace(weights="int4", **alone))
+    packed = {
+        path.split("/")[-2] for path in shapes if "attention" in path and f"{path}_scale" in shapes and shapes[path][-1] == 32
+    }
+    assert packed == {"query", "key"}, sorted(shapes)
 
 
 def test_experts_are_read_one_at_a_time_however_many_there_are():

@@ -3,11 +3,13 @@
     python benchmarks/offload.py                              # base-8's shape, random weights
     python benchmarks/offload.py --shape tiny                 # seconds
     python benchmarks/offload.py --shape base-128 --no-resident --folder FOLDER   # 7.4 G parameters in bfloat16: 30 GB of disk
+    python benchmarks/offload.py --shape base-128 --no-resident --folder FOLDER --convert int8   # 37 GB: ours from a copy in int8
     python benchmarks/offload.py --model runs/exported        # a model of one's own, with its vocabulary, on held-out sentences
 
 All open the same safetensors folder and decode greedily, a row at a time; ours take turns in one process. base-128 is written in
 bfloat16, held in it by all, and computed in float32 by ours and in bfloat16 by transformers, so that what they say may differ. With
---weights int8 ours round what they read of the same file, for which a cold round waits; a converted file needs half of its bytes.
+--weights int8 ours round what they read of the same file, for which a cold round waits; with --convert int8 they read a copy that
+was converted before, which has half of the bytes.
 "Cold" means that the system had to drop the file's pages before every round (posix_fadvise), and that the model's memory was empty;
 "warm" that the round before was the same. Experts on disk have a memory for --share of all experts (a quarter). The bytes that the
 system read from the disk (/proc/self/io) are compared with the experts that were missed times their size. accelerate is left out
@@ -173,6 +175,14 @@ def numbers(rng: np.random.Generator, name: str, size: tuple[int, ...], dtype: A
     return few[torch.from_numpy(np.frombuffer(rng.bytes(size[0] * size[1]), np.uint8).astype(np.int32))].reshape(size)
 
 
+def converted(folder: Path, temporary: Path, weights: str) -> Path:
+    """Writes a model anew with kernels in another form, in a process of its own, and returns the folder."""
+    target = temporary / "converted"
+    arguments = ["convert", folder, target, "--to", "flax_switch", "--weights", weights]
+    subprocess.run([sys.executable, "-m", "flax_switch.cli", *map(str, arguments)], check=True)
+    return target
+
+
 def sources(folder: Path, rows: int, length: int) -> list[list[int]]:
     """Returns sentences as ids, cut or dropped to one length; of a model without a vocabulary ids at random."""
     from flax_switch.convert.checkpoint import open_checkpoint
@@ -209,7 +219,9 @@ def main() -> None:
     parser.add_argument("--shape", choices=tuple(SHAPES), default="base-8")
     parser.add_argument("--model", type=Path, help="a folder, in place of a shape's random weights")
     parser.add_argument("--share", type=float, default=0.25, help="of the experts, that the memory holds")
-    parser.add_argument("--weights", help="ours hold kernels in this form")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--weights", help="ours hold kernels in this form")
+    form.add_argument("--convert", help="ours read a copy whose kernels were converted to this form before")
     parser.add_argument("--resident", action=argparse.BooleanOptionalAction, default=True, help="also with experts in memory")
     parser.add_argument("--folder", type=Path, help="where a shape's files are written, and what accelerate makes of them")
     parser.add_argument("--rows", type=int, default=4)
@@ -235,9 +247,12 @@ def main() -> None:
         options = [
             o for name in ("share", "weights", "rows", "length", "tokens", "repeats") for o in _option(name, getattr(args, name))
         ] + [f"--{'' if args.resident else 'no-'}resident"]
-        results = {key: value for name in names for key, value in alone("--model", folder, *options, "--alone", name).items()}
+        folders = {"ours": converted(folder, Path(temporary), args.convert) if args.convert else folder}
+        found = (alone("--model", folders.get(name, folder), *options, "--alone", name) for name in names)
+        results = {key: value for one in found for key, value in one.items()}
     report(results, args.rows * args.tokens)
-    settings = {name: getattr(args, name) for name in ("shape", "weights", "share", "rows", "length", "tokens", "repeats")}
+    kept = ("shape", "weights", "convert", "share", "rows", "length", "tokens", "repeats")
+    settings = {name: getattr(args, name) for name in kept}
     run_record.write(args.output, {**settings, "model": str(args.model or args.shape), "contenders": results})
 
 

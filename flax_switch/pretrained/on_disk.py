@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +16,14 @@ from flax_switch.convert.canonical import canonical_shapes, is_expert
 from flax_switch.convert.folder import parse_size
 from flax_switch.convert.safetensors_file import identity, watched
 from flax_switch.convert.tensors import DTYPES, CheckpointError, LazyTensor, contiguous, full_index
-from flax_switch.host.expert_cache import Arrays, ExpertCache
+from flax_switch.host.expert_cache import READERS, Arrays, ExpertCache
 from flax_switch.host.files import in_store
 from flax_switch.ops.kernels.narrow import Narrow
 from flax_switch.ops.kernels.on_disk import OnDisk
 
 PLACES = ("memory", "disk")
 EXPERT_MEMORY = "4GB"
+LARGE = 2**20  # bytes of an expert whose kernels are read at a time
 _NARROW = (DTYPES["bfloat16"], DTYPES["float16"])
 _STEMS = {"huggingface": "model", "flax_switch": "params"}
 
@@ -90,15 +93,29 @@ def narrow(arrays: Mapping[str, Array]) -> dict[str, Array | Narrow]:
 
 def _read(tensors: Mapping[str, LazyTensor], layer: str, expert: int, files: Files) -> tuple[Arrays, int]:
     """Returns an expert's arrays and how many bytes were read. Raises `CheckpointError` that names the expert."""
+    one = functools.partial(_one, files=files, expert=expert)
+    size = sum(tensor.nbytes // tensor.shape[0] for tensor in tensors.values())
+    names, parts = list(tensors), list(tensors.values())
     try:
-        with watched(files) as watch:
-            arrays = {name: _one(tensor, expert) for name, tensor in tensors.items()}
-            return arrays, watch.bytes
+        if size < LARGE:
+            read = [one(part) for part in parts]
+        else:  # its kernels at a time: a file is read, and a kernel transposed, twice as fast by two threads as by one
+            others = [_helpers().submit(one, part) for part in parts[1:]]
+            read = [one(parts[0]), *(other.result() for other in others)]
+        return dict(zip(names, (array for array, _ in read), strict=True)), sum(count for _, count in read)
     except (CheckpointError, OSError) as error:
         why = f"{Path(error.filename)}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
         raise CheckpointError(f"Expert {expert} of {layer} cannot be read: {why.removesuffix('.')}.") from error
 
 
-def _one(tensor: LazyTensor, expert: int) -> np.ndarray:
-    block = tensor.read((slice(expert, expert + 1), *full_index(tensor.shape[1:])))
-    return contiguous(block[0])
+def _one(tensor: LazyTensor, *, files: Files, expert: int) -> tuple[np.ndarray, int]:
+    """Returns one of an expert's arrays and how many bytes were read."""
+    with watched(files) as watch:
+        block = tensor.read((slice(expert, expert + 1), *full_index(tensor.shape[1:])))
+        return contiguous(block[0]), watch.bytes
+
+
+@functools.cache
+def _helpers() -> ThreadPoolExecutor:
+    """Returns threads that read a part of an expert while its first part is read; they wait for nothing but files."""
+    return ThreadPoolExecutor(READERS, "experts' kernels")

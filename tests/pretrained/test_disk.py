@@ -3,7 +3,9 @@
 import gc
 import json
 import os
+import random
 import threading
+import time
 import weakref
 
 import jax
@@ -21,6 +23,7 @@ from flax_switch.ops.kernels import narrow
 from flax_switch.ops.kernels.on_disk import OnDisk
 from flax_switch.parallel.mesh import create_mesh
 from flax_switch.pretrained import from_checkpoint
+from flax_switch.pretrained import on_disk as reading
 
 CONFIG = fs.SwitchConfig(
     vocab_size=96, d_model=64, num_heads=2, d_kv=32, d_ff=128, num_encoder_layers=1, num_decoder_layers=2,
@@ -138,7 +141,27 @@ def test_an_encoder_alone_and_a_single_token_have_the_same_bits_too(tmp_path, mo
     np.testing.assert_array_equal(*(m.generate(IDS[:1], **one).step_scores for m in models))
 
 
-def test_an_expert_is_read_once_however_many_rows_hit_it_and_stays_where_there_is_room(tmp_path):
+@pytest.fixture(params=["a kernel after the other", "kernels at a time"])
+def threads(request, monkeypatch):
+    """Has an expert's kernels read by one thread or, as those of large experts are, by several."""
+    monkeypatch.setattr(reading, "LARGE", 0 if request.param == "kernels at a time" else reading.LARGE)
+    return request.param
+
+
+def test_kernels_that_are_read_at_a_time_have_the_bits_of_the_model_in_memory(rich, monkeypatch):
+    monkeypatch.setattr(reading, "LARGE", 0)
+    at_work, original = set(), reading._one
+
+    def seen(*args, **options):
+        at_work.add(threading.current_thread())
+        return original(*args, **options)
+
+    monkeypatch.setattr(reading, "_one", seen)
+    assert_same_bits(*pair(rich), "greedy")
+    assert any(thread.name.startswith("experts' kernels") for thread in at_work), at_work
+
+
+def test_an_expert_is_read_once_however_many_rows_hit_it_and_stays_where_there_is_room(tmp_path, threads):
     folder = saved(tmp_path / "model", format="huggingface")
     model = fs.load_pretrained(folder, experts="disk", expert_memory=24 * EXPERT)
     first = model.generate(IDS, max_new_tokens=6)
@@ -146,6 +169,22 @@ def test_an_expert_is_read_once_however_many_rows_hit_it_and_stays_where_there_i
     assert first.expert_reads.misses > 0 and first.expert_reads.bytes_read == first.expert_reads.misses * EXPERT
     assert again.expert_reads.misses == again.expert_reads.bytes_read == 0 and again.expert_reads.hit_rate == 1
     assert model.expert_reads.hits == first.expert_reads.hits + again.expert_reads.hits
+
+
+def test_a_slow_disk_of_which_the_system_keeps_no_pages_costs_time_and_no_token(tmp_path, monkeypatch, threads):
+    resident, on_disk = pair(saved(tmp_path / "model", format="flax_switch"), memory=2 * EXPERT)
+    original, delays = safetensors_file.read_block, random.Random(0)
+
+    def slow(path, *block):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        time.sleep(delays.uniform(0.001, 0.01))
+        return original(path, *block)
+
+    monkeypatch.setattr(safetensors_file, "read_block", slow)
+    assert_same_bits(resident, on_disk, "greedy")
+    reads = on_disk.expert_reads
+    assert reads.misses > 10 and reads.seconds_waited > 0.001 * reads.misses
 
 
 def test_loading_reads_no_expert(tmp_path, monkeypatch):
@@ -230,7 +269,7 @@ RUNS = {
 @pytest.mark.parametrize(
     ("damage", "run"), [*((damage, "encode") for damage in DAMAGE), ("changed", "call"), ("changed", "generate")]
 )
-def test_a_damaged_file_ends_in_a_sentence_that_names_the_expert(tmp_path, damage, run, capfd):
+def test_a_damaged_file_ends_in_a_sentence_that_names_the_expert(tmp_path, damage, run, capfd, threads):
     folder = saved(tmp_path / "model", format="flax_switch")
     model = fs.load_pretrained(folder, experts="disk", expert_memory=2 * EXPERT)
     break_it, words = DAMAGE[damage]

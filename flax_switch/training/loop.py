@@ -17,6 +17,7 @@ from flax_switch.data import Vocabulary
 from flax_switch.host.files import in_store
 from flax_switch.host.locks import locked
 from flax_switch.host.peaks import peak_flops
+from flax_switch.ops.kernels.slow_dtype import slow_dtype
 from flax_switch.parallel.mesh import batch_rows
 from flax_switch.parallel.watchdog import Watchdog
 from flax_switch.training.checkpoint import CHECKPOINTS, CONFIG_FILE, Checkpoints, explain_full_disk
@@ -101,6 +102,8 @@ def train(
             batches.set_state(data_state)
             start = int(state.step)
             console.print(_continues(workdir, start, config.train.steps))
+        if said := slow_dtype(config.model):
+            console.print(said)
         session, trace = Session(workdir, start, prepared.describe()), Profile(workdir, start, profile)
         trackers = open_trackers(workdir, config, start) if jax.process_index() == 0 else []
         writer = MetricsWriter(workdir, start, [*trackers, *(guarded(one, "log") for one in log)])

@@ -13,7 +13,7 @@ import pytest
 
 from flax_switch.config import DataConfig, ExperimentConfig, OptimizerConfig, SwitchConfig, TrainConfig
 from flax_switch.data.span_corruption import restore
-from flax_switch.training import progress
+from flax_switch.training import loop, progress
 from flax_switch.training.checkpoint import Checkpoints
 from flax_switch.training.evaluate import Evaluator, describe, perplexity
 from flax_switch.training.metrics import read_metrics
@@ -52,10 +52,16 @@ def ran(tmp_path_factory):
             steps=STEPS, log_every=2, eval_every=3, eval_batches=100, checkpoint_every=1, keep_last=2, keep_every=3, sample_spans=3
         ),
     )  # fmt: skip
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
+    with contextlib.redirect_stdout(io.StringIO()) as printed, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "slow_dtype", lambda model: f"{model.dtype} is slow here")
         result = pretrain(config, folder / "workdir")
         finish(result, folder / "workdir")
     return result, folder / "workdir", printed.getvalue()
+
+
+def test_what_is_said_of_the_models_dtype_is_said_before_the_first_step(ran):
+    _, _, printed = ran
+    assert "float32 is slow here" in printed.split("step 2/8")[0]
 
 
 def lines(workdir, kind):

@@ -99,7 +99,7 @@ def _read(tensors: Mapping[str, LazyTensor], layer: str, expert: int, files: Fil
     try:
         if size < LARGE:
             read = [one(part) for part in parts]
-        else:  # its kernels at a time: a file is read, and a kernel transposed, twice as fast by two threads as by one
+        else:  # two threads read, and transpose what has to be, sooner than one
             others = [_helpers().submit(one, part) for part in parts[1:]]
             read = [one(parts[0]), *(other.result() for other in others)]
         return dict(zip(names, (array for array, _ in read), strict=True)), sum(count for _, count in read)

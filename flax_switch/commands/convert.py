@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from pathlib import Path
 
 from flax_switch.commands.checkpoints import add_source_arguments, add_write_arguments, changes_of, explain_missing_extras
-from flax_switch.config import check
+from flax_switch.commands.options import tell
+from flax_switch.config import ConfigError, check
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,6 +20,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights", metavar="FORM", help="of kernels alone: int8, int4, bfloat16 or float16; --dtype is of all else"
     )
+    parser.add_argument(
+        "--calibration",
+        metavar="FILE",
+        help="for --weights int4: round for these texts, lines or JSON lines (docs/quantisation.md)",
+    )
+    parser.add_argument("--field", default="text", metavar="NAME", help="of the calibration's JSON lines (default: text)")
     parser.add_argument(
         "--expert-capacity", type=int, metavar="C", help="tokens an expert takes of a sequence, where Hugging Face must be told"
     )
@@ -39,8 +48,9 @@ def run(args: argparse.Namespace) -> int:
         changes["expert_capacity"] = args.expert_capacity
     if args.weights is not None:
         changes["weights"] = args.weights
+    make = convert if args.calibration is None else _calibrated(args)
     with progress_bar("Converting", enabled=not args.no_progress) as callbacks:
-        destination = convert(
+        destination = make(
             args.source,
             args.destination,
             to=args.to,
@@ -57,13 +67,32 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _calibrated(args: argparse.Namespace) -> Callable[..., Path]:
+    """Returns what converts as `convert` does, by the texts of a file."""
+    from flax_switch.generation.text import read_lines
+
+    check(args.weights == "int4", "--calibration is for --weights int4, of which rounding takes the most; leave it out.")
+    try:
+        lines = read_lines(Path(args.calibration).read_bytes().splitlines(), args.field)
+    except OSError as error:
+        raise ConfigError(f"Cannot read the calibration {args.calibration}: {error}.") from error
+    for line in lines:
+        check(line.error is None, f"{args.calibration}, line {line.number}: {line.error}.")
+    check(bool(lines), f"{args.calibration} holds no text; write some hundred lines like those that the model will be given.")
+    tell(f"Rounding for {len(lines)} texts, which the model answers first.")
+    from flax_switch.workflows.calibrate import convert_calibrated
+
+    return lambda source, destination, **options: convert_calibrated(source, destination, [line.text for line in lines], **options)
+
+
 def _convert_adapter(args: argparse.Namespace) -> int:
     from flax_switch.convert.adapter_folder import convert_adapter
     from flax_switch.convert.progress import progress_bar
 
     check(
-        not (args.set or args.allow_missing or args.weights or args.expert_capacity),
-        "--set, --allow-missing, --weights and --expert-capacity are for whole models; convert the merged model once more.",
+        not (args.set or args.allow_missing or args.weights or args.expert_capacity or args.calibration),
+        "--set, --allow-missing, --weights, --calibration and --expert-capacity are for whole models; convert the merged model "
+        "once more.",
     )
     with progress_bar("Converting", enabled=args.merge and not args.no_progress) as callbacks:
         destination = convert_adapter(

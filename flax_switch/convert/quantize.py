@@ -124,7 +124,7 @@ def _quantized(path: str, tensor: LazyTensor, form: str) -> tuple[LazyTensor, La
         size = tensor.shape[0] if form == "int8" else GROUP
         block = tensor.read((slice(groups.start * size, groups.stop * size), outputs))
         block = np.array(block.T, np.float32, order="C").reshape(block.shape[1], -1, size)
-        return block, _scale(path, block, form).astype(DTYPES[shapes.scale_dtype]).astype(np.float32)
+        return block, scales_of(path, block, form).astype(DTYPES[shapes.scale_dtype]).astype(np.float32)
 
     def read_scale(index: Index) -> np.ndarray:
         scale = read(index[0], index[1])[1]
@@ -136,14 +136,14 @@ def _quantized(path: str, tensor: LazyTensor, form: str) -> tuple[LazyTensor, La
         np.rint(kernel, out=kernel)
         if form == "int8":
             return kernel[:, 0].astype(np.int8)[:, index[1]]
-        return _packed(np.clip(kernel, -8, 7))[..., index[2]]
+        return packed(np.clip(kernel, -8, 7))[..., index[2]]
 
     return LazyTensor(shapes.values, np.dtype(shapes.dtype), read_values), LazyTensor(
         shapes.scale, DTYPES[shapes.scale_dtype], read_scale
     )
 
 
-def _scale(path: str, kernel: np.ndarray, form: str) -> np.ndarray:
+def scales_of(path: str, kernel: np.ndarray, form: str) -> np.ndarray:
     """Returns the scales [F, groups, 1] of a kernel [F, groups, inputs]: they make the largest integer of the largest number.
 
     int4 has one more integer below zero than above, so that there a scale has the sign that the largest number has not.
@@ -156,7 +156,7 @@ def _scale(path: str, kernel: np.ndarray, form: str) -> np.ndarray:
     return np.where(-low > high, low, high) / np.float32(-8)
 
 
-def _packed(integers: np.ndarray) -> np.ndarray:
+def packed(integers: np.ndarray) -> np.ndarray:
     """Returns integers from -8 to 7, [F, groups, 64], two in a byte."""
     values = (integers + 8).astype(np.uint8)
     return values[..., : GROUP // 2] | values[..., GROUP // 2 :] << 4
@@ -177,7 +177,7 @@ def _integers(path: str, tensor: LazyTensor, scale: LazyTensor, form: str) -> La
         integers = np.rint(kernel / np.where(scales == 0, 1, scales))
         if not np.array_equal(integers * scales, kernel):
             raise CheckpointError(f"{path} holds numbers that are not integers times its scales; quantise the float model anew.")
-        return integers.astype(np.int8) if form == "int8" else _packed(integers)[..., index[2]]
+        return integers.astype(np.int8) if form == "int8" else packed(integers)[..., index[2]]
 
     return LazyTensor(shapes.values, np.dtype(shapes.dtype), read)
 

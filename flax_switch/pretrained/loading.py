@@ -33,6 +33,7 @@ from flax_switch.ops.kernels.on_disk import OnDisk
 from flax_switch.ops.kernels.quantized import faster_as_floats
 from flax_switch.parallel.mesh import tree_shardings
 from flax_switch.pretrained.adapter import adapter_of, mesh_of
+from flax_switch.pretrained.calibration import Calibration, calibrated
 from flax_switch.pretrained.model import Pretrained
 from flax_switch.pretrained.on_disk import Files, expert_budget, expert_files, leave_on_disk, narrow
 from flax_switch.pretrained.saving import unscanned
@@ -204,7 +205,7 @@ def _log_held(tensors: Mapping[str, LazyTensor]) -> None:
         )  # fmt: skip
 
 
-def quantize(pretrained: Pretrained, weights: str, *, kernels: str = "auto") -> Pretrained:
+def quantize(pretrained: Pretrained, weights: str, *, kernels: str = "auto", calibration: Calibration | None = None) -> Pretrained:
     """Returns a model with its kernels rounded to integers with scales, or to a float dtype; the given one stays as it is.
 
     Embeddings, norms, biases and routers keep their dtype. To load a model so without ever holding its floats, give
@@ -213,13 +214,21 @@ def quantize(pretrained: Pretrained, weights: str, *, kernels: str = "auto") -> 
     Args:
       weights: "int8" (a scale for each output channel), "int4" (one for every 64 inputs, too), "bfloat16" or "float16".
       kernels: how those of integers are held, as for `load_pretrained`.
+      calibration: for "int4", some hundred texts like those that the model will be given, which it answers greedily; or dicts of
+        its arguments, such as ids and labels. Weights are then rounded to lose the least on them (GPTQ).
 
     Raises:
-      ConfigError: for another name, a model quantised already, or sizes that "int4" does not divide.
+      ConfigError: for another name, a model quantised already, sizes that "int4" does not divide, a calibration for another form.
       CheckpointError: for a weight that is no finite number.
     """
-    made = with_weights(pretrained.config, unscanned(pretrained.config, pretrained.params), weights)
-    return built_of(pretrained, *made, kernels=kernels)
+    check(
+        calibration is None or weights == "int4",
+        f"calibration is for weights='int4', of which rounding takes the most; with weights={weights!r} leave it out.",
+    )
+    config, tensors = with_weights(pretrained.config, unscanned(pretrained.config, pretrained.params), weights)
+    if calibration is not None:
+        tensors = calibrated(pretrained, config, tensors, calibration)
+    return built_of(pretrained, config, tensors, kernels=kernels)
 
 
 def built_of(pretrained: Pretrained, config: SwitchConfig, tensors: Mapping[str, LazyTensor], kernels: str = "auto") -> Pretrained:

@@ -107,11 +107,11 @@ def test_scanned_layers_and_groups_of_kernels_change_no_bit(monkeypatch):
 
 
 def test_padding_says_nothing(monkeypatch):
-    monkeypatch.setattr(calibration.jax.random, "categorical", lambda rng, logits: logits.argmax(-1))
+    monkeypatch.setattr(calibration.jax.random, "categorical", lambda rng, logits: logits.argmin(-1))
     (batch,) = calls(input_ids=12, labels=9)
     longer = {name: np.pad(values, ((0, 0), (0, 5)), constant_values=7) for name, values in batch.items()}
     longer["labels"][:, 9:] = -100
-    longer |= dict(attention_mask=np.tile(np.arange(17) < 12, (16, 1)), decoder_attention_mask=longer["labels"] >= 0)
+    longer |= dict(attention_mask=np.tile(np.arange(17) < 12, (16, 1)))  # labels alone say where the decoder ends
     whole = model(CONFIG.replace(capacity_mode="dropless"))  # else padding takes places
     paths = [f"{stack}/layers_0/mlp/expert/{name}/kernel" for stack in ("encoder", "decoder") for name in ("wi", "wo")]
     want, found = (calibration._moments(whole, [one], paths) for one in (batch, longer))

@@ -10,7 +10,7 @@ import numpy as np
 
 from flax_switch.config.weights import GROUP
 from flax_switch.convert.quantize import packed, scales_of
-from flax_switch.convert.tensors import DTYPES
+from flax_switch.convert.tensors import DTYPES, CheckpointError
 
 DAMPING = 0.1  # of the mean of the moments' diagonal, added to it: calibration does not tell all
 OTHERS = 0.3  # of an average expert's moments, added to those of each: few tokens hit some
@@ -20,7 +20,15 @@ def compensated(path: str, kernel: np.ndarray, moments: np.ndarray) -> tuple[np.
     """Returns a kernel's values and scales in int4, or those of a stack of experts, as `config.weights.stored` lays them out.
 
     kernel: float32 [(E,) D, F]. moments: [(E,) D, D], sums over rows of weighted x^T x, up to a factor.
+
+    Raises:
+      CheckpointError: for a kernel or moments that are not finite.
     """
+    if not np.isfinite(moments).all():
+        raise CheckpointError(
+            f"What comes by at {path} is not finite for this calibration, so that nothing can be rounded by it; look at the "
+            "float model's outputs."
+        )
     if kernel.ndim == 2:
         return _compensated(path, kernel, moments)
     average = moments.mean(0)

@@ -1,4 +1,4 @@
-"""A pytest plugin: runs one quarter of the tests, and writes what came of every test, for the table at the end.
+"""A pytest plugin: runs one quarter of the tests, up to a time, and writes what came of every test, for the table at the end.
 
 Loaded with `-p parts.plugin`. A test function, with all its parameters, belongs to one quarter. Those whose duration is on record
 (tests/durations.json: cases, and seconds of one) are dealt out so that quarters take equally long; others go by a hash of their
@@ -8,6 +8,7 @@ name, so that a new test moves no other.
 from __future__ import annotations
 
 import json
+import time
 import zlib
 from collections import defaultdict
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 
 QUARTERS = 4
+NO_TIME = "not begun: the time of --ci was over"
 DURATIONS = Path(__file__).resolve().parents[2] / "tests" / "durations.json"
 
 
@@ -22,6 +24,9 @@ def pytest_addoption(parser):
     """Adds the plugin's options."""
     group = parser.getgroup("parts")
     group.addoption("--quarter", type=int, default=None, help=f"run this one of {QUARTERS} quarters of the tests chosen, 0 to 3")
+    group.addoption(
+        "--begin-by", type=float, default=None, help="skip tests that would begin later (seconds since 1970), saying so"
+    )
     group.addoption("--outcomes", default="", help="file to write what came of every test to")
 
 
@@ -55,6 +60,14 @@ def pytest_collection_modifyitems(config, items):
     mine = [item for item in items if quarter_of(function_of(item.nodeid), on_record) == wanted]
     config.hook.pytest_deselected(items=[item for item in items if item not in mine])
     items[:] = mine
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Begins no test when it is too late."""
+    begin_by = item.config.getoption("--begin-by")
+    if begin_by is not None and time.time() > begin_by:
+        pytest.skip(NO_TIME)
 
 
 def pytest_configure(config):

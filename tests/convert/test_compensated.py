@@ -88,8 +88,10 @@ def test_an_expert_that_no_row_hit_is_rounded_for_the_rows_of_the_others():
     assert (lost[0] < 0.6 * lost[1]).all()
 
 
-def test_a_weight_that_is_not_finite_is_named():
+def test_what_is_not_finite_is_named():
     kernel = np.ones((64, 4), np.float32)
     kernel[5, 2] = np.nan
     with pytest.raises(CheckpointError, match=f"{PATH} holds a number that is not finite"):
         compensated(PATH, kernel, np.eye(64, dtype=np.float32))
+    with pytest.raises(CheckpointError, match=f"What comes by at {PATH} is not finite"):
+        compensated(PATH, np.ones((64, 4), np.float32), np.full((64, 64), np.inf, np.float32))

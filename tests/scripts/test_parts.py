@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -89,6 +90,20 @@ def test_every_test_is_in_one_quarter():
     for quarter in range(QUARTERS):
         seen.update(collected([f"--quarter={quarter}"], names))
     assert seen == Counter(names)
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(-1, "2 skipped"), (600, "1 failed, 1 passed")])
+def test_no_test_begins_when_the_time_is_over_and_those_that_do_not_are_told(tmp_path, seconds, said):
+    (tmp_path / "test_small.py").write_text("def test_a(): pass\ndef test_b(): assert False")
+    outcomes = tmp_path / "outcomes.json"
+    command = [sys.executable, "-m", "pytest", "-p", "parts.plugin", "-p", "no:cacheprovider", f"--outcomes={outcomes}"]
+    done = subprocess.run(
+        [*command, f"--begin-by={time.time() + seconds:.0f}"], cwd=tmp_path, capture_output=True, text=True,
+        env={"PYTHONPATH": str(ROOT / "scripts"), "PATH": ""},
+    )  # fmt: skip
+    assert said in done.stdout
+    reasons = {test["reason"] for test in json.loads(outcomes.read_text()).values() if test["outcome"] == "skipped"}
+    assert reasons == ({"Skipped: not begun: the time of --ci was over"} if seconds < 0 else set())
 
 
 def collected(options, names):

@@ -16,7 +16,7 @@ from parts.newest import newest_part  # noqa: E402
 from parts.soak import soak_parts  # noqa: E402
 from parts.table import Part, render  # noqa: E402
 
-CI_SECONDS = 70 * 60  # after which --ci begins no slow test any more: it takes half of that on two quick cores
+CI_SECONDS = 65 * 60  # after which --ci begins no slow test any more: it takes half of that on two quick cores
 
 USAGE = """bash scripts/test.sh [PART] [-- pytest arguments]
 

@@ -119,6 +119,7 @@ def test_padding_says_nothing(monkeypatch):
         np.testing.assert_allclose(found[path], want[path], rtol=1e-4, atol=1e-4 * want[path].max(), err_msg=path)
 
 
+@pytest.mark.quick
 def test_a_folder_and_the_command_have_the_same_bits(tmp_path, vocabulary, capsys):
     whole = model(vocabulary=vocabulary)
     whole.save_pretrained(tmp_path / "float", format="flax_switch")
